@@ -1,0 +1,151 @@
+"""Checkpoints: the training state, the configuration and the clocks, by Orbax.
+
+    <workdir>/checkpoints/<step>/{state,run,metrics}
+
+`state` is a `TrainState`; `run` is JSON: the configuration and what the run has counted so far.
+Saving is asynchronous and atomic. The newest few and the best by valid AUC are kept.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers as policies
+
+from bef_jax.config import flatten
+from bef_jax.errors import UserError
+from bef_jax.state import TrainState
+
+_BEST = "valid_auc"
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest and best."""
+
+    def __init__(self, workdir: Path, keep: int):
+        """Opens (or begins) <workdir>/checkpoints; `keep` newest are kept besides the best."""
+        self.directory = Path(workdir).resolve() / "checkpoints"  # Orbax refuses relative paths
+        keep_any = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(keep),
+                policies.BestN(get_metric_fn=_auc, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_auc, preservation_policy=keep_any, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: TrainState, run: dict, auc: float | None) -> None:
+        """Starts a save of `state` and the JSON `run`; the call returns once both are copied."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        metrics = None if auc is None else {_BEST: auc}
+        if step == self._manager.latest_step():  # stopped again before the first step
+            return
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint's folder."""
+        step = self._manager.latest_step()
+        return None if step is None else self.directory / str(step)
+
+    def older_than(self, path: Path) -> Path | None:
+        """The newest checkpoint before the one at `path`."""
+        steps = [step for step in self._manager.all_steps() if step < int(path.name)]
+        return self.directory / str(max(steps)) if steps else None
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits likewise, and ends Orbax's threads."""
+        self._manager.close()
+
+
+def _auc(metrics: dict) -> float:
+    return metrics[_BEST]
+
+
+def best(workdir: Path) -> Path:
+    """The folder of the best checkpoint by valid AUC in a workdir, or the newest without one.
+
+    Raises:
+        UserError: there is none.
+    """
+    directory = Path(workdir).resolve() / "checkpoints"
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    if not steps:
+        raise UserError(f"{directory}: no checkpoint there; train first, or give --checkpoint")
+    return directory / str(max(steps, key=lambda step: (_score(directory / str(step)), step)))
+
+
+def _score(path: Path) -> float:
+    try:
+        return json.loads((path / "metrics" / "metrics").read_text())[_BEST]
+    except FileNotFoundError:  # saved between evaluations
+        return -1.0
+
+
+def read_run(path: Path) -> dict:
+    """The JSON beside a checkpoint's state: `config` and what the run has counted.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    return _restore(path, run=ocp.args.JsonRestore())["run"]
+
+
+def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
+    """Reads a state into the shapes of `abstract`, onto the devices of `sharding`.
+
+    Raises:
+        UserError: it is not there, damaged, or of other shapes.
+    """
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
+    )
+    return _restore(path, state=ocp.args.StandardRestore(placed))["state"]
+
+
+def _restore(path: Path, **items):
+    path = Path(path).expanduser().resolve()
+    if not path.is_dir():
+        raise UserError(f"{path}: no checkpoint there")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path, args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax raises many kinds; each means that this can't be used
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"checkpoint {path} can't be read: {reason}") from error
+
+
+def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
+    """Compares the configuration that a checkpoint was trained with to the one given.
+
+    Another model, or other optimiser state, can't be loaded; other differences are logged.
+
+    Raises:
+        UserError: naming the fields that differ.
+    """
+    now = json.loads(config.to_json_best_effort())
+    old, new = flatten(ConfigDict(saved)), flatten(ConfigDict(now))
+    changed = [name for name in new if name in old and old[name] != new[name]]
+    fatal = [name for name in changed if _decides_shapes(name, old, new)]
+    if fatal:
+        listed = ", ".join(f"{name} (saved {old[name]!r}, now {new[name]!r})" for name in fatal)
+        raise UserError(f"checkpoint {path} was trained with another {listed}")
+    for name in changed:
+        logging.warning("config.%s was %r in %s, is %r now", name, old[name], path, new[name])
+
+
+def _decides_shapes(name: str, old: dict, new: dict) -> bool:
+    switches = {"ema_decay", "optim.momentum", "optim.clip_norm"}
+    if name in switches:
+        return bool(old[name]) != bool(new[name])
+    free = {"model.dropout", "model.drop_path", "model.bn_momentum"}
+    return name == "optim.name" or (name.startswith("model.") and name not in free)

@@ -1,0 +1,180 @@
+"""Checks a configuration, and derives from it what depends on several fields."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from bef_jax.data.augment import CENTER, PATCH
+from bef_jax.errors import UserError
+from bef_jax.models import REGISTRY
+from configs import default
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "model.name": tuple(REGISTRY),
+    "model.total_stride": (32, 16, 8),
+    "model.attention": ("none", "cbam"),
+    "model.padding": ("same", "symmetric"),
+    "rcc.fill": ("mean", "white"),
+    "data.source": ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic"),
+    "data.placement": ("auto", "device", "host"),
+    "optim.name": ("adamw", "rmsprop", "sgd"),
+    "eval.tta": (1, 8),
+}
+
+# Least and greatest value; None where there is none.
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "batch_size": (1, None),
+    "epochs": (0, None),
+    "steps": (1, None),
+    "label_smoothing": (0, 1),
+    "ema_decay": (0, 1),
+    "bn_groups": (1, None),
+    "log_every": (1, None),
+    "model.num_classes": (2, None),
+    "model.attention_reduction": (1, None),
+    "model.attention_kernel": (1, None),
+    "model.dropout": (0, 0.99),
+    "model.drop_path": (0, 0.99),
+    "model.bn_momentum": (0, 1),
+    "model.bn_epsilon": (1e-12, None),
+    "rcc.min_size": (CENTER[1] - CENTER[0], PATCH),
+    "rcc.max_size": (CENTER[1] - CENTER[0], PATCH),
+    "rcc.eval_size": (CENTER[1] - CENTER[0], PATCH),
+    "augment.stain": (0, 1),
+    "augment.stain_shift": (0, 1),
+    "data.train_size": (1, None),
+    "data.valid_size": (1, None),
+    "data.test_size": (1, None),
+    "data.seed": (0, 2**31 - 1),
+    "optim.learning_rate": (0, None),
+    "optim.warmup_epochs": (0, None),
+    "optim.final_fraction": (0, 1),
+    "optim.weight_decay": (0, None),
+    "optim.momentum": (0, 1),
+    "optim.clip_norm": (0, None),
+    "optim.accumulate": (1, None),
+    "eval.every_epochs": (0, None),
+    "eval.batch_size": (1, None),
+    "eval.threshold": (0, 1),
+    "checkpoint.every_steps": (1, None),
+    "checkpoint.keep": (1, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Durations:
+    """Steps that the configuration and the training split's size come to."""
+
+    steps: int
+    steps_per_epoch: int
+    eval_steps: int
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict:
+    """{"model.name": ..., ...}: every field of the tree by its dotted name."""
+    fields = {}
+    for key, value in config.items():
+        inner = isinstance(value, ConfigDict)
+        fields |= flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return fields
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises `UserError` at the first field that is unknown, missing, mistyped or impossible."""
+    fields, known = flatten(config), flatten(default.get_config())
+    _check_fields(fields, known)
+    for name, choices in CHOICES.items():
+        if fields[name] not in choices:
+            listed = ", ".join(map(str, choices))
+            raise UserError(f"config.{name}={fields[name]!r} is unknown: choose one of {listed}")
+    for name, (least, greatest) in RANGES.items():
+        _check_range(name, fields[name], least, greatest)
+    _check_combinations(config)
+
+
+def _check_fields(fields: dict, known: dict) -> None:
+    for name in [*fields, *known]:
+        if name not in known:
+            raise UserError(f"config.{name} is unknown: configs/default.py lists every field")
+        if name not in fields:
+            raise UserError(f"config.{name} is missing: start from configs/default.py")
+        _check_type(name, fields[name], known[name])
+
+
+def _check_type(name: str, value, example) -> None:
+    """An integer passes for a float, and None only where the default is empty."""
+    kinds = {float: (int, float), tuple: (tuple, list), type(None): (int, type(None))}
+    allowed = kinds.get(type(example), (type(example),))
+    is_flag = isinstance(value, bool) and not isinstance(example, bool)
+    if is_flag or not isinstance(value, allowed):
+        wanted = "int" if example is None else type(example).__name__
+        raise UserError(f"config.{name}={value!r} has the wrong type: it takes {wanted}")
+
+
+def _check_range(name: str, value, least, greatest) -> None:
+    if value is None:
+        return
+    inside = value >= least and (greatest is None or value <= greatest)  # NaN is not
+    if not inside or value == float("inf"):
+        upper = "" if greatest is None else f" and at most {greatest}"
+        raise UserError(f"config.{name}={value!r} is out of range: at least {least}{upper}")
+
+
+def _check_combinations(config: ConfigDict) -> None:
+    rcc, batch = config.rcc, config.batch_size
+    if rcc.min_size > rcc.max_size:
+        raise UserError(
+            f"config.rcc.min_size={rcc.min_size} is above rcc.max_size={rcc.max_size}: lower it"
+        )
+    if rcc.eval_size % 2:
+        raise UserError(f"config.rcc.eval_size={rcc.eval_size} is odd: a center crop needs it even")
+    if config.model.attention_kernel % 2 == 0:
+        raise UserError("config.model.attention_kernel is even: choose an odd side")
+    if config.steps is None and config.epochs == 0:
+        raise UserError("config.epochs is 0 and config.steps is empty: set one of them")
+    if config.eval.every_epochs == 0:
+        raise UserError("config.eval.every_epochs is 0: give a part of an epoch, such as 0.5")
+    if batch % config.optim.accumulate:
+        raise UserError(f"config.optim.accumulate must divide batch_size={batch}")
+    if batch // config.optim.accumulate % config.bn_groups:
+        raise UserError("config.bn_groups must divide batch_size / optim.accumulate")
+    for name in ("augment.mean", "augment.std"):
+        _check_triple(name, config.augment[name.removeprefix("augment.")])
+    _check_ratio(config.data.split_ratio)
+    if 0 in config.augment.std:
+        raise UserError("config.augment.std holds a 0: normalisation would divide by it")
+
+
+def _check_triple(name: str, values) -> None:
+    numbers = all(isinstance(x, (int, float)) and x == x for x in values)
+    if len(values) != 3 or not numbers:
+        raise UserError(f"config.{name}={values!r}: give three numbers, one per channel")
+
+
+def _check_ratio(ratio) -> None:
+    _check_triple("data.split_ratio", ratio)
+    if min(ratio) < 0 or sum(ratio) <= 0:
+        raise UserError(
+            f"config.data.split_ratio={tuple(ratio)}: give shares that are not negative"
+        )
+
+
+def durations(config: ConfigDict, n_train: int) -> Durations:
+    """Turns epochs into steps; `config.steps` decides over `config.epochs` when it is set.
+
+    Raises:
+        UserError: the training split does not fill one batch.
+    """
+    steps_per_epoch = n_train // config.batch_size
+    if not steps_per_epoch:
+        raise UserError(
+            f"config.batch_size={config.batch_size} exceeds the {n_train} training patches: "
+            "lower it"
+        )
+    return Durations(
+        steps=config.steps or max(1, round(config.epochs * steps_per_epoch)),
+        steps_per_epoch=steps_per_epoch,
+        eval_steps=max(1, round(config.eval.every_epochs * steps_per_epoch)),
+    )

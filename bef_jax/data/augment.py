@@ -1,0 +1,168 @@
+"""Augmentation on the device: jitted, batched, from uint8.
+
+Every function takes a whole batch; random ones take a key, so a batch is augmented the same way
+on any number of devices. The order is: flips and turns, random center cropping, stain jitter,
+normalisation.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+PATCH = 96  # side of a patch, in pixels
+CENTER = (32, 64)  # rows and columns of the region that decides a patch's label
+
+# Optical densities of haematoxylin, eosin and a residual (Ruifrok & Johnston 2001), a row each.
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], np.float32)
+
+
+def augment(key: Array, images: Array, config: ConfigDict) -> Array:
+    """What the network sees of a training batch.
+
+    Args:
+        key: a typed PRNG key.
+        images: [N, 96, 96, 3], uint8.
+        config: the whole configuration; `rcc` and `augment` are read.
+
+    Returns:
+        [N, S, S, 3], float32, normalised; S is rcc.max_size, or 96 without RCC.
+    """
+    turn_key, window_key, stain_key = jax.random.split(key, 3)
+    if config.augment.flips:
+        images = random_symmetry(turn_key, images)
+    inside = None
+    if config.rcc.enabled:
+        images, inside = random_center_crop(window_key, images, config.rcc)
+    if config.augment.stain or config.augment.stain_shift:
+        images = stain_jitter(stain_key, images, config.augment.stain, config.augment.stain_shift)
+    x = normalise(images, config.augment)
+    if inside is None:
+        return x
+    fill = 0.0 if config.rcc.fill == "mean" else white(config.augment)
+    return jnp.where(inside, x, fill)
+
+
+def eval_view(images: Array, config: ConfigDict) -> Array:
+    """The central crop of side rcc.eval_size (96 without RCC), normalised, float32."""
+    size = config.rcc.eval_size if config.rcc.enabled else PATCH
+    return normalise(center_crop(images, size), config.augment)
+
+
+def normalise(images: Array, augment_config: ConfigDict) -> Array:
+    """(images / 255 - mean) / std per channel, from 0 .. 255, as float32."""
+    mean, std = (jnp.asarray(augment_config[name], jnp.float32) for name in ("mean", "std"))
+    return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+
+def white(augment_config: ConfigDict) -> Array:
+    """What normalisation makes of a white pixel, [3]."""
+    return normalise(jnp.full(3, 255, jnp.uint8), augment_config)
+
+
+# ---- flips and turns ----------------------------------------------------------------------------
+
+
+def symmetry(images: Array, which: Array) -> Array:
+    """Applies one of a square's eight symmetries to each image.
+
+    Args:
+        images: [N, S, S, C].
+        which: [N], integers in 0 .. 7; bit 0 mirrors rows, bit 1 columns, bit 2 transposes.
+    """
+    bits = [(which >> bit & 1).astype(bool)[:, None, None, None] for bit in range(3)]
+    images = jnp.where(bits[0], images[:, ::-1], images)
+    images = jnp.where(bits[1], images[:, :, ::-1], images)
+    return jnp.where(bits[2], images.swapaxes(1, 2), images)
+
+
+def random_symmetry(key: Array, images: Array) -> Array:
+    """One of the eight symmetries for each image, each as likely."""
+    return symmetry(images, jax.random.randint(key, images.shape[:1], 0, 8))
+
+
+# ---- random center cropping ---------------------------------------------------------------------
+
+
+def random_center_crop(key: Array, images: Array, rcc: ConfigDict) -> tuple[Array, Array]:
+    """Cuts from each image a window at a random place, of a random size, around the center.
+
+    Args:
+        images: [N, 96, 96, C].
+
+    Returns:
+        A canvas [N, S, S, C] with S = rcc.max_size around each window, at the patch's own scale;
+        and which of its pixels belong to the window, bool [N, S, S, 1].
+    """
+    sizes, offsets = sample_windows(key, images.shape[0], rcc.min_size, rcc.max_size)
+    return crop_windows(images, sizes, offsets, rcc.max_size)
+
+
+def sample_windows(key: Array, n: int, min_size: int, max_size: int) -> tuple[Array, Array]:
+    """Sides [n] in min_size .. max_size and top left corners [n, 2], all equally likely.
+
+    Every window lies inside the patch and holds its central 32x32 whole.
+    """
+    size_key, offset_key = jax.random.split(key)
+    sizes = jax.random.randint(size_key, (n,), min_size, max_size + 1)
+    first, last = offset_bounds(sizes[:, None])
+    return sizes, jax.random.randint(offset_key, (n, 2), first, last + 1)
+
+
+def offset_bounds(size):
+    """First and last corner from which a window of `size` holds the center, inside the patch."""
+    return jnp.maximum(0, CENTER[1] - size), jnp.minimum(CENTER[0], PATCH - size)
+
+
+def crop_windows(images: Array, sizes: Array, offsets: Array, canvas: int) -> tuple[Array, Array]:
+    """Cuts canvases of one side around windows of any size; see `random_center_crop`."""
+    margin = (canvas - sizes[:, None]) // 2
+    corners = jnp.clip(offsets - margin, 0, PATCH - canvas)
+    if canvas < PATCH:
+        cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(
+            image, (*at, 0), (canvas, canvas, image.shape[-1])
+        ))  # fmt: skip
+        images = cut(images, corners)
+    positions = jnp.arange(canvas)
+    first = (offsets - corners)[..., None]
+    within = (positions >= first) & (positions < first + sizes[:, None, None])
+    return images, (within[:, 0, :, None] & within[:, 1, None, :])[..., None]
+
+
+def center_crop(images: Array, size: int) -> Array:
+    """The central `size` x `size` of [N, 96, 96, C]."""
+    first = (PATCH - size) // 2
+    return images[:, first : first + size, first : first + size]
+
+
+# ---- stains -------------------------------------------------------------------------------------
+
+
+def stain_jitter(key: Array, images: Array, scale: float, shift: float) -> Array:
+    """Changes how strongly each patch is stained, as in Tellez et al. 2018.
+
+    Light is absorbed exponentially, so stains add up in optical density, od = -ln(I / 255). There
+    each patch's haematoxylin, eosin and residual get a factor in 1 -+ scale and an offset in
+    -+ shift. Unmixing, change and mixing are one 3x3 matrix per patch.
+
+    Args:
+        images: [N, H, W, 3], 0 .. 255.
+
+    Returns:
+        [N, H, W, 3], float32, 0 .. 255.
+    """
+    scale_key, shift_key = jax.random.split(key)
+    n = images.shape[0]
+    factors = 1 + jax.random.uniform(scale_key, (n, 3), minval=-scale, maxval=scale)
+    offsets = jax.random.uniform(shift_key, (n, 3), minval=-shift, maxval=shift)
+    return restain(images, factors, offsets)
+
+
+def restain(images: Array, factors: Array, offsets: Array) -> Array:
+    """Multiplies each patch's stains by factors [N, 3] and adds offsets [N, 3] to them."""
+    stains = jnp.asarray(STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True))
+    mix = jnp.einsum("ij,nj,jk->nik", jnp.linalg.inv(stains), factors, stains)
+    density = -jnp.log((images.astype(jnp.float32) + 1) / 256)  # + 1: black stays finite
+    density = jnp.einsum("nhwi,nik->nhwk", density, mix) + (offsets @ stains)[:, None, None]
+    return jnp.clip(256 * jnp.exp(-density) - 1, 0, 255)

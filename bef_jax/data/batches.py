@@ -1,0 +1,177 @@
+"""Batches as a pure function of (seed, step): a permutation per epoch, then a gather.
+
+Nothing is carried from step to step, so a resumed run needs the step alone, on any number of
+devices or hosts. Where the patches live decides who gathers: the devices, from a split that is
+spread over their memory, or a host thread, one batch ahead.
+"""
+
+import dataclasses
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+
+from bef_jax import sharding
+from bef_jax.data.store import Split
+
+_SHARE = 0.5  # of the accelerators' memory that a split may take: the step needs the rest
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """images [B, 96, 96, 3], uint8; labels [B], int32; rows over devices."""
+
+    images: Array
+    labels: Array
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of n patches in one epoch, [n], int64."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_indices(seed: int, step: int, n: int, batch_size: int) -> np.ndarray:
+    """Which of n patches step `step` trains on, [batch_size].
+
+    An epoch is n // batch_size steps; what is left over takes part in the next epoch's shuffle.
+    """
+    epoch, index = divmod(step, n // batch_size)
+    start = index * batch_size
+    return epoch_permutation(seed, epoch, n)[start : start + batch_size]
+
+
+def train_batches(
+    split: Split, mesh: Mesh, placement: str, seed: int, batch_size: int, start: int
+) -> Iterator[Batch]:
+    """Yields the batches of steps start, start + 1, ... without end.
+
+    Args:
+        placement: device, host, or auto: the devices if the split fits half of their memory.
+    """
+    indices = functools.partial(batch_indices, seed, n=len(split), batch_size=batch_size)
+    if placement == "auto":
+        placement = "device" if fits_devices(split) else "host"
+    if placement == "host":
+        gather = functools.partial(put_batch, split, mesh)
+        return _prefetch(lambda step: gather(indices(step)), start)
+    return _device_batches(split, mesh, indices, start)
+
+
+def fits_devices(split: Split) -> bool:
+    """Whether a split takes at most half of the accelerators' memory; never on CPU.
+
+    A CPU's device memory is the host's: a copy would buy nothing over the mapped file.
+    """
+    stats = jax.local_devices()[0].memory_stats()
+    if jax.default_backend() == "cpu" or not stats:
+        return False
+    return split.images.nbytes <= _SHARE * stats["bytes_limit"] * jax.device_count()
+
+
+def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:
+    """Gathers rows on the host; each host reads only those of its own devices."""
+
+    def put(rows) -> Array:
+        shape = (len(indices), *rows.shape[1:])
+        return jax.make_array_from_callback(
+            shape, sharding.by_rows(mesh), lambda index: rows[indices[index[0]]]
+        )
+
+    return Batch(put(split.images), put(split.labels.astype(np.int32)))
+
+
+def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
+    """Yields make(start), make(start + 1), ...; a thread makes two ahead."""
+    ready: queue.Queue = queue.Queue(maxsize=2)
+    stop = threading.Event()
+
+    def work() -> None:
+        step = start
+        while not stop.is_set():
+            try:
+                item = make(step)
+            except Exception as error:  # shown where the batch is asked for
+                item = error
+            _put_unless(stop, ready, item)
+            step += 1
+
+    threading.Thread(target=work, daemon=True, name="batches").start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stop.set()
+
+
+def _put_unless(stop: threading.Event, ready: queue.Queue, item) -> None:
+    """Waits for room, but not for ever: nobody empties the queue of a loop that has ended."""
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+
+
+# ---- on the devices -----------------------------------------------------------------------------
+
+
+def _device_batches(split: Split, mesh: Mesh, indices: Callable, start: int) -> Iterator[Batch]:
+    images = place(split.images, mesh)
+    labels = place(split.labels.astype(np.int32), mesh)
+    gather = jax.jit(functools.partial(gather_rows, mesh=mesh))
+    everywhere = sharding.replicated(mesh)
+    step = start
+    while True:
+        at = jax.device_put(indices(step).astype(np.int32), everywhere)
+        yield Batch(gather(images, at), gather(labels, at))
+        step += 1
+
+
+def place(rows: np.ndarray, mesh: Mesh) -> Array:
+    """Spreads rows over the devices, a consecutive part each; the last is padded with zeros."""
+    total = -(-len(rows) // mesh.size) * mesh.size
+
+    def part(index) -> np.ndarray:
+        held = rows[index[0]]
+        first, last, _ = index[0].indices(total)
+        missing = last - first - len(held)
+        return np.pad(held, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else held
+
+    return jax.make_array_from_callback((total, *rows.shape[1:]), sharding.by_rows(mesh), part)
+
+
+def gather_rows(rows: Array, indices: Array, mesh: Mesh) -> Array:
+    """rows[indices], spread over the devices by rows as well.
+
+    Each device picks what it holds of the batch and leaves zeros elsewhere; their sum, scattered,
+    is the batch. So a batch crosses the wires once, and the split never does.
+
+    Args:
+        rows: [n, ...] from `place`, on the devices.
+        indices: [B] on every device; B a multiple of the devices' number.
+    """
+    if mesh.size == 1:
+        return jnp.take(rows, indices, axis=0)
+
+    def pick(held: Array, indices: Array) -> Array:
+        local = indices - lax.axis_index(sharding.AXIS) * len(held)
+        mine = (local >= 0) & (local < len(held))
+        picked = held[jnp.where(mine, local, 0)]
+        picked = jnp.where(mine.reshape(-1, *[1] * (held.ndim - 1)), picked, 0)
+        return lax.psum_scatter(picked, sharding.AXIS, scatter_dimension=0, tiled=True)
+
+    by_rows, everywhere = PartitionSpec(sharding.AXIS), PartitionSpec()
+    return jax.shard_map(pick, mesh=mesh, in_specs=(by_rows, everywhere), out_specs=by_rows)(
+        rows, indices
+    )

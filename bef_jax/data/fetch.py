@@ -1,0 +1,132 @@
+"""Fetches PatchCamelyon's files from Zenodo, resuming what was interrupted."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pooch
+import requests
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from bef_jax.errors import UserError
+
+PCAM_URL = "https://zenodo.org/records/2546921/files/"
+RETRIES = 3  # after a broken connection, each going on where the last one stopped
+TIMEOUT = 60  # seconds without a byte
+BLOCK_BYTES = 1 << 20
+
+
+class RemoteFile(NamedTuple):
+    """Size and checksum of a file, as the checksums of TensorFlow Datasets give them."""
+
+    bytes: int
+    sha256: str
+
+
+PCAM_FILES = {
+    "camelyonpatch_level_2_split_test_x.h5.gz": RemoteFile(
+        800875929, "79174c2201ad521602a5888be8f36ee10875f37403dd3f2086caf2182ef87245"
+    ),
+    "camelyonpatch_level_2_split_test_y.h5.gz": RemoteFile(
+        3040, "0a522005fccc8bbd04c5a117bfaf81d8da2676f03a29d7499f71d0a0bd6068ef"
+    ),
+    "camelyonpatch_level_2_split_train_x.h5.gz": RemoteFile(
+        6421353462, "d619e741468a7ab35c7e4a75e6821b7e7e6c9411705d45708f2a0efc8960656c"
+    ),
+    "camelyonpatch_level_2_split_train_y.h5.gz": RemoteFile(
+        21378, "b74126d2c01b20d3661f9b46765d29cf4e4fba6faba29c8e0d09d406331ab75a"
+    ),
+    "camelyonpatch_level_2_split_valid_x.h5.gz": RemoteFile(
+        805965320, "f82ee1670d027b4ec388048d9eabc2186b77c009655dae76d624c0ecb053ccb2"
+    ),
+    "camelyonpatch_level_2_split_valid_y.h5.gz": RemoteFile(
+        3038, "ce1ae30f08feb468447971cfd0472e7becd0ad96d877c64120c72571439ae48c"
+    ),
+}
+
+
+def fetch_pcam(
+    folder: Path, base_url: str = PCAM_URL, files: Mapping[str, RemoteFile] = PCAM_FILES
+) -> None:
+    """Fetches those of `files` that `folder` lacks, packed or unpacked, and checks each.
+
+    A file appears under its name only when its size and sha256 are right. What an interrupted
+    run got of it stays beside it as <name>.part, and the next run goes on from there.
+
+    Raises:
+        UserError: a file cannot be reached or written, or arrives with another checksum.
+    """
+    missing = [name for name in files if not _is_there(folder / name)]
+    if not missing:
+        return
+    registry = {name: f"sha256:{files[name].sha256}" for name in missing}
+    remote = pooch.create(folder, base_url, registry=registry, retry_if_failed=RETRIES)
+    with _progress_bar() as bar:
+        for name in missing:
+            try:
+                remote.fetch(name, downloader=_ResumingDownloader(files[name].bytes, name, bar))
+            except (OSError, ValueError) as error:  # those of requests are OSErrors
+                raise UserError(
+                    f"{base_url}{name}: cannot be fetched ({error}); run again to go on, "
+                    f"or put the file into {folder} yourself"
+                ) from error
+
+
+def _is_there(packed: Path) -> bool:
+    return packed.is_file() or packed.with_suffix("").is_file()
+
+
+def _progress_bar() -> Progress:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}")
+    return Progress(name, *columns, console=Console(stderr=True))
+
+
+class _ResumingDownloader:
+    """What pooch calls to fetch one file: appends to <name>.part, then hands it over whole."""
+
+    def __init__(self, size: int, name: str, bar: Progress):
+        self.size = size
+        self.name = name
+        self.bar = bar
+        self.task = bar.add_task(name, total=size)
+
+    def __call__(self, url: str, output_file: str, _: pooch.Pooch) -> None:
+        # Pooch's own temporary file has another name each time, so it could not be resumed.
+        part = Path(output_file).with_name(f"{self.name}.part")
+        if _size(part) > self.size:
+            part.unlink()
+        if _size(part) < self.size:
+            self._append(url, part)
+        if _size(part) != self.size:
+            raise requests.ConnectionError(f"got {_size(part)} bytes of {self.size}")
+        os.replace(part, output_file)
+
+    def _append(self, url: str, part: Path) -> None:
+        start = _size(part)
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            response.raise_for_status()
+            # A server that knows no ranges sends the file from its start, with status 200.
+            resumed = response.status_code == requests.codes.partial_content
+            self.bar.update(self.task, completed=start if resumed else 0)
+            with open(part, "ab" if resumed else "wb") as file:
+                for block in response.iter_content(BLOCK_BYTES):
+                    file.write(block)
+                    self.bar.advance(self.task, len(block))
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0

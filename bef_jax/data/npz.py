@@ -1,0 +1,95 @@
+"""Decoded arrays: {train,valid,test}.npz with images, labels and, optionally, ids."""
+
+import contextlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from bef_jax.data.chunk import (
+    IMAGE_SHAPE,
+    READ_ORDER,
+    Chunk,
+    check_images,
+    check_labels,
+    kept,
+    ranges,
+)
+from bef_jax.errors import UserError
+
+
+def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+    """Yields (split, chunk) of the .npz files in `data.dir`; test.npz may be absent.
+
+    A file without ids gets npz_<split>_<row>.
+
+    Raises:
+        UserError: a file is missing, damaged, or its arrays are not patches and labels.
+    """
+    folder = Path(data.dir).expanduser()
+    paths = {split: folder / f"{split}.npz" for split in READ_ORDER}
+    if not paths["test"].is_file():
+        del paths["test"]
+    for path in paths.values():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; set config.data.dir to the folder that has it")
+    for split, path in paths.items():
+        with _readable(path):
+            for chunk in _read_split(split, path, data[f"{split}_size"]):
+                yield split, chunk
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what zipfile and NumPy say about a damaged file into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); write the file again") from error
+
+
+def _read_split(split: str, path: Path, limit: int | None) -> Iterator[Chunk]:
+    with zipfile.ZipFile(path) as archive, archive.open("images.npy") as member:
+        shape = _read_header(member, path)
+        labels, ids = _read_labels(path, split, shape[0])
+        for rows in ranges(kept(shape[0], limit)):
+            yield Chunk(_read_images(member, rows.stop - rows.start), labels[rows], ids[rows])
+
+
+def _read_header(member: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
+    version = np.lib.format.read_magic(member)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, fortran_order, dtype = read_header(member)
+    check_images(shape, dtype, f"{path} (images)")
+    if fortran_order:
+        raise UserError(f"{path} (images): Fortran order; write np.ascontiguousarray(images)")
+    return shape
+
+
+def _read_images(member: zipfile.ZipExtFile, count: int) -> np.ndarray:
+    # np.load would hold the whole array in memory: only these rows are taken off the stream.
+    size = count * int(np.prod(IMAGE_SHAPE))
+    block = member.read(size)
+    if len(block) != size:
+        raise EOFError("images end too early")
+    return np.frombuffer(block, np.uint8).reshape(count, *IMAGE_SHAPE)
+
+
+def _read_labels(path: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        labels = check_labels(arrays["labels"], count, f"{path} (labels)")
+        if "ids" not in arrays:
+            return labels, np.asarray([f"npz_{split}_{row}" for row in range(count)])
+        ids = arrays["ids"]
+    ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str)
+    if ids.shape != (count,):
+        raise UserError(f"{path} (ids): shape {list(ids.shape)} for {count} images; one id each")
+    return labels, ids

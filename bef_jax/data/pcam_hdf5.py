@@ -1,0 +1,102 @@
+"""PatchCamelyon's own files: camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 or .h5.gz."""
+
+import contextlib
+import gzip
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+from ml_collections import ConfigDict
+
+from bef_jax.data import fetch
+from bef_jax.data.chunk import (
+    READ_ORDER,
+    Chunk,
+    check_images,
+    check_labels,
+    kept,
+    ranges,
+)
+from bef_jax.errors import UserError
+
+CACHE_BYTES = 64 << 20  # of HDF5's chunks: a chunk is then decompressed once, whatever its shape
+
+
+def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+    """Yields (split, chunk) of PCam's HDF5 files in `data.dir`; the test split may be absent.
+
+    The id of a patch is pcam_<split>_<row of the file>. With `data.download`, files that are
+    missing are fetched first.
+
+    Raises:
+        UserError: a file is missing, damaged, or holds something else than PCam's patches.
+    """
+    folder = Path(data.dir).expanduser()
+    if data.download:
+        fetch.fetch_pcam(folder)
+    paths = {split: _split_paths(folder, split) for split in READ_ORDER}
+    for split, found in paths.items():
+        if found is not None:
+            for chunk in _read_split(split, *found, data[f"{split}_size"]):
+                yield split, chunk
+
+
+def _split_paths(folder: Path, split: str) -> tuple[Path, Path] | None:
+    stem = f"camelyonpatch_level_2_split_{split}"
+    found = {name: _find(folder / f"{stem}_{name}.h5") for name in "xy"}
+    if split == "test" and not any(found.values()):
+        return None
+    for name, path in found.items():
+        if path is None:
+            raise UserError(
+                f"{folder / stem}_{name}.h5 (or .h5.gz): no such file; set config.data.dir, "
+                "or fetch PCam with --config.data.download=True"
+            )
+    return found["x"], found["y"]
+
+
+def _find(path: Path) -> Path | None:
+    packed = path.with_name(path.name + ".gz")
+    return next((candidate for candidate in (path, packed) if candidate.is_file()), None)
+
+
+def _read_split(split: str, images: Path, labels: Path, limit: int | None) -> Iterator[Chunk]:
+    with _dataset(labels, "y") as y, _dataset(images, "x") as x:
+        check_images(x.shape, x.dtype, str(images))
+        flags = check_labels(y[:], len(x), str(labels))
+        for rows in ranges(kept(len(x), limit)):
+            ids = [f"pcam_{split}_{row}" for row in range(rows.start, rows.stop)]
+            yield Chunk(x[rows], flags[rows], np.asarray(ids))
+
+
+@contextlib.contextmanager
+def _dataset(path: Path, name: str) -> Iterator[h5py.Dataset]:
+    """Opens the data set `name` of an HDF5 file; what HDF5 or gzip dislike is a UserError."""
+    try:
+        with _unpacked(path) as source, h5py.File(source, "r", rdcc_nbytes=CACHE_BYTES) as file:
+            if name not in file:
+                raise UserError(f"{path}: has no data set '{name}'; is it one of PCam's files?")
+            yield file[name]
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); fetch it again, or unpack it yourself"
+        ) from error
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator:
+    """Gives what h5py opens: the path itself, or an unpacked copy of a .gz file."""
+    if path.suffix != ".gz":
+        yield path
+        return
+    # HDF5 seeks, gzip cannot. The copy has no name, so that even a kill leaves nothing behind.
+    folder = path.parent if os.access(path.parent, os.W_OK) else None
+    with tempfile.TemporaryFile(dir=folder) as copy:
+        with gzip.open(path) as packed:
+            shutil.copyfileobj(packed, copy, 1 << 20)
+        yield copy

@@ -1,0 +1,120 @@
+"""Kaggle's layout of RPCam: train/<id>.tif and train_labels.csv, without a split of its own."""
+
+import csv
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from ml_collections import ConfigDict
+from PIL import Image
+
+from bef_jax.data.chunk import READ_ORDER, Chunk, batched_rows, check_images, kept
+from bef_jax.errors import UserError
+
+
+def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+    """Yields (split, chunk) of Kaggle's folder `data.dir`, each split in the order of its ids.
+
+    A patch's split is decided by the hash of its id, in the ratio `data.split_ratio`.
+
+    Raises:
+        UserError: a file is missing, damaged or not a patch, a row of the table is wrong, or
+            the ratio leaves a split empty.
+    """
+    folder = Path(data.dir).expanduser()
+    labels = _read_labels(folder / "train_labels.csv")
+    _check_files(folder / "train", labels)
+    splits = _assign_splits(sorted(labels), data.split_ratio)
+    for split in READ_ORDER:
+        ids = splits[split][: kept(len(splits[split]), data[f"{split}_size"])]
+        rows = ((_decode(folder / "train" / f"{i}.tif"), labels[i], i) for i in ids)
+        for chunk in batched_rows(rows):
+            yield split, chunk
+
+
+def split_of(name: str, ratio: Sequence[float]) -> str:
+    """Returns the split of the patch with the id `name`, for the shares of train, valid, test.
+
+    It depends on nothing but the id and the ratio: not on the other patches, nor on their order.
+    """
+    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 * sum(ratio)
+    if share < ratio[0]:
+        return "train"
+    return "valid" if share < ratio[0] + ratio[1] or not ratio[2] else "test"
+
+
+def _assign_splits(ids: Sequence[str], ratio: Sequence[float]) -> dict[str, list[str]]:
+    if len(ratio) != 3 or min(ratio) < 0 or min(ratio[:2]) == 0:
+        raise UserError(
+            f"config.data.split_ratio is {tuple(ratio)}; "
+            "set the shares of train, valid and test, the first two above 0"
+        )
+    splits = {split: [] for split in READ_ORDER}
+    for name in ids:
+        splits[split_of(name, ratio)].append(name)
+    for split, share in zip(("train", "valid", "test"), ratio, strict=True):
+        if share and not splits[split]:
+            raise UserError(
+                f"config.data.split_ratio leaves no patch of {len(ids)} for the {split} split; "
+                "give it a larger share, or use more patches"
+            )
+    return splits
+
+
+def _read_labels(path: Path) -> dict[str, int]:
+    """Returns {id: label} of train_labels.csv."""
+    labels = {}
+    try:
+        # utf-8-sig drops the mark that spreadsheets put in front.
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            if not {"id", "label"} <= set(table.fieldnames or ()):
+                raise UserError(f"{path}: its first line must be id,label")
+            for row in table:
+                _add_label(labels, row, f"{path} line {table.line_num}")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; set config.data.dir to its folder") from error
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from error
+    if not labels:
+        raise UserError(f"{path}: names no patch; fetch it again")
+    return labels
+
+
+def _add_label(labels: dict[str, int], row: dict, where: str) -> None:
+    name = row["id"]
+    if row["label"] not in ("0", "1"):
+        raise UserError(f"{where}: label {row['label']!r}; it must be 0 (normal) or 1 (tumour)")
+    if name in labels:
+        raise UserError(f"{where}: {name} was there before; each patch needs exactly one row")
+    labels[name] = int(row["label"])
+
+
+def _check_files(folder: Path, labels: dict[str, int]) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; set config.data.dir to the folder above it")
+    files = {file.stem for file in folder.glob("*.tif")}
+    for missing in sorted(labels.keys() - files)[:1]:
+        raise UserError(f"{folder / missing}.tif: no such file, but train_labels.csv has its label")
+    for unlabelled in sorted(files - labels.keys())[:1]:
+        raise UserError(f"{folder / unlabelled}.tif: train_labels.csv has no row for it; add it")
+
+
+def _decode(path: Path) -> np.ndarray:
+    """Returns the pixels of a .tif file, uint8 [96, 96, 3]."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, ValueError):  # a compression that Pillow does not know
+        pixels = _decode_by_tifffile(path)
+    check_images((1, *pixels.shape), pixels.dtype, str(path))
+    return pixels
+
+
+def _decode_by_tifffile(path: Path) -> np.ndarray:
+    try:
+        return tifffile.imread(path)
+    except Exception as error:  # a damaged file can raise almost anything there
+        raise UserError(f"{path}: cannot be decoded ({error}); fetch it again") from error

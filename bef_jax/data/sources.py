@@ -1,0 +1,45 @@
+"""The sources of patches, by name: each is read once, into a store."""
+
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from bef_jax.data import npz, pcam_hdf5, rpcam, synthetic, tfds
+from bef_jax.data.chunk import Chunk
+from bef_jax.errors import UserError
+
+SOURCES: dict[str, Callable[[ConfigDict], Iterator[tuple[str, Chunk]]]] = {
+    "pcam_hdf5": pcam_hdf5.read,
+    "rpcam": rpcam.read,
+    "npz": npz.read,
+    "tfds": tfds.read,
+    "synthetic": synthetic.read,
+}
+
+
+def check(data: ConfigDict) -> None:
+    """Checks the fields of `config.data` that decide what is read.
+
+    Raises:
+        UserError: an unknown source, or a split size below 1.
+    """
+    if data.source not in SOURCES:
+        raise UserError(
+            f"config.data.source: unknown source {data.source!r}; one of {', '.join(SOURCES)}"
+        )
+    for split in ("train", "valid", "test"):
+        size = data[f"{split}_size"]
+        if size is not None and size < 1:
+            raise UserError(f"config.data.{split}_size is {size}; set 1 or more, or leave it empty")
+
+
+def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+    """Yields every patch of `config.data.source` as (split, chunk), the test split first.
+
+    The order is test, valid, train, each split whole; memory does not grow with the source.
+
+    Raises:
+        UserError: a field, file, image or label that is not as it must be.
+    """
+    check(data)
+    yield from SOURCES[data.source](data)

@@ -1,0 +1,96 @@
+"""TensorFlow Datasets' patch_camelyon, read without TensorFlow once it is prepared."""
+
+import contextlib
+import importlib.util
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from bef_jax.data.chunk import READ_ORDER, Chunk, batched_rows, check_images, check_labels, kept
+from bef_jax.errors import UserError
+
+NAME = "patch_camelyon"
+FILE_FORMAT = "array_record"  # the one that a data source reads at random, without TensorFlow
+TFDS_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+
+
+def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+    """Yields (split, chunk) of patch_camelyon in `data.dir`, a data_dir of TFDS.
+
+    Ids are those of the same patches in `pcam_hdf5`; the order is TFDS's. With `data.download`,
+    a set that is not there is downloaded and prepared, which takes TensorFlow.
+
+    Raises:
+        UserError: the set is not prepared, or not in the array_record format.
+    """
+    folder = Path(data.dir).expanduser()
+    builder = _prepared_builder(folder, data.download)
+    for split in READ_ORDER:
+        rows = _data_source(builder, TFDS_SPLITS[split])
+        count = kept(len(rows), data[f"{split}_size"])
+        for chunk in batched_rows(_to_row(rows[i]) for i in range(count)):
+            check_images(chunk.images.shape, chunk.images.dtype, f"{folder} ({NAME})")
+            check_labels(chunk.labels, len(chunk.images), f"{folder} ({NAME})")
+            yield split, chunk
+
+
+def download_and_prepare(folder: Path) -> None:
+    """Lets TFDS fetch patch_camelyon and write it below `folder`; imports TensorFlow.
+
+    PCam's .h5.gz files are not downloaded if they lie in <folder>/downloads/manual.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the summary alone
+        builder = tfds.builder(NAME, data_dir=folder, file_format=FILE_FORMAT)
+        builder.download_and_prepare(file_format=FILE_FORMAT)
+
+
+def _prepared_builder(folder: Path, download: bool) -> tfds.core.DatasetBuilder:
+    if not _is_prepared(folder):
+        if not download:
+            raise UserError(
+                f"{folder}: TFDS has no prepared {NAME} there; install bef_jax[tfds] and set "
+                f"--config.data.download=True, or run `tfds build {NAME} "
+                f"--file_format={FILE_FORMAT} --data_dir={folder}`"
+            )
+        _prepare_apart(folder)
+    return tfds.builder(NAME, data_dir=folder)
+
+
+def _is_prepared(folder: Path) -> bool:
+    # TFDS warns of a folder that is not there: the error that follows says it better.
+    return (folder / NAME).is_dir() and tfds.builder(NAME, data_dir=folder).is_prepared()
+
+
+def _prepare_apart(folder: Path) -> None:
+    for module in ("tensorflow", "importlib_resources"):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"config.data.download: TFDS needs {module} to prepare {NAME}; install "
+                "bef_jax[tfds], or set config.data.source=pcam_hdf5, which needs no TensorFlow"
+            )
+    # TensorFlow claims a GPU's whole memory, so it lives in a process of its own.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        pool.submit(download_and_prepare, folder).result()
+
+
+def _data_source(builder: tfds.core.DatasetBuilder, split: str):
+    try:
+        return builder.as_data_source(split)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"{builder.data_dir}: no {split} split that can be read without TensorFlow; prepare "
+            f"it again with `tfds build {NAME} --file_format={FILE_FORMAT}` in another folder"
+        ) from error
+
+
+def _to_row(example: dict) -> tuple[np.ndarray, int, str]:
+    name = example["id"]
+    name = name.decode() if isinstance(name, bytes) else str(name)
+    return example["image"], int(example["label"]), f"pcam_{name}"

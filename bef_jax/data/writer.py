@@ -1,0 +1,148 @@
+"""Writes the arrays of a store, patch by patch, and accounts for what they hold."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from bef_jax.data.chunk import IMAGE_SHAPE, Chunk
+from bef_jax.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+DIGEST_BYTES = 16  # two of PCam's 327,680 patches collide with a chance of 1e-28
+MAX_REPORTED = 100  # pairs of ids with conflicting labels that the manifest lists
+
+
+class StoreWriter:
+    """Spreads patches over the folders of their splits.
+
+    With `rectify`, a patch whose pixels came before, in any split, is dropped. A pair of equal
+    patches with different labels is reported; the first of them stays.
+    """
+
+    def __init__(self, folder: Path, rectify: bool):
+        """Starts an empty store in `folder`, which exists and is empty."""
+        self.folder = folder
+        self.rectify = rectify
+        self.read_counts: Counter[str] = Counter()
+        self._writers: dict[str, _SplitWriter] = {}
+        self._first: dict[bytes, tuple[str, int, str]] = {}  # digest -> split, label, id
+        self._dropped_within: Counter[str] = Counter()
+        self._dropped_across: Counter[str] = Counter()
+        self._conflicts: list[list[str]] = []  # ids of the first patch and the later one
+
+    def add(self, split: str, chunk: Chunk) -> None:
+        """Writes the patches of `chunk` that are to be kept."""
+        if split not in self._writers:
+            self._writers[split] = _SplitWriter(self.folder / split)
+        self.read_counts[split] += len(chunk.labels)
+        for image, label, name in zip(*chunk, strict=True):
+            digest = hashlib.sha256(image).digest()[:DIGEST_BYTES]
+            if self._is_new(digest, split, int(label), str(name)) or not self.rectify:
+                self._writers[split].add(image, int(label), str(name), digest)
+
+    def _is_new(self, digest: bytes, split: str, label: int, name: str) -> bool:
+        here = (split, label, name)
+        first_split, first_label, first_name = first = self._first.setdefault(digest, here)
+        if first is here:
+            return True
+        dropped = self._dropped_within if split == first_split else self._dropped_across
+        dropped[split] += self.rectify
+        if label != first_label:
+            self._conflicts.append([first_name, name])
+        return False
+
+    def close(self) -> dict:
+        """Completes the files and returns the part of the manifest that describes them.
+
+        Raises:
+            UserError: train or valid holds no patch, or a split of the source kept none.
+        """
+        for split in {"train", "valid", *self._writers}:
+            if split not in self._writers or not self._writers[split].labels:
+                raise UserError(
+                    f"config.data: no patch is left in the {split} split, of "
+                    f"{self.read_counts[split]} read; check the source, or set "
+                    "config.data.rectify=False to keep duplicates"
+                )
+        for writer in self._writers.values():
+            writer.close()
+        return self._counts() | {"content": self._content(), "files": self._files()}
+
+    def _counts(self) -> dict:
+        labels = {
+            split: self._writers[split].labels if split in self._writers else [] for split in SPLITS
+        }
+        return {
+            "counts": {split: len(labels[split]) for split in SPLITS},
+            "class_counts": {
+                split: [labels[split].count(0), labels[split].count(1)] for split in SPLITS
+            },
+            "duplicates": {
+                "dropped_within": {split: self._dropped_within[split] for split in SPLITS},
+                "dropped_across": {split: self._dropped_across[split] for split in SPLITS},
+                "conflicting_labels": len(self._conflicts),
+                "conflicts": self._conflicts[:MAX_REPORTED],
+            },
+        }
+
+    def _content(self) -> dict[str, str]:
+        samples = {split: writer.samples for split, writer in self._writers.items()}
+        samples["total"] = [sample for split in samples.values() for sample in split]
+        # Sorted, so that the same patches give the same checksum in any order.
+        return {
+            split: hashlib.sha256(b"".join(sorted(found))).hexdigest()
+            for split, found in samples.items()
+        }
+
+    def _files(self) -> dict[str, dict]:
+        return {
+            file.relative_to(self.folder).as_posix(): {
+                "bytes": file.stat().st_size,
+                "sha256": _sha256(file),
+            }
+            for file in sorted(self.folder.glob("*/*.npy"))
+        }
+
+
+class _SplitWriter:
+    """Appends patches to the arrays of one split; only labels, ids and digests stay in memory.
+
+    images.npy grows by ordinary writes: the pages of a memory map would count as our memory.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self.folder = folder
+        self.labels: list[int] = []
+        self.ids: list[str] = []
+        self.samples: list[bytes] = []  # the digest of a patch's pixels, then its label
+        self._images = open(folder / "images.npy", "wb")  # noqa: SIM115 (close() closes it)
+        self._header_bytes = self._write_header()
+
+    def add(self, image: np.ndarray, label: int, name: str, digest: bytes) -> None:
+        self._images.write(np.ascontiguousarray(image).data)
+        self.labels.append(label)
+        self.ids.append(name)
+        self.samples.append(digest + bytes([label]))
+
+    def close(self) -> None:
+        with self._images:
+            self._images.seek(0)
+            # NumPy pads its header for a first axis that grows, so the pixels stay in place.
+            if self._write_header() != self._header_bytes:
+                raise RuntimeError(f"{self._images.name}: the header of {len(self.ids)} grew")
+        np.save(self.folder / "labels.npy", np.asarray(self.labels, np.uint8))
+        np.save(self.folder / "ids.npy", np.asarray(self.ids, str))
+
+    def _write_header(self) -> int:
+        shape = (len(self.labels), *IMAGE_SHAPE)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._images, header)
+        return self._images.tell()
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

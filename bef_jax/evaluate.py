@@ -1,0 +1,123 @@
+"""Exact evaluation: every patch counts once, for any batch size and number of devices."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from scipy.special import expit
+
+from bef_jax import checkpoint, sharding
+from bef_jax.config import flatten, validate
+from bef_jax.data import augment, store
+from bef_jax.data.batches import put_batch
+from bef_jax.data.store import Split
+from bef_jax.errors import UserError
+from bef_jax.metrics import Evaluation, binary_metrics
+from bef_jax.models import create
+from bef_jax.state import abstract_state
+
+
+def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None, split: str | None) -> dict:
+    """--mode=eval: the metrics of a checkpoint on one split.
+
+    Args:
+        checkpoint_path: a checkpoint's folder; the best of `workdir` without it.
+        split: train, valid or test; test without it, or valid where there is no test.
+
+    Raises:
+        UserError: no such checkpoint or split, or the checkpoint is of another network.
+    """
+    path = checkpoint_path or checkpoint.best(workdir)
+    config = with_network_of(path, config)
+    folder = store.store_path(config.data)
+    counts = store.read_manifest(folder)["counts"]
+    patches = store.open_split(folder, split or ("test" if counts.get("test") else "valid"))
+    mesh = sharding.make_mesh()
+    state = checkpoint.restore(path, abstract_state(config), sharding.replicated(mesh))
+    evaluation = make_evaluator(config, mesh)(state.eval_variables(), patches)
+    return {"mode": "eval", "checkpoint": str(path), **summarise(evaluation, config)}
+
+
+def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
+    """The configuration that the checkpoint at `path` was trained with, but `config`'s data.
+
+    Of `config`, `data`, `eval` and `rcc.eval_size` count: they say what is evaluated, and how.
+
+    Raises:
+        UserError: `config` asks for another network, naming the fields.
+    """
+    saved = ConfigDict(checkpoint.read_run(path)["config"])
+    given = ConfigDict(json.loads(config.to_json_best_effort()))
+    old, new = flatten(saved.model), flatten(given.model)
+    differing = [name for name in old if old[name] != new[name]]
+    if differing:
+        listed = ", ".join(f"model.{name}={old[name]}" for name in differing)
+        raise UserError(f"checkpoint {path} has {listed}: give the config that trained it")
+    saved.update(data=given.data, eval=given.eval)
+    saved.rcc.eval_size = given.rcc.eval_size
+    validate(saved)
+    return saved
+
+
+def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
+    """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once."""
+    model = create(config.model, config.dtype, config.bn_groups)
+    log_odds = jax.jit(
+        functools.partial(_log_odds, model, config), out_shardings=sharding.replicated(mesh)
+    )
+    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+
+    def evaluate(variables: dict, split: Split) -> Evaluation:
+        scored = _one_late(
+            [log_odds(variables, images, view) for view in range(config.eval.tta)]
+            for images in (
+                put_batch(split, mesh, rows).images for rows in padded_rows(len(split), batch_size)
+            )
+        )
+        views = np.concatenate([np.stack(parts) for parts in scored], axis=1)[:, : len(split)]
+        # Log-odds, then float64: in float32 the surest patches would all be 1, and tie.
+        probabilities = expit(views.astype(np.float64)).mean(axis=0)
+        metrics = binary_metrics(probabilities, split.labels, config.eval.threshold)
+        return Evaluation(split.name, split.ids, split.labels, probabilities, metrics)
+
+    return evaluate
+
+
+def _one_late(results: Iterator) -> Iterator:
+    """Fetches each result after the next was asked for, so that devices need not wait."""
+    previous = None
+    for result in results:
+        if previous is not None:
+            yield jax.device_get(previous)
+        previous = result
+    yield jax.device_get(previous)
+
+
+def padded_rows(n: int, batch_size: int) -> np.ndarray:
+    """Row numbers 0 .. n - 1 in batches, [batches, batch_size]; the last row fills up."""
+    batches = -(-n // batch_size)
+    return np.minimum(np.arange(batches * batch_size), n - 1).reshape(batches, batch_size)
+
+
+def _log_odds(
+    model: nn.Module, config: ConfigDict, variables: dict, images: Array, view: int
+) -> Array:
+    """The margin of class 1 over class 0 under one of the eight symmetries, [N], float32."""
+    turned = (
+        augment.symmetry(images, jnp.full(len(images), view)) if config.eval.tta > 1 else images
+    )
+    logits = model.apply(variables, augment.eval_view(turned, config), train=False)
+    return logits[:, 1] - logits[:, 0]
+
+
+def summarise(evaluation: Evaluation, config: ConfigDict) -> dict:
+    """The block of a summary that describes one evaluation."""
+    return {"split": evaluation.split, **evaluation.metrics, "tta": config.eval.tta}

@@ -1,0 +1,49 @@
+"""The lines of metrics.jsonl, which TensorBoard gets as well."""
+
+import json
+import os
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class History:
+    """What a run logged, a dict per line: training figures, or those of an evaluation."""
+
+    def __init__(self, workdir: Path):
+        """Goes on with the lines that the workdir has."""
+        self._file = Path(workdir) / "metrics.jsonl"
+        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"))
+        self.lines = _read(self._file)
+
+    def truncate(self, step: int) -> None:
+        """Drops lines after `step`: a run that goes on from there writes them again."""
+        self.lines = [line for line in self.lines if line["step"] <= step]
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(temporary, self._file)
+
+    def write(self, step: int, **figures: float) -> None:
+        """Appends a line."""
+        line = {"step": step, **figures}
+        self.lines.append(line)
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in figures.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes TensorBoard's file."""
+        self._events.close()
+
+
+def _read(file: Path) -> list[dict]:
+    """Reads whole lines; one that a kill cut short is left out."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines

@@ -1,0 +1,32 @@
+"""The networks, by name."""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from bef_jax.models.efficientnet import SCALING, TEST, EfficientNet, scaled
+
+REGISTRY = {
+    "efficientnet_test": functools.partial(EfficientNet, TEST),
+    **{
+        f"efficientnet_{variant}": functools.partial(EfficientNet, scaled(variant))
+        for variant in SCALING
+    },
+}
+
+
+def create(model: ConfigDict, dtype: str = "float32", bn_groups: int = 1) -> nn.Module:
+    """Returns the network that `config.model` describes.
+
+    `init(key, images, train)` gives {params, batch_stats}; `apply(variables, images, train)` gives
+    logits [N, num_classes], float32, from normalised images [N, H, W, 3].
+
+    Args:
+        model: `config.model`; its fields beside `name` are the network's attributes.
+        dtype: of activations, float32 or bfloat16; parameters are float32.
+        bn_groups: parts of the batch with batch statistics of their own.
+    """
+    fields = {key: value for key, value in model.items() if key != "name"}
+    return REGISTRY[model.name](**fields, dtype=jnp.dtype(dtype), bn_groups=bn_groups)

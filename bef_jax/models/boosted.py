@@ -1,0 +1,87 @@
+"""The changes that Boosted EfficientNet makes to a network of stages.
+
+Wang et al., "Boosted EfficientNet: Detection of Lymph Node Metastases in Breast Cancer Using
+Convolutional Neural Network", Cancers 2021, 13(4) 661. Random center cropping, the first of them,
+is augmentation (`bef_jax.data.augment`). Its abstract leaves open how attention is built and where
+it stands; what is here follows CBAM and is ours.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from bef_jax.models.layers import conv_init, global_pool
+
+
+def reduce_downsampling(stem_stride: int, stages: Sequence, total_stride: int) -> tuple[int, tuple]:
+    """Lowers the network's total stride from 32 to 16 or 8 (RDS).
+
+    16 takes the stem's stride away, so every later map is twice as large; 8 takes the last stage
+    of stride 2 besides. A 96 px patch ends in 3x3, 6x6 or 12x12 positions.
+
+    Args:
+        stages: dataclasses with a field `stride`, of total stride 32 together with the stem.
+
+    Returns:
+        The stem's stride and the stages.
+    """
+    stages = list(stages)
+    if total_stride == 8:
+        last = max(i for i, stage in enumerate(stages) if stage.stride == 2)
+        stages[last] = dataclasses.replace(stages[last], stride=1)
+    return (stem_stride if total_stride == 32 else 1), tuple(stages)
+
+
+def fused_stages(strides: Sequence[int]) -> tuple[int, ...]:
+    """The last stage of every resolution below the stem's, counted from 1.
+
+    In EfficientNet: stages 2, 3, 5 and 7, whose last blocks in B3 are 4, 7, 17 and 25.
+
+    Args:
+        strides: of the stages at total stride 32, so that the choice is the same at 16 and 8.
+    """
+    following = [*strides[1:], 2]
+    last_of_resolution = [i for i, stride in enumerate(following, 1) if stride == 2]
+    return tuple(i for i in last_of_resolution if 2 in strides[:i])
+
+
+class ChannelAttention(nn.Module):
+    """Gates channels by mean- and max-pooled features through one shared MLP (CBAM, eq. 2)."""
+
+    reduction: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        hidden = nn.Dense(max(x.shape[-1] // self.reduction, 1), kernel_init=conv_init)
+        output = nn.Dense(x.shape[-1], kernel_init=conv_init)
+        pooled = [global_pool(x), jnp.max(x, (1, 2)).astype(jnp.float32)]
+        gate = nn.sigmoid(sum(output(nn.relu(hidden(features))) for features in pooled))
+        return x * gate[:, None, None].astype(x.dtype)
+
+
+class SpatialAttention(nn.Module):
+    """Gates positions by a convolution over the mean and maximum of channels (CBAM, eq. 3)."""
+
+    kernel: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        maps = [jnp.mean(x, -1, dtype=jnp.float32), jnp.max(x, -1).astype(jnp.float32)]
+        window = (self.kernel, self.kernel)
+        gate = nn.Conv(1, window, kernel_init=conv_init)(jnp.stack(maps, axis=-1))
+        return x * nn.sigmoid(gate).astype(x.dtype)
+
+
+class CBAM(nn.Module):
+    """Channel, then spatial attention (Woo et al. 2018), [N, H, W, C] -> the same."""
+
+    reduction: int = 16
+    kernel: int = 7
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = ChannelAttention(self.reduction, name="channel")(x)
+        return SpatialAttention(self.kernel, name="spatial")(x)

@@ -1,0 +1,54 @@
+"""--mode=prepare: a source of patches becomes a decoded store."""
+
+import time
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bef_jax.data import store
+
+
+def run(config: ConfigDict, workdir: Path) -> dict:
+    """Writes the store that `config.data` names, unless it is there, and describes it.
+
+    Args:
+        config: the whole configuration; only config.data matters.
+        workdir: the run's folder; the store lives with its source instead, to be shared by runs.
+
+    Returns:
+        The summary: mode, store, counts, positive_fraction, duplicates, content, wall_seconds.
+
+    Raises:
+        UserError: see `store.prepare`.
+    """
+    del workdir
+    start = time.perf_counter()
+    manifest = prepare_with_progress(config.data)
+    counts, classes = manifest["counts"], manifest["class_counts"]
+    return {
+        "mode": "prepare",
+        "store": str(store.store_path(config.data)),
+        "counts": counts,
+        "positive_fraction": {
+            split: classes[split][1] / count if count else None for split, count in counts.items()
+        },
+        "duplicates": manifest["duplicates"],
+        "content": manifest["content"],
+        "wall_seconds": time.perf_counter() - start,
+    }
+
+
+def prepare_with_progress(data: ConfigDict) -> dict:
+    """Calls `store.prepare`, showing on stderr how many patches of each split were read."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    tasks = {}
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+
+        def show(split: str, count: int) -> None:
+            if split not in tasks:
+                tasks[split] = bar.add_task("")
+            bar.update(tasks[split], description=f"prepare {split}: {count:,} patches")
+
+        return store.prepare(data, show)

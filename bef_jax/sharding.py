@@ -1,0 +1,36 @@
+"""One mesh axis, `data`, over all devices: the batch is cut along it, the state is everywhere.
+
+The same code runs on one device and on many; a jitted function over a sharded batch computes what
+one device would, and XLA adds the collectives.
+"""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bef_jax.errors import UserError
+
+AXIS = "data"
+
+
+def make_mesh() -> Mesh:
+    """Returns the mesh over all devices of all hosts."""
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of the state: a copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch, or of a whole split: rows (the first axis) over devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def check_divisible(field: str, value: int, mesh: Mesh) -> None:
+    """Raises `UserError` unless every device gets the same number of `value` rows."""
+    if value % mesh.size:
+        raise UserError(
+            f"config.{field}={value} can't be split over {mesh.size} devices: "
+            f"choose a multiple of {mesh.size}"
+        )

@@ -1,0 +1,85 @@
+"""The training state: one struct, which a checkpoint holds whole."""
+
+import hashlib
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from bef_jax.data.augment import PATCH
+from bef_jax.models import create
+from bef_jax.optim import make_optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that decides the next step, besides the configuration.
+
+    Attributes:
+        step: steps taken, int32 [].
+        params, batch_stats: the network's variables, float32.
+        ema: running average of {params, batch_stats}, or None.
+        opt_state: optax's.
+    """
+
+    step: Array
+    params: dict
+    batch_stats: dict
+    ema: dict | None
+    opt_state: optax.OptState
+
+    def eval_variables(self) -> dict:
+        """The variables that evaluation uses: the average when there is one."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    model: nn.Module, tx: optax.GradientTransformation, config: ConfigDict
+) -> TrainState:
+    """A fresh state; jit it with `out_shardings`, so that parameters are created in place."""
+    images = jnp.zeros((1, PATCH, PATCH, 3))
+    variables = model.init(jax.random.key(config.seed), images, train=False)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        ema=jax.tree.map(jnp.copy, dict(variables)) if config.ema_decay else None,
+        opt_state=tx.init(variables["params"]),
+    )
+
+
+def abstract_state(config: ConfigDict) -> TrainState:
+    """The shapes and dtypes of the state that `config` trains; nothing is computed."""
+    model = create(config.model, config.dtype, config.bn_groups)
+    tx = make_optimizer(config, lambda step: 0.0)
+    return jax.eval_shape(lambda: create_state(model, tx, config))
+
+
+def update_ema(ema: dict, variables: dict, step: Array, decay: float) -> dict:
+    """Moves the average towards `variables`.
+
+    The decay warms up as (1 + step) / (10 + step), so a short run is not held at its start.
+    """
+    keep = jnp.minimum(decay, (1 + step) / (10 + step)).astype(jnp.float32)
+    return jax.tree.map(lambda average, new: keep * average + (1 - keep) * new, ema, variables)
+
+
+def count_params(params) -> int:
+    """How many numbers training fits."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def params_digest(params, batch_stats) -> str:
+    """sha256 over parameters and batch statistics, in sorted path order."""
+    leaves = jax.tree_util.tree_leaves_with_path({"batch_stats": batch_stats, "params": params})
+    named = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
+    digest = hashlib.sha256()
+    for name, leaf in named:
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()

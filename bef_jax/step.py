@@ -1,0 +1,117 @@
+"""The training step: one jitted function of (state, batch), on any number of devices."""
+
+import logging
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from clu import parameter_overview
+from jax import Array, lax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bef_jax import sharding
+from bef_jax.data.augment import PATCH, augment
+from bef_jax.data.batches import Batch
+from bef_jax.models import create
+from bef_jax.optim import make_optimizer
+from bef_jax.state import TrainState, count_params, update_ema
+
+
+def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
+    """Returns `train_step(state, batch) -> (state, metrics)`, not jitted.
+
+    All randomness comes from (config.seed, state.step): nothing is threaded from step to step.
+    metrics are float32 scalars: loss, accuracy, grad_norm, learning_rate.
+    """
+    model = create(config.model, config.dtype, config.bn_groups)
+    tx = make_optimizer(config, schedule)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads, batch_stats, metrics = _accumulate(model, config, state, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        variables, ema = {"params": params, "batch_stats": batch_stats}, state.ema
+        if config.ema_decay:
+            ema = update_ema(ema, variables, state.step, config.ema_decay)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        state = state.replace(step=state.step + 1, ema=ema, opt_state=opt_state, **variables)
+        return state, metrics
+
+    return train_step
+
+
+def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: Batch, key: Array):
+    """Gradients and metrics averaged over optim.accumulate micro-batches, and batch statistics.
+
+    Micro-batches interleave: each takes its rows from every device, so none moves.
+    """
+    count = config.optim.accumulate
+    if count == 1:
+        return _gradients(model, config, state.params, state.batch_stats, batch, key)
+    micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(batch_stats, item):
+        grads, batch_stats, metrics = _gradients(model, config, state.params, batch_stats, *item)
+        return batch_stats, (grads, metrics)
+
+    batch_stats, stacked = lax.scan(body, state.batch_stats, (micro, jax.random.split(key, count)))
+    grads, metrics = jax.tree.map(lambda x: x.mean(0), stacked)
+    return grads, batch_stats, metrics
+
+
+def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch: Batch, key: Array):
+    augment_key, dropout_key = jax.random.split(key)
+    images = augment(augment_key, batch.images, config)
+
+    def loss_fn(params):
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        return cross_entropy(logits, batch.labels, config.label_smoothing), (logits, updates)
+
+    (loss, (logits, updates)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    accuracy = jnp.mean(jnp.argmax(logits, -1) == batch.labels, dtype=jnp.float32)
+    return grads, updates["batch_stats"], {"loss": loss, "accuracy": accuracy}
+
+
+def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
+    """Mean cross-entropy of logits [N, classes] and labels [N], in nats; smoothed targets."""
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+def compile_step(config: ConfigDict, schedule: Callable, mesh: Mesh, state: TrainState):
+    """Compiles the step ahead of time for the state and batches that it will get.
+
+    The state is donated: its memory becomes the next state's.
+    """
+    rows, everywhere = sharding.by_rows(mesh), sharding.replicated(mesh)
+    step = jax.jit(
+        make_train_step(config, schedule), donate_argnums=0, out_shardings=(everywhere, everywhere)
+    )
+    shape = (config.batch_size, PATCH, PATCH, 3)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
+    labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows)
+    return step.lower(state, Batch(images, labels)).compile()
+
+
+def describe(state: TrainState, compiled) -> None:
+    """Logs the table of parameters, and the memory that a device needs for the step."""
+    logging.info("parameters\n%s", parameter_overview.get_parameter_overview(state.params))
+    logging.info("%s trainable parameters", f"{count_params(state.params):,}")
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        logging.info("the step needs %.0f MiB on each device", total / 2**20)

@@ -1,0 +1,85 @@
+"""From the metrics of single steps to lines of metrics.jsonl and the progress bar."""
+
+import math
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bef_jax.clock import Clock
+from bef_jax.config import Durations
+from bef_jax.data.batches import batch_indices
+from bef_jax.data.store import Split
+from bef_jax.history import History
+from bef_jax.progress import Progress
+
+
+class StepLog:
+    """Holds the metrics of the steps since the last line, on the device, until one is due.
+
+    A line is written while the next step runs, so the devices never wait for the host.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        spans: Durations,
+        train: Split,
+        history: History,
+        clock: Clock,
+        bar: Progress,
+    ):
+        """Begins with nothing logged; rates count from here."""
+        self._config, self._spans, self._train = config, spans, train
+        self._history, self._clock, self._bar = history, clock, bar
+        self._pending: list[tuple[int, dict]] = []
+        self._mark = clock.training_seconds(), clock.seconds("wait")
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of the step that made the state of `step`, without waiting."""
+        self._pending.append((step, metrics))
+
+    def flush(self, step: int, everything: bool) -> None:
+        """Writes the line that is due at `step`: of all steps but the one in flight.
+
+        Args:
+            everything: writes all steps, and waits for the last: before evaluating or saving.
+
+        Raises:
+            FloatingPointError: a loss is not finite; names the step and the batch's ids.
+        """
+        count = len(self._pending) - (0 if everything else 1)
+        if count < 1 or not (everything or (step - 1) % self._config.log_every == 0):
+            return
+        ready, self._pending = self._pending[:count], self._pending[count:]
+        steps = [number for number, _ in ready]
+        values = jax.device_get([metrics for _, metrics in ready])
+        self._check_finite(steps, values)
+        self._write(steps, values)
+
+    def _write(self, steps: list[int], values: list[dict]) -> None:
+        figures = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+        figures["learning_rate"] = float(values[-1]["learning_rate"])
+        figures |= self._rates(len(steps))
+        epoch = steps[-1] / self._spans.steps_per_epoch
+        self._history.write(steps[-1], epoch=epoch, **figures)
+        self._bar.update(steps[-1], **figures)
+
+    def _rates(self, steps: int) -> dict[str, float]:
+        """Images per second and the share of time waiting for input, since the last line."""
+        now = self._clock.training_seconds(), self._clock.seconds("wait")
+        spent, waited = (max(a - b, 1e-9) for a, b in zip(now, self._mark, strict=True))
+        self._mark = now
+        return {
+            "images_per_second": steps * self._config.batch_size / spent,
+            "input_wait_fraction": min(waited / spent, 1.0),
+        }
+
+    def _check_finite(self, steps: list[int], values: list[dict]) -> None:
+        for step, metrics in zip(steps, values, strict=True):
+            if math.isfinite(metrics["loss"]):
+                continue
+            config, n = self._config, len(self._train)
+            rows = batch_indices(config.seed, step - 1, n, config.batch_size)
+            ids = ", ".join(map(str, self._train.ids[rows]))
+            raise FloatingPointError(f"the loss of step {step} is not finite; its batch: {ids}")

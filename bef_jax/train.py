@@ -1,0 +1,286 @@
+"""--mode=train: train to the end, or go on with what is in the workdir."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bef_jax import checkpoint, sharding
+from bef_jax.checkpoint import Checkpoints
+from bef_jax.clock import Clock
+from bef_jax.config import Durations, durations, validate
+from bef_jax.data import store
+from bef_jax.data.batches import train_batches
+from bef_jax.data.store import Split
+from bef_jax.errors import UserError
+from bef_jax.evaluate import make_evaluator, summarise
+from bef_jax.history import History
+from bef_jax.interrupt import Interrupt
+from bef_jax.metrics import Evaluation
+from bef_jax.models import create
+from bef_jax.optim import make_optimizer, make_schedule
+from bef_jax.prepare import prepare_with_progress
+from bef_jax.progress import Progress
+from bef_jax.report import write_report
+from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
+from bef_jax.step import compile_step, describe
+from bef_jax.steplog import StepLog
+
+SUMMARY = "train_summary.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    splits: dict[str, Split]
+    durations: Durations
+    schedule: Callable
+    checkpoints: Checkpoints
+    history: History
+    clock: Clock
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path | str) -> dict:
+    """Trains to the end, evaluates, and writes checkpoints and the report.
+
+    A workdir that holds checkpoints is resumed; one that is done returns its summary again.
+
+    Args:
+        config: as `configs.default.get_config` makes it.
+        workdir: everything that the run writes goes here, besides the store.
+
+    Returns:
+        The summary; its keys are stable.
+
+    Raises:
+        UserError: the configuration, data or checkpoints are not as they must be.
+        FloatingPointError: the loss is not finite.
+    """
+    workdir = Path(workdir).expanduser().resolve()
+    validate(config)
+    mesh = sharding.make_mesh()
+    _check_batches(config, mesh)
+    splits = _open_splits(config)
+    spans = durations(config, len(splits["train"]))
+    done = _finished_summary(config, workdir, spans.steps)
+    if done:
+        logging.info("%s is done at step %d; this is its summary", workdir, spans.steps)
+        return done
+    run = _begin(config, workdir, mesh, splits, spans)
+    try:
+        return _finish(run, _train(run))
+    finally:
+        run.checkpoints.close()
+        run.history.close()
+
+
+# ---- before the first step ----------------------------------------------------------------------
+
+
+def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    sharding.check_divisible("batch_size", config.batch_size // config.optim.accumulate, mesh)
+
+
+def _open_splits(config: ConfigDict) -> dict[str, Split]:
+    """Prepares the store unless it is there; test may be missing."""
+    counts = prepare_with_progress(config.data)["counts"]
+    folder = store.store_path(config.data)
+    return {name: store.open_split(folder, name) for name in store.SPLITS if counts.get(name)}
+
+
+def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
+    """The summary of a run that has already come to `steps`."""
+    try:
+        summary = json.loads((workdir / SUMMARY).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{workdir / SUMMARY} is damaged: delete it and run again") from error
+    if summary["step"] < steps or summary["valid"] is None:
+        return None
+    newest = workdir / "checkpoints" / str(summary["step"])
+    checkpoint.check_fits(checkpoint.read_run(newest)["config"], config, newest)
+    return summary
+
+
+def _begin(
+    config: ConfigDict, workdir: Path, mesh: Mesh, splits: dict[str, Split], spans: Durations
+) -> Run:
+    workdir.mkdir(parents=True, exist_ok=True)
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        splits=splits,
+        durations=spans,
+        schedule=make_schedule(config, spans.steps, spans.steps_per_epoch),
+        checkpoints=Checkpoints(workdir, config.checkpoint.keep),
+        history=History(workdir),
+        clock=Clock(),
+    )
+
+
+def _initial_state(run: Run) -> TrainState:
+    """Returns the state to go on from, in this order.
+
+    1. The workdir has checkpoints: the newest. If it can't be read, that is an error that names
+       it and an older one; starting afresh would throw the run away in silence.
+    2. config.init_from: its parameters and batch statistics, at step 0. If missing, an error.
+    3. Fresh, from config.seed.
+    """
+    config, everywhere = run.config, sharding.replicated(run.mesh)
+    newest = run.checkpoints.latest()
+    if newest:
+        return _resume(run, newest)
+    model = create(config.model, config.dtype, config.bn_groups)
+    tx = make_optimizer(config, run.schedule)
+    fresh = jax.jit(lambda: create_state(model, tx, config), out_shardings=everywhere)()
+    if config.init_from:
+        return _load_weights(run, fresh, Path(config.init_from))
+    return fresh
+
+
+def _resume(run: Run, newest: Path) -> TrainState:
+    try:
+        saved = checkpoint.read_run(newest)
+        checkpoint.check_fits(saved["config"], run.config, newest)
+        abstract = abstract_state(run.config)
+        state = checkpoint.restore(newest, abstract, sharding.replicated(run.mesh))
+    except UserError as error:
+        older = run.checkpoints.older_than(newest)
+        mend = f"; to go on from {older.name}, move it away" if older else ""
+        raise UserError(f"{error}{mend}") from error
+    run.clock.restore(saved["clock"])
+    run.history.truncate(int(state.step))
+    logging.info("resuming %s at step %d", run.workdir, int(state.step))
+    return state
+
+
+def _load_weights(run: Run, fresh: TrainState, path: Path) -> TrainState:
+    """A fresh state with the evaluated weights of another run's checkpoint."""
+    saved = ConfigDict(checkpoint.read_run(path)["config"])
+    abstract = abstract_state(saved)
+    loaded = checkpoint.restore(path, abstract, sharding.replicated(run.mesh)).eval_variables()
+    shapes = [jax.tree.map(np.shape, tree) for tree in (loaded["params"], fresh.params)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"config.init_from={path} holds another network: {saved.model.name}")
+    logging.info("starting from the weights of %s", path)
+    ema = jax.tree.map(np.copy, loaded) if fresh.ema else None
+    return jax.device_put(fresh.replace(**loaded, ema=ema), sharding.replicated(run.mesh))
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+def _train(run: Run) -> TrainState:
+    """Returns the last state; a signal may have stopped the run before its end."""
+    with Interrupt() as interrupt:
+        state = _initial_state(run)
+        (run.workdir / "config.json").write_text(run.config.to_json_best_effort(indent=2) + "\n")
+        with run.clock.measure("compile"):
+            train_step = compile_step(run.config, run.schedule, run.mesh, state)
+        describe(state, train_step)
+        with Progress(run.durations.steps, int(state.step)) as bar, run.clock.measure("loop"):
+            return _loop(run, train_step, state, bar, interrupt)
+
+
+def _loop(run: Run, train_step, state: TrainState, bar: Progress, interrupt: Interrupt):
+    """The order is law: log, evaluate, save; then the next batch, and the step.
+
+    So what is saved decides the next batch, and has been found finite.
+    """
+    config, spans, train = run.config, run.durations, run.splits["train"]
+    first = step = int(state.step)
+    evaluate = make_evaluator(config, run.mesh)
+    log = StepLog(config, spans, train, run.history, run.clock, bar)
+    placement, seed, batch_size = config.data.placement, config.seed, config.batch_size
+    batches = train_batches(train, run.mesh, placement, seed, batch_size, start=first)
+    while True:
+        last = step >= spans.steps
+        ended = last or interrupt.requested
+        evaluates = step > first and (last or step % spans.eval_steps == 0)
+        saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
+        log.flush(step, everything=saves)
+        auc = _evaluate(run, evaluate, state, step, bar) if evaluates else None
+        if saves:
+            _save(run, state, step, auc)
+        if ended:
+            return state
+        with run.clock.measure("wait"):
+            batch = next(batches)
+        state, metrics = train_step(state, batch)
+        step += 1
+        log.add(step, metrics)
+
+
+def _evaluate(run: Run, evaluate: Callable, state: TrainState, step: int, bar: Progress) -> float:
+    """Logs the metrics on valid, and returns its AUC."""
+    with run.clock.measure("evaluate"):
+        metrics = evaluate(state.eval_variables(), run.splits["valid"]).metrics
+    figures = {f"valid_{name}": metrics[name] for name in ("loss", "auc", "accuracy")}
+    epoch = step / run.durations.steps_per_epoch
+    run.history.write(step, epoch=epoch, **figures)
+    bar.update(step, **figures)
+    bar.log(f"epoch {epoch:.2f}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+    return metrics["auc"]
+
+
+def _save(run: Run, state: TrainState, step: int, auc: float | None) -> None:
+    with run.clock.measure("save"):
+        config = json.loads(run.config.to_json_best_effort())
+        run.checkpoints.save(step, state, {"config": config, "clock": run.clock.snapshot()}, auc)
+
+
+# ---- after the last step ------------------------------------------------------------------------
+
+
+def _finish(run: Run, state: TrainState) -> dict:
+    """Evaluates the best checkpoint and writes the report, unless the run was interrupted."""
+    run.checkpoints.wait()
+    summary = _summary(run, state)
+    if summary["step"] >= run.durations.steps:
+        path = checkpoint.best(run.workdir)
+        evaluations = _evaluate_best(run, path)
+        blocks = {name: summarise(seen, run.config) for name, seen in evaluations.items()}
+        summary |= {"best_step": int(path.name), **blocks}
+        images = {name: run.splits[name].images for name in evaluations}
+        write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
+    return summary
+
+
+def _summary(run: Run, state: TrainState) -> dict:
+    """The summary without its evaluations."""
+    clock, step = run.clock, int(state.step)
+    trained = max(clock.training_seconds(), 1e-9)
+    return {
+        "mode": "train",
+        "step": step,
+        "epoch": step / run.durations.steps_per_epoch,
+        "wall_seconds": clock.seconds("wall"),
+        "compile_seconds": clock.seconds("compile"),
+        "images_per_second": step * run.config.batch_size / trained,
+        "input_wait_fraction": min(clock.seconds("wait") / trained, 1.0),
+        "params": count_params(state.params),
+        "params_digest": params_digest(state.params, state.batch_stats),
+        "best_step": None,
+        "valid": None,
+        "test": None,
+    }
+
+
+def _evaluate_best(run: Run, path: Path) -> dict[str, Evaluation]:
+    abstract = abstract_state(run.config)
+    state = checkpoint.restore(path, abstract, sharding.replicated(run.mesh))
+    evaluate = make_evaluator(run.config, run.mesh)
+    names = [name for name in ("valid", "test") if name in run.splits]
+    return {name: evaluate(state.eval_variables(), run.splits[name]) for name in names}

@@ -1,0 +1,1 @@
+"""Configurations, a file each: `--config=configs/<name>.py`."""

@@ -1,0 +1,10 @@
+"""Boosted EfficientNet-B0."""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration, with the fields named in `arg` changed."""
+    return default.boosted("b0", arg)

@@ -1,0 +1,136 @@
+"""Every field of a configuration, with its default and what it means.
+
+The other files of this folder call `get_config` and change a few fields. `get_config(arg)` takes
+typed arguments in one string, dots reaching into the tree:
+
+    --config=configs/b2.py:batch_size=64,seed=3,model.total_stride=32
+
+and every field can be set once more on the command line: `--config.batch_size=64`.
+A detail that the paper's abstract leaves open is a field here: its default is ours.
+"""
+
+import ast
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the default configuration, with the fields named in `arg` changed."""
+    config = ConfigDict()
+    config.name = "default"  # of the run: the working directory defaults to runs/<name>
+    config.seed = 0  # decides the initial weights, every batch and every augmentation
+    config.dtype = "float32"  # float32 | bfloat16: of activations; parameters stay float32
+    config.batch_size = 64  # global: over all devices and hosts
+    config.epochs = 10.0  # passes over the training split
+    config.steps = placeholder(int)  # training steps; decides over epochs when it is set
+    config.label_smoothing = 0.0  # 0 .. 1, taken from the true class and spread over all
+    config.ema_decay = 0.999  # of parameters and batch statistics; 0 switches the average off
+    config.bn_groups = 1  # 1: batch statistics over the global batch; N: over N parts of it
+    config.log_every = 20  # steps between two lines of metrics.jsonl
+    config.init_from = ""  # a checkpoint folder whose weights a fresh run starts from
+
+    config.model = model = ConfigDict()
+    model.name = "efficientnet_b0"  # a name in bef_jax.models.REGISTRY
+    model.num_classes = 2  # classes of the softmax; evaluation scores class 1 against class 0
+    model.total_stride = 32  # 32 | 16 (stem stride 1) | 8 (also the last stride of the trunk)
+    model.attention = "none"  # none | cbam: channel, then spatial attention on fused stages
+    model.attention_reduction = 16  # channels over the width of CBAM's hidden layer
+    model.attention_kernel = 7  # side of CBAM's spatial convolution, odd
+    model.fusion = False  # concatenates the pooled features of the fused stages to the head's
+    model.fusion_stages = ()  # counted from 1; empty: the last stage of every resolution
+    model.dropout = 0.2  # before the classifier
+    model.drop_path = 0.2  # of the last block; the rate grows linearly from 0 at the first
+    model.bn_momentum = 0.9  # kept share of the running statistics at each step
+    model.bn_epsilon = 1e-3  # added to the variance
+    model.padding = "same"  # same (TensorFlow) | symmetric (torch): where stride 2 pads
+
+    config.rcc = rcc = ConfigDict()
+    rcc.enabled = True  # random center cropping in training
+    rcc.min_size = 64  # smallest window, in pixels; never below 32, the label's region
+    rcc.max_size = 96  # largest window, and the side of what the network sees in training
+    rcc.eval_size = 96  # side of the central crop that evaluation sees
+    rcc.fill = "mean"  # mean | white: of the canvas around a window below max_size
+
+    config.augment = augment = ConfigDict()
+    augment.flips = True  # the eight flips and turns of a square
+    augment.stain = 0.2  # factor of each stain: uniform in 1 -+ stain; 0 switches jitter off
+    augment.stain_shift = 0.02  # offset of each stain, in optical density: uniform in -+ this
+    augment.mean = (0.70, 0.54, 0.69)  # per channel, in 0 .. 1: input normalisation
+    augment.std = (0.24, 0.28, 0.22)  # likewise
+
+    config.data = data = ConfigDict()
+    data.source = "pcam_hdf5"  # pcam_hdf5 | rpcam | npz | tfds | synthetic
+    data.dir = "data/pcam"  # where the source's files are; ~ is understood
+    data.store = ""  # where the decoded store goes; empty: <dir>/store_<source>
+    data.download = False  # fetches PCam's files into dir when they are missing (pcam_hdf5)
+    data.rectify = True  # drops exact duplicates, within and across splits
+    data.train_size = placeholder(int)  # patches: synthetic makes, others keep this many
+    data.valid_size = placeholder(int)  # likewise; empty: all
+    data.test_size = placeholder(int)  # likewise; empty: all
+    data.split_ratio = (0.8, 0.1, 0.1)  # train, valid, test of a source without splits
+    data.seed = 0  # of the synthetic patches
+    data.placement = "auto"  # auto | device | host: where the training patches live
+
+    config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # adamw | rmsprop (as in the EfficientNet paper) | sgd
+    optim.learning_rate = 2e-3  # peak, at a batch of 256; scaled with batch_size
+    optim.warmup_epochs = 1.0  # linear from 0
+    optim.final_fraction = 0.01  # of the peak, where the cosine ends
+    optim.weight_decay = 0.05  # of kernels; batch normalisation and biases are left alone
+    optim.momentum = 0.9  # of sgd and rmsprop
+    optim.clip_norm = 1.0  # global norm of the gradient; 0 switches clipping off
+    optim.accumulate = 1  # micro-batches that a step splits the batch into
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.every_epochs = 1.0  # between two evaluations on valid; the end is always one
+    evaluation.batch_size = 256  # global
+    evaluation.tta = 1  # 1 | 8: views (flips and turns) whose probabilities are averaged
+    evaluation.threshold = 0.5  # probability from which a patch is called positive
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500  # between two saves; every evaluation saves besides
+    checkpoint.keep = 2  # newest checkpoints kept, besides the best by valid AUC
+    return apply_arg(config, arg)
+
+
+# Of the EfficientNet paper, section 5.2: larger networks need more.
+_DROPOUT = {
+    "b0": 0.2, "b1": 0.2, "b2": 0.3, "b3": 0.3, "b4": 0.4, "b5": 0.4, "b6": 0.5, "b7": 0.5
+}  # fmt: skip
+
+
+def boosted(variant: str, arg: str | None = None) -> ConfigDict:
+    """Returns the configuration of EfficientNet-`variant` with all four changes of the paper."""
+    config = get_config()
+    config.name = variant
+    config.model.name = f"efficientnet_{variant}"
+    config.model.total_stride = 16
+    config.model.attention = "cbam"
+    config.model.fusion = True
+    config.model.dropout = _DROPOUT[variant]
+    return apply_arg(config, arg)
+
+
+def apply_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
+    """Sets `key=value` pairs, separated by commas, on `config`, and returns it.
+
+    Raises:
+        ValueError: a pair without '=', an unknown field or a value of another type.
+    """
+    for pair in filter(None, (arg or "").split(",")):
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"config argument {pair!r}: write field=value, such as batch_size=64")
+        try:
+            config.update_from_flattened_dict({key.strip(): _literal(text.strip())})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"config argument {pair!r}: {error}") from error
+    return config
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (SyntaxError, ValueError):
+        return text

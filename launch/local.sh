@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Sets up an environment, once, and starts training or the tests in it:
+#
+#   bash launch/local.sh train [flags for bef_jax.main]   --config= defaults to the quickstart
+#   bash launch/local.sh test [flags for pytest]
+#
+# The environment goes to .venv, or to $BEF_VENV. Set-up speaks on stderr only: the summary that
+# training prints is all of stdout.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${BEF_VENV:-$root/.venv}
+venv=${venv%/}
+
+say() {
+  echo "launch/local.sh: $*" >&2
+}
+
+# Prints the first Python that serves. 3.11 comes first, since constraints.txt was tested with it.
+# Each is run, as a name on PATH may be a shim with nothing behind it.
+find_python() {
+  local candidate
+  for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+      >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  say "no Python >= 3.11 with its venv module on PATH: install one and run this again"
+  return 1
+}
+
+# What the environment must have been made from: the stamp is a copy of it.
+recipe() {
+  echo "$root $1"
+  cat "$root/pyproject.toml" "$root/constraints.txt"
+}
+
+is_ready() {
+  [[ "$(cat "$venv/stamp$1" 2>/dev/null)" == "$(recipe "$1")" ]] && "$venv/bin/python" -c '' 2>&-
+}
+
+# $venv.setup has content while a set-up is under way: found so, the last one was cut short, and
+# what it left is not to be trusted.
+install() {
+  local python clear=
+  python=$(find_python)
+  [[ -s "$venv.setup" ]] && clear=yes
+  say "setting up $venv with $python: minutes, the first time only"
+  echo "under way" >"$venv.setup"
+  "$python" -m venv ${clear:+--clear} "$venv" >&2
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
+    --constraint "$root/constraints.txt" --editable "$root$1" >&2
+  recipe "$1" >"$venv/stamp$1"
+  : >"$venv.setup"
+}
+
+# Two that start at once must not install at once; where there is no flock, that is not guarded.
+set_up() {
+  mkdir -p "$(dirname "$venv")"
+  (
+    if command -v flock >/dev/null; then flock 9; fi
+    is_ready "$1" || install "$1"
+  ) 9>>"$venv.setup"
+}
+
+train() {
+  local flag config="--config=$root/configs/quickstart.py"
+  for flag in "$@"; do
+    case $flag in -config | --config | -config=* | --config=*) config= ;; esac
+  done
+  # -P: the package is this one, also where the current folder holds another copy of it.
+  exec "$venv/bin/python" -P -m bef_jax.main ${config:+"$config"} "$@"
+}
+
+# exec: signals reach Python itself, which saves and stops.
+case ${1:-} in
+  train)
+    set_up ""
+    train "${@:2}"
+    ;;
+  test)
+    set_up "[dev]"
+    cd "$root"
+    exec "$venv/bin/python" -m pytest "${@:2}"
+    ;;
+  *)
+    say "usage: bash launch/local.sh train [flags for main] | test [flags for pytest]"
+    exit 2
+    ;;
+esac

@@ -1,0 +1,90 @@
+"""Small random patches, and writers of the layouts that the sources read."""
+
+import csv
+import gzip
+import hashlib
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.default import get_config
+
+
+@pytest.fixture
+def make_data():
+    """Returns a function that makes config.data for a source, with further fields."""
+
+    def make(source, folder, **fields):
+        data = get_config().data
+        data.update({"source": source, "dir": str(folder), **fields})
+        return data
+
+    return make
+
+
+@pytest.fixture
+def patches():
+    """{split: (images uint8 [N, 96, 96, 3], labels uint8 [N])} of random pixels."""
+    rng = np.random.default_rng(0)
+    return {
+        split: (
+            rng.integers(0, 256, (n, 96, 96, 3), dtype=np.uint8),
+            rng.integers(0, 2, n, dtype=np.uint8),
+        )
+        for split, n in (("train", 20), ("valid", 9), ("test", 7))
+    }
+
+
+@pytest.fixture
+def write():
+    """Returns a function write(layout, folder, patches) that lays patches out as users do."""
+
+    def write_layout(layout, folder, patches):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        {
+            "pcam_hdf5": _write_hdf5,
+            "pcam_hdf5_gz": _write_hdf5_gz,
+            "rpcam": _write_kaggle,
+            "npz": _write_npz,
+        }[layout](Path(folder), patches)
+        return Path(folder)
+
+    return write_layout
+
+
+def _write_hdf5(folder, patches):
+    for split, (images, labels) in patches.items():
+        stem = f"camelyonpatch_level_2_split_{split}"
+        with h5py.File(folder / f"{stem}_x.h5", "w") as file:
+            file.create_dataset("x", data=images, chunks=(1, 96, 96, 3), compression="gzip")
+        with h5py.File(folder / f"{stem}_y.h5", "w") as file:
+            file.create_dataset("y", data=np.reshape(labels, (-1, 1, 1, 1)))
+
+
+def _write_hdf5_gz(folder, patches):
+    _write_hdf5(folder, patches)
+    for path in folder.glob("*.h5"):
+        with open(path, "rb") as plain, gzip.open(f"{path}.gz", "wb") as packed:
+            shutil.copyfileobj(plain, packed)
+        path.unlink()
+
+
+def _write_kaggle(folder, patches):
+    (folder / "train").mkdir()
+    with open(folder / "train_labels.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "label"])
+        for images, labels in patches.values():
+            for image, label in zip(images, labels, strict=True):
+                name = hashlib.sha1(image.tobytes()).hexdigest()
+                Image.fromarray(image).save(folder / "train" / f"{name}.tif")
+                rows.writerow([name, label])
+
+
+def _write_npz(folder, patches):
+    for split, (images, labels) in patches.items():
+        np.savez(folder / f"{split}.npz", images=images, labels=labels)

@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from bef_jax import prepare
+from bef_jax.data import store
+from bef_jax.errors import UserError
+from configs.default import get_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = get_config()
+    config.data.update(
+        {"source": "synthetic", "dir": str(tmp_path), "train_size": 40, "valid_size": 20}
+    )
+    config.data.test_size = 10
+    return config
+
+
+def test_summary_describes_the_store(config, tmp_path):
+    summary = prepare.run(config, tmp_path / "work")
+    assert summary["mode"] == "prepare"
+    assert summary["counts"] == {"train": 40, "valid": 20, "test": 10}
+    for name, fraction in summary["positive_fraction"].items():
+        split = store.open_split(summary["store"], name)
+        assert fraction == pytest.approx(split.labels.mean())
+    assert summary["duplicates"]["conflicting_labels"] == 0
+    assert set(summary["content"]) == {"train", "valid", "test", "total"}
+    assert summary["wall_seconds"] > 0
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_second_run_says_the_same(config, tmp_path):
+    first = prepare.run(config, tmp_path)
+    second = prepare.run(config, tmp_path)
+    assert second.pop("wall_seconds") != first.pop("wall_seconds")
+    assert second == first
+
+
+def test_nothing_goes_to_stdout(config, tmp_path, capsys):
+    prepare.run(config, tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_mistakes_are_the_users(config, tmp_path):
+    config.data.source = "npz"
+    with pytest.raises(UserError, match=r"train\.npz|valid\.npz"):
+        prepare.run(config, tmp_path)

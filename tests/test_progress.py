@@ -1,0 +1,100 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from bef_jax import progress
+from bef_jax.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves: clock[0] is the time in seconds."""
+    now = [100.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    return now
+
+
+def console(terminal, width=100):
+    return Console(file=io.StringIO(), force_terminal=terminal, no_color=True, width=width)
+
+
+def test_lines_where_there_is_no_terminal(clock):
+    out = console(terminal=False)
+    with Progress(1000, start_step=500, console=out) as shown:
+        for step in range(501, 1001):
+            shown.update(step, loss=step / 1000, images_per_second=1234.5)
+            clock[0] += 0.0625  # exact in binary: 160 steps are 10 s
+    lines = out.file.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "step 501/1,000",
+        "step 661/1,000",
+        "step 821/1,000",
+        "step 981/1,000",
+        "step 1,000/1,000",
+    ]
+    assert "loss 0.821" in lines[2] and "1,234 images/s" in lines[2]
+    assert lines[2].endswith("0:00:11 left")  # 179 steps of 0.0625 s
+    assert lines[4].endswith("0:00:00 left")
+
+
+def test_time_left_counts_from_the_first_update_not_from_compilation(clock):
+    out = console(terminal=False)
+    with Progress(100, console=out, line_seconds=0) as shown:
+        clock[0] += 3600
+        shown.update(10)
+        clock[0] += 20
+        shown.update(20)
+    first, second = out.file.getvalue().splitlines()
+    assert "left" not in first
+    assert second.endswith("0:02:40 left")
+
+
+def test_a_figure_keeps_its_value_until_the_next(clock):
+    out = console(terminal=False)
+    with Progress(3, console=out, line_seconds=0) as shown:
+        shown.update(1, valid_auc=0.9123, input_wait_fraction=0.256)
+        shown.update(2, valid_auc=None)
+        shown.update(3, valid_auc=0.95)
+    lines = out.file.getvalue().splitlines()
+    assert ["AUC 0.9123" in line for line in lines] == [True, True, False]
+    assert all("wait 26%" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_bar_shows_every_figure(clock, width):
+    out = console(terminal=True, width=width)
+    with Progress(60_000, console=out) as shown:
+        shown.update(100)
+        clock[0] += 100
+        figures = {"loss": 0.25, "valid_auc": 0.97, "images_per_second": 1234}
+        shown.update(40_000, **figures, input_wait_fraction=0.02)
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.file.getvalue()).split("\r")[-1]
+    for text in ("40,000/60,000", "0.250", "0.9700", "1,234 images/s", "2%", "0:00:50 left"):
+        assert text in last
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_log_prints_the_text_as_it_is(terminal):
+    out = console(terminal=terminal)
+    with Progress(10, console=out) as shown:
+        shown.log("[bold] saved to runs/[b2]")
+    assert "[bold] saved to runs/[b2]" in out.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_stdout_is_left_alone(capfd, terminal):
+    with Progress(10, console=Console(stderr=True, force_terminal=terminal, width=80)) as shown:
+        shown.update(10, loss=0.5)
+        print("the summary")
+    captured = capfd.readouterr()
+    assert captured.out == "the summary\n"
+    assert "loss 0.500" in captured.err
+
+
+def test_speaks_on_stderr_unless_told(capfd):
+    with Progress(10) as shown:
+        shown.update(10, loss=0.5)
+    captured = capfd.readouterr()
+    assert captured.out == "" and "loss 0.500" in captured.err
