@@ -20,6 +20,7 @@ from bef_jax.config import flatten
 from bef_jax.errors import UserError
 from bef_jax.state import TrainState
 
+LOG = logging.getLogger(__name__)
 _BEST = "valid_auc"
 
 
@@ -140,7 +141,7 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
         listed = ", ".join(f"{name} (saved {old[name]!r}, now {new[name]!r})" for name in fatal)
         raise UserError(f"checkpoint {path} was trained with another {listed}")
     for name in changed:
-        logging.warning("config.%s was %r in %s, is %r now", name, old[name], path, new[name])
+        LOG.warning("config.%s was %r in %s, is %r now", name, old[name], path, new[name])
 
 
 def _decides_shapes(name: str, old: dict, new: dict) -> bool:

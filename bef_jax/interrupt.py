@@ -5,6 +5,7 @@ import signal
 import threading
 from types import FrameType
 
+LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -36,4 +37,4 @@ class Interrupt:
         if self.requested and sign == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        logging.warning("%s: saving, then stopping", signal.Signals(sign).name)
+        LOG.warning("%s: saving, then stopping", signal.Signals(sign).name)

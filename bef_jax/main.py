@@ -43,9 +43,7 @@ MODES: dict[str, Callable] = {
 
 def main(_: Sequence[str]) -> int:
     """Runs the mode that the flags name and prints its summary."""
-    logging.captureWarnings(True)
-    absl_logging.set_verbosity(absl_logging.INFO)
-    logging.getLogger("orbax").setLevel(logging.ERROR)
+    _set_up_logging()
     try:
         summary = _run_mode()
     except UserError as error:
@@ -53,6 +51,15 @@ def main(_: Sequence[str]) -> int:
         return 2
     print(json.dumps(summary), flush=True)
     return 0
+
+
+def _set_up_logging() -> None:
+    """Lets the project speak, and of its libraries (Orbax is chatty, through absl) errors alone."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    log = logging.getLogger("bef_jax")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def _run_mode() -> dict:

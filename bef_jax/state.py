@@ -1,14 +1,15 @@
 """The training state: one struct, which a checkpoint holds whole."""
 
+import functools
 import hashlib
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from bef_jax.data.augment import PATCH
@@ -38,12 +39,26 @@ class TrainState:
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create_state(
-    model: nn.Module, tx: optax.GradientTransformation, config: ConfigDict
-) -> TrainState:
-    """A fresh state; jit it with `out_shardings`, so that parameters are created in place."""
+def create_state(config: ConfigDict, sharding: Sharding) -> TrainState:
+    """A fresh state from config.seed; parameters are created where `sharding` puts them."""
+    # Hundreds of small random arrays run once: on CPU, optimising them takes longer than the rest
+    # of the start. GPU and TPU compilers do not know the option's name alike.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    init = functools.partial(_init_state, config)
+    return jax.jit(init, out_shardings=sharding, compiler_options=options)()
+
+
+def abstract_state(config: ConfigDict) -> TrainState:
+    """The shapes and dtypes of the state that `config` trains; nothing is computed."""
+    return jax.eval_shape(functools.partial(_init_state, config))
+
+
+def _init_state(config: ConfigDict) -> TrainState:
+    model = create(config.model, config.dtype, config.bn_groups)
     images = jnp.zeros((1, PATCH, PATCH, 3))
     variables = model.init(jax.random.key(config.seed), images, train=False)
+    tx = make_optimizer(config, lambda step: 0.0)  # its state does not depend on the schedule
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -51,13 +66,6 @@ def create_state(
         ema=jax.tree.map(jnp.copy, dict(variables)) if config.ema_decay else None,
         opt_state=tx.init(variables["params"]),
     )
-
-
-def abstract_state(config: ConfigDict) -> TrainState:
-    """The shapes and dtypes of the state that `config` trains; nothing is computed."""
-    model = create(config.model, config.dtype, config.bn_groups)
-    tx = make_optimizer(config, lambda step: 0.0)
-    return jax.eval_shape(lambda: create_state(model, tx, config))
 
 
 def update_ema(ema: dict, variables: dict, step: Array, decay: float) -> dict:

@@ -19,6 +19,8 @@ from bef_jax.models import create
 from bef_jax.optim import make_optimizer
 from bef_jax.state import TrainState, count_params, update_ema
 
+LOG = logging.getLogger(__name__)
+
 
 def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
     """Returns `train_step(state, batch) -> (state, metrics)`, not jitted.
@@ -109,9 +111,9 @@ def compile_step(config: ConfigDict, schedule: Callable, mesh: Mesh, state: Trai
 
 def describe(state: TrainState, compiled) -> None:
     """Logs the table of parameters, and the memory that a device needs for the step."""
-    logging.info("parameters\n%s", parameter_overview.get_parameter_overview(state.params))
-    logging.info("%s trainable parameters", f"{count_params(state.params):,}")
+    LOG.info("parameters\n%s", parameter_overview.get_parameter_overview(state.params))
+    LOG.info("%s trainable parameters", f"{count_params(state.params):,}")
     memory = compiled.memory_analysis()
     if memory is not None:
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        logging.info("the step needs %.0f MiB on each device", total / 2**20)
+        LOG.info("the step needs %.0f MiB on each device", total / 2**20)

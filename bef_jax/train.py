@@ -23,8 +23,7 @@ from bef_jax.evaluate import make_evaluator, summarise
 from bef_jax.history import History
 from bef_jax.interrupt import Interrupt
 from bef_jax.metrics import Evaluation
-from bef_jax.models import create
-from bef_jax.optim import make_optimizer, make_schedule
+from bef_jax.optim import make_schedule
 from bef_jax.prepare import prepare_with_progress
 from bef_jax.progress import Progress
 from bef_jax.report import write_report
@@ -32,6 +31,7 @@ from bef_jax.state import TrainState, abstract_state, count_params, create_state
 from bef_jax.step import compile_step, describe
 from bef_jax.steplog import StepLog
 
+LOG = logging.getLogger(__name__)
 SUMMARY = "train_summary.json"
 
 
@@ -45,6 +45,7 @@ class Run:
     splits: dict[str, Split]
     durations: Durations
     schedule: Callable
+    evaluate: Callable
     checkpoints: Checkpoints
     history: History
     clock: Clock
@@ -74,7 +75,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str) -> dict:
     spans = durations(config, len(splits["train"]))
     done = _finished_summary(config, workdir, spans.steps)
     if done:
-        logging.info("%s is done at step %d; this is its summary", workdir, spans.steps)
+        LOG.info("%s is done at step %d; this is its summary", workdir, spans.steps)
         return done
     run = _begin(config, workdir, mesh, splits, spans)
     try:
@@ -124,6 +125,7 @@ def _begin(
         splits=splits,
         durations=spans,
         schedule=make_schedule(config, spans.steps, spans.steps_per_epoch),
+        evaluate=make_evaluator(config, mesh),
         checkpoints=Checkpoints(workdir, config.checkpoint.keep),
         history=History(workdir),
         clock=Clock(),
@@ -142,12 +144,8 @@ def _initial_state(run: Run) -> TrainState:
     newest = run.checkpoints.latest()
     if newest:
         return _resume(run, newest)
-    model = create(config.model, config.dtype, config.bn_groups)
-    tx = make_optimizer(config, run.schedule)
-    fresh = jax.jit(lambda: create_state(model, tx, config), out_shardings=everywhere)()
-    if config.init_from:
-        return _load_weights(run, fresh, Path(config.init_from))
-    return fresh
+    fresh = create_state(config, everywhere)
+    return _load_weights(run, fresh, Path(config.init_from)) if config.init_from else fresh
 
 
 def _resume(run: Run, newest: Path) -> TrainState:
@@ -162,7 +160,7 @@ def _resume(run: Run, newest: Path) -> TrainState:
         raise UserError(f"{error}{mend}") from error
     run.clock.restore(saved["clock"])
     run.history.truncate(int(state.step))
-    logging.info("resuming %s at step %d", run.workdir, int(state.step))
+    LOG.info("resuming %s at step %d", run.workdir, int(state.step))
     return state
 
 
@@ -174,7 +172,7 @@ def _load_weights(run: Run, fresh: TrainState, path: Path) -> TrainState:
     shapes = [jax.tree.map(np.shape, tree) for tree in (loaded["params"], fresh.params)]
     if shapes[0] != shapes[1]:
         raise UserError(f"config.init_from={path} holds another network: {saved.model.name}")
-    logging.info("starting from the weights of %s", path)
+    LOG.info("starting from the weights of %s", path)
     ema = jax.tree.map(np.copy, loaded) if fresh.ema else None
     return jax.device_put(fresh.replace(**loaded, ema=ema), sharding.replicated(run.mesh))
 
@@ -201,7 +199,6 @@ def _loop(run: Run, train_step, state: TrainState, bar: Progress, interrupt: Int
     """
     config, spans, train = run.config, run.durations, run.splits["train"]
     first = step = int(state.step)
-    evaluate = make_evaluator(config, run.mesh)
     log = StepLog(config, spans, train, run.history, run.clock, bar)
     placement, seed, batch_size = config.data.placement, config.seed, config.batch_size
     batches = train_batches(train, run.mesh, placement, seed, batch_size, start=first)
@@ -211,7 +208,7 @@ def _loop(run: Run, train_step, state: TrainState, bar: Progress, interrupt: Int
         evaluates = step > first and (last or step % spans.eval_steps == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(step, everything=saves)
-        auc = _evaluate(run, evaluate, state, step, bar) if evaluates else None
+        auc = _evaluate(run, state, step, bar) if evaluates else None
         if saves:
             _save(run, state, step, auc)
         if ended:
@@ -223,10 +220,10 @@ def _loop(run: Run, train_step, state: TrainState, bar: Progress, interrupt: Int
         log.add(step, metrics)
 
 
-def _evaluate(run: Run, evaluate: Callable, state: TrainState, step: int, bar: Progress) -> float:
+def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> float:
     """Logs the metrics on valid, and returns its AUC."""
     with run.clock.measure("evaluate"):
-        metrics = evaluate(state.eval_variables(), run.splits["valid"]).metrics
+        metrics = run.evaluate(state.eval_variables(), run.splits["valid"]).metrics
     figures = {f"valid_{name}": metrics[name] for name in ("loss", "auc", "accuracy")}
     epoch = step / run.durations.steps_per_epoch
     run.history.write(step, epoch=epoch, **figures)
@@ -281,6 +278,5 @@ def _summary(run: Run, state: TrainState) -> dict:
 def _evaluate_best(run: Run, path: Path) -> dict[str, Evaluation]:
     abstract = abstract_state(run.config)
     state = checkpoint.restore(path, abstract, sharding.replicated(run.mesh))
-    evaluate = make_evaluator(run.config, run.mesh)
     names = [name for name in ("valid", "test") if name in run.splits]
-    return {name: evaluate(state.eval_variables(), run.splits[name]) for name in names}
+    return {name: run.evaluate(state.eval_variables(), run.splits[name]) for name in names}

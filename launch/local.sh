@@ -12,6 +12,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${BEF_VENV:-$root/.venv}
 venv=${venv%/}
 
+# Huge pages for the arrays: on CPU every step maps and clears gigabytes, and with small pages that
+# alone takes longer than the arithmetic.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 say() {
   echo "launch/local.sh: $*" >&2
 }

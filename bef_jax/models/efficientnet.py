@@ -55,17 +55,18 @@ B0 = Architecture(
     head=1280,
 )
 
-# One block per resolution: end-to-end tests and the first look take seconds to compile.
+# One block per resolution, narrow where maps are large: end-to-end tests and the first look take
+# seconds to compile.
 TEST = Architecture(
-    stem=8,
+    stem=16,
     stages=(
-        Stage(expand=1, channels=8, repeats=1, kernel=3, stride=1),
-        Stage(expand=4, channels=12, repeats=1, kernel=3, stride=2),
-        Stage(expand=4, channels=16, repeats=1, kernel=5, stride=2),
-        Stage(expand=4, channels=24, repeats=1, kernel=3, stride=2),
-        Stage(expand=4, channels=32, repeats=1, kernel=3, stride=2),
+        Stage(expand=1, channels=16, repeats=1, kernel=3, stride=1),
+        Stage(expand=1, channels=24, repeats=1, kernel=3, stride=2),
+        Stage(expand=2, channels=32, repeats=1, kernel=3, stride=2),
+        Stage(expand=4, channels=40, repeats=1, kernel=5, stride=2),
+        Stage(expand=4, channels=64, repeats=1, kernel=3, stride=2),
     ),
-    head=64,
+    head=128,
 )
 
 # (width, depth) of the paper's compound scaling.
