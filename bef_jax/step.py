@@ -1,5 +1,6 @@
 """The training step: one jitted function of (state, batch), on any number of devices."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
         variables, ema = {"params": params, "batch_stats": batch_stats}, state.ema
         if config.ema_decay:
             ema = update_ema(ema, variables, state.step, config.ema_decay)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         state = state.replace(step=state.step + 1, ema=ema, opt_state=opt_state, **variables)
         return state, metrics
@@ -109,10 +110,22 @@ def compile_step(config: ConfigDict, schedule: Callable, mesh: Mesh, state: Trai
     return step.lower(state, Batch(images, labels)).compile()
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table of parameters."""
+
+    module: str
+    tensors: int
+    parameters: str
+
+
 def describe(state: TrainState, compiled) -> None:
-    """Logs the table of parameters, and the memory that a device needs for the step."""
-    LOG.info("parameters\n%s", parameter_overview.get_parameter_overview(state.params))
-    LOG.info("%s trainable parameters", f"{count_params(state.params):,}")
+    """Logs the parameters of each module, and the memory that a device needs for the step."""
+    rows = [
+        Row(name, len(jax.tree.leaves(params)), f"{count_params(params):,}")
+        for name, params in [*sorted(state.params.items()), ("all", state.params)]
+    ]
+    LOG.info("%s", parameter_overview.make_table(rows))
     memory = compiled.memory_analysis()
     if memory is not None:
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -1,5 +1,6 @@
 """From the metrics of single steps to lines of metrics.jsonl and the progress bar."""
 
+import itertools
 import math
 
 import jax
@@ -39,31 +40,35 @@ class StepLog:
         """Takes the metrics of the step that made the state of `step`, without waiting."""
         self._pending.append((step, metrics))
 
-    def flush(self, step: int, everything: bool) -> None:
-        """Writes the line that is due at `step`: of all steps but the one in flight.
+    def flush(self, everything: bool) -> None:
+        """Writes the lines that are due, of all steps but the one in flight.
 
         Args:
-            everything: writes all steps, and waits for the last: before evaluating or saving.
+            everything: waits for the last step too, and writes it: before evaluating or saving.
 
         Raises:
             FloatingPointError: a loss is not finite; names the step and the batch's ids.
         """
-        count = len(self._pending) - (0 if everything else 1)
-        if count < 1 or not (everything or (step - 1) % self._config.log_every == 0):
+        every = self._config.log_every
+        done = self._pending if everything else self._pending[:-1]
+        ready = [item for item in done if everything or item[0] <= done[-1][0] // every * every]
+        if not ready:
             return
-        ready, self._pending = self._pending[:count], self._pending[count:]
-        steps = [number for number, _ in ready]
+        self._pending = self._pending[len(ready) :]
+        steps = [step for step, _ in ready]
         values = jax.device_get([metrics for _, metrics in ready])
         self._check_finite(steps, values)
-        self._write(steps, values)
+        rates = self._rates(len(steps))
+        lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)
+        for _, line in lines:
+            self._write(*zip(*line, strict=True), rates)
 
-    def _write(self, steps: list[int], values: list[dict]) -> None:
+    def _write(self, steps: list[int], values: list[dict], rates: dict[str, float]) -> None:
         figures = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
         figures["learning_rate"] = float(values[-1]["learning_rate"])
-        figures |= self._rates(len(steps))
         epoch = steps[-1] / self._spans.steps_per_epoch
-        self._history.write(steps[-1], epoch=epoch, **figures)
-        self._bar.update(steps[-1], **figures)
+        self._history.write(steps[-1], epoch=epoch, **figures, **rates)
+        self._bar.update(steps[-1], **figures, **rates)
 
     def _rates(self, steps: int) -> dict[str, float]:
         """Images per second and the share of time waiting for input, since the last line."""

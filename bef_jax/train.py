@@ -207,7 +207,7 @@ def _loop(run: Run, train_step, state: TrainState, bar: Progress, interrupt: Int
         ended = last or interrupt.requested
         evaluates = step > first and (last or step % spans.eval_steps == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
-        log.flush(step, everything=saves)
+        log.flush(everything=saves)
         auc = _evaluate(run, state, step, bar) if evaluates else None
         if saves:
             _save(run, state, step, auc)

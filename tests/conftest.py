@@ -1,9 +1,35 @@
 """Fixtures that tests of several modules share."""
 
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
+
+from configs import quickstart
+
+# Tests run what they compile a few times: optimising would not pay, and one session's runs of the
+# same program (a run and its resumption, say, in one process or two) share a cache of their own.
+CACHE = tempfile.TemporaryDirectory(prefix="bef_jax_tests_")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+
+SHRUNK = {
+    "batch_size": 8,
+    "steps": 6,
+    "log_every": 1,
+    "rcc.min_size": 40,
+    "rcc.max_size": 48,
+    "rcc.eval_size": 48,
+    "data.train_size": 40,
+    "data.valid_size": 21,
+    "data.test_size": 13,
+    "eval.batch_size": 8,
+    "eval.every_epochs": 0.8,  # 4 steps
+    "checkpoint.every_steps": 3,
+}
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +38,21 @@ def pcam_dir() -> Path:
     if "BEF_PCAM_DIR" not in os.environ:
         pytest.skip("BEF_PCAM_DIR is not set: no real PCam patches to read")
     return Path(os.environ["BEF_PCAM_DIR"])
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of one session share a synthetic store."""
+    return tmp_path_factory.mktemp("synthetic")
+
+
+@pytest.fixture
+def small_config(data_dir: Path) -> Callable[..., ConfigDict]:
+    """Returns small_config(**{"a.b": value}): the quickstart, shrunk to six steps of seconds."""
+
+    def make(**fields) -> ConfigDict:
+        config = quickstart.get_config()
+        config.update_from_flattened_dict({**SHRUNK, "data.dir": str(data_dir), **fields})
+        return config
+
+    return make

@@ -7,9 +7,11 @@ it stands; what is here follows CBAM and is ours.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -48,6 +50,31 @@ def fused_stages(strides: Sequence[int]) -> tuple[int, ...]:
     return tuple(i for i in last_of_resolution if 2 in strides[:i])
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def maximum(x: Array, axes: tuple[int, ...]) -> Array:
+    """The maximum over `axes`, whose gradient is shared by the positions that attain it.
+
+    jnp.max divides by how many equal the maximum. XLA may compute x once for the maximum and once
+    more, rounded differently, for the comparison: then none does, and 0 / 0 spoils every gradient.
+    """
+    return jnp.max(x, axes)
+
+
+def _maximum_forward(x: Array, axes: tuple[int, ...]):
+    result = jnp.max(x, axes, keepdims=True)
+    return result.squeeze(axes), (x, result)
+
+
+def _maximum_backward(axes: tuple[int, ...], residuals, cotangent: Array):
+    x, result = residuals
+    attains = (x >= result).astype(x.dtype)
+    share = jnp.expand_dims(cotangent, axes) / jnp.maximum(attains.sum(axes, keepdims=True), 1)
+    return ((attains * share).astype(x.dtype),)
+
+
+maximum.defvjp(_maximum_forward, _maximum_backward)
+
+
 class ChannelAttention(nn.Module):
     """Gates channels by mean- and max-pooled features through one shared MLP (CBAM, eq. 2)."""
 
@@ -57,7 +84,7 @@ class ChannelAttention(nn.Module):
     def __call__(self, x: Array) -> Array:
         hidden = nn.Dense(max(x.shape[-1] // self.reduction, 1), kernel_init=conv_init)
         output = nn.Dense(x.shape[-1], kernel_init=conv_init)
-        pooled = [global_pool(x), jnp.max(x, (1, 2)).astype(jnp.float32)]
+        pooled = [global_pool(x), maximum(x, (1, 2)).astype(jnp.float32)]
         gate = nn.sigmoid(sum(output(nn.relu(hidden(features))) for features in pooled))
         return x * gate[:, None, None].astype(x.dtype)
 
@@ -69,7 +96,7 @@ class SpatialAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        maps = [jnp.mean(x, -1, dtype=jnp.float32), jnp.max(x, -1).astype(jnp.float32)]
+        maps = [jnp.mean(x, -1, dtype=jnp.float32), maximum(x, (3,)).astype(jnp.float32)]
         window = (self.kernel, self.kernel)
         gate = nn.Conv(1, window, kernel_init=conv_init)(jnp.stack(maps, axis=-1))
         return x * nn.sigmoid(gate).astype(x.dtype)

@@ -1,0 +1,240 @@
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from bef_jax import sharding
+from bef_jax.data import batches
+from bef_jax.data.store import Split
+
+ROOT = Path(__file__).resolve().parents[2]
+N, BATCH = 22, 4  # 5 batches an epoch, 2 patches left over
+
+
+@pytest.fixture
+def split(tmp_path):
+    """A memory-mapped split in which every patch and label tells its row."""
+    rows = np.arange(N, dtype=np.uint8)
+    images = np.broadcast_to(rows[:, None, None, None], (N, 96, 96, 3))
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    return Split("train", mapped, rows, rows.astype(str))
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh()
+
+
+def take(iterator, n):
+    """The rows of the next n batches, [n, BATCH]; images and labels must agree."""
+    taken = []
+    for batch in itertools.islice(iterator, n):
+        assert batch.images.dtype == np.uint8
+        assert batch.labels.dtype == np.int32
+        images = np.asarray(batch.images)
+        assert images.shape == (BATCH, 96, 96, 3)
+        assert (images == np.asarray(batch.labels)[:, None, None, None]).all()
+        taken.append(np.asarray(batch.labels))
+    iterator.close()
+    return np.array(taken)
+
+
+# ---- which patches ------------------------------------------------------------------------------
+
+
+def epoch(seed, number, n=N, batch_size=BATCH):
+    steps = range(number * (n // batch_size), (number + 1) * (n // batch_size))
+    return np.concatenate([batches.batch_indices(seed, step, n, batch_size) for step in steps])
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(22, 4), (20, 4), (7, 7), (9, 1)])
+def test_an_epoch_takes_each_patch_at_most_once(n, batch_size):
+    for number in (0, 1, 5):
+        taken = epoch(3, number, n, batch_size)
+        assert len(taken) == n // batch_size * batch_size
+        assert len(set(taken.tolist())) == len(taken)
+        assert set(taken.tolist()) <= set(range(n))
+
+
+def test_an_epochs_order_is_a_permutation():
+    order = batches.epoch_permutation(0, 2, 100)
+    assert sorted(order.tolist()) == list(range(100))
+    assert order.tolist() != list(range(100))
+
+
+def test_epochs_and_seeds_differ():
+    orders = [epoch(seed, number).tolist() for seed in (0, 1, 2) for number in (0, 1, 2)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+def test_indices_depend_on_nothing_but_seed_and_step():
+    steps = [7, 0, 13, 7, 4, 0, 22]
+    first = [batches.batch_indices(5, step, N, BATCH).tolist() for step in steps]
+    batches.epoch_permutation.cache_clear()
+    again = [batches.batch_indices(5, step, N, BATCH).tolist() for step in reversed(steps)]
+    assert first == again[::-1]
+    assert first[0] == first[3]
+    assert first[0] != first[1]
+
+
+def test_what_is_left_over_comes_in_other_epochs():
+    taken = set(np.concatenate([epoch(0, number) for number in range(6)]).tolist())
+    assert taken == set(range(N))
+
+
+# ---- where from ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["host", "device", "auto"])
+def test_placements_give_the_same_batches(placement, split, mesh):
+    taken = take(batches.train_batches(split, mesh, placement, 1, BATCH, 0), 8)
+    expected = [batches.batch_indices(1, step, N, BATCH) for step in range(8)]
+    np.testing.assert_array_equal(taken, expected)
+
+
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_resuming_gives_the_tail_of_the_stream(placement, split, mesh):
+    whole = take(batches.train_batches(split, mesh, placement, 2, BATCH, 0), 9)
+    tail = take(batches.train_batches(split, mesh, placement, 2, BATCH, 6), 3)
+    np.testing.assert_array_equal(tail, whole[6:])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the default backend is not the CPU")
+def test_a_split_on_cpu_stays_where_it_is(split):
+    assert not batches.fits_devices(split)
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(1300 * 1024, True), (1100 * 1024, False)])
+def test_auto_leaves_half_of_the_accelerators_memory_free(limit, fits, split, monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": limit}
+
+    assert split.images.nbytes == 594 * 1024
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert batches.fits_devices(split) == fits
+
+
+# ---- the thread ---------------------------------------------------------------------------------
+
+
+def producers():
+    return [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_a_reading_error_is_raised_where_its_batch_is_asked_for():
+    def make(step):
+        if step == 5:
+            raise OSError("the disk is gone")
+        return step
+
+    stream = batches._prefetch(make, 3)
+    assert [next(stream), next(stream)] == [3, 4]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    assert wait_for(lambda: not producers())
+
+
+def test_the_thread_ends_with_its_iterator():
+    assert wait_for(lambda: not producers())
+    stream = batches._prefetch(lambda step: step, 0)
+    assert next(stream) == 0
+    assert len(producers()) == 1
+    stream.close()
+    assert wait_for(lambda: not producers())
+
+
+def test_the_thread_keeps_a_few_batches_ahead_and_no_more():
+    made = []
+    stream = batches._prefetch(lambda step: made.append(step) or step, 0)
+    assert next(stream) == 0
+    assert wait_for(lambda: len(made) == 4)  # one taken, two ready, one in hand
+    time.sleep(0.3)
+    assert made == [0, 1, 2, 3]
+    assert list(itertools.islice(stream, 3)) == [1, 2, 3]
+    stream.close()
+
+
+# ---- eight devices ------------------------------------------------------------------------------
+
+EIGHT_DEVICES = """
+import functools
+import itertools
+import re
+
+import jax
+import numpy as np
+
+from bef_jax import sharding
+from bef_jax.data import batches
+from bef_jax.data.store import Split
+
+mesh = sharding.make_mesh()
+assert mesh.size == 8, mesh
+rng = np.random.default_rng(0)
+gather = jax.jit(functools.partial(batches.gather_rows, mesh=mesh))
+for n in (64, 61, 57, 9):  # multiples of 8 and others
+    for rows in (rng.integers(0, 256, (n, 4, 3), dtype=np.uint8), rng.integers(-5, 5, n)):
+        rows = rows.astype(np.int32) if rows.ndim == 1 else rows
+        placed = batches.place(rows, mesh)
+        assert placed.sharding == sharding.by_rows(mesh)
+        assert placed.addressable_shards[0].data.shape[0] == -(-n // 8)
+        indices = np.concatenate([[0, n - 1], rng.integers(0, n, 14)]).astype(np.int32)
+        taken = gather(placed, jax.device_put(indices, sharding.replicated(mesh)))
+        np.testing.assert_array_equal(taken, rows[indices])
+        assert taken.dtype == rows.dtype
+        assert taken.sharding.is_equivalent_to(sharding.by_rows(mesh), rows.ndim)
+        assert {shard.data.shape[0] for shard in taken.addressable_shards} == {2}
+
+rows = batches.place(np.zeros((61, 96, 96, 3), np.uint8), mesh)
+indices = jax.device_put(np.arange(16, dtype=np.int32), sharding.replicated(mesh))
+compiled = gather.lower(rows, indices).compile().as_text()
+assert "all-gather" not in compiled, compiled
+assert "reduce-scatter" in compiled or "all-reduce" in compiled, compiled
+sizes = [np.prod([int(x) for x in m.split(",")]) for m in re.findall(r"u8\\[([\\d,]+)\\]", compiled)]
+assert max(sizes) <= 16 * 96 * 96 * 3, max(sizes)  # the batch; nowhere the whole split
+
+labels = np.arange(29, dtype=np.uint8)
+images = np.broadcast_to(labels[:, None, None, None], (29, 96, 96, 3))
+split = Split("train", images, labels, labels.astype(str))
+for placement in ("host", "device"):
+    stream = batches.train_batches(split, mesh, placement, 4, 8, 2)
+    for step, batch in zip(range(2, 7), stream):
+        expected = batches.batch_indices(4, step, 29, 8)
+        np.testing.assert_array_equal(batch.labels, expected)
+        np.testing.assert_array_equal(np.asarray(batch.images)[:, 5, 7, 1], expected)
+        assert batch.images.sharding.is_equivalent_to(sharding.by_rows(mesh), 4)
+    stream.close()
+print("as on one device")
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_gather_the_same_batches():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "as on one device"

@@ -1,0 +1,304 @@
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from bef_jax import config as checks
+from bef_jax.errors import UserError
+from bef_jax.models import create
+from configs import b2, default, paper, quickstart
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def expect_error(*parts, config):
+    """One line that holds every part."""
+    with pytest.raises(UserError) as caught:
+        checks.validate(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def changed(**fields):
+    """The default configuration with fields set past ml_collections' own type checks."""
+    config = default.get_config()
+    for name, value in fields.items():
+        *path, leaf = name.split(".")
+        tree = config
+        for key in path:
+            tree = tree[key]
+        with tree.ignore_type(), tree.unlocked():
+            tree[leaf] = value
+    return config
+
+
+# ---- the files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_is_valid(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    checks.validate(config)
+    assert config.name == name
+    assert checks.flatten(config).keys() == checks.flatten(default.get_config()).keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_takes_an_argument(name):
+    config = importlib.import_module(f"configs.{name}").get_config("batch_size=24,model.fusion=no")
+    assert config.batch_size == 24
+
+
+@pytest.mark.parametrize("variant", [f"b{i}" for i in range(8)])
+def test_boosted_files_switch_all_changes_on_for_their_network(variant):
+    config = importlib.import_module(f"configs.{variant}").get_config()
+    assert config.model.name == f"efficientnet_{variant}"
+    assert config.rcc.enabled
+    assert (config.model.total_stride, config.model.attention) == (16, "cbam")
+    assert config.model.fusion
+    assert config.data.source != "synthetic"
+
+
+def test_paper_is_b3_on_rectified_pcam():
+    config = paper.get_config()
+    assert config.model == importlib.import_module("configs.b3").get_config().model
+    assert config.data.rectify
+    assert config.data.source == "pcam_hdf5"
+
+
+def test_quickstart_alone_is_synthetic():
+    synthetic = [n for n in NAMES
+                 if importlib.import_module(f"configs.{n}").get_config().data.source == "synthetic"]  # fmt: skip
+    assert synthetic == ["quickstart"]
+    assert quickstart.get_config().model.name == "efficientnet_test"
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def test_arguments_are_typed():
+    config = b2.get_config(
+        "batch_size=64, seed=3,model.total_stride=32,model.fusion=false,optim.learning_rate=1e-4,"
+        "epochs=3,steps=70,data.dir=/a/b,rcc.enabled=True"
+    )
+    checks.validate(config)
+    assert config.batch_size == 64
+    assert config.seed == 3
+    assert config.model.total_stride == 32
+    assert config.model.fusion is False
+    assert config.rcc.enabled is True
+    assert config.optim.learning_rate == 1e-4
+    assert config.epochs == 3
+    assert config.steps == 70
+    assert config.data.dir == "/a/b"
+
+
+@pytest.mark.parametrize("arg", [None, ""])
+def test_no_argument_changes_nothing(arg):
+    assert default.get_config(arg).to_dict() == default.get_config().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("arg", "part"),
+    [
+        ("batch_size", "batch_size"),
+        ("batchsize=3", "batchsize"),
+        ("model.depth=3", "depth"),
+        ("batch_size=many", "batch_size=many"),
+        ("batch_size=2.5", "batch_size=2.5"),
+        ("seed=1,rcc.fill=3", "rcc.fill=3"),
+    ],
+)
+def test_arguments_that_are_wrong_are_named(arg, part):
+    with pytest.raises(ValueError, match=part):
+        default.get_config(arg)
+
+
+# ---- single fields ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["batchsize", "model.depth", "rcc.size", "optim.lr"])
+def test_unknown_fields_are_named(name):
+    expect_error(f"config.{name} is unknown", "default.py", config=changed(**{name: 1}))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "model.name", "eval.tta", "optim.accumulate"])
+def test_missing_fields_are_named(name):
+    config = default.get_config()
+    *path, leaf = name.split(".")
+    tree = config[path[0]] if path else config
+    with tree.unlocked():
+        del tree[leaf]
+    expect_error(f"config.{name} is missing", config=config)
+
+
+@pytest.mark.parametrize("section", ["model", "rcc", "optim"])
+def test_a_missing_section_is_named(section):
+    config = default.get_config()
+    with config.unlocked():
+        del config[section]
+    expect_error(f"config.{section}.", "is missing", config=config)
+
+
+@pytest.mark.parametrize("section", ["model", "augment"])
+def test_a_section_that_is_none_is_named(section):
+    expect_error(f"config.{section}", config=changed(**{section: 3}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("batch_size", "64", "int"),
+        ("batch_size", 64.0, "int"),
+        ("batch_size", None, "int"),
+        ("batch_size", True, "int"),
+        ("steps", 1.5, "int"),
+        ("steps", "all", "int"),
+        ("data.train_size", False, "int"),
+        ("epochs", "ten", "float"),
+        ("epochs", False, "float"),
+        ("optim.learning_rate", None, "float"),
+        ("rcc.enabled", 1, "bool"),
+        ("rcc.enabled", "yes", "bool"),
+        ("model.name", 3, "str"),
+        ("data.store", None, "str"),
+        ("augment.mean", 0.5, "tuple"),
+        ("model.fusion_stages", 3, "tuple"),
+    ],
+)
+def test_mistyped_fields_are_named(name, value, wanted):
+    config = changed(**{name: value})
+    expect_error(f"config.{name}={value!r}", "wrong type", wanted, config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", 3), ("augment.stain", 0), ("steps", 5), ("augment.mean", [0.5] * 3),
+                        ("model.fusion_stages", [2, 3]), ("data.test_size", None)]
+)  # fmt: skip
+def test_values_that_pass_for_the_type(name, value):
+    checks.validate(changed(**{name: value}))
+
+
+@pytest.mark.parametrize("name", checks.CHOICES)
+def test_unknown_choices_are_named_with_those_that_there_are(name):
+    kind = type(checks.CHOICES[name][0])
+    value = kind("5") if kind is int else "other"
+    listed = [str(choice) for choice in checks.CHOICES[name]]
+    expect_error(f"config.{name}={value!r}", *listed, config=changed(**{name: value}))
+
+
+def out_of_range():
+    for name, (least, greatest) in checks.RANGES.items():
+        yield name, least - 1
+        if greatest is not None:
+            yield name, greatest + 1
+        if isinstance(checks.flatten(default.get_config())[name], float):
+            yield name, math.nan
+            yield name, math.inf
+
+
+@pytest.mark.parametrize(("name", "value"), out_of_range())
+def test_values_out_of_range_are_named(name, value):
+    expect_error(f"config.{name}={value!r} is out of range", config=changed(**{name: value}))
+
+
+def test_every_number_has_a_range_or_choices():
+    numbers = [
+        name
+        for name, value in checks.flatten(default.get_config()).items()
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    ]
+    assert [n for n in numbers if n not in checks.RANGES and n not in checks.CHOICES] == []
+
+
+# ---- combinations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"rcc.min_size": 80, "rcc.max_size": 64}, "config.rcc.min_size=80"),
+        ({"rcc.eval_size": 65}, "config.rcc.eval_size=65"),
+        ({"model.attention_kernel": 4}, "config.model.attention_kernel"),
+        ({"epochs": 0.0}, "config.epochs"),
+        ({"eval.every_epochs": 0.0}, "config.eval.every_epochs"),
+        ({"batch_size": 64, "optim.accumulate": 3}, "config.optim.accumulate"),
+        ({"batch_size": 64, "bn_groups": 3}, "config.bn_groups"),
+        ({"batch_size": 64, "optim.accumulate": 16, "bn_groups": 8}, "config.bn_groups"),
+        ({"augment.mean": (0.5, 0.5)}, "config.augment.mean"),
+        ({"augment.std": (0.5, 0.5, "x")}, "config.augment.std"),
+        ({"augment.std": (0.5, 0.0, 0.5)}, "config.augment.std"),
+        ({"augment.mean": (0.5, 0.5, math.nan)}, "config.augment.mean"),
+        ({"data.split_ratio": (0.5, 0.5)}, "config.data.split_ratio"),
+        ({"data.split_ratio": (1.2, -0.1, -0.1)}, "config.data.split_ratio"),
+        ({"data.split_ratio": (0, 0, 0)}, "config.data.split_ratio"),
+        ({"model.fusion": True, "model.fusion_stages": (9,)}, "config.model.fusion_stages"),
+        ({"model.attention": "cbam", "model.fusion_stages": (0, 2)}, "config.model.fusion_stages"),
+        ({"model.fusion": True, "model.fusion_stages": ("two",)}, "config.model.fusion_stages"),
+        ({"augment.std": (0.5, -0.5, 0.5)}, "config.augment.std"),
+        ({"augment.std": (0.5, math.inf, 0.5)}, "config.augment.std"),
+    ],
+)
+def test_impossible_combinations_are_named(fields, part):
+    expect_error(part, config=changed(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"epochs": 0.0, "steps": 5},
+        {"batch_size": 64, "optim.accumulate": 16, "bn_groups": 4},
+        {"rcc.min_size": 32, "rcc.max_size": 32, "rcc.eval_size": 32},
+        {"data.split_ratio": (8, 1, 1)},
+    ],
+)
+def test_possible_combinations_pass(fields):
+    checks.validate(changed(**fields))
+
+
+def test_what_validates_builds():
+    """The fields of config.model are the network's: a field that it lacks would end here."""
+    config = quickstart.get_config("model.total_stride=8")
+    checks.validate(config)
+    network = create(config.model, config.dtype, config.bn_groups)
+    shape = jax.eval_shape(
+        lambda key: network.init_with_output(key, jnp.zeros((1, 96, 96, 3)), False)[0],
+        jax.random.key(0),
+    )
+    assert shape.shape == (1, config.model.num_classes)
+
+
+# ---- derived ------------------------------------------------------------------------------------
+
+
+def test_flatten_names_every_field():
+    config = ConfigDict({"a": 1, "b": {"c": "x", "d": {"e": None}}})
+    assert checks.flatten(config) == {"a": 1, "b.c": "x", "b.d.e": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (150, 15, 15)),
+        ({"epochs": 0.5, "eval.every_epochs": 0.2}, (8, 15, 3)),
+        ({"epochs": 3, "steps": 7}, (7, 15, 15)),
+        ({"epochs": 0.001, "eval.every_epochs": 0.001}, (1, 15, 1)),
+        ({"batch_size": 1000}, (10, 1, 1)),
+    ],
+)
+def test_durations(fields, expected):
+    derived = checks.durations(changed(**fields), 1000)
+    assert (derived.steps, derived.steps_per_epoch, derived.eval_steps) == expected
+
+
+def test_a_split_smaller_than_a_batch_is_refused():
+    with pytest.raises(UserError, match="config.batch_size=64 exceeds the 63 training patches"):
+        checks.durations(default.get_config(), 63)
+    assert checks.durations(default.get_config(), 64).steps_per_epoch == 1

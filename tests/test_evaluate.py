@@ -1,0 +1,107 @@
+import jax
+import numpy as np
+import pytest
+from scipy.special import expit, softmax
+
+from bef_jax import checkpoint, evaluate, sharding, train
+from bef_jax.data import store
+from bef_jax.data.augment import eval_view
+from bef_jax.errors import UserError
+from bef_jax.models import create
+from bef_jax.state import create_state
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh()
+
+
+@pytest.fixture
+def valid(small_config):
+    data = small_config().data
+    store.prepare(data)
+    return store.open_split(store.store_path(data), "valid")
+
+
+def variables_of(config, mesh):
+    return create_state(config, sharding.replicated(mesh)).eval_variables()
+
+
+def probability_one_by_one(config, variables, images):
+    """Softmax over each patch alone: no batches, no padding."""
+    model = create(config.model)
+    apply = jax.jit(lambda x: model.apply(variables, eval_view(x, config), train=False))
+    logits = np.concatenate([apply(image[None]) for image in images]).astype(np.float64)
+    return softmax(logits, axis=1)[:, 1]
+
+
+@pytest.mark.parametrize("batch_size", [5, 7, 64])
+def test_every_patch_counts_once_for_any_batch_size(batch_size, small_config, valid, mesh):
+    config = small_config(**{"eval.batch_size": batch_size})
+    variables = variables_of(config, mesh)
+    evaluation = evaluate.make_evaluator(config, mesh)(variables, valid)
+    expected = probability_one_by_one(config, variables, valid.images)
+    np.testing.assert_allclose(evaluation.probabilities, expected, rtol=1e-5)
+    assert evaluation.metrics["n"] == len(valid) == 21
+    np.testing.assert_array_equal(evaluation.ids, valid.ids)
+
+
+def test_eight_views_are_averaged(small_config, valid, mesh):
+    config = small_config(**{"eval.tta": 8})
+    variables = variables_of(config, mesh)
+    evaluation = evaluate.make_evaluator(config, mesh)(variables, valid)
+    turned = [np.rot90(images, k, (1, 2)) for images in (valid.images, valid.images[:, ::-1])
+              for k in range(4)]  # fmt: skip
+    expected = np.mean([probability_one_by_one(config, variables, x) for x in turned], axis=0)
+    np.testing.assert_allclose(evaluation.probabilities, expected, rtol=1e-5)
+
+
+def test_sure_patches_do_not_tie(small_config, valid, mesh, monkeypatch):
+    """Log-odds of 40 and 41 are both 1 in float32."""
+    odds = np.linspace(40, 41, len(valid), dtype=np.float32)
+    rows = iter(np.split(np.pad(odds, (0, 3)), 3))
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: lambda *_: next(rows))
+    evaluation = evaluate.make_evaluator(small_config(), mesh)({}, valid)
+    np.testing.assert_array_equal(evaluation.probabilities, expit(odds.astype(np.float64)))
+
+
+def test_padded_rows_cover_every_row_and_repeat_the_last():
+    rows = evaluate.padded_rows(7, 3)
+    np.testing.assert_array_equal(rows, [[0, 1, 2], [3, 4, 5], [6, 6, 6]])
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture
+def trained(workdir, small_config):
+    summary = train.train_and_evaluate(small_config(steps=4), workdir)
+    (workdir / train.SUMMARY).write_text(train.json.dumps(summary))
+    return summary
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_eval_mode_gives_what_training_reported(split, trained, workdir, small_config):
+    config = small_config(steps=4, **{"eval.batch_size": 4})
+    summary = evaluate.run(config, workdir, None, split)
+    assert summary.pop("mode") == "eval"
+    assert summary.pop("checkpoint") == str(checkpoint.best(workdir))
+    assert summary == pytest.approx(trained[split], rel=1e-5)
+
+
+def test_eval_mode_takes_the_test_split_and_any_checkpoint(trained, workdir, small_config):
+    path = workdir / "checkpoints" / "3"
+    summary = evaluate.run(small_config(), workdir, path, None)
+    assert (summary["split"], summary["checkpoint"]) == ("test", str(path))
+
+
+def test_eval_refuses_another_network(trained, workdir, small_config):
+    with pytest.raises(UserError, match=r"model\.fusion=True"):
+        evaluate.run(small_config(**{"model.fusion": False}), workdir, None, None)
+
+
+def test_eval_needs_a_checkpoint(small_config, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint there; train first"):
+        evaluate.run(small_config(), tmp_path, None, None)

@@ -1,0 +1,99 @@
+"""What a user sees of a mistake: one line, status 2, and nothing compiled."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+
+def run_main(*flags, cwd=None, python=sys.executable):
+    command = [python, "-m", "bef_jax.main", *map(str, flags)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def write_npz(folder, images, labels):
+    for split in ("train", "valid"):
+        np.savez(folder / f"{split}.npz", images=images, labels=labels)
+
+
+def refused(*flags):
+    """Runs main, checks how it ends, and returns the line that the user reads."""
+    result = run_main(*flags)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert (result.returncode, result.stdout, len(lines)) == (2, "", 1), result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["--config is missing", "--config=configs/b2.py"]),
+        (["--config=configs/nowhere.py"], ["nowhere.py"]),
+        (["--config=configs/b0.py", "--config.batchsize=3"], ["batchsize"]),
+        (["--config=configs/b0.py", "--config.batch_size=many"], ["batch_size", "many"]),
+        (["--config=configs/b0.py:batch_size=many"], ["batch_size", "many"]),
+        (["--config=configs/b0.py", "--config.model.total_stride=4"], ["total_stride=4", "32, 16"]),
+        (["--config=configs/b0.py", "--mode=fly"], ["--mode=fly", "train"]),
+        (["--config=configs/b0.py", "--no_such_flag"], ["no_such_flag"]),
+        (["--config=configs/b0.py", "--config.data.dir=nowhere"], ["nowhere"]),
+    ],
+)
+def test_mistakes_of_flags(flags, words, tmp_path):
+    line = refused(*flags, f"--workdir={tmp_path / 'run'}")
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (np.zeros((4, 32, 32, 3), np.uint8), [0, 1, 0, 1], ["train.npz", "96"]),
+        (np.zeros((4, 96, 96, 3), np.uint8), [0, 1, 2, 1], ["train.npz", "label"]),
+        (np.zeros((0, 96, 96, 3), np.uint8), [], ["empty"]),
+    ],
+)
+def test_mistakes_of_data(images, labels, words, tmp_path):
+    write_npz(tmp_path, images, np.array(labels, np.uint8))
+    flags = ["--config=configs/b0.py", "--config.data.source=npz", f"--config.data.dir={tmp_path}"]
+    line = refused(*flags, f"--workdir={tmp_path / 'run'}")
+    assert any(word in line for word in words), line
+    assert not list(tmp_path.glob("store*"))
+
+
+def test_damaged_store_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 96, 96, 3), np.uint8)
+    write_npz(tmp_path, images, np.array([0, 1, 0, 1], np.uint8))
+    flags = ["--config=configs/b0.py", "--config.data.source=npz", f"--config.data.dir={tmp_path}",
+             "--config.data.rectify=False", f"--workdir={tmp_path / 'run'}"]  # fmt: skip
+    assert run_main(*flags, "--mode=prepare").returncode == 0
+    (tmp_path / "store_npz" / "train" / "images.npy").write_bytes(b"short")
+    assert "train/images.npy" in refused(*flags)
+
+
+def test_summary_is_the_only_line_on_stdout_and_is_written(tmp_path):
+    flags = ["--config=configs/quickstart.py", "--mode=prepare", "--config.data.train_size=5",
+             "--config.data.valid_size=4", "--config.data.test_size=3",
+             f"--config.data.dir={tmp_path}", f"--workdir={tmp_path / 'run'}"]  # fmt: skip
+    result = run_main(*flags)
+    summary = json.loads(result.stdout)
+    assert summary["counts"] == {"train": 5, "valid": 4, "test": 3}
+    assert json.loads((tmp_path / "run" / "prepare_summary.json").read_text()) == summary
+
+
+def test_workdir_defaults_to_the_name_of_the_config(tmp_path):
+    config = os.path.abspath("configs/quickstart.py")
+    flags = ["--mode=prepare", "--config.data.train_size=5", "--config.data.valid_size=4",
+             "--config.data.test_size=3"]  # fmt: skip
+    run_main(f"--config={config}", *flags, cwd=tmp_path)
+    assert (tmp_path / "runs" / "quickstart" / "prepare_summary.json").exists()
+
+
+def test_training_imports_no_tensorflow():
+    code = "import sys, bef_jax.main; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

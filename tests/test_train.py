@@ -1,0 +1,225 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bef_jax import checkpoint, train
+from bef_jax.errors import UserError
+from tests.conftest import SHRUNK
+
+KEYS = {
+    "mode", "step", "epoch", "wall_seconds", "compile_seconds", "images_per_second",
+    "input_wait_fraction", "params", "params_digest", "best_step", "valid", "test",
+}  # fmt: skip
+EVAL_KEYS = {
+    "split", "n", "loss", "accuracy", "auc", "auc_ci95", "sensitivity", "specificity", "f1",
+    "brier", "ece", "threshold", "tta",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, request):
+    """(workdir, summary) of a run that nothing disturbed."""
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def undisturbed(finished, small_config):
+    """The workdir of a finished run, and its summary; trained once for all tests."""
+    summary = finished / "summary.json"
+    if not summary.exists():
+        summary.write_text(json.dumps(train.train_and_evaluate(small_config(), finished / "run")))
+    return finished / "run", json.loads(summary.read_text())
+
+
+def stop_before(monkeypatch, step, sign=signal.SIGTERM):
+    """Sends a real signal to this process in place of waiting: after `step` steps are done."""
+    original = train.compile_step
+
+    def compile_step(*args):
+        compiled = original(*args)
+        calls = iter(range(int(args[-1].step) + 1, 10**6))
+
+        def step_fn(*inputs):
+            if next(calls) == step:
+                os.kill(os.getpid(), sign)
+            return compiled(*inputs)
+
+        step_fn.memory_analysis = compiled.memory_analysis
+        return step_fn
+
+    monkeypatch.setattr(train, "compile_step", compile_step)
+
+
+def test_summary_and_files(undisturbed):
+    workdir, summary = undisturbed
+    assert set(summary) == KEYS
+    assert set(summary["valid"]) == set(summary["test"]) == EVAL_KEYS
+    assert (summary["step"], summary["epoch"]) == (6, 6 / 5)
+    assert (summary["valid"]["n"], summary["test"]["n"]) == (21, 13)
+    for name in ("config.json", "metrics.jsonl", "report/index.html", "report/curves.png"):
+        assert (workdir / name).stat().st_size > 0
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_best_checkpoint_is_kept_and_evaluated(undisturbed):
+    workdir, summary = undisturbed
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    aucs = {line["step"]: line["valid_auc"] for line in lines if "valid_auc" in line}
+    assert sorted(aucs) == [4, 6]
+    assert summary["valid"]["auc"] == max(aucs.values())
+    assert aucs[summary["best_step"]] == max(aucs.values())
+    assert checkpoint.best(workdir).name == str(summary["best_step"])
+
+
+def test_logs_every_step_once_with_its_learning_rate(undisturbed):
+    workdir, _ = undisturbed
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert rates[0] == 0.0
+    assert rates[2] == max(rates)
+
+
+def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_path, monkeypatch):
+    workdir, summary = undisturbed
+    again = tmp_path / "again"
+    shutil.copytree(workdir, again)
+    (again / train.SUMMARY).write_text(json.dumps(summary))
+    monkeypatch.setattr(train, "compile_step", lambda *_: pytest.fail("trained again"))
+    assert train.train_and_evaluate(small_config(), again) == summary
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_stopped_and_resumed_is_the_undisturbed_run(
+    step, sign, undisturbed, small_config, tmp_path, monkeypatch
+):
+    _, expected = undisturbed
+    with monkeypatch.context() as patch:
+        stop_before(patch, step, sign)
+        stopped = train.train_and_evaluate(small_config(), tmp_path)
+    assert (stopped["step"], stopped["valid"]) == (step, None)
+    resumed = train.train_and_evaluate(small_config(), tmp_path)
+    assert resumed["params_digest"] == expected["params_digest"]
+    assert resumed["valid"] == expected["valid"]
+    history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_run_goes_on_from_the_last_save(undisturbed, small_config, tmp_path, monkeypatch):
+    _, expected = undisturbed
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "Signals", kill)  # what the handler does first: it never returns
+        stop_before(patch, 5)
+        with pytest.raises(Killed):
+            train.train_and_evaluate(small_config(), tmp_path)
+    assert checkpoint.read_run(tmp_path / "checkpoints" / "4")["clock"]["wall"] > 0
+    resumed = train.train_and_evaluate(small_config(), tmp_path)
+    assert resumed["params_digest"] == expected["params_digest"]
+
+
+def test_a_process_stopped_by_a_signal_exits_0_and_resumes(undisturbed, data_dir, tmp_path):
+    _, expected = undisturbed
+    fields = {**SHRUNK, "data.dir": data_dir}
+    command = [
+        sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",
+        f"--workdir={tmp_path}", *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    stopped = json.loads(process.communicate()[0].splitlines()[-1])
+    assert process.returncode == 0
+    assert stopped["step"] >= 1
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    summary = json.loads(finished.stdout)
+    assert summary["params_digest"] == expected["params_digest"]
+    assert json.loads((tmp_path / "train_summary.json").read_text()) == summary
+
+
+def test_damaged_checkpoint_is_named_and_an_older_one_offered(undisturbed, small_config, tmp_path):
+    workdir, _ = undisturbed
+    shutil.copytree(workdir, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "6"
+    shutil.rmtree(newest / "state")
+    with pytest.raises(UserError, match=r"checkpoints/6 can't be read.*go on from 4, move it"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert newest.is_dir()
+
+
+def test_another_network_is_refused_on_resume(undisturbed, small_config):
+    workdir, _ = undisturbed
+    with pytest.raises(UserError, match=r"model\.total_stride \(saved 16, now 32\)"):
+        train.train_and_evaluate(small_config(**{"model.total_stride": 32}), workdir)
+
+
+def test_more_steps_go_on(undisturbed, small_config, tmp_path):
+    workdir, _ = undisturbed
+    shutil.copytree(workdir, tmp_path / "run")
+    assert train.train_and_evaluate(small_config(steps=7), tmp_path / "run")["step"] == 7
+
+
+def test_starts_from_the_weights_of_another_run(undisturbed, small_config, tmp_path):
+    workdir, _ = undisturbed
+    best = checkpoint.best(workdir)
+    config = small_config(init_from=str(best), steps=1, **{"optim.learning_rate": 0.0})
+    summary = train.train_and_evaluate(config, tmp_path)
+    state = tmp_path / "checkpoints" / "1"
+    fresh = train.train_and_evaluate(small_config(steps=1), tmp_path / "fresh")
+    assert summary["params_digest"] != fresh["params_digest"]
+    loaded, saved = (
+        checkpoint.restore(path, train.abstract_state(config), _one_device())
+        for path in (state, best)
+    )
+    np.testing.assert_array_equal(
+        loaded.params["head"]["kernel"], saved.ema["params"]["head"]["kernel"]
+    )
+
+
+def test_missing_weights_are_an_error(small_config, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no checkpoint there"):
+        train.train_and_evaluate(small_config(init_from=str(tmp_path / "nowhere")), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_ids(small_config, tmp_path):
+    config = small_config(
+        **{"optim.name": "sgd", "optim.learning_rate": 1e38, "optim.clip_norm": 0.0}
+    )
+    with pytest.raises(FloatingPointError, match=r"loss of step \d is not finite; .*train_\d"):
+        train.train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["b2", "paper"])
+def test_real_configs_take_a_step_and_checkpoint(name, data_dir, tmp_path):
+    """The real network and settings; only the data, the batch and the windows are smaller."""
+    fields = SHRUNK | {"batch_size": 4, "steps": 1, "rcc.min_size": 32, "rcc.max_size": 32}
+    fields |= {"rcc.eval_size": 32, "data.source": "synthetic", "data.dir": data_dir}
+    command = [
+        sys.executable, "-m", "bef_jax.main", f"--config=configs/{name}.py",
+        f"--workdir={tmp_path}", *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]  # fmt: skip
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(result.stdout)["step"] == 1
+    assert (tmp_path / "checkpoints" / "1" / "state").is_dir()
+
+
+def _one_device():
+    return train.sharding.replicated(train.sharding.make_mesh())
