@@ -1,12 +1,13 @@
 """Checks a configuration, and derives from it what depends on several fields."""
 
 import dataclasses
+import math
 
 from ml_collections import ConfigDict
 
 from bef_jax.data.augment import CENTER, PATCH
 from bef_jax.errors import UserError
-from bef_jax.models import REGISTRY
+from bef_jax.models import REGISTRY, num_stages
 from configs import default
 
 CHOICES = {
@@ -143,14 +144,25 @@ def _check_combinations(config: ConfigDict) -> None:
     for name in ("augment.mean", "augment.std"):
         _check_triple(name, config.augment[name.removeprefix("augment.")])
     _check_ratio(config.data.split_ratio)
-    if 0 in config.augment.std:
-        raise UserError("config.augment.std holds a 0: normalisation would divide by it")
+    if min(config.augment.std) <= 0:
+        raise UserError("config.augment.std: give three numbers above 0, normalisation's divisors")
+    _check_stages(config.model)
 
 
 def _check_triple(name: str, values) -> None:
-    numbers = all(isinstance(x, (int, float)) and x == x for x in values)
+    numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
     if len(values) != 3 or not numbers:
         raise UserError(f"config.{name}={values!r}: give three numbers, one per channel")
+
+
+def _check_stages(model: ConfigDict) -> None:
+    stages = range(1, num_stages(model.name) + 1)
+    for stage in model.fusion_stages:
+        if stage not in stages:
+            raise UserError(
+                f"config.model.fusion_stages={tuple(model.fusion_stages)}: {model.name} has "
+                f"stages 1 .. {len(stages)}"
+            )
 
 
 def _check_ratio(ratio) -> None:

@@ -8,18 +8,18 @@ Exit status: 0 done, 2 a mistake of the user's, 1 a failure.
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from bef_jax import evaluate, prepare, train
 from bef_jax.config import validate
 from bef_jax.errors import UserError
+from bef_jax.summary import write_summary
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -29,7 +29,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder; de
 _SPLIT = flags.DEFINE_string("split", None, "train | valid | test; default: test if there is one.")
 
 
-def _eval(config, workdir: Path) -> dict:
+def _eval(config: ConfigDict, workdir: Path) -> dict:
     path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
     return evaluate.run(config, workdir, path, _SPLIT.value)
 
@@ -49,6 +49,9 @@ def main(_: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     print(json.dumps(summary), flush=True)
     return 0
 
@@ -62,25 +65,25 @@ def _set_up_logging() -> None:
     log.propagate = False
 
 
-def _run_mode() -> dict:
+def _load_config() -> ConfigDict:
     if _CONFIG.value is None:
         raise UserError("--config is missing: give a file, such as --config=configs/b2.py")
-    mode, config = _MODE.value, _CONFIG.value
+    try:
+        _CONFIG.value.keys()  # ml_collections keeps an error of loading until the first use
+    except OSError as error:
+        raise UserError(f"--config: {_one_line(error)}") from error
+    return _CONFIG.value
+
+
+def _run_mode() -> dict:
+    mode, config = _MODE.value, _load_config()
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}")
     validate(config)
     workdir = Path(_WORKDIR.value or f"runs/{config.name}").expanduser().resolve()
     summary = MODES[mode](config, workdir)
-    write_summary(workdir, mode, summary)
+    write_summary(workdir, summary)
     return summary
-
-
-def write_summary(workdir: Path, mode: str, summary: dict) -> None:
-    """Writes WORKDIR/<mode>_summary.json, whole or not at all."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / f".{mode}_summary.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, workdir / f"{mode}_summary.json")
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -88,8 +91,15 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return FLAGS(list(argv))
     except Exception as error:  # a config file is Python: it can raise anything
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+    """The text of an error; ml_collections puts whole tracebacks into its own, last line last."""
+    text = str(error.args[0] if isinstance(error, KeyError) else error)  # KeyError shows a repr
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if "Traceback" in text else " ".join(map(str.strip, lines))
 
 
 if __name__ == "__main__":

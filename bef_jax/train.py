@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -30,9 +30,9 @@ from bef_jax.report import write_report
 from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
 from bef_jax.step import compile_step, describe
 from bef_jax.steplog import StepLog
+from bef_jax.summary import write_summary
 
 LOG = logging.getLogger(__name__)
-SUMMARY = "train_summary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str) -> dict:
     run = _begin(config, workdir, mesh, splits, spans)
     try:
         return _finish(run, _train(run))
+    except FloatingPointError as error:
+        good = run.checkpoints.latest() or "none"
+        raise FloatingPointError(f"{error}; last good checkpoint: {good}") from error
     finally:
         run.checkpoints.close()
         run.history.close()
@@ -102,11 +105,13 @@ def _open_splits(config: ConfigDict) -> dict[str, Split]:
 def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
     """The summary of a run that has already come to `steps`."""
     try:
-        summary = json.loads((workdir / SUMMARY).read_text())
+        summary = json.loads((workdir / "train_summary.json").read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{workdir / SUMMARY} is damaged: delete it and run again") from error
+        raise UserError(
+            f"{workdir / 'train_summary.json'} is damaged: delete it and run again"
+        ) from error
     if summary["step"] < steps or summary["valid"] is None:
         return None
     newest = workdir / "checkpoints" / str(summary["step"])
@@ -144,37 +149,46 @@ def _initial_state(run: Run) -> TrainState:
     newest = run.checkpoints.latest()
     if newest:
         return _resume(run, newest)
-    fresh = create_state(config, everywhere)
-    return _load_weights(run, fresh, Path(config.init_from)) if config.init_from else fresh
+    if config.init_from:
+        return _start_from(run, Path(config.init_from))
+    return create_state(config, everywhere)
 
 
 def _resume(run: Run, newest: Path) -> TrainState:
     try:
         saved = checkpoint.read_run(newest)
-        checkpoint.check_fits(saved["config"], run.config, newest)
-        abstract = abstract_state(run.config)
+        abstract = abstract_state(ConfigDict(saved["config"]))
         state = checkpoint.restore(newest, abstract, sharding.replicated(run.mesh))
     except UserError as error:
         older = run.checkpoints.older_than(newest)
         mend = f"; to go on from {older.name}, move it away" if older else ""
         raise UserError(f"{error}{mend}") from error
+    checkpoint.check_fits(saved["config"], run.config, newest)
     run.clock.restore(saved["clock"])
     run.history.truncate(int(state.step))
     LOG.info("resuming %s at step %d", run.workdir, int(state.step))
     return state
 
 
-def _load_weights(run: Run, fresh: TrainState, path: Path) -> TrainState:
+def _start_from(run: Run, path: Path) -> TrainState:
     """A fresh state with the evaluated weights of another run's checkpoint."""
     saved = ConfigDict(checkpoint.read_run(path)["config"])
-    abstract = abstract_state(saved)
-    loaded = checkpoint.restore(path, abstract, sharding.replicated(run.mesh)).eval_variables()
-    shapes = [jax.tree.map(np.shape, tree) for tree in (loaded["params"], fresh.params)]
-    if shapes[0] != shapes[1]:
+    wanted = abstract_state(run.config)
+    trained = abstract_state(saved)
+    if not _same_shapes(trained, wanted):
         raise UserError(f"config.init_from={path} holds another network: {saved.model.name}")
+    everywhere = sharding.replicated(run.mesh)
+    weights = checkpoint.restore(path, trained, everywhere).eval_variables()
+    fresh = create_state(run.config, everywhere)
     LOG.info("starting from the weights of %s", path)
-    ema = jax.tree.map(np.copy, loaded) if fresh.ema else None
-    return jax.device_put(fresh.replace(**loaded, ema=ema), sharding.replicated(run.mesh))
+    # A copy: the step is given both to overwrite.
+    ema = jax.tree.map(jnp.copy, weights) if fresh.ema else None
+    return fresh.replace(**weights, ema=ema)
+
+
+def _same_shapes(one: TrainState, other: TrainState) -> bool:
+    shapes = [jax.tree.map(lambda x: x.shape, (s.params, s.batch_stats)) for s in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -220,11 +234,13 @@ def _loop(run: Run, train_step, state: TrainState, bar: Progress, interrupt: Int
         log.add(step, metrics)
 
 
-def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> float:
+def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> float | None:
     """Logs the metrics on valid, and returns its AUC."""
     with run.clock.measure("evaluate"):
         metrics = run.evaluate(state.eval_variables(), run.splits["valid"]).metrics
     figures = {f"valid_{name}": metrics[name] for name in ("loss", "auc", "accuracy")}
+    # A valid split of one class has no AUC; its loss and accuracy still say something.
+    figures = {name: value for name, value in figures.items() if value is not None}
     epoch = step / run.durations.steps_per_epoch
     run.history.write(step, epoch=epoch, **figures)
     bar.update(step, **figures)
@@ -252,6 +268,7 @@ def _finish(run: Run, state: TrainState) -> dict:
         summary |= {"best_step": int(path.name), **blocks}
         images = {name: run.splits[name].images for name in evaluations}
         write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
+        write_summary(run.workdir, summary)
     return summary
 
 

@@ -10,6 +10,7 @@ A detail that the paper's abstract leaves open is a field here: its default is o
 """
 
 import ast
+import re
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -91,7 +92,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500  # between two saves; every evaluation saves besides
     checkpoint.keep = 2  # newest checkpoints kept, besides the best by valid AUC
-    return apply_arg(config, arg)
+    return apply_arg(config.lock(), arg)
 
 
 # Of the EfficientNet paper, section 5.2: larger networks need more.
@@ -113,18 +114,20 @@ def boosted(variant: str, arg: str | None = None) -> ConfigDict:
 
 
 def apply_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
-    """Sets `key=value` pairs, separated by commas, on `config`, and returns it.
+    """Sets `key=value` pairs, separated by commas (not those of tuples), and returns `config`.
 
     Raises:
         ValueError: a pair without '=', an unknown field or a value of another type.
     """
-    for pair in filter(None, (arg or "").split(",")):
+    for pair in filter(None, re.split(r",(?![^(]*\))", arg or "")):
         key, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"config argument {pair!r}: write field=value, such as batch_size=64")
         try:
             config.update_from_flattened_dict({key.strip(): _literal(text.strip())})
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(f"config argument {pair!r}: no such field in default.py") from error
+        except (TypeError, ValueError) as error:
             raise ValueError(f"config argument {pair!r}: {error}") from error
     return config
 

@@ -77,9 +77,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def trained(workdir, small_config):
-    summary = train.train_and_evaluate(small_config(steps=4), workdir)
-    (workdir / train.SUMMARY).write_text(train.json.dumps(summary))
-    return summary
+    return train.train_and_evaluate(small_config(steps=4), workdir)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

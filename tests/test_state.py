@@ -68,8 +68,9 @@ def test_without_an_average_evaluation_uses_the_parameters():
 
 
 @pytest.mark.parametrize(
-    ("step", "decay", "keep"), [(0, 0.999, 0.1), (8, 0.999, 0.5), (8, 0.3, 0.3), (10**6, 0.999, 0.999)]
-)  # fmt: skip
+    ("step", "decay", "keep"),
+    [(0, 0.999, 0.1), (8, 0.999, 0.5), (8, 0.3, 0.3), (10**6, 0.999, 0.999)],
+)
 def test_update_ema_is_the_formula(step, decay, keep):
     average, new = {"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([5.0, -2.0])}
     moved = jax.jit(state.update_ema, static_argnums=3)(average, new, jnp.int32(step), decay)

@@ -92,13 +92,14 @@ def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_pa
     workdir, summary = undisturbed
     again = tmp_path / "again"
     shutil.copytree(workdir, again)
-    (again / train.SUMMARY).write_text(json.dumps(summary))
     monkeypatch.setattr(train, "compile_step", lambda *_: pytest.fail("trained again"))
     assert train.train_and_evaluate(small_config(), again) == summary
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("step", "sign"),  # before a save, at one, at an evaluation, and after it
+    [(1, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM)],
+)
 def test_stopped_and_resumed_is_the_undisturbed_run(
     step, sign, undisturbed, small_config, tmp_path, monkeypatch
 ):
@@ -202,8 +203,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_ids(small_config, tmp_pat
     config = small_config(
         **{"optim.name": "sgd", "optim.learning_rate": 1e38, "optim.clip_norm": 0.0}
     )
-    with pytest.raises(FloatingPointError, match=r"loss of step \d is not finite; .*train_\d"):
+    message = r"loss of step \d is not finite; its batch: .*train_\d.*; last good checkpoint: "
+    with pytest.raises(FloatingPointError, match=message):
         train.train_and_evaluate(config, tmp_path)
+
+
+def test_trains_in_bfloat16(small_config, tmp_path):
+    summary = train.train_and_evaluate(small_config(dtype="bfloat16", steps=2), tmp_path)
+    assert np.isfinite(summary["valid"]["loss"])
 
 
 @pytest.mark.slow

@@ -17,6 +17,11 @@ REGISTRY = {
 }
 
 
+def num_stages(name: str) -> int:
+    """How many stages the network of that name has; `model.fusion_stages` counts them from 1."""
+    return len(REGISTRY[name].args[0].stages)
+
+
 def create(model: ConfigDict, dtype: str = "float32", bn_groups: int = 1) -> nn.Module:
     """Returns the network that `config.model` describes.
 

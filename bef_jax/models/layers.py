@@ -43,7 +43,7 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", conv_init, shape).astype(self.dtype)
-        if self.kernel == 1:
+        if self.kernel == self.stride == 1:
             return _pointwise(x.astype(self.dtype), kernel[0, 0])
         pads = padding_of(self.kernel, self.stride, x.shape[1:3], self.padding)
         strides = (self.stride, self.stride)

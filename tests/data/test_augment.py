@@ -221,7 +221,9 @@ def test_normalise_is_the_formula():
     )
 
 
-@pytest.mark.parametrize(("enabled", "size", "side"), [(True, 64, 64), (True, 96, 96), (False, 64, 96)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("enabled", "size", "side"), [(True, 64, 64), (True, 96, 96), (False, 64, 96)]
+)
 def test_eval_view_is_the_normalised_center(enabled, size, side):
     config = make_config(**{"rcc.enabled": enabled, "rcc.eval_size": size})
     images, first = make_images(2), (96 - side) // 2
@@ -270,9 +272,13 @@ def test_augment_with_jit_is_augment_without(name):
 
 ALL_ALONE = {
     "symmetry": augment.symmetry,
-    "crop_windows": lambda x, i: augment.crop_windows(x, i + 60, 2 * i[:, None] + jnp.arange(2), 72),
+    "crop_windows": lambda x, i: augment.crop_windows(
+        x, i + 60, 2 * i[:, None] + jnp.arange(2), 72
+    ),
     "center_crop": lambda x, i: augment.center_crop(x, 64),
-    "restain": lambda x, i: augment.restain(x, 1 + i[:, None] / 20 * jnp.ones(3), jnp.ones((3, 3)) / 9),
+    "restain": lambda x, i: augment.restain(
+        x, 1 + i[:, None] / 20 * jnp.ones(3), jnp.ones((3, 3)) / 9
+    ),
     "random_symmetry": lambda x, i: augment.random_symmetry(jax.random.key(i[0]), x),
     "random_center_crop": lambda x, i: augment.random_center_crop(
         jax.random.key(i[0]), x, get_config("rcc.max_size=80").rcc
@@ -280,7 +286,7 @@ ALL_ALONE = {
     "stain_jitter": lambda x, i: augment.stain_jitter(jax.random.key(i[0]), x, 0.2, 0.05),
     "normalise": lambda x, i: augment.normalise(x, get_config().augment),
     "eval_view": lambda x, i: augment.eval_view(x, get_config("rcc.eval_size=48")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ALL_ALONE)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bef_jax.models.boosted import CBAM, fused_stages, reduce_downsampling
+from bef_jax.models import boosted
+from bef_jax.models.boosted import CBAM, fused_stages, maximum, reduce_downsampling
 from bef_jax.models.efficientnet import B0, SCALING, TEST, scaled
 
 
@@ -55,6 +56,31 @@ def test_total_stride(architecture, total_stride):
 def test_where_b0_loses_its_strides(total_stride, stem, strides):
     actual_stem, stages = reduce_downsampling(2, B0.stages, total_stride)
     assert (actual_stem, [stage.stride for stage in stages]) == (stem, strides)
+
+
+@pytest.mark.parametrize(("axes", "shape"), [((1, 2), (2, 3)), ((3,), (2, 4, 5))])
+def test_maximum_and_its_gradient(axes, shape):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 4, 5, 3)).astype(np.float32)
+    cotangent = rng.normal(size=shape).astype(np.float32)
+    result, pullback = jax.vjp(lambda x: maximum(x, axes), x)
+    np.testing.assert_array_equal(result, x.max(axes))
+    # Without ties the gradient goes to the one greatest position.
+    expected = np.expand_dims(cotangent, axes) * (x == x.max(axes, keepdims=True))
+    np.testing.assert_array_equal(pullback(cotangent)[0], expected)
+
+
+def test_gradient_of_maximum_is_shared_by_ties():
+    x = jnp.array([[1.0, 3.0, 3.0, 2.0]])
+    (gradient,) = jax.vjp(lambda x: maximum(x, (1,)), x)[1](jnp.array([6.0]))
+    assert gradient.tolist() == [[0, 3, 3, 0]]
+
+
+def test_gradient_of_maximum_is_finite_where_rounding_left_no_position_that_attains_it():
+    x = jnp.array([[1.0, 3.0]])
+    residuals = x, jnp.nextafter(x.max(1, keepdims=True), jnp.inf)
+    (gradient,) = boosted._maximum_backward((1,), residuals, jnp.array([6.0]))
+    assert np.isfinite(gradient).all()
 
 
 def sigmoid(x):

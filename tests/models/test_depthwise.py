@@ -13,6 +13,15 @@ CHANNELS = 3
 SHAPES = [(1, (7, 6)), (3, (6, 7)), (8, (3, 3)), (12, (8, 5)), (2, (1, 2))]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimised():
+    """What XLA makes of the shifts is what matters here; other tests do without optimisation."""
+    disabled = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", disabled)
+
+
 @pytest.fixture(autouse=True)
 def on_cpu():
     """The shift form is the CPU's, also where the default device is another."""

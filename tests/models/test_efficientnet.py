@@ -27,13 +27,6 @@ BOOSTS = {"total_stride": 16, "attention": "cbam", "attention_reduction": 4, "fu
 STILL = {"dropout": 0.0, "drop_path": 0.0}  # nothing random in training
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def build(name, dtype="float32", bn_groups=1, **fields):
     model = get_config().model
     model.update({"name": f"efficientnet_{name}", **fields})
