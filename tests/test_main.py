@@ -52,8 +52,8 @@ def test_mistakes_of_flags(flags, words, tmp_path):
 @pytest.mark.parametrize(
     ("images", "labels", "words"),
     [
-        (np.zeros((4, 32, 32, 3), np.uint8), [0, 1, 0, 1], ["train.npz", "96"]),
-        (np.zeros((4, 96, 96, 3), np.uint8), [0, 1, 2, 1], ["train.npz", "label"]),
+        (np.zeros((4, 32, 32, 3), np.uint8), [0, 1, 0, 1], ["valid.npz", "96"]),
+        (np.zeros((4, 96, 96, 3), np.uint8), [0, 1, 2, 1], ["valid.npz", "label"]),
         (np.zeros((0, 96, 96, 3), np.uint8), [], ["holds no patch"]),
     ],
 )

@@ -1,5 +1,6 @@
 """Eight CPU devices in a process of their own, against one."""
 
+import functools
 import json
 import os
 import subprocess
@@ -30,17 +31,38 @@ def run(workdir, data_dir, devices, **fields):
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory, data_dir):
-    return run(tmp_path_factory.mktemp("one"), data_dir, devices=1)
+    """Returns one_device(attention): the same run on one device, trained once."""
+
+    @functools.cache
+    def train(attention):
+        workdir = tmp_path_factory.mktemp("one")
+        return run(workdir, data_dir, devices=1, **{"model.attention": attention})
+
+    return train
 
 
-@pytest.mark.parametrize("placement", ["host", "device"])
-def test_eight_devices_train_as_one_does(one_device, placement, data_dir, tmp_path):
-    expected_summary, expected = one_device
-    summary, losses = run(tmp_path, data_dir, devices=8, **{"data.placement": placement})
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attention", "placement", "tolerance"),
+    [
+        ("none", "host", 1e-6),
+        ("none", "device", 1e-6),
+        # CBAM takes maxima: where two values tie to the last bit, the number of devices decides
+        # which of them gets the gradient. Until then the curves agree like the others.
+        ("cbam", "device", 1e-4),
+    ],
+)
+def test_eight_devices_train_as_one_does(
+    one_device, attention, placement, tolerance, data_dir, tmp_path
+):
+    expected_summary, expected = one_device(attention)
+    fields = {"data.placement": placement, "model.attention": attention}
+    summary, losses = run(tmp_path, data_dir, devices=8, **fields)
     assert len(losses) == STEPS
-    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    np.testing.assert_allclose(losses, expected, atol=tolerance)
+    np.testing.assert_allclose(losses[:5], expected[:5], atol=1e-6)
     assert summary["valid"]["n"] == expected_summary["valid"]["n"] == 21
-    np.testing.assert_allclose(summary["valid"]["loss"], expected_summary["valid"]["loss"], 1e-4)
+    np.testing.assert_allclose(summary["valid"]["loss"], expected_summary["valid"]["loss"], 1e-3)
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(data_dir, tmp_path):
