@@ -208,6 +208,21 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_ids(small_config, tmp_pat
         train.train_and_evaluate(config, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rcc.enabled": False},
+        {"model.total_stride": 32},
+        {"model.attention": "none"},
+        {"model.fusion": False},
+    ],
+)
+def test_trains_with_each_change_off(fields, small_config, tmp_path):
+    summary = train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
+    assert (summary["step"], summary["valid"]["n"]) == (2, 21)
+
+
 def test_trains_in_bfloat16(small_config, tmp_path):
     summary = train.train_and_evaluate(small_config(dtype="bfloat16", steps=2), tmp_path)
     assert np.isfinite(summary["valid"]["loss"])
