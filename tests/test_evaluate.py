@@ -88,6 +88,7 @@ def test_eval_mode_gives_what_training_reported(split, trained, workdir, small_c
     assert summary.pop("checkpoint") == str(checkpoint.best(workdir))
     expected = dict(trained[split])
     assert summary.pop("auc_ci95") == pytest.approx(expected.pop("auc_ci95"))
+    assert summary.pop("split") == expected.pop("split") == split
     assert summary == pytest.approx(expected, rel=1e-5)
 
 
