@@ -79,13 +79,15 @@ def fits_devices(split: Split) -> bool:
 def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:
     """Gathers rows on the host; each host reads only those of its own devices."""
 
-    def put(rows) -> Array:
+    def put(rows: np.ndarray, dtype: type) -> Array:
         shape = (len(indices), *rows.shape[1:])
         return jax.make_array_from_callback(
-            shape, sharding.by_rows(mesh), lambda index: rows[indices[index[0]]]
+            shape,
+            sharding.by_rows(mesh),
+            lambda index: rows[indices[index[0]]].astype(dtype, copy=False),
         )
 
-    return Batch(put(split.images), put(split.labels.astype(np.int32)))
+    return Batch(put(split.images, np.uint8), put(split.labels, np.int32))
 
 
 def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
