@@ -22,6 +22,7 @@ from bef_jax.data.store import Split
 from bef_jax.errors import UserError
 from bef_jax.metrics import Evaluation, binary_metrics
 from bef_jax.models import create
+from bef_jax.models.fold import fold_batch_norm
 from bef_jax.state import abstract_state
 
 
@@ -69,15 +70,13 @@ def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
 
 def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
     """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once."""
-    model = create(config.model, config.dtype, config.bn_groups)
-    log_odds = jax.jit(
-        functools.partial(_log_odds, model, config), out_shardings=sharding.replicated(mesh)
-    )
+    scorer = make_scorer(config, mesh)
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
 
     def evaluate(variables: dict, split: Split) -> Evaluation:
+        score = scorer(variables)
         scored = _one_late(
-            [log_odds(variables, images, view) for view in range(config.eval.tta)]
+            [score(images, view) for view in range(config.eval.tta)]
             for images in (
                 put_batch(split, mesh, rows).images for rows in padded_rows(len(split), batch_size)
             )
@@ -89,6 +88,23 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
         return Evaluation(split.name, split.ids, split.labels, probabilities, metrics)
 
     return evaluate
+
+
+def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Callable[[Array, int], Array]]:
+    """Returns `scorer(variables)`, which returns `score(images, view)`, jitted.
+
+    A score is the log-odds of class 1 over class 0, [N], float32, on every device; of images
+    [N, 96, 96, 3], uint8, sharded by rows, under view 0 .. config.eval.tta - 1. The network is
+    folded: `scorer` puts batch normalisation into the convolutions, once for all batches.
+    """
+    everywhere = sharding.replicated(mesh)
+    model = create(config.model, config.dtype, folded=True)
+    log_odds = jax.jit(functools.partial(_log_odds, model, config), out_shardings=everywhere)
+    fold = jax.jit(
+        functools.partial(fold_batch_norm, epsilon=config.model.bn_epsilon),
+        out_shardings=everywhere,
+    )
+    return lambda variables: functools.partial(log_odds, fold(variables))
 
 
 def _one_late(results: Iterator) -> Iterator:

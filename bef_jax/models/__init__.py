@@ -22,7 +22,9 @@ def num_stages(name: str) -> int:
     return len(REGISTRY[name].args[0].stages)
 
 
-def create(model: ConfigDict, dtype: str = "float32", bn_groups: int = 1) -> nn.Module:
+def create(
+    model: ConfigDict, dtype: str = "float32", bn_groups: int = 1, folded: bool = False
+) -> nn.Module:
     """Returns the network that `config.model` describes.
 
     `init(key, images, train)` gives {params, batch_stats}; `apply(variables, images, train)` gives
@@ -32,6 +34,8 @@ def create(model: ConfigDict, dtype: str = "float32", bn_groups: int = 1) -> nn.
         model: `config.model`; its fields beside `name` are the network's attributes.
         dtype: of activations, float32 or bfloat16; parameters are float32.
         bn_groups: parts of the batch with batch statistics of their own.
+        folded: without batch normalisation, for the variables of `fold.fold_batch_norm`.
     """
     fields = {key: value for key, value in model.items() if key != "name"}
-    return REGISTRY[model.name](**fields, dtype=jnp.dtype(dtype), bn_groups=bn_groups)
+    network = REGISTRY[model.name]
+    return network(**fields, dtype=jnp.dtype(dtype), bn_groups=bn_groups, folded=folded)

@@ -6,7 +6,9 @@ forward pass. So CPU gets that form with a gradient of its own; GPU and TPU get 
 convolution. Lowering decides (`jax.lax.platform_dependent`): the caller never does.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,10 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right
 _GROUP = 8  # images added up elementwise before positions are: 16 is slower on small maps
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def depthwise_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def depthwise_conv(
+    x: Array, kernel: Array, stride: int, padding: Padding, form: str = "auto"
+) -> Array:
     """Convolves every channel with its own kernel (a correlation, as everywhere in the field).
 
     Args:
@@ -26,23 +30,29 @@ def depthwise_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Ar
         kernel: [k, k, 1, C] of the same dtype, as Linen's `Conv(feature_group_count=C)` keeps it.
         stride: 1 or 2, along height and width.
         padding: zeros added before and after height and width.
+        form: auto (by platform), native (XLA's convolution) or shift (shift, multiply, add).
 
     Returns:
         [N, H', W', C] with H' = (H + top + bottom - k) // stride + 1, of x's dtype.
     """
     shifted = functools.partial(_shifted, stride=stride, padding=padding)
     native = functools.partial(_native, stride=stride, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=native)
+    return _lower(form, shifted, native)(x, kernel)
 
 
-def _forward(x: Array, kernel: Array, stride: int, padding: Padding):
-    return depthwise_conv(x, kernel, stride, padding), (x, kernel)
+def _forward(x: Array, kernel: Array, stride: int, padding: Padding, form: str):
+    return depthwise_conv(x, kernel, stride, padding, form), (x, kernel)
 
 
-def _backward(stride: int, padding: Padding, residuals, cotangent: Array):
+def _backward(stride: int, padding: Padding, form: str, residuals, cotangent: Array):
     shifted = functools.partial(_shifted_gradients, stride=stride, padding=padding)
     native = functools.partial(_native_gradients, stride=stride, padding=padding)
-    return lax.platform_dependent(*residuals, cotangent, cpu=shifted, default=native)
+    return _lower(form, shifted, native)(*residuals, cotangent)
+
+
+def _lower(form: str, shifted: Callable, native: Callable) -> Callable:
+    by_platform = functools.partial(lax.platform_dependent, cpu=shifted, default=native)
+    return {"auto": by_platform, "shift": shifted, "native": native}[form]
 
 
 depthwise_conv.defvjp(_forward, _backward)
@@ -72,97 +82,116 @@ def _native_gradients(x: Array, kernel: Array, cotangent: Array, stride: int, pa
 
 def _shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     k = kernel.shape[0]
-    taps = _taps(x, k, stride, padding)
+    phases = lax.optimization_barrier(_padded_phases(x, stride, padding))
+    taps = _taps(phases, _output_size(x, k, stride, padding))
     return sum(taps(i, j) * kernel[i, j, 0] for i in range(k) for j in range(k))
 
 
-def _taps(x: Array, k: int, stride: int, padding: Padding):
-    """Returns `taps(i, j)`: what kernel position (i, j) multiplies, [N, H', W', C].
+def _output_size(x: Array, k: int, stride: int, padding: Padding) -> tuple[int, int]:
+    sides = zip(x.shape[1:3], padding, strict=True)
+    height, width = ((side + sum(pad) - k) // stride + 1 for side, pad in sides)
+    return height, width
 
-    The padded input stands behind a barrier: XLA would otherwise fuse the padding into every tap,
-    and test each element for the border instead of loading vectors. Stride 2 splits it into its
-    four phases first, for the same reason.
+
+def _padded_phases(x: Array, stride: int, padding: Padding) -> list[list[Array]]:
+    """The padded input, split into its stride * stride phases.
+
+    The caller puts it behind a barrier: XLA would otherwise fuse the padding into every tap, and
+    test each element for the border instead of loading vectors; a strided load is as bad.
     """
-    height, width = (
-        (size + sum(pad) - k) // stride + 1 for size, pad in zip(x.shape[1:3], padding, strict=True)
-    )
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    phases = [[padded[:, p::stride, q::stride] for q in range(stride)] for p in range(stride)]
-    phases = lax.optimization_barrier(phases)
+    return [[padded[:, p::stride, q::stride] for q in range(stride)] for p in range(stride)]
 
-    def tap(i: int, j: int) -> Array:
-        phase = phases[i % stride][j % stride]
-        top, left = i // stride, j // stride
-        return phase[:, top : top + height, left : left + width]
 
-    return tap
+def _taps(phases: list[list[Array]], size: tuple[int, int]) -> Callable[[int, int], Array]:
+    """Returns `tap(i, j)`: what kernel position (i, j) multiplies, [N, *size, C]."""
+    stride = len(phases)
+    return lambda i, j: _crop(phases[i % stride][j % stride], (i // stride, j // stride), size)
+
+
+def _crop(x: Array, corner: Sequence[int], size: tuple[int, int]) -> Array:
+    (top, left), (height, width) = corner, size
+    return x[:, top : top + height, left : left + width]
 
 
 def _shifted_gradients(x: Array, kernel: Array, cotangent: Array, stride: int, padding: Padding):
-    by_input = _input_gradient if stride == 1 else _input_gradient_by_phases
-    return (
-        by_input(x.shape, kernel, cotangent, stride, padding),
-        _kernel_gradient(x, kernel, cotangent, stride, padding),
-    )
+    """Both gradients read one padded cotangent: what is padded is kept in memory.
 
-
-def _input_gradient(shape, kernel: Array, cotangent: Array, stride: int, padding: Padding) -> Array:
-    """Correlates the cotangent with the flipped kernel."""
-    del shape, stride
-    k = kernel.shape[0]
-    flipped = tuple((k - 1 - before, k - 1 - after) for before, after in padding)
-    return _shifted(cotangent, kernel[::-1, ::-1], 1, flipped)
-
-
-def _input_gradient_by_phases(
-    shape, kernel: Array, cotangent: Array, stride: int, padding: Padding
-):
-    """Each phase of the padded input gets the taps that fell on it, a correlation of its own.
-
-    Dilating the cotangent with zeros instead would multiply four times as much, mostly by zero.
+    XLA fuses anything else that is elementwise into every tap, and would compute the gradient that
+    comes from above, batch normalisation's and SiLU's, k * k times.
     """
-    (top, bottom), (left, right) = padding
-    height, width = shape[1] + top + bottom, shape[2] + left + right
-    rows = [
-        [_phase_gradient(kernel[p::2, q::2], cotangent, -(-(height - p) // 2), -(-(width - q) // 2))
-         for q in range(stride)]
-        for p in range(stride)
-    ]  # fmt: skip
-    padded = _interleave([_interleave(row, 2)[:, :, :width] for row in rows], 1)[:, :height]
-    return padded[:, top : top + shape[1], left : left + shape[2]]
+    k, sides = kernel.shape[0], x.shape[1:3]
+    spans = [_span(k, stride, side, pad) for side, pad in zip(sides, padding, strict=True)]
+    corner, size = [span.before for span in spans], cotangent.shape[1:3]
+    padded = jnp.pad(cotangent, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
+    phases = _padded_phases(x, stride, padding)
+    # In one barrier: one like the forward pass's would be merged with it, and then every tap, with
+    # two users, would be copied out.
+    phases, padded = lax.optimization_barrier((phases, padded))
+    by_input = _input_gradient(padded, kernel, stride, spans)
+    return by_input, _kernel_gradient(phases, kernel, _crop(padded, corner, size))
 
 
-def _phase_gradient(kernel: Array, cotangent: Array, height: int, width: int) -> Array:
-    """The full correlation of the cotangent with one phase's taps, [N, height, width, C]."""
-    rows, columns = kernel.shape[:2]
-    below, beside = height - cotangent.shape[1], width - cotangent.shape[2]
-    padded = jnp.pad(cotangent, ((0, 0), (rows - 1, below), (columns - 1, beside), (0, 0)))
-    padded = lax.optimization_barrier(padded)
-    return sum(
-        padded[:, rows - 1 - i :, columns - 1 - j :][:, :height, :width] * kernel[i, j, 0]
-        for i in range(rows)
-        for j in range(columns)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """Along height or width: what of the padded input's gradient is wanted, and from what.
+
+    Position stride * a + phase of the padded input got tap stride * i + phase of output a - i.
+    """
+
+    before: int  # zeros before the cotangent
+    after: int  # zeros after it
+    length: int  # positions a of every phase
+    start: int  # where the input begins in the phases put together
+    side: int  # of the input
+
+
+def _span(k: int, stride: int, side: int, pad: tuple[int, int]) -> _Span:
+    outputs = (side + sum(pad) - k) // stride + 1
+    first, last = pad[0] // stride, (pad[0] + side - 1) // stride  # a of the input's ends
+    start = pad[0] - stride * first
+    before = -(-k // stride) - 1 - first
+    return _Span(before, max(last - outputs + 1, 0), last - first + 1, start, side)
+
+
+def _input_gradient(padded: Array, kernel: Array, stride: int, spans: list[_Span]) -> Array:
+    """Each phase of the input gets the taps that fell on it: a correlation of its own.
+
+    Dilating the cotangent with zeros instead would multiply stride^2 times as much, mostly by zero.
+    """
+    reach = -(-kernel.shape[0] // stride) - 1
+    size = tuple(span.length for span in spans)
+
+    def phase(p: int, q: int) -> Array:
+        taps = kernel[p::stride, q::stride, 0]
+        return sum(
+            _crop(padded, (reach - i, reach - j), size) * taps[i, j]
+            for i in range(taps.shape[0])
+            for j in range(taps.shape[1])
+        )
+
+    rows = [[phase(p, q) for q in range(stride)] for p in range(stride)]
+    whole = _interleave([_interleave(row, 2) for row in rows], 1)
+    return _crop(whole, [span.start for span in spans], tuple(span.side for span in spans))
 
 
 def _interleave(phases: list[Array], axis: int) -> Array:
-    """a, b -> a0, b0, a1, b1, ... along `axis`; a shorter b gets a zero at its end."""
-    first, second = phases
-    missing = first.shape[axis] - second.shape[axis]
-    pads = [(0, missing if i == axis else 0) for i in range(first.ndim)]
-    stacked = jnp.stack([first, jnp.pad(second, pads)], axis + 1)
-    return stacked.reshape(*first.shape[:axis], -1, *first.shape[axis + 1 :])
+    """a, b -> a0, b0, a1, b1, ... along `axis`."""
+    if len(phases) == 1:
+        return phases[0]
+    shape = phases[0].shape
+    return jnp.stack(phases, axis + 1).reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
 
-def _kernel_gradient(x: Array, kernel: Array, cotangent: Array, stride: int, padding: Padding):
+def _kernel_gradient(phases: list[list[Array]], kernel: Array, cotangent: Array) -> Array:
     """Multiplies every tap with the cotangent and sums over images and positions, in float32.
 
     A plain sum runs at a tenth of the memory's speed. Adding the products of a few images first is
     elementwise, so it vectorises along channels; what is left is summed by a matrix product.
     """
-    k, n, channels = kernel.shape[0], x.shape[0], x.shape[-1]
+    k, channels, n = kernel.shape[0], kernel.shape[-1], len(cotangent)
     group = next(size for size in range(min(_GROUP, n), 0, -1) if n % size == 0)
-    taps = _taps(x, k, stride, padding)
+    taps = _taps(phases, cotangent.shape[1:3])
     grouped = functools.partial(_split, group=group)
     upstream = grouped(cotangent)
 

@@ -11,6 +11,7 @@ from jax import Array
 from bef_jax.models import boosted
 from bef_jax.models.layers import (
     BatchNorm,
+    Bias,
     Conv,
     DepthwiseConv,
     DropPath,
@@ -107,8 +108,8 @@ class MBConv(nn.Module):
     stage: Stage
     stride: int
     drop_path: float
-    padding: str
     dtype: jnp.dtype
+    depthwise: functools.partial
     norm: functools.partial
 
     @nn.compact
@@ -117,11 +118,10 @@ class MBConv(nn.Module):
         conv = functools.partial(Conv, kernel=1, dtype=self.dtype)
         hidden = inputs.shape[-1] * stage.expand
         if stage.expand != 1:
-            x = nn.silu(self.norm(name="expand_norm")(conv(hidden, name="expand_conv")(x), train))
-        x = DepthwiseConv(
-            stage.kernel, self.stride, self.padding, self.dtype, name="depthwise_conv"
-        )(x)
-        x = nn.silu(self.norm(name="depthwise_norm")(x, train))
+            x = conv(hidden, name="expand_conv")(x)
+            x = self.norm(silu=True, name="expand_norm")(x, train)
+        x = self.depthwise(stage.kernel, self.stride, name="depthwise_conv")(x)
+        x = self.norm(silu=True, name="depthwise_norm")(x, train)
         x = SqueezeExcite(max(inputs.shape[-1] // 4, 1), name="squeeze_excite")(x)
         x = self.norm(name="project_norm")(conv(stage.channels, name="project_conv")(x), train)
         if x.shape != inputs.shape:
@@ -139,7 +139,9 @@ class EfficientNet(nn.Module):
         fusion_stages: counted from 1; empty: the last stage of every resolution below the stem's.
         dropout: before the classifier; drop_path: of the last block, growing from 0 at the first.
         padding: where stride 2 pads: `same` (TensorFlow) or `symmetric` (torch).
+        depthwise: the form of the depthwise convolution (`depthwise.depthwise_conv`).
         bn_groups: parts of the batch with statistics of their own (`layers.BatchNorm`).
+        folded: for inference, with the variables that `fold.fold_batch_norm` makes.
     """
 
     architecture: Architecture
@@ -153,9 +155,11 @@ class EfficientNet(nn.Module):
     dropout: float = 0.2
     drop_path: float = 0.2
     padding: str = "same"
+    depthwise: str = "auto"
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-3
     bn_groups: int = 1
+    folded: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -163,14 +167,15 @@ class EfficientNet(nn.Module):
         norm = functools.partial(
             BatchNorm, self.bn_momentum, self.bn_epsilon, self.bn_groups, self.dtype
         )
+        norm = functools.partial(Bias, self.dtype) if self.folded else norm
         stem_stride, stages = boosted.reduce_downsampling(
             2, self.architecture.stages, self.total_stride
         )
         stem = Conv(self.architecture.stem, 3, stem_stride, self.padding, self.dtype, name="stem")
-        x = nn.silu(norm(name="stem_norm")(stem(images), train))
+        x = norm(silu=True, name="stem_norm")(stem(images), train)
         x, pooled = self._trunk(x, stages, norm, train)
         x = Conv(self.architecture.head, 1, dtype=self.dtype, name="head")(x)
-        x = nn.silu(norm(name="head_norm")(x, train))
+        x = norm(silu=True, name="head_norm")(x, train)
         features = jnp.concatenate([*pooled, global_pool(x)], axis=-1)
         features = nn.Dropout(self.dropout, deterministic=not train)(features)
         return nn.Dense(self.num_classes, kernel_init=dense_init, name="classifier")(features)
@@ -179,12 +184,14 @@ class EfficientNet(nn.Module):
         """Returns the last stage's features and the pooled ones of the fused stages."""
         blocks = sum(stage.repeats for stage in stages)
         pooled, index = [], 0
+        depthwise = functools.partial(
+            DepthwiseConv, padding=self.padding, form=self.depthwise, dtype=self.dtype
+        )
         for number, stage in enumerate(stages, 1):
             for repeat in range(stage.repeats):
                 stride, rate = stage.stride if repeat == 0 else 1, self.drop_path * index / blocks
-                block = MBConv(
-                    stage, stride, rate, self.padding, self.dtype, norm, name=f"block_{index:02d}"
-                )
+                name = f"block_{index:02d}"
+                block = MBConv(stage, stride, rate, self.dtype, depthwise, norm, name=name)
                 x, index = block(x, train), index + 1
             if number in self._fused():
                 x = self._attend(x, number)

@@ -67,6 +67,7 @@ class DepthwiseConv(nn.Module):
     kernel: int
     stride: int = 1
     padding: str = "same"
+    form: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -74,7 +75,7 @@ class DepthwiseConv(nn.Module):
         shape = (self.kernel, self.kernel, 1, x.shape[-1])
         kernel = self.param("kernel", depthwise_init, shape).astype(self.dtype)
         pads = padding_of(self.kernel, self.stride, x.shape[1:3], self.padding)
-        return depthwise_conv(x.astype(self.dtype), kernel, self.stride, pads)
+        return depthwise_conv(x.astype(self.dtype), kernel, self.stride, pads, self.form)
 
 
 class BatchNorm(nn.Module):
@@ -85,12 +86,15 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         groups: the batch is cut into this many consecutive parts with statistics of their own. One
             part per device needs no collective; their mean enters the running statistics.
+        silu: applies SiLU to the result. One gradient for both keeps x alone, where two would keep
+            what lies between them as well, and pass over it once more.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-3
     groups: int = 1
     dtype: jnp.dtype = jnp.float32
+    silu: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -101,8 +105,9 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, channels)
         if not train:
             multiplier = scale * lax.rsqrt(var.value + self.epsilon)
-            return (x * multiplier + (bias - mean.value * multiplier)).astype(self.dtype)
-        y, batch_mean, batch_var = batch_norm(x, scale, bias, self.groups, self.epsilon)
+            y = x * multiplier + (bias - mean.value * multiplier)
+            return (nn.silu(y) if self.silu else y).astype(self.dtype)
+        y, batch_mean, batch_var = batch_norm(x, scale, bias, self.groups, self.epsilon, self.silu)
         if not self.is_initializing():
             keep = self.momentum
             mean.value = keep * mean.value + (1 - keep) * batch_mean.mean(0)
@@ -110,12 +115,28 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def batch_norm(x: Array, scale: Array, bias: Array, groups: int, epsilon: float):
-    """Normalises each of `groups` parts of the batch by its own statistics.
+class Bias(nn.Module):
+    """What is left of a folded batch normalisation (`fold.fold_batch_norm`): x + bias."""
 
-    The statistics come from one pass over x (E[x^2] - E[x]^2). The gradient is the closed form: it
-    keeps x alone, where the derived one would keep the normalised activations besides.
+    dtype: jnp.dtype = jnp.float32
+    silu: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        if train:
+            raise ValueError("a folded network has no batch statistics left to train")
+        y = x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(self.dtype)
+        return nn.silu(y) if self.silu else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def batch_norm(
+    x: Array, scale: Array, bias: Array, groups: int, epsilon: float, silu: bool = False
+):
+    """Normalises each of `groups` parts of the batch by its own statistics, then maybe SiLU.
+
+    The statistics come from one pass over x (E[x^2] - E[x]^2). The gradient is the closed form, and
+    computes from x again what it needs: on every platform that is cheaper than memory.
 
     Args:
         x: [N, ..., C]; N a multiple of `groups`.
@@ -124,10 +145,10 @@ def batch_norm(x: Array, scale: Array, bias: Array, groups: int, epsilon: float)
     Returns:
         y like x; mean and (biased) variance [groups, C], float32, through which no gradient flows.
     """
-    return _batch_norm_forward(x, scale, bias, groups, epsilon)[0]
+    return _batch_norm_forward(x, scale, bias, groups, epsilon, silu)[0]
 
 
-def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float):
+def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, silu: bool):
     parts = x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
     axes = tuple(range(1, parts.ndim - 1))
     mean = jnp.mean(parts, axes, keepdims=True)
@@ -135,16 +156,20 @@ def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float):
     var = jnp.maximum(square - mean * mean, 0.0)
     multiplier = scale * lax.rsqrt(var + epsilon)
     y = parts * multiplier + (bias - mean * multiplier)
+    y = nn.silu(y) if silu else y
     statistics = mean.reshape(groups, -1), var.reshape(groups, -1)
-    return (y.reshape(x.shape).astype(x.dtype), *statistics), (x, scale, mean, var)
+    return (y.reshape(x.shape).astype(x.dtype), *statistics), (x, scale, bias, mean, var)
 
 
-def _batch_norm_backward(groups: int, epsilon: float, residuals, cotangents):
-    x, scale, mean, var = residuals
+def _batch_norm_backward(groups: int, epsilon: float, silu: bool, residuals, cotangents):
+    x, scale, bias, mean, var = residuals
+    x = lax.optimization_barrier(x)  # or XLA would keep the forward pass's sigmoid in memory
     parts = x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
     upstream = cotangents[0].reshape(parts.shape).astype(jnp.float32)
     axes = tuple(range(1, parts.ndim - 1))
     inverse = lax.rsqrt(var + epsilon)
+    if silu:
+        upstream = upstream * _silu_slope((parts - mean) * (inverse * scale) + bias)
     by_bias = jnp.sum(upstream, axes, keepdims=True)
     by_scale = (jnp.sum(upstream * parts, axes, keepdims=True) - mean * by_bias) * inverse
     count = parts.size // (groups * x.shape[-1])
@@ -152,6 +177,11 @@ def _batch_norm_backward(groups: int, epsilon: float, residuals, cotangents):
     by_x = scale * inverse * (upstream - (by_bias + normalised * by_scale) / count)
     total = functools.partial(jnp.sum, axis=tuple(range(parts.ndim - 1)))
     return by_x.reshape(x.shape).astype(x.dtype), total(by_scale), total(by_bias)
+
+
+def _silu_slope(x: Array) -> Array:
+    sigmoid = nn.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
 
 
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)

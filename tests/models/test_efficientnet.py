@@ -27,10 +27,10 @@ BOOSTS = {"total_stride": 16, "attention": "cbam", "attention_reduction": 4, "fu
 STILL = {"dropout": 0.0, "drop_path": 0.0}  # nothing random in training
 
 
-def build(name, dtype="float32", bn_groups=1, **fields):
+def build(name, dtype="float32", bn_groups=1, folded=False, **fields):
     model = get_config().model
     model.update({"name": f"efficientnet_{name}", **fields})
-    return models.create(model, dtype, bn_groups)
+    return models.create(model, dtype, bn_groups, folded)
 
 
 def shapes_of(network, pixels=32):

@@ -170,23 +170,33 @@ def test_batch_norm_evaluates_by_running_statistics():
         np.testing.assert_array_equal(updates["batch_stats"][name], stats[name])
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm_with_silu_is_silu_after_batch_norm(train):
+    x, variables = normal(4, 3, 3, 5), make_variables(5)
+    plain = BatchNorm().apply(variables, x, train, mutable=["batch_stats"])[0]
+    actual = BatchNorm(silu=True).apply(variables, x, train, mutable=["batch_stats"])[0]
+    np.testing.assert_allclose(actual, plain * sigmoid(plain), rtol=1e-5, atol=1e-6)
+
+
 def test_initialising_in_training_mode_leaves_the_statistics_at_their_start():
     variables = BatchNorm().init(jax.random.key(0), normal(4, 2, 2, 3) + 7, True)
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(3))
     np.testing.assert_array_equal(variables["batch_stats"]["var"], np.ones(3))
 
 
+@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_batch_norm_gradient_is_that_of_the_definition(groups):
+def test_batch_norm_gradient_is_that_of_the_definition(groups, silu):
     arrays = normal(6, 4, 5, 3) * 2 + 3, normal(3, seed=1) + 1, normal(3, seed=2)
     cotangent = normal(6, 4, 5, 3, seed=3)
 
     def ours(*arrays):
-        return batch_norm(*arrays, groups, EPSILON)[0]
+        return batch_norm(*arrays, groups, EPSILON, silu)[0]
 
     def plain(x, scale, bias):
         parts = [plain_batch_norm(part, scale, bias) for part in jnp.split(x, groups)]
-        return jnp.concatenate(parts)
+        y = jnp.concatenate(parts)
+        return y / (1 + jnp.exp(-y)) if silu else y
 
     def with_gradients(function):
         y, pullback = jax.vjp(function, *arrays)
