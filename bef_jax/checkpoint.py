@@ -148,5 +148,5 @@ def _decides_shapes(name: str, old: dict, new: dict) -> bool:
     switches = {"ema_decay", "optim.momentum", "optim.clip_norm"}
     if name in switches:
         return bool(old[name]) != bool(new[name])
-    free = {"model.dropout", "model.drop_path", "model.bn_momentum"}
+    free = {"model.dropout", "model.drop_path", "model.bn_momentum", "model.depthwise"}
     return name == "optim.name" or (name.startswith("model.") and name not in free)

@@ -5,6 +5,24 @@ import time
 from collections.abc import Iterator
 
 
+class Laps:
+    """How the time since a start divides: a name for each stretch, in the order they came."""
+
+    def __init__(self, start: float | None = None):
+        """Begins at `start`, a reading of time.perf_counter; now without it."""
+        self._start = self._last = time.perf_counter() if start is None else start
+        self._seconds: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        """Ends a stretch."""
+        now = time.perf_counter()
+        self._seconds[name], self._last = now - self._last, now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._seconds.items())
+        return f"{self._last - self._start:.1f} s after the start: {parts}"
+
+
 class Clock:
     """Seconds by name, and `wall` since the start; a checkpoint carries them on."""
 

@@ -15,6 +15,7 @@ CHOICES = {
     "model.name": tuple(REGISTRY),
     "model.total_stride": (32, 16, 8),
     "model.attention": ("none", "cbam"),
+    "model.depthwise": ("auto", "native", "shift"),
     "model.padding": ("same", "symmetric"),
     "rcc.fill": ("mean", "white"),
     "data.source": ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic"),
@@ -33,6 +34,7 @@ RANGES = {
     "ema_decay": (0, 1),
     "bn_groups": (1, None),
     "log_every": (1, None),
+    "steps_per_call": (1, None),
     "model.num_classes": (2, None),
     "model.attention_reduction": (1, None),
     "model.attention_kernel": (1, None),
@@ -61,6 +63,7 @@ RANGES = {
     "eval.threshold": (0, 1),
     "checkpoint.every_steps": (1, None),
     "checkpoint.keep": (1, None),
+    "benchmark.runs": (1, None),
 }
 
 

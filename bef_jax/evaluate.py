@@ -24,6 +24,7 @@ from bef_jax.metrics import Evaluation, binary_metrics
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.state import abstract_state
+from configs import default
 
 
 def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None, split: str | None) -> dict:
@@ -50,13 +51,16 @@ def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None, split: 
 def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
     """The configuration that the checkpoint at `path` was trained with, but `config`'s data.
 
-    Of `config`, `data`, `eval` and `rcc.eval_size` count: they say what is evaluated, and how.
+    Of `config`, `data`, `eval`, `rcc.eval_size` and `model.depthwise` count: they say what is
+    evaluated, and how. A field that is newer than the checkpoint has its default.
 
     Raises:
         UserError: `config` asks for another network, naming the fields.
     """
-    saved = ConfigDict(checkpoint.read_run(path)["config"])
     given = ConfigDict(json.loads(config.to_json_best_effort()))
+    saved = ConfigDict(json.loads(default.get_config().to_json_best_effort()))
+    saved.update(checkpoint.read_run(path)["config"])
+    saved.model.depthwise = given.model.depthwise
     old, new = flatten(saved.model), flatten(given.model)
     differing = [name for name in old if old[name] != new[name]]
     if differing:

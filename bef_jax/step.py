@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from bef_jax import sharding
 from bef_jax.data.augment import PATCH, augment
-from bef_jax.data.batches import Batch
+from bef_jax.data.batches import Batch, Selection, gather
 from bef_jax.models import create
 from bef_jax.optim import make_optimizer
 from bef_jax.state import TrainState, count_params, update_ema
@@ -95,19 +95,56 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
 # ---- compiled -----------------------------------------------------------------------------------
 
 
-def compile_step(config: ConfigDict, schedule: Callable, mesh: Mesh, state: TrainState):
-    """Compiles the step ahead of time for the state and batches that it will get.
+def compile_step(
+    config: ConfigDict,
+    schedule: Callable,
+    mesh: Mesh,
+    state: TrainState,
+    placed: Batch | None = None,
+    steps: int = 1,
+) -> jax.stages.Compiled:
+    """Compiles `call(state, batch) -> (state, metrics)` ahead of time.
 
     The state is donated: its memory becomes the next state's.
+
+    Args:
+        placed: the training split on the devices. With it, a call takes a `Selection`, gathers by
+            itself, and its metrics are stacked, [steps]; without it, a call takes a `Batch`.
+        steps: how many steps the call takes; more than one only with `placed`.
     """
-    rows, everywhere = sharding.by_rows(mesh), sharding.replicated(mesh)
-    step = jax.jit(
-        make_train_step(config, schedule), donate_argnums=0, out_shardings=(everywhere, everywhere)
-    )
-    shape = (config.batch_size, PATCH, PATCH, 3)
+    everywhere = sharding.replicated(mesh)
+    train_step = make_train_step(config, schedule)
+    call = train_step if placed is None else make_call(train_step, mesh)
+    compiled = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    return compiled.lower(state, _abstract_input(config, mesh, placed, steps)).compile()
+
+
+def make_call(train_step: Callable, mesh: Mesh) -> Callable:
+    """Returns `call(state, selection) -> (state, metrics [S])`: gathers and takes S steps."""
+
+    def call(state: TrainState, selection: Selection) -> tuple[TrainState, dict[str, Array]]:
+        def step(state, indices):
+            return train_step(state, gather(selection.split, indices, mesh))
+
+        if selection.steps > 1:
+            return lax.scan(step, state, selection.indices)
+        # Not a scan of length 1, whose body would run on one thread on CPU.
+        state, metrics = step(state, selection.indices[0])
+        return state, jax.tree.map(lambda x: x[None], metrics)
+
+    return call
+
+
+def _abstract_input(
+    config: ConfigDict, mesh: Mesh, placed: Batch | None, steps: int
+) -> Batch | Selection:
+    if placed is not None:
+        shape, everywhere = (steps, config.batch_size), sharding.replicated(mesh)
+        return Selection(placed, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere))
+    shape, rows = (config.batch_size, PATCH, PATCH, 3), sharding.by_rows(mesh)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows)
-    return step.lower(state, Batch(images, labels)).compile()
+    return Batch(images, labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +156,8 @@ class Row:
     parameters: str
 
 
-def describe(state: TrainState, compiled) -> None:
-    """Logs the parameters of each module, and the memory that a device needs for the step."""
+def describe(state: TrainState, compiled: jax.stages.Compiled) -> None:
+    """Logs the parameters of each module, and the memory that a device needs for a call."""
     rows = [
         Row(name, len(jax.tree.leaves(params)), f"{count_params(params):,}")
         for name, params in [*sorted(state.params.items()), ("all", state.params)]

@@ -33,15 +33,21 @@ class StepLog:
         """Begins with nothing logged; rates count from here."""
         self._config, self._spans, self._train = config, spans, train
         self._history, self._clock, self._bar = history, clock, bar
-        self._pending: list[tuple[int, dict]] = []
+        self._pending: list[tuple[int, dict, int]] = []  # step, its call's metrics, place in them
+        self._in_flight = 0  # how many of them the last call took
         self._mark = clock.training_seconds(), clock.seconds("wait")
 
     def add(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of the step that made the state of `step`, without waiting."""
-        self._pending.append((step, metrics))
+        """Takes the metrics of the call that made the state of `step`, without waiting.
+
+        Args:
+            metrics: float32 by name; scalars of a single step, or [n] of the call's n steps.
+        """
+        self._in_flight = n = metrics["loss"].size
+        self._pending += [(step - n + 1 + place, metrics, place) for place in range(n)]
 
     def flush(self, everything: bool) -> None:
-        """Writes the lines that are due, of all steps but the one in flight.
+        """Writes the lines that are due, of all steps but those in flight.
 
         Args:
             everything: waits for the last step too, and writes it: before evaluating or saving.
@@ -50,13 +56,17 @@ class StepLog:
             FloatingPointError: a loss is not finite; names the step and the batch's ids.
         """
         every = self._config.log_every
-        done = self._pending if everything else self._pending[:-1]
+        done = self._pending if everything else self._pending[: -self._in_flight]
         ready = [item for item in done if everything or item[0] <= done[-1][0] // every * every]
         if not ready:
             return
         self._pending = self._pending[len(ready) :]
-        steps = [step for step, _ in ready]
-        values = jax.device_get([metrics for _, metrics in ready])
+        steps = [step for step, _, _ in ready]
+        fetched = jax.device_get([metrics for _, metrics, _ in ready])
+        values = [
+            {name: np.ravel(value)[place] for name, value in metrics.items()}
+            for metrics, (_, _, place) in zip(fetched, ready, strict=True)
+        ]
         self._check_finite(steps, values)
         rates = self._rates(len(steps))
         lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)

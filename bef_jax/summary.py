@@ -8,7 +8,11 @@ from pathlib import Path
 def write_summary(workdir: Path, summary: dict) -> None:
     """Writes WORKDIR/<mode>_summary.json, whole or not at all."""
     workdir.mkdir(parents=True, exist_ok=True)
-    mode = summary["mode"]
-    temporary = workdir / f".{mode}_summary.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, workdir / f"{mode}_summary.json")
+    write_json(workdir / f"{summary['mode']}_summary.json", summary)
+
+
+def write_json(file: Path, content: dict | list) -> None:
+    """Writes `content` to `file`, whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, file)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,11 +12,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bef_jax import checkpoint, sharding
+from bef_jax.calls import call_sizes, check_placement
 from bef_jax.checkpoint import Checkpoints
-from bef_jax.clock import Clock
+from bef_jax.clock import Clock, Laps
 from bef_jax.config import Durations, durations, validate
 from bef_jax.data import store
-from bef_jax.data.batches import train_batches
+from bef_jax.data.batches import (
+    Batch,
+    Selection,
+    host_batches,
+    is_placed,
+    place_split,
+    selections,
+)
 from bef_jax.data.store import Split
 from bef_jax.errors import UserError
 from bef_jax.evaluate import make_evaluator, summarise
@@ -26,7 +34,6 @@ from bef_jax.metrics import Evaluation
 from bef_jax.optim import make_schedule
 from bef_jax.prepare import prepare_with_progress
 from bef_jax.progress import Progress
-from bef_jax.report import write_report
 from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
 from bef_jax.step import compile_step, describe
 from bef_jax.steplog import StepLog
@@ -49,9 +56,12 @@ class Run:
     checkpoints: Checkpoints
     history: History
     clock: Clock
+    laps: Laps
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path | str) -> dict:
+def train_and_evaluate(
+    config: ConfigDict, workdir: Path | str, started: float | None = None
+) -> dict:
     """Trains to the end, evaluates, and writes checkpoints and the report.
 
     A workdir that holds checkpoints is resumed; one that is done returns its summary again.
@@ -59,6 +69,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str) -> dict:
     Args:
         config: as `configs.default.get_config` makes it.
         workdir: everything that the run writes goes here, besides the store.
+        started: when the program began, by time.perf_counter; the log counts from there.
 
     Returns:
         The summary; its keys are stable.
@@ -67,17 +78,21 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | str) -> dict:
         UserError: the configuration, data or checkpoints are not as they must be.
         FloatingPointError: the loss is not finite.
     """
+    laps = Laps(started)
+    laps.mark("imports")
     workdir = Path(workdir).expanduser().resolve()
     validate(config)
     mesh = sharding.make_mesh()
     _check_batches(config, mesh)
     splits = _open_splits(config)
+    check_placement(config, is_placed(splits["train"], config.data.placement))
     spans = durations(config, len(splits["train"]))
     done = _finished_summary(config, workdir, spans.steps)
     if done:
         LOG.info("%s is done at step %d; this is its summary", workdir, spans.steps)
         return done
-    run = _begin(config, workdir, mesh, splits, spans)
+    laps.mark("data")
+    run = _begin(config, workdir, mesh, splits, spans, laps)
     try:
         return _finish(run, _train(run))
     except FloatingPointError as error:
@@ -120,7 +135,12 @@ def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | N
 
 
 def _begin(
-    config: ConfigDict, workdir: Path, mesh: Mesh, splits: dict[str, Split], spans: Durations
+    config: ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+    splits: dict[str, Split],
+    spans: Durations,
+    laps: Laps,
 ) -> Run:
     workdir.mkdir(parents=True, exist_ok=True)
     return Run(
@@ -134,6 +154,7 @@ def _begin(
         checkpoints=Checkpoints(workdir, config.checkpoint.keep),
         history=History(workdir),
         clock=Clock(),
+        laps=laps,
     )
 
 
@@ -199,23 +220,59 @@ def _train(run: Run) -> TrainState:
     with Interrupt() as interrupt:
         state = _initial_state(run)
         (run.workdir / "config.json").write_text(run.config.to_json_best_effort(indent=2) + "\n")
+        run.laps.mark("state")
+        first, placed = int(state.step), _placed(run)
         with run.clock.measure("compile"):
-            train_step = compile_step(run.config, run.schedule, run.mesh, state)
-        describe(state, train_step)
-        with Progress(run.durations.steps, int(state.step)) as bar, run.clock.measure("loop"):
-            return _loop(run, train_step, state, bar, interrupt)
+            programs = _compile(run, state, placed)
+        run.laps.mark("compile")
+        inputs = _inputs(run, placed, first)
+        with Progress(run.durations.steps, first) as bar, run.clock.measure("loop"):
+            return _loop(run, programs, inputs, state, bar, interrupt)
 
 
-def _loop(run: Run, train_step, state: TrainState, bar: Progress, interrupt: Interrupt):
-    """The order is law: log, evaluate, save; then the next batch, and the step.
+def _placed(run: Run) -> Batch | None:
+    """The training split on the devices, if it is to be there."""
+    split = run.splits["train"]
+    return place_split(split, run.mesh) if is_placed(split, run.config.data.placement) else None
+
+
+def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Callable]:
+    """The programs that the calls to come need, by how many steps they take."""
+    config = run.config
+    sizes = set(call_sizes(config, run.durations, int(state.step)))
+    programs = {
+        size: compile_step(config, run.schedule, run.mesh, state, placed, size) for size in sizes
+    }
+    if programs:  # none where only the report of a run was missing
+        describe(state, programs[max(programs)])
+    return programs
+
+
+def _inputs(run: Run, placed: Batch | None, first: int) -> Iterator[Batch | Selection]:
+    """What each call from step `first` on trains on."""
+    config, split = run.config, run.splits["train"]
+    order = {"seed": config.seed, "batch_size": config.batch_size, "start": first}
+    if placed is None:
+        return host_batches(split, run.mesh, **order)
+    sizes = call_sizes(config, run.durations, first)
+    return selections(split, placed, run.mesh, **order, sizes=sizes)
+
+
+def _loop(
+    run: Run,
+    programs: dict[int, Callable],
+    inputs: Iterator[Batch | Selection],
+    state: TrainState,
+    bar: Progress,
+    interrupt: Interrupt,
+) -> TrainState:
+    """The order is law: log, evaluate, save; then the next batch, and the step, or several.
 
     So what is saved decides the next batch, and has been found finite.
     """
     config, spans, train = run.config, run.durations, run.splits["train"]
     first = step = int(state.step)
     log = StepLog(config, spans, train, run.history, run.clock, bar)
-    placement, seed, batch_size = config.data.placement, config.seed, config.batch_size
-    batches = train_batches(train, run.mesh, placement, seed, batch_size, start=first)
     while True:
         last = step >= spans.steps
         ended = last or interrupt.requested
@@ -228,10 +285,18 @@ def _loop(run: Run, train_step, state: TrainState, bar: Progress, interrupt: Int
         if ended:
             return state
         with run.clock.measure("wait"):
-            batch = next(batches)
-        state, metrics = train_step(state, batch)
-        step += 1
+            batch = next(inputs)
+        state, metrics = programs[batch.steps](state, batch)
+        if step == first:
+            _report_start(run, metrics, bar)
+        step += batch.steps
         log.add(step, metrics)
+
+
+def _report_start(run: Run, metrics: dict, bar: Progress) -> None:
+    jax.block_until_ready(metrics)
+    run.laps.mark("step")
+    bar.log(f"first step {run.laps}")
 
 
 def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> float | None:
@@ -267,6 +332,9 @@ def _finish(run: Run, state: TrainState) -> dict:
         blocks = {name: summarise(seen, run.config) for name, seen in evaluations.items()}
         summary |= {"best_step": int(path.name), **blocks}
         images = {name: run.splits[name].images for name in evaluations}
+        # Here, since matplotlib and scikit-learn take 0.5 s that the first step need not wait for.
+        from bef_jax.report import write_report
+
         write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
         write_summary(run.workdir, summary)
     return summary

@@ -29,7 +29,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.ema_decay = 0.999  # of parameters and batch statistics; 0 switches the average off
     config.bn_groups = 1  # 1: batch statistics over the global batch; N: over N parts of it
     config.log_every = 20  # steps between two lines of metrics.jsonl
+    # Steps that one call of the device takes, where it holds the training split: accelerators gain
+    # from more; on CPU a scan's body runs on one thread.
+    config.steps_per_call = 1
     config.init_from = ""  # a checkpoint folder whose weights a fresh run starts from
+    config.compile_cache = "auto"  # auto (~/.cache/bef_jax) | a folder | empty: compiled programs
 
     config.model = model = ConfigDict()
     model.name = "efficientnet_b0"  # a name in bef_jax.models.REGISTRY
@@ -44,6 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     model.drop_path = 0.2  # of the last block; the rate grows linearly from 0 at the first
     model.bn_momentum = 0.9  # kept share of the running statistics at each step
     model.bn_epsilon = 1e-3  # added to the variance
+    model.depthwise = "auto"  # auto (by platform) | native | shift: the depthwise convolution
     model.padding = "same"  # same (TensorFlow) | symmetric (torch): where stride 2 pads
 
     config.rcc = rcc = ConfigDict()
@@ -92,6 +97,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500  # between two saves; every evaluation saves besides
     checkpoint.keep = 2  # newest checkpoints kept, besides the best by valid AUC
+
+    config.benchmark = benchmark = ConfigDict()
+    benchmark.runs = 7  # of each measurement; its median and extremes are reported
     return apply_arg(config.lock(), arg)
 
 

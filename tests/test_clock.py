@@ -74,3 +74,12 @@ def test_a_restart_goes_on_counting(time):
     assert second.seconds("loop") == 9
     assert second.seconds("wall") == 10
     assert snapshot == {"loop": 7, "wall": 7}
+
+
+def test_laps_divide_the_time_since_the_start(time):
+    laps = clock.Laps(start=90.0)
+    for name, seconds in (("imports", 2.5), ("data", 0), ("state", 7.5)):
+        time.now += seconds
+        laps.mark(name)
+    assert str(laps) == "20.0 s after the start: imports 12.5, data 0.0, state 7.5"
+    assert str(clock.Laps()) == "0.0 s after the start: "

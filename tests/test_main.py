@@ -39,6 +39,7 @@ def refused(*flags):
         (["--config=configs/b0.py:batch_size=many"], ["batch_size", "many"]),
         (["--config=configs/b0.py", "--config.model.total_stride=4"], ["total_stride=4", "32, 16"]),
         (["--config=configs/b0.py", "--mode=fly"], ["--mode=fly", "train"]),
+        (["--config=configs/b0.py", "--mode=benchmark", "--compare=torch"], ["torch", "lax"]),
         (["--config=configs/b0.py", "--no_such_flag"], ["no_such_flag"]),
         (["--config=configs/b0.py", "--config.data.dir=nowhere"], ["nowhere"]),
     ],

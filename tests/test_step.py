@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from bef_jax import models, state, step
-from bef_jax.data.batches import Batch
+from bef_jax import models, sharding, state, step
+from bef_jax.data.batches import Batch, Selection
 from bef_jax.models.layers import BatchNorm, Conv, global_pool
 from configs.default import get_config
 
@@ -189,6 +189,27 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert losses[0] == losses[3]
     assert len(set(losses)) == 3
     assert float(train(batch, at=5, seed=1, **random)[1]["loss"]) not in losses
+
+
+# ---- several steps in a call --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_call_gathers_and_takes_the_steps_one_by_one(steps):
+    config = make_config(**{"model.dropout": 0.5, "augment.flips": True})
+    mesh, split = sharding.make_mesh(), make_batch(20)
+    train_step = step.make_train_step(config, lambda count: RATE * (count + 1))
+    call, single = jax.jit(step.make_call(train_step, mesh)), jax.jit(train_step)
+    rows = np.random.default_rng(2).integers(0, 20, (steps, 8), dtype=np.int32)
+    after, metrics = call(make_state(), Selection(split, jnp.asarray(rows)))
+    expected, losses = make_state(), []
+    for indices in rows:
+        expected, figures = single(expected, take(split, indices))
+        losses.append(figures["loss"])
+    assert {value.shape for value in metrics.values()} == {(steps,)}
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    assert after.step == 5 + steps
+    assert_close(after, expected, 1e-5)
 
 
 # ---- accumulation -------------------------------------------------------------------------------

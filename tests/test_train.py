@@ -1,11 +1,13 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,12 +46,11 @@ def stop_before(monkeypatch, step, sign=signal.SIGTERM):
 
     def compile_step(*args):
         compiled = original(*args)
-        calls = iter(range(int(args[-1].step) + 1, 10**6))
 
-        def step_fn(*inputs):
-            if next(calls) == step:
+        def step_fn(state, batch):
+            if int(state.step) < step <= int(state.step) + batch.steps:
                 os.kill(os.getpid(), sign)
-            return compiled(*inputs)
+            return compiled(state, batch)
 
         step_fn.memory_analysis = compiled.memory_analysis
         return step_fn
@@ -149,7 +150,12 @@ def test_a_process_stopped_by_a_signal_exits_0_and_resumes(undisturbed, data_dir
     stopped = json.loads(process.communicate()[0].splitlines()[-1])
     assert process.returncode == 0
     assert stopped["step"] >= 1
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    (line,) = [line for line in finished.stderr.splitlines() if "first step" in line]
+    total, *parts = map(float, re.findall(r"\d+\.\d", line))
+    assert re.findall(r"(\w+) \d+\.", line)[1:] == ["imports", "data", "state", "compile", "step"]
+    assert total == pytest.approx(sum(parts), abs=0.3)
+    assert parts[0] > 0.3  # imports
     summary = json.loads(finished.stdout)
     assert summary["params_digest"] == expected["params_digest"]
     assert json.loads((tmp_path / "train_summary.json").read_text()) == summary
@@ -205,6 +211,42 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_ids(small_config, tmp_pat
     )
     message = r"loss of step \d is not finite; its batch: .*train_\d.*; last good checkpoint: "
     with pytest.raises(FloatingPointError, match=message):
+        train.train_and_evaluate(config, tmp_path)
+
+
+# ---- several steps in a call --------------------------------------------------------------------
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_several_steps_in_a_call_stop_resume_and_end_as_single_ones(
+    undisturbed, small_config, tmp_path, monkeypatch
+):
+    workdir, expected = undisturbed  # single steps, its data on the host
+    config = small_config(**{"data.placement": "device", "steps_per_call": 2})
+    with monkeypatch.context() as patch:
+        stop_before(patch, 1)
+        assert train.train_and_evaluate(config, tmp_path)["step"] == 2  # no call is cut short
+    summary = train.train_and_evaluate(config, tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(workdir), abs=1e-5)
+    assert {"4", "6"} <= {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    ours, single = (saved_state(path, config) for path in (tmp_path, workdir))
+    for a, b in zip(*map(jax.tree.leaves, (ours, single)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert summary["valid"]["loss"] == pytest.approx(expected["valid"]["loss"], rel=1e-4)
+
+
+def saved_state(workdir, config):
+    path = workdir / "checkpoints" / "6"
+    return checkpoint.restore(path, train.abstract_state(config), _one_device())
+
+
+def test_several_steps_in_a_call_need_the_data_on_the_devices(small_config, tmp_path):
+    config = small_config(**{"data.placement": "host", "steps_per_call": 2})
+    with pytest.raises(UserError, match=r"steps_per_call=2 .*data\.placement=host"):
         train.train_and_evaluate(config, tmp_path)
 
 

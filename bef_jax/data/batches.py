@@ -1,15 +1,16 @@
 """Batches as a pure function of (seed, step): a permutation per epoch, then a gather.
 
 Nothing is carried from step to step, so a resumed run needs the step alone, on any number of
-devices or hosts. Where the patches live decides who gathers: the devices, from a split that is
-spread over their memory, or a host thread, one batch ahead.
+devices or hosts. Where the patches live decides who gathers: the devices, inside the step, from a
+split that is spread over their memory, or a host thread, two batches ahead.
 """
 
 import dataclasses
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,21 @@ class Batch:
 
     images: Array
     labels: Array
+    steps: ClassVar[int] = 1  # that it is the input of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Batches that the step is still to gather: rows `indices` [S, B] of a split on the devices."""
+
+    split: Batch
+    indices: Array
+
+    @property
+    def steps(self) -> int:
+        """How many steps it is the input of, S."""
+        return len(self.indices)
 
 
 @functools.lru_cache(maxsize=2)
@@ -48,21 +64,20 @@ def batch_indices(seed: int, step: int, n: int, batch_size: int) -> np.ndarray:
     return epoch_permutation(seed, epoch, n)[start : start + batch_size]
 
 
-def train_batches(
-    split: Split, mesh: Mesh, placement: str, seed: int, batch_size: int, start: int
+def host_batches(
+    split: Split, mesh: Mesh, seed: int, batch_size: int, start: int
 ) -> Iterator[Batch]:
-    """Yields the batches of steps start, start + 1, ... without end.
+    """Yields the batches of steps start, start + 1, ... without end."""
 
-    Args:
-        placement: device, host, or auto: the devices if the split fits half of their memory.
-    """
-    indices = functools.partial(batch_indices, seed, n=len(split), batch_size=batch_size)
-    if placement == "auto":
-        placement = "device" if fits_devices(split) else "host"
-    if placement == "host":
-        gather = functools.partial(put_batch, split, mesh)
-        return _prefetch(lambda step: gather(indices(step)), start)
-    return _device_batches(split, mesh, indices, start)
+    def make(step: int) -> Batch:
+        return put_batch(split, mesh, batch_indices(seed, step, len(split), batch_size))
+
+    return _prefetch(make, start)
+
+
+def is_placed(split: Split, placement: str) -> bool:
+    """Whether `config.data.placement` puts the split on the devices; auto does so if it fits."""
+    return placement == "device" or (placement == "auto" and fits_devices(split))
 
 
 def fits_devices(split: Split) -> bool:
@@ -128,16 +143,32 @@ def _put_unless(stop: threading.Event, ready: queue.Queue, item) -> None:
 # ---- on the devices -----------------------------------------------------------------------------
 
 
-def _device_batches(split: Split, mesh: Mesh, indices: Callable, start: int) -> Iterator[Batch]:
-    images = place(split.images, mesh)
-    labels = place(split.labels.astype(np.int32), mesh)
-    gather = jax.jit(functools.partial(gather_rows, mesh=mesh))
-    everywhere = sharding.replicated(mesh)
-    step = start
-    while True:
-        at = jax.device_put(indices(step).astype(np.int32), everywhere)
-        yield Batch(gather(images, at), gather(labels, at))
-        step += 1
+def place_split(split: Split, mesh: Mesh) -> Batch:
+    """A whole split on the devices, a consecutive part on each."""
+    return Batch(place(split.images, mesh), place(split.labels.astype(np.int32), mesh))
+
+
+def selections(
+    split: Split,
+    placed: Batch,
+    mesh: Mesh,
+    seed: int,
+    batch_size: int,
+    start: int,
+    sizes: Iterable[int],
+) -> Iterator[Selection]:
+    """Yields the input of as many steps as each of `sizes` says, from step `start` on."""
+    everywhere, step = sharding.replicated(mesh), start
+    for size in sizes:
+        steps = range(step, step + size)
+        indices = [batch_indices(seed, at, len(split), batch_size) for at in steps]
+        yield Selection(placed, jax.device_put(np.array(indices, np.int32), everywhere))
+        step += size
+
+
+def gather(split: Batch, indices: Array, mesh: Mesh) -> Batch:
+    """The batch of rows `indices` [B] of a split from `place_split`."""
+    return jax.tree.map(functools.partial(gather_rows, indices=indices, mesh=mesh), split)
 
 
 def place(rows: np.ndarray, mesh: Mesh) -> Array:

@@ -15,6 +15,7 @@ from bef_jax.models.layers import (
     Conv,
     DepthwiseConv,
     DropPath,
+    PointwiseKernel,
     SqueezeExcite,
     dense_init,
     global_pool,
@@ -118,8 +119,8 @@ class MBConv(nn.Module):
         conv = functools.partial(Conv, kernel=1, dtype=self.dtype)
         hidden = inputs.shape[-1] * stage.expand
         if stage.expand != 1:
-            x = conv(hidden, name="expand_conv")(x)
-            x = self.norm(silu=True, name="expand_norm")(x, train)
+            kernel = PointwiseKernel(hidden, self.dtype, name="expand_conv")(inputs.shape[-1])
+            x = self.norm(silu=True, name="expand_norm")(x, train, kernel)
         x = self.depthwise(stage.kernel, self.stride, name="depthwise_conv")(x)
         x = self.norm(silu=True, name="depthwise_norm")(x, train)
         x = SqueezeExcite(max(inputs.shape[-1] // 4, 1), name="squeeze_excite")(x)

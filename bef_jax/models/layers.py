@@ -4,18 +4,19 @@ Activations have the dtype of the configuration; parameters, batch statistics an
 over positions or images are float32.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from bef_jax.models.depthwise import Padding, depthwise_conv
+from bef_jax.models.norm import batch_norm, pointwise_batch_norm
 
 # Variance 2 / fan_out, as in the EfficientNet paper's code; a depthwise kernel's fan_out is k * k.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 depthwise_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+# From here on a covariance of K channels is cheaper than statistics of C.
+_POSITIONS_PER_CHANNEL = 8
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's own
 
 
@@ -44,7 +45,7 @@ class Conv(nn.Module):
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", conv_init, shape).astype(self.dtype)
         if self.kernel == self.stride == 1:
-            return _pointwise(x.astype(self.dtype), kernel[0, 0])
+            return pointwise(x.astype(self.dtype), kernel[0, 0])
         pads = padding_of(self.kernel, self.stride, x.shape[1:3], self.padding)
         strides = (self.stride, self.stride)
         layout = ("NHWC", "HWIO", "NHWC")
@@ -53,12 +54,26 @@ class Conv(nn.Module):
         )
 
 
-def _pointwise(x: Array, kernel: Array) -> Array:
-    """A 1 x 1 convolution as the product of two matrices.
+def pointwise(x: Array, kernel: Array | None) -> Array:
+    """A 1 x 1 convolution [N, H, W, K] -> [N, H, W, C] as a product with [K, C]; None: just x.
 
     Two axes, not four: the kernel's gradient then needs no transposed copy of x on CPU.
     """
+    if kernel is None:
+        return x
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class PointwiseKernel(nn.Module):
+    """The kernel of a 1 x 1 convolution, [K, features], to hand to the norm that follows it."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, channels: int) -> Array:
+        kernel = self.param("kernel", conv_init, (1, 1, channels, self.features))
+        return kernel[0, 0].astype(self.dtype)
 
 
 class DepthwiseConv(nn.Module):
@@ -97,22 +112,29 @@ class BatchNorm(nn.Module):
     silu: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        channels = (x.shape[-1],)
+    def __call__(self, x: Array, train: bool, kernel: Array | None = None) -> Array:
+        """Normalises x, or x @ kernel if the kernel [K, C] of a 1 x 1 convolution is given."""
+        channels = (x if kernel is None else kernel).shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         var = self.variable("batch_stats", "var", jnp.ones, channels)
         if not train:
             multiplier = scale * lax.rsqrt(var.value + self.epsilon)
-            y = x * multiplier + (bias - mean.value * multiplier)
+            y = pointwise(x, kernel) * multiplier + (bias - mean.value * multiplier)
             return (nn.silu(y) if self.silu else y).astype(self.dtype)
-        y, batch_mean, batch_var = batch_norm(x, scale, bias, self.groups, self.epsilon, self.silu)
+        y, batch_mean, batch_var = self._normalise(x, kernel, scale, bias)
         if not self.is_initializing():
             keep = self.momentum
             mean.value = keep * mean.value + (1 - keep) * batch_mean.mean(0)
             var.value = keep * var.value + (1 - keep) * batch_var.mean(0)
         return y.astype(self.dtype)
+
+    def _normalise(self, x: Array, kernel: Array | None, scale: Array, bias: Array):
+        positions = x.size // (x.shape[-1] * self.groups)
+        if self.silu and kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
+            return pointwise_batch_norm(x, kernel, scale, bias, self.groups, self.epsilon)
+        return batch_norm(pointwise(x, kernel), scale, bias, self.groups, self.epsilon, self.silu)
 
 
 class Bias(nn.Module):
@@ -122,69 +144,12 @@ class Bias(nn.Module):
     silu: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, kernel: Array | None = None) -> Array:
         if train:
             raise ValueError("a folded network has no batch statistics left to train")
+        x = pointwise(x, kernel)
         y = x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(self.dtype)
         return nn.silu(y) if self.silu else y
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def batch_norm(
-    x: Array, scale: Array, bias: Array, groups: int, epsilon: float, silu: bool = False
-):
-    """Normalises each of `groups` parts of the batch by its own statistics, then maybe SiLU.
-
-    The statistics come from one pass over x (E[x^2] - E[x]^2). The gradient is the closed form, and
-    computes from x again what it needs: on every platform that is cheaper than memory.
-
-    Args:
-        x: [N, ..., C]; N a multiple of `groups`.
-        scale, bias: [C], float32.
-
-    Returns:
-        y like x; mean and (biased) variance [groups, C], float32, through which no gradient flows.
-    """
-    return _batch_norm_forward(x, scale, bias, groups, epsilon, silu)[0]
-
-
-def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, silu: bool):
-    parts = x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
-    axes = tuple(range(1, parts.ndim - 1))
-    mean = jnp.mean(parts, axes, keepdims=True)
-    square = jnp.mean(parts * parts, axes, keepdims=True)
-    var = jnp.maximum(square - mean * mean, 0.0)
-    multiplier = scale * lax.rsqrt(var + epsilon)
-    y = parts * multiplier + (bias - mean * multiplier)
-    y = nn.silu(y) if silu else y
-    statistics = mean.reshape(groups, -1), var.reshape(groups, -1)
-    return (y.reshape(x.shape).astype(x.dtype), *statistics), (x, scale, bias, mean, var)
-
-
-def _batch_norm_backward(groups: int, epsilon: float, silu: bool, residuals, cotangents):
-    x, scale, bias, mean, var = residuals
-    x = lax.optimization_barrier(x)  # or XLA would keep the forward pass's sigmoid in memory
-    parts = x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
-    upstream = cotangents[0].reshape(parts.shape).astype(jnp.float32)
-    axes = tuple(range(1, parts.ndim - 1))
-    inverse = lax.rsqrt(var + epsilon)
-    if silu:
-        upstream = upstream * _silu_slope((parts - mean) * (inverse * scale) + bias)
-    by_bias = jnp.sum(upstream, axes, keepdims=True)
-    by_scale = (jnp.sum(upstream * parts, axes, keepdims=True) - mean * by_bias) * inverse
-    count = parts.size // (groups * x.shape[-1])
-    normalised = (parts - mean) * inverse
-    by_x = scale * inverse * (upstream - (by_bias + normalised * by_scale) / count)
-    total = functools.partial(jnp.sum, axis=tuple(range(parts.ndim - 1)))
-    return by_x.reshape(x.shape).astype(x.dtype), total(by_scale), total(by_bias)
-
-
-def _silu_slope(x: Array) -> Array:
-    sigmoid = nn.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
-
-
-batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 def global_pool(x: Array) -> Array:

@@ -33,6 +33,17 @@ def mesh():
     return sharding.make_mesh()
 
 
+def stream_of(split, mesh, placement, seed, start, sizes=(1,) * 9):
+    """The batches from step `start` on, wherever the split is."""
+    order = {"seed": seed, "batch_size": BATCH, "start": start}
+    if placement == "host":
+        yield from batches.host_batches(split, mesh, **order)
+    placed = batches.place_split(split, mesh)
+    for selection in batches.selections(split, placed, mesh, **order, sizes=sizes):
+        for indices in selection.indices:
+            yield batches.gather(selection.split, indices, mesh)
+
+
 def take(iterator, n):
     """The rows of the next n batches, [n, BATCH]; images and labels must agree."""
     taken = []
@@ -93,18 +104,34 @@ def test_what_is_left_over_comes_in_other_epochs():
 # ---- where from ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placement", ["host", "device", "auto"])
+@pytest.mark.parametrize("placement", ["host", "device"])
 def test_placements_give_the_same_batches(placement, split, mesh):
-    taken = take(batches.train_batches(split, mesh, placement, 1, BATCH, 0), 8)
+    taken = take(stream_of(split, mesh, placement, 1, 0), 8)
     expected = [batches.batch_indices(1, step, N, BATCH) for step in range(8)]
     np.testing.assert_array_equal(taken, expected)
 
 
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_resuming_gives_the_tail_of_the_stream(placement, split, mesh):
-    whole = take(batches.train_batches(split, mesh, placement, 2, BATCH, 0), 9)
-    tail = take(batches.train_batches(split, mesh, placement, 2, BATCH, 6), 3)
+    whole = take(stream_of(split, mesh, placement, 2, 0), 9)
+    tail = take(stream_of(split, mesh, placement, 2, 6), 3)
     np.testing.assert_array_equal(tail, whole[6:])
+
+
+def test_a_selection_holds_the_batches_of_its_steps(split, mesh):
+    sizes = [1, 3, 1, 2, 2]
+    ones, many = (take(stream_of(split, mesh, "device", 2, 3, s), 9) for s in ([1] * 9, sizes))
+    np.testing.assert_array_equal(ones, many)
+    placed = batches.place_split(split, mesh)
+    chosen = batches.selections(split, placed, mesh, 2, BATCH, 3, sizes)
+    assert [selection.steps for selection in chosen] == sizes
+
+
+@pytest.mark.parametrize(("placement", "placed"), [("host", False), ("device", True)])
+def test_a_placement_decides_for_itself(placement, placed, split, monkeypatch):
+    monkeypatch.setattr(batches, "fits_devices", lambda _: not placed)
+    assert batches.is_placed(split, placement) == placed
+    assert batches.is_placed(split, "auto") == (not placed)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the default backend is not the CPU")
@@ -215,8 +242,12 @@ assert max(sizes) <= 16 * 96 * 96 * 3, max(sizes)  # the batch; nowhere the whol
 labels = np.arange(29, dtype=np.uint8)
 images = np.broadcast_to(labels[:, None, None, None], (29, 96, 96, 3))
 split = Split("train", images, labels, labels.astype(str))
-for placement in ("host", "device"):
-    stream = batches.train_batches(split, mesh, placement, 4, 8, 2)
+placed = batches.place_split(split, mesh)
+pick = jax.jit(lambda chosen, n: batches.gather(chosen.split, chosen.indices[n], mesh))
+chosen = batches.selections(split, placed, mesh, 4, 8, 2, [1, 3, 1])
+on_devices = (pick(selection, n) for selection in chosen for n in range(selection.steps))
+on_host = batches.host_batches(split, mesh, 4, 8, 2)
+for stream in (on_host, on_devices):
     for step, batch in zip(range(2, 7), stream):
         expected = batches.batch_indices(4, step, 29, 8)
         np.testing.assert_array_equal(batch.labels, expected)

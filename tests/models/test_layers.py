@@ -11,10 +11,10 @@ from bef_jax.models.layers import (
     DepthwiseConv,
     DropPath,
     SqueezeExcite,
-    batch_norm,
     global_pool,
     padding_of,
 )
+from bef_jax.models.norm import batch_norm
 
 EPSILON = 1e-3
 

@@ -1,0 +1,59 @@
+"""What a measurement ran on: a name for people, and the published peak of an accelerator."""
+
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+# Dense bfloat16 FLOP/s of one device, by JAX's name for it, as the makers publish them: Google in
+# the pages on TPU v4, v5e, v5p and v6e of the Cloud TPU documentation; NVIDIA in the data sheets
+# of H100, H200, A100 and L4, whose figures with sparsity are twice these.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s that a device reaches at best; None where that is not published, or not here."""
+    return PEAK_FLOPS.get(device_kind) if dtype == "bfloat16" else None
+
+
+def describe() -> str:
+    """Names all devices: "AMD EPYC, 2 cores" on CPU, else "NVIDIA L4" or "8 x TPU v5 lite"."""
+    if jax.default_backend() == "cpu":
+        cores = _cores()
+        return f"{cpu_model()}, {cores} core{'s' if cores > 1 else ''}"
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    return kind if count == 1 else f"{count} x {kind}"
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as Linux tells it; elsewhere its architecture, such as arm64."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = (line.partition(":") for line in lines)
+    names = (value.strip() for key, _, value in fields if key.strip() == "model name")
+    return next(filter(None, names), platform.machine())
+
+
+def _cores() -> int:
+    """Cores that this process may use: a container, or taskset, can allow it fewer than exist."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

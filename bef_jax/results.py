@@ -1,0 +1,70 @@
+"""Measurements that are kept, with what it takes to repeat them.
+
+One file per hardware and day, such as amd-epyc-2-cores-2026-11-23.json, holds a list of them.
+"""
+
+import json
+import platform
+import re
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from bef_jax.errors import UserError
+from bef_jax.summary import write_json
+
+
+def results_file(folder: Path, hardware: str) -> Path:
+    """Names today's file in `folder`, which is made; a measurement takes minutes, so this is first.
+
+    Raises:
+        UserError: the folder can't be made, or what is in the file is no list.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--results={folder}: no folder can be made there ({error.strerror}); name another"
+        ) from error
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    file = folder / f"{slug}-{datetime.now():%Y-%m-%d}.json"
+    _read(file)
+    return file
+
+
+def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
+    """Adds an entry to the list in `file`: timestamp, command, versions, summary.
+
+    Args:
+        argv: the flags of the command line, after the program's name.
+
+    Raises:
+        UserError: what is in the file is no list.
+    """
+    entry = {
+        "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "bef_jax.main", *argv]),
+        "versions": versions(),
+        "summary": summary,
+    }
+    write_json(file, [*_read(file), entry])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides speed."""
+    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return packages | {"python": platform.python_version()}
+
+
+def _read(file: Path) -> list[dict]:
+    try:
+        entries = json.loads(file.read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        entries = None
+    if not isinstance(entries, list):
+        raise UserError(f"{file}: is not a list of results in JSON; move it away")
+    return entries

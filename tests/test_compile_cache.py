@@ -1,0 +1,99 @@
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import logging, sys, time
+import jax, jax.numpy as jnp
+from bef_jax import compile_cache
+
+logging.basicConfig()
+compile_cache.enable(sys.argv[1])
+x = jnp.ones((64, 64))
+def slow_to_compile(x):
+    for n in range(100):
+        x = jnp.sin(x @ x + n)
+    return x
+start = time.perf_counter()
+jax.jit(slow_to_compile).lower(x).compile()
+print(time.perf_counter() - start)
+"""
+
+
+def compile_in_a_process(setting, home, **environment):
+    """Runs PROGRAM; returns the seconds that it compiled for, and its stderr."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(setting)],
+        env=inherited | {"HOME": str(home), "XDG_CACHE_HOME": ""} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout), result.stderr
+
+
+def entries(folder):
+    return sorted(path.name for path in folder.glob("*slow_to_compile*"))
+
+
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+    first, _ = compile_in_a_process("auto", tmp_path)
+    folder = tmp_path / ".cache" / "bef_jax"
+    found = entries(folder)
+    assert len(found) == 1
+    second, _ = compile_in_a_process("auto", tmp_path)
+    assert second < first / 2
+    assert entries(folder) == found
+
+
+def test_auto_respects_xdg(tmp_path):
+    compile_in_a_process("auto", tmp_path, XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    assert entries(tmp_path / "xdg" / "bef_jax")
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_a_folder_is_used_as_it_is(tmp_path):
+    compile_in_a_process(tmp_path / "mine", tmp_path)
+    assert entries(tmp_path / "mine")
+
+
+def test_empty_switches_it_off(tmp_path):
+    compile_in_a_process("", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environment_decides(tmp_path):
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    compile_in_a_process(tmp_path / "mine", tmp_path, **environment)
+    assert entries(tmp_path / "jax")
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("setting", ["auto", "~/file/folder"])
+def test_a_folder_that_cannot_be_written_is_one_line_of_warning(setting, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    _, stderr = compile_in_a_process(setting, tmp_path, **environment)
+    (line,) = stderr.splitlines()
+    assert "config.compile_cache" in line
+    assert str(tmp_path / "file") in line
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
+def test_another_kind_of_cpu_compiles_for_itself(tmp_path):
+    """A home folder that machines share: what an entry's key hashes of the CPU tells them apart."""
+
+    def part_of_the_key(*flags):
+        environment = {"JAX_DEBUG_LOG_MODULES": "jax._src.cache_key", "XLA_FLAGS": " ".join(flags)}
+        _, stderr = compile_in_a_process("auto", tmp_path, **environment)
+        return re.search(r"hash of serialized accelerator_config: (\w+)", stderr)[1]
+
+    this = part_of_the_key()
+    assert this == part_of_the_key()
+    assert this != part_of_the_key("--xla_cpu_max_isa=SSE4_2")

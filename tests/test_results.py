@@ -1,0 +1,57 @@
+import json
+import re
+from datetime import datetime, timedelta
+
+import jax
+import pytest
+
+from bef_jax import results
+from bef_jax.errors import UserError
+
+
+def test_entries_add_up_in_one_file_a_day(tmp_path):
+    folder = tmp_path / "some" / "results"
+    for number in (1, 2):
+        file = results.results_file(folder, "AMD EPYC, 2 cores")
+        results.append(file, {"number": number}, ["--config=configs/b2.py", "--config.name=a b"])
+    assert [entry.name for entry in folder.iterdir()] == [file.name]
+    assert re.fullmatch(r"amd-epyc-2-cores-\d{4}-\d\d-\d\d\.json", file.name)
+    entries = json.loads(file.read_text())
+    assert [entry["summary"]["number"] for entry in entries] == [1, 2]
+    assert entries[0]["command"] == (
+        "python -m bef_jax.main --config=configs/b2.py '--config.name=a b'"
+    )
+    assert entries[0]["versions"].keys() == {"jax", "jaxlib", "flax", "python"}
+    assert entries[0]["versions"]["jax"] == jax.__version__
+    age = datetime.now().astimezone() - datetime.fromisoformat(entries[0]["timestamp"])
+    assert age < timedelta(minutes=5)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "slug"),
+    [
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz, 8 cores", "intel-r-xeon-r-cpu-2-20ghz-8-cores"),
+        ("8 x NVIDIA H100 80GB HBM3", "8-x-nvidia-h100-80gb-hbm3"),
+    ],
+)
+def test_hardware_makes_a_plain_name(hardware, slug, tmp_path):
+    name = results.results_file(tmp_path, hardware).name
+    assert name == f"{slug}-{datetime.now():%Y-%m-%d}.json"
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"--results={folder}: "):
+            results.results_file(folder, "cpu")
+
+
+@pytest.mark.parametrize("content", ["[{", "{}", "\x00"])
+def test_what_is_no_list_is_refused_and_kept(content, tmp_path):
+    file = results.results_file(tmp_path, "cpu")
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"{file}: is not a list"):
+        results.results_file(tmp_path, "cpu")
+    with pytest.raises(UserError, match=f"{file}: is not a list"):
+        results.append(file, {}, [])
+    assert file.read_text() == content
