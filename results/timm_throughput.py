@@ -1,0 +1,75 @@
+"""Images per second of timm on PyTorch: the peer that README's table of speed is measured against.
+
+    python -m venv peer && peer/bin/pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31
+    peer/bin/python results/timm_throughput.py efficientnet_b3 train [--total-stride=16]
+
+Run it in turn with `--mode=benchmark` and compare neighbours: on a shared machine nothing else
+means anything. Eager, float32, channels_last (PyTorch's fastest layout on CPU), fused AdamW.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a name that timm knows")
+    parser.add_argument("work", choices=("train", "eval"))
+    parser.add_argument("--total-stride", type=int, default=32, choices=(32, 16))
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--size", type=int, default=96, help="side of the images, in pixels")
+    parser.add_argument("--runs", type=int, default=7)
+    return parser.parse_args()
+
+
+def make_step(arguments: argparse.Namespace) -> Callable[[], None]:
+    """Returns one step of the work, on a fixed random batch."""
+    model = timm.create_model(arguments.model, num_classes=2)
+    if arguments.total_stride == 16:
+        model.conv_stem.stride = (1, 1)
+    model = model.to(memory_format=torch.channels_last).train(arguments.work == "train")
+    shape = (arguments.batch_size, 3, arguments.size, arguments.size)
+    images = torch.randn(shape).to(memory_format=torch.channels_last)
+    labels = torch.arange(arguments.batch_size) % 2
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    def evaluate() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    return train if arguments.work == "train" else evaluate
+
+
+def seconds(step: Callable[[], None]) -> float:
+    """How long one step takes."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Prints the median of the runs, and what was run, as one line of JSON."""
+    arguments = parse_arguments()
+    step = make_step(arguments)
+    for _ in range(2):  # to warm up
+        step()
+    median = statistics.median(seconds(step) for _ in range(arguments.runs))
+    versions = {"timm": timm.__version__, "torch": torch.__version__}
+    rate = arguments.batch_size / median
+    print(json.dumps({**versions, **vars(arguments), "images_per_second": rate}))
+
+
+if __name__ == "__main__":
+    main()
