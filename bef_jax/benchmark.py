@@ -112,13 +112,13 @@ def _setting(config: ConfigDict, machine: str) -> dict:
 
 def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     batch_size = config.batch_size
+    with _batches(config, mesh) as (batches, source):  # first: a store can be damaged
+        reading = _time("input", config, lambda: next(batches))
     batch = put_batch(_random_patches(batch_size), mesh, np.arange(batch_size))
     ours = _build(config, mesh, batch)
     train = _time("training", config, ours.calls["train"])
     peak = peak_bytes(ours.compiled)  # now: an accelerator's is that of all that ran before
     evaluation = _time("inference", config, ours.calls["eval"])
-    with _batches(config, mesh) as (batches, source):
-        reading = _time("input", config, lambda: next(batches))
     augmentation = _time("augmentation", config, _augmentation(config, batch))
     flops = flops_per_image(ours.compiled, config, mesh)
     rates = {"train": train, "eval": evaluation, "input": reading}
@@ -295,6 +295,9 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def mfu(flops: float | None, images_per_second: float, dtype: str) -> float | None:
-    """Share of the devices' published peak that training comes to (model FLOPs utilisation)."""
+    """Share of the devices' published peak that training comes to, by `flops_per_image`.
+
+    XLA counts more than a network's multiply-adds, so this is above what others call MFU.
+    """
     peak = hardware.peak_flops(jax.devices()[0].device_kind, dtype)
     return flops * images_per_second / (peak * jax.device_count()) if flops and peak else None

@@ -58,8 +58,8 @@ MODES: dict[str, Callable] = {
 def main(_: Sequence[str]) -> int:
     """Runs the mode that the flags name and prints its summary."""
     _set_up_logging()
-    # Tracing a network makes millions of objects that live on; to look for garbage among them every
-    # 700 (the default) takes a fifth of its time.
+    # Tracing a network makes millions of objects that live on; to look for garbage among them as
+    # often as by default takes a fifth of its time.
     gc.set_threshold(50_000)
     try:
         summary = _run_mode()

@@ -4,6 +4,7 @@ One file per hardware and day, such as amd-epyc-2-cores-2026-11-23.json, holds a
 """
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from bef_jax.errors import UserError
 from bef_jax.summary import write_json
+
+_DECIDING = ("GLIBC_TUNABLES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of speed
 
 
 def results_file(folder: Path, hardware: str) -> Path:
@@ -35,7 +38,7 @@ def results_file(folder: Path, hardware: str) -> Path:
 
 
 def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
-    """Adds an entry to the list in `file`: timestamp, command, versions, summary.
+    """Adds an entry to the list in `file`: timestamp, command, environment, versions, summary.
 
     Args:
         argv: the flags of the command line, after the program's name.
@@ -46,6 +49,7 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
     entry = {
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bef_jax.main", *argv]),
+        "environment": {name: os.environ[name] for name in _DECIDING if name in os.environ},
         "versions": versions(),
         "summary": summary,
     }

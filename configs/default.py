@@ -33,7 +33,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # from more; on CPU a scan's body runs on one thread.
     config.steps_per_call = 1
     config.init_from = ""  # a checkpoint folder whose weights a fresh run starts from
-    config.compile_cache = "auto"  # auto (~/.cache/bef_jax) | a folder | empty: compiled programs
+    # Where the command line keeps compiled programs from one run to the next: auto
+    # (~/.cache/bef_jax), a folder, or nowhere if empty.
+    config.compile_cache = "auto"
 
     config.model = model = ConfigDict()
     model.name = "efficientnet_b0"  # a name in bef_jax.models.REGISTRY

@@ -28,8 +28,8 @@ def depthwise_conv(
     Args:
         x: [N, H, W, C], floating.
         kernel: [k, k, 1, C] of the same dtype, as Linen's `Conv(feature_group_count=C)` keeps it.
-        stride: 1 or 2, along height and width.
-        padding: zeros added before and after height and width.
+        stride: 1 or 2, along height and width; at most k.
+        padding: zeros added before and after height and width, fewer than k on each side.
         form: auto (by platform), native (XLA's convolution) or shift (shift, multiply, add).
 
     Returns:
@@ -184,7 +184,9 @@ def _interleave(phases: list[Array], axis: int) -> Array:
 
 
 def _kernel_gradient(phases: list[list[Array]], kernel: Array, cotangent: Array) -> Array:
-    """Multiplies every tap with the cotangent and sums over images and positions, in float32.
+    """Multiplies every tap with the cotangent and sums over images and positions.
+
+    The sum is in float32, but for the first _GROUP images, whose products have the inputs' dtype.
 
     A plain sum runs at a tenth of the memory's speed. Adding the products of a few images first is
     elementwise, so it vectorises along channels; what is left is summed by a matrix product.
