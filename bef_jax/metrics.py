@@ -109,17 +109,14 @@ def _auc(probabilities: np.ndarray, positive: np.ndarray) -> tuple[float | None,
 
 def _placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Share of negatives below each positive, and of positives above each negative; ties half."""
-    ranks = _midranks(scores)
-    own_positive, own_negative = _midranks(scores[positive]), _midranks(scores[~positive])
+    # Here: scipy.stats takes a while to import, which the first training step need not wait for.
+    from scipy.stats import rankdata
+
+    ranks = rankdata(scores)
+    own_positive, own_negative = rankdata(scores[positive]), rankdata(scores[~positive])
     above = (ranks[positive] - own_positive) / own_negative.size
     below = 1 - (ranks[~positive] - own_negative) / own_positive.size
     return above, below
-
-
-def _midranks(scores: np.ndarray) -> np.ndarray:
-    """Places in ascending order from 1, [N], float64; equal scores share the mean of theirs."""
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def _cross_entropy(probabilities: np.ndarray, positive: np.ndarray) -> float:
