@@ -37,21 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # (~/.cache/bef_jax), a folder, or nowhere if empty.
     config.compile_cache = "auto"
 
-    config.model = model = ConfigDict()
-    model.name = "efficientnet_b0"  # a name in bef_jax.models.REGISTRY
-    model.num_classes = 2  # classes of the softmax; evaluation scores class 1 against class 0
-    model.total_stride = 32  # 32 | 16 (stem stride 1) | 8 (also the last stride of the trunk)
-    model.attention = "none"  # none | cbam: channel, then spatial attention on fused stages
-    model.attention_reduction = 16  # channels over the width of CBAM's hidden layer
-    model.attention_kernel = 7  # side of CBAM's spatial convolution, odd
-    model.fusion = False  # concatenates the pooled features of the fused stages to the head's
-    model.fusion_stages = ()  # counted from 1; empty: the last stage of every resolution
-    model.dropout = 0.2  # before the classifier
-    model.drop_path = 0.2  # of the last block; the rate grows linearly from 0 at the first
-    model.bn_momentum = 0.9  # kept share of the running statistics at each step
-    model.bn_epsilon = 1e-3  # added to the variance
-    model.depthwise = "auto"  # auto (by platform) | native | shift: the depthwise convolution
-    model.padding = "same"  # same (TensorFlow) | symmetric (torch): where stride 2 pads
+    config.model = _model()
+    config.data = _data()
 
     config.rcc = rcc = ConfigDict()
     rcc.enabled = True  # random center cropping in training
@@ -66,19 +53,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     augment.stain_shift = 0.02  # offset of each stain, in optical density: uniform in -+ this
     augment.mean = (0.70, 0.54, 0.69)  # per channel, in 0 .. 1: input normalisation
     augment.std = (0.24, 0.28, 0.22)  # likewise
-
-    config.data = data = ConfigDict()
-    data.source = "pcam_hdf5"  # pcam_hdf5 | rpcam | npz | tfds | synthetic
-    data.dir = "data/pcam"  # where the source's files are; ~ is understood
-    data.store = ""  # where the decoded store goes; empty: <dir>/store_<source>
-    data.download = False  # fetches PCam into dir when it is missing (pcam_hdf5, tfds)
-    data.rectify = True  # drops exact duplicates, within and across splits
-    data.train_size = placeholder(int)  # patches: synthetic makes, others keep this many
-    data.valid_size = placeholder(int)  # likewise; empty: all
-    data.test_size = placeholder(int)  # likewise; empty: all
-    data.split_ratio = (0.8, 0.1, 0.1)  # train, valid, test of a source without splits
-    data.seed = 0  # of the synthetic patches
-    data.placement = "auto"  # auto | device | host: where the training patches live
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # adamw | rmsprop (as in the EfficientNet paper) | sgd
@@ -103,6 +77,41 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.benchmark = benchmark = ConfigDict()
     benchmark.runs = 7  # of each measurement; its median and extremes are reported
     return apply_arg(config.lock(), arg)
+
+
+def _model() -> ConfigDict:
+    model = ConfigDict()
+    model.name = "efficientnet_b0"  # a name in bef_jax.models.REGISTRY
+    model.num_classes = 2  # classes of the softmax; evaluation scores class 1 against class 0
+    model.total_stride = 32  # 32 | 16 (stem stride 1) | 8 (also the last stride of the trunk)
+    model.attention = "none"  # none | cbam: channel, then spatial attention on fused stages
+    model.attention_reduction = 16  # channels over the width of CBAM's hidden layer
+    model.attention_kernel = 7  # side of CBAM's spatial convolution, odd
+    model.fusion = False  # concatenates the pooled features of the fused stages to the head's
+    model.fusion_stages = ()  # counted from 1; empty: the last stage of every resolution
+    model.dropout = 0.2  # before the classifier
+    model.drop_path = 0.2  # of the last block; the rate grows linearly from 0 at the first
+    model.bn_momentum = 0.9  # kept share of the running statistics at each step
+    model.bn_epsilon = 1e-3  # added to the variance
+    model.depthwise = "auto"  # auto (by platform) | native | shift: the depthwise convolution
+    model.padding = "same"  # same (TensorFlow) | symmetric (torch): where stride 2 pads
+    return model
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.source = "pcam_hdf5"  # pcam_hdf5 | rpcam | npz | tfds | synthetic
+    data.dir = "data/pcam"  # where the source's files are; ~ is understood
+    data.store = ""  # where the decoded store goes; empty: <dir>/store_<source>
+    data.download = False  # fetches PCam into dir when it is missing (pcam_hdf5, tfds)
+    data.rectify = True  # drops exact duplicates, within and across splits
+    data.train_size = placeholder(int)  # patches: synthetic makes, others keep this many
+    data.valid_size = placeholder(int)  # likewise; empty: all
+    data.test_size = placeholder(int)  # likewise; empty: all
+    data.split_ratio = (0.8, 0.1, 0.1)  # train, valid, test of a source without splits
+    data.seed = 0  # of the synthetic patches
+    data.placement = "auto"  # auto | device | host: where the training patches live
+    return data
 
 
 # Of the EfficientNet paper, section 5.2: larger networks need more.

@@ -165,10 +165,7 @@ class EfficientNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        norm = functools.partial(
-            BatchNorm, self.bn_momentum, self.bn_epsilon, self.bn_groups, self.dtype
-        )
-        norm = functools.partial(Bias, self.dtype) if self.folded else norm
+        norm = self._norm()
         stem_stride, stages = boosted.reduce_downsampling(
             2, self.architecture.stages, self.total_stride
         )
@@ -180,6 +177,13 @@ class EfficientNet(nn.Module):
         features = jnp.concatenate([*pooled, global_pool(x)], axis=-1)
         features = nn.Dropout(self.dropout, deterministic=not train)(features)
         return nn.Dense(self.num_classes, kernel_init=dense_init, name="classifier")(features)
+
+    def _norm(self) -> functools.partial:
+        if self.folded:
+            return functools.partial(Bias, self.dtype)
+        return functools.partial(
+            BatchNorm, self.bn_momentum, self.bn_epsilon, self.bn_groups, self.dtype
+        )
 
     def _trunk(self, x: Array, stages: tuple[Stage, ...], norm, train: bool):
         """Returns the last stage's features and the pooled ones of the fused stages."""
