@@ -335,7 +335,8 @@ def _finish(run: Run, state: TrainState) -> dict:
         # Here, since matplotlib and scikit-learn take 0.5 s that the first step need not wait for.
         from bef_jax.report import write_report
 
-        write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
+        page = write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
+        LOG.info("open %s in a browser: curves, ROC and the most wrong patches", page)
         write_summary(run.workdir, summary)
     return summary
 
