@@ -43,24 +43,14 @@ def one_device(tmp_path_factory, data_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("attention", "placement", "tolerance"),
-    [
-        ("none", "host", 1e-6),
-        ("none", "device", 1e-6),
-        # CBAM takes maxima: where two values tie to the last bit, the number of devices decides
-        # which of them gets the gradient. Until then the curves agree like the others.
-        ("cbam", "device", 1e-4),
-    ],
+    ("attention", "placement"), [("none", "host"), ("none", "device"), ("cbam", "device")]
 )
-def test_eight_devices_train_as_one_does(
-    one_device, attention, placement, tolerance, data_dir, tmp_path
-):
+def test_eight_devices_train_as_one_does(one_device, attention, placement, data_dir, tmp_path):
     expected_summary, expected = one_device(attention)
     fields = {"data.placement": placement, "model.attention": attention}
     summary, losses = run(tmp_path, data_dir, devices=8, **fields)
     assert len(losses) == STEPS
-    np.testing.assert_allclose(losses, expected, atol=tolerance)
-    np.testing.assert_allclose(losses[:5], expected[:5], atol=1e-6)
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
     assert summary["valid"]["n"] == expected_summary["valid"]["n"] == 21
     np.testing.assert_allclose(summary["valid"]["loss"], expected_summary["valid"]["loss"], 1e-3)
 

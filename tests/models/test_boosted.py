@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from bef_jax.models import boosted
-from bef_jax.models.boosted import CBAM, fused_stages, maximum, reduce_downsampling
+from bef_jax.models.boosted import CBAM, fused_stages, reduce_downsampling, smooth_maximum
 from bef_jax.models.efficientnet import B0, SCALING, TEST, scaled
 
 
@@ -58,29 +58,24 @@ def test_where_b0_loses_its_strides(total_stride, stem, strides):
     assert (actual_stem, [stage.stride for stage in stages]) == (stem, strides)
 
 
-@pytest.mark.parametrize(("axes", "shape"), [((1, 2), (2, 3)), ((3,), (2, 4, 5))])
-def test_maximum_and_its_gradient(axes, shape):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 4, 5, 3)).astype(np.float32)
-    cotangent = rng.normal(size=shape).astype(np.float32)
-    result, pullback = jax.vjp(lambda x: maximum(x, axes), x)
-    np.testing.assert_array_equal(result, x.max(axes))
-    # Without ties the gradient goes to the one greatest position.
-    expected = np.expand_dims(cotangent, axes) * (x == x.max(axes, keepdims=True))
-    np.testing.assert_array_equal(pullback(cotangent)[0], expected)
+@pytest.mark.parametrize("axes", [(1, 2), (3,)])
+def test_smooth_maximum_is_log_mean_exp_and_its_gradient_a_softmax(axes):
+    x = np.random.default_rng(0).normal(size=(2, 4, 5, 3))
+    result, pullback = jax.vjp(lambda x: smooth_maximum(x, axes), x.astype(np.float32))
+    np.testing.assert_allclose(result, log_mean_exp(x, axes), rtol=1e-5, atol=1e-6)
+    expected = scipy.special.softmax(2 * x, axes)
+    np.testing.assert_allclose(pullback(jnp.ones_like(result))[0], expected, rtol=1e-5)
 
 
-def test_gradient_of_maximum_is_shared_by_ties():
-    x = jnp.array([[1.0, 3.0, 3.0, 2.0]])
-    (gradient,) = jax.vjp(lambda x: maximum(x, (1,)), x)[1](jnp.array([6.0]))
-    assert gradient.tolist() == [[0, 3, 3, 0]]
+def test_smooth_maximum_lies_between_mean_and_maximum_and_nears_it_as_values_grow():
+    x = jnp.array([[0.0, 1.0, 2.0], [0.0, 100.0, 200.0]])
+    small, large = smooth_maximum(x, (1,))
+    assert 1 < small < 2
+    np.testing.assert_allclose(large, 200 - math.log(3) / 2, rtol=1e-6)  # exp(400) would be inf
 
 
-def test_gradient_of_maximum_is_finite_where_rounding_left_no_position_that_attains_it():
-    x = jnp.array([[1.0, 3.0]])
-    residuals = x, jnp.nextafter(x.max(1, keepdims=True), jnp.inf)
-    (gradient,) = boosted._maximum_backward((1,), residuals, jnp.array([6.0]))
-    assert np.isfinite(gradient).all()
+def log_mean_exp(x, axes):
+    return np.log(np.exp(2 * x).mean(axes)) / 2
 
 
 def sigmoid(x):
@@ -88,15 +83,15 @@ def sigmoid(x):
 
 
 def cbam_by_formula(x, params):
-    """CBAM, equations 1 to 3, in float64; the spatial convolution position by position."""
+    """CBAM, equations 1 to 3, with a smooth maximum and SiLU, in float64, convolved by hand."""
     hidden, output = params["channel"]["Dense_0"], params["channel"]["Dense_1"]
 
     def mlp(features):
-        features = np.maximum(features @ hidden["kernel"] + hidden["bias"], 0)
-        return features @ output["kernel"] + output["bias"]
+        features = features @ hidden["kernel"] + hidden["bias"]
+        return features * sigmoid(features) @ output["kernel"] + output["bias"]
 
-    x = x * sigmoid(mlp(x.mean((1, 2))) + mlp(x.max((1, 2))))[:, None, None]
-    maps = np.stack([x.mean(-1), x.max(-1)], -1)
+    x = x * sigmoid(mlp(x.mean((1, 2))) + mlp(log_mean_exp(x, (1, 2))))[:, None, None]
+    maps = np.stack([x.mean(-1), log_mean_exp(x, (3,))], -1)
     kernel, bias = params["spatial"]["Conv_0"]["kernel"], params["spatial"]["Conv_0"]["bias"]
     k = kernel.shape[0]
     padded = np.pad(maps, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
@@ -107,13 +102,13 @@ def cbam_by_formula(x, params):
     return x * sigmoid(gate)
 
 
-@pytest.mark.parametrize(("reduction", "kernel", "hidden"), [(4, 7, 2), (16, 3, 1)])
+@pytest.mark.parametrize(("reduction", "kernel", "hidden"), [(1, 7, 16), (4, 3, 8)])
 def test_cbam_is_the_formula(reduction, kernel, hidden):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 5, 4, 8))
+    x = rng.normal(size=(2, 5, 4, 16))
     layer = CBAM(reduction, kernel)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x.astype(np.float32))["params"]
-    assert shapes["channel"]["Dense_0"]["kernel"].shape == (8, hidden)  # at least 1
+    assert shapes["channel"]["Dense_0"]["kernel"].shape == (16, hidden)  # at least 8
     assert shapes["spatial"]["Conv_0"]["kernel"].shape == (kernel, kernel, 2, 1)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
     actual = layer.apply({"params": jax.tree.map(np.float32, params)}, x.astype(np.float32))
