@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from bef_jax.models.depthwise import Padding, depthwise_conv
 from bef_jax.models.norm import batch_norm, pointwise_batch_norm
+from bef_jax.models.pointwise import pointwise
 
 # Variance 2 / fan_out, as in the EfficientNet paper's code; a depthwise kernel's fan_out is k * k.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -52,16 +53,6 @@ class Conv(nn.Module):
         return lax.conv_general_dilated(
             x.astype(self.dtype), kernel, strides, pads, dimension_numbers=layout
         )
-
-
-def pointwise(x: Array, kernel: Array | None) -> Array:
-    """A 1 x 1 convolution [N, H, W, K] -> [N, H, W, C] as a product with [K, C]; None: just x.
-
-    Two axes, not four: the kernel's gradient then needs no transposed copy of x on CPU.
-    """
-    if kernel is None:
-        return x
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class PointwiseKernel(nn.Module):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bef_jax.models.pointwise import grouped_moments, grouped_pointwise
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def batch_norm(
@@ -75,45 +77,45 @@ def pointwise_batch_norm(
     The product is linear, so its mean is mean(x) @ kernel, and its variance the diagonal of
     kernel^T cov(x) kernel. Known beforehand, they go into the kernel. Backwards alike: what batch
     normalisation adds to the gradient is a linear map of x. It costs two products with the
-    [K, K] covariance, and saves five passes over [positions, C], where C is 6 K in EfficientNet.
+    [K, K] covariance, and saves five passes over [N, H, W, C], where C is 6 K in EfficientNet.
 
     Args:
-        x: [N, ..., K]; N a multiple of `groups`.
+        x: [N, H, W, K]; N a multiple of `groups`.
         kernel: [K, C], of x's dtype.
         scale, bias: [C], float32.
 
     Returns:
-        y [N, ..., C] of x's dtype; mean and (biased) variance [groups, C] of x @ kernel, float32,
+        y [N, H, W, C] of x's dtype; mean and (biased) variance [groups, C] of x @ kernel, float32,
         through which no gradient flows.
     """
     return _pointwise_forward(x, kernel, scale, bias, groups, epsilon)[0]
 
 
 def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float):
-    rows = x.reshape(groups, -1, x.shape[-1])
-    center, centered = _centered(rows)
-    covariance = _product("gmk,gml->gkl", centered, centered) / rows.shape[1]
+    parts = x.reshape(groups, -1, *x.shape[1:])
+    center, centered = _centered(parts)
+    covariance = grouped_moments(centered, centered) / _positions(parts)
     mean = _exact("gk,kc->gc", center, kernel)
     spread = _exact("gkl,lc->gkc", covariance, kernel)
     var = jnp.maximum(jnp.sum(kernel * spread, 1), 0.0)
     multiplier = scale * lax.rsqrt(var + epsilon)
     weights = (kernel * multiplier[:, None]).astype(x.dtype)
-    product = rows @ weights
+    product = grouped_pointwise(parts, weights)
     # With the rounded weights' mean: in bfloat16 the other is a little off.
-    shift = (bias - _exact("gk,gkc->gc", center, weights))[:, None]
+    shift = _per_group(bias - _exact("gk,gkc->gc", center, weights))
     y = nn.silu(product + shift).astype(x.dtype).reshape(*x.shape[:-1], -1)
     return (y, mean, var), (x, kernel, scale, product, shift, spread, var)
 
 
 def _pointwise_backward(groups: int, epsilon: float, residuals, cotangents):
     x, kernel, scale, product, shift, spread, var = residuals
-    rows = x.reshape(groups, -1, x.shape[-1])
+    parts = x.reshape(groups, -1, *x.shape[1:])
     product = lax.optimization_barrier(product)  # as in _batch_norm_backward
     upstream = cotangents[0].reshape(product.shape) * _silu_slope(product + shift)
     upstream = upstream.astype(x.dtype)
-    _, centered = _centered(rows)
-    by_bias = jnp.sum(upstream, 1, dtype=jnp.float32)
-    by_kernel = _product("gmk,gmc->gkc", centered, upstream)
+    _, centered = _centered(parts)
+    by_bias = jnp.sum(upstream, (1, 2, 3), dtype=jnp.float32)
+    by_kernel = grouped_moments(centered, upstream)
     inverse = lax.rsqrt(var + epsilon)
     by_scale = inverse * jnp.sum(kernel * by_kernel, 1)
     slope, pull = (scale * inverse)[:, None], (inverse * by_scale)[:, None]
@@ -121,10 +123,10 @@ def _pointwise_backward(groups: int, epsilon: float, residuals, cotangents):
     # The gradient of the product, (upstream - mean(upstream) - normalised * mean(upstream *
     # normalised)) * slope, times kernel^T; normalised is linear in x, so its term is, too.
     steepened = (kernel * slope).astype(x.dtype)
-    correction = _product("gkc,lc->gkl", kernel * slope * pull, kernel) / rows.shape[1]
-    constant = _product("gc,gkc->gk", by_bias, kernel * slope) / rows.shape[1]
-    by_x = _product("gmc,gkc->gmk", upstream, steepened)
-    by_x = by_x - _product("gml,gkl->gmk", centered, correction.astype(x.dtype)) - constant[:, None]
+    correction = _product("gkc,lc->glk", kernel * slope * pull, kernel) / _positions(parts)
+    constant = _product("gc,gkc->gk", by_bias, kernel * slope) / _positions(parts)
+    by_x = grouped_pointwise(upstream, steepened.swapaxes(1, 2))
+    by_x = by_x - grouped_pointwise(centered, correction.astype(x.dtype)) - _per_group(constant)
     by_x = by_x.reshape(x.shape).astype(x.dtype)
     return by_x, by_kernel.astype(kernel.dtype), by_scale.sum(0), by_bias.sum(0)
 
@@ -135,10 +137,18 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _exact = functools.partial(_product, precision=lax.Precision.HIGHEST)  # small, and decide the rest
 
 
-def _centered(rows: Array) -> tuple[Array, Array]:
-    """The mean of each part's rows, [groups, K], float32, and the rows less it, of their dtype."""
-    center = jnp.mean(rows, 1, keepdims=True, dtype=jnp.float32)
-    return center[:, 0], (rows - center).astype(rows.dtype)
+def _positions(parts: Array) -> int:
+    return parts[0, ..., 0].size
+
+
+def _per_group(x: Array) -> Array:
+    return x[:, None, None, None]
+
+
+def _centered(parts: Array) -> tuple[Array, Array]:
+    """The mean of each part, [groups, K], float32, and the parts less it, of their dtype."""
+    center = jnp.mean(parts, (1, 2, 3), dtype=jnp.float32)
+    return center, (parts - _per_group(center)).astype(parts.dtype)
 
 
 def _silu_slope(x: Array) -> Array:
