@@ -19,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from bef_jax.config import flatten
 from bef_jax.errors import UserError
 from bef_jax.state import TrainState
+from configs import default
 
 LOG = logging.getLogger(__name__)
 _BEST = "valid_auc"
@@ -72,14 +73,19 @@ def _auc(metrics: dict) -> float:
     return metrics[_BEST]
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps that a workdir has checkpoints of, ascending."""
+    directory = Path(workdir).resolve() / "checkpoints"
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
 def best(workdir: Path) -> Path:
     """The folder of the best checkpoint by valid AUC in a workdir, or the newest without one.
 
     Raises:
         UserError: there is none.
     """
-    directory = Path(workdir).resolve() / "checkpoints"
-    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    directory, steps = Path(workdir).resolve() / "checkpoints", saved_steps(workdir)
     if not steps:
         raise UserError(f"{directory}: no checkpoint there; train first, or give --checkpoint")
     return directory / str(max(steps, key=lambda step: (_score(directory / str(step)), step)))
@@ -99,6 +105,13 @@ def read_run(path: Path) -> dict:
         UserError: it is not there, or damaged.
     """
     return _restore(path, run=ocp.args.JsonRestore())["run"]
+
+
+def complete(saved: dict) -> ConfigDict:
+    """The configuration of a checkpoint, with defaults for fields that are newer than it."""
+    config = ConfigDict(json.loads(default.get_config().to_json_best_effort()))
+    config.update(saved)
+    return config
 
 
 def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
@@ -134,8 +147,8 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
         UserError: naming the fields that differ.
     """
     now = json.loads(config.to_json_best_effort())
-    old, new = flatten(ConfigDict(saved)), flatten(ConfigDict(now))
-    changed = [name for name in new if name in old and old[name] != new[name]]
+    old, new = flatten(complete(saved)), flatten(ConfigDict(now))
+    changed = [name for name in new if old[name] != new[name]]
     fatal = [name for name in changed if _decides_shapes(name, old, new)]
     if fatal:
         listed = ", ".join(f"{name} (saved {old[name]!r}, now {new[name]!r})" for name in fatal)
@@ -145,8 +158,11 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
 
 
 def _decides_shapes(name: str, old: dict, new: dict) -> bool:
-    switches = {"ema_decay", "optim.momentum", "optim.clip_norm"}
-    if name in switches:
-        return bool(old[name]) != bool(new[name])
+    off = {"ema_decay": 0, "optim.momentum": 0, "optim.clip_norm": 0, "optim.head_only_steps": 0}
+    off |= {"optim.layer_decay": 1}
+    if name in off:
+        return (old[name] == off[name]) != (new[name] == off[name])
     free = {"model.dropout", "model.drop_path", "model.bn_momentum", "model.depthwise"}
-    return name == "optim.name" or (name.startswith("model.") and name not in free)
+    return name in {"optim.name", "optim.freeze"} or (
+        name.startswith("model.") and name not in free
+    )

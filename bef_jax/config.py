@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import re
 
 from ml_collections import ConfigDict
 
 from bef_jax.data.augment import CENTER, PATCH
 from bef_jax.errors import UserError
-from bef_jax.models import REGISTRY, num_stages
+from bef_jax.models import REGISTRY, num_stages, parameter_paths
+from bef_jax.optim import is_frozen
 from configs import default
 
 CHOICES = {
@@ -58,6 +60,8 @@ RANGES = {
     "optim.momentum": (0, 1),
     "optim.clip_norm": (0, None),
     "optim.accumulate": (1, None),
+    "optim.layer_decay": (0, 1),
+    "optim.head_only_steps": (0, None),
     "eval.every_epochs": (0, None),
     "eval.batch_size": (1, None),
     "eval.threshold": (0, 1),
@@ -96,6 +100,8 @@ def validate(config: ConfigDict) -> None:
     for name, (least, greatest) in RANGES.items():
         _check_range(name, fields[name], least, greatest)
     _check_combinations(config)
+    if config.optim.freeze:
+        _check_freeze(config.optim.freeze, parameter_paths(config.model))
 
 
 def _check_fields(fields: dict, known: dict) -> None:
@@ -166,6 +172,18 @@ def _check_stages(model: ConfigDict) -> None:
                 f"config.model.fusion_stages={tuple(model.fusion_stages)}: {model.name} has "
                 f"stages 1 .. {len(stages)}"
             )
+
+
+def _check_freeze(pattern: str, paths: tuple[str, ...]) -> None:
+    field = f"config.optim.freeze={pattern!r}"
+    try:
+        frozen = [path for path in paths if is_frozen(path, pattern)]
+    except re.error as error:
+        raise UserError(f"{field} is no regular expression: {error}") from error
+    if not frozen:
+        raise UserError(f"{field} matches no parameter: they have names like {paths[0]}")
+    if len(frozen) == len(paths):
+        raise UserError(f"{field} matches every parameter: leave one to train, such as classifier")
 
 
 def _check_ratio(ratio) -> None:

@@ -24,7 +24,6 @@ from bef_jax.metrics import Evaluation, binary_metrics
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.state import abstract_state
-from configs import default
 
 
 def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None, split: str | None) -> dict:
@@ -58,8 +57,7 @@ def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
         UserError: `config` asks for another network, naming the fields.
     """
     given = ConfigDict(json.loads(config.to_json_best_effort()))
-    saved = ConfigDict(json.loads(default.get_config().to_json_best_effort()))
-    saved.update(checkpoint.read_run(path)["config"])
+    saved = checkpoint.complete(checkpoint.read_run(path)["config"])
     saved.model.depthwise = given.model.depthwise
     old, new = flatten(saved.model), flatten(given.model)
     differing = [name for name in old if old[name] != new[name]]

@@ -1,10 +1,14 @@
-"""Optimisers and the learning-rate schedule."""
+"""Optimisers, the learning-rate schedule, and what fine-tuning holds back."""
 
-from collections.abc import Callable
+import functools
+import re
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
 from ml_collections import ConfigDict
+
+from bef_jax.models import is_new, parameter_paths
 
 _DECAYED = {"kernel": True, "bias": False, "scale": False}
 
@@ -38,19 +42,101 @@ def make_schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Calla
 
 
 def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransformation:
-    """Clipping, then adamw, rmsprop or sgd.
+    """Clipping, then adamw, rmsprop or sgd; then what fine-tuning holds back.
+
+    Layer-wise decay and head_only_steps multiply the finished update, which is to multiply the
+    learning rate: moments are gathered all the same. Frozen parameters have none, and their
+    gradient does not count for clipping.
+    """
+    tx = optax.chain(*_descent(config.optim, schedule), *_holding_back(config))
+    if not config.optim.freeze:
+        return tx
+    transforms = {"trained": tx, "frozen": optax.set_to_zero()}
+    return optax.partition(transforms, functools.partial(_freeze_labels, config.optim.freeze))
+
+
+def _descent(optim: ConfigDict, schedule: Callable) -> list[optax.GradientTransformation]:
+    """Clipping and the optimiser that `optim.name` says.
 
     AdamW's decay is decoupled (Loshchilov & Hutter 2019); the others add weight_decay * kernel to
     the gradient. RMSprop has the EfficientNet paper's decay 0.9 and epsilon 1e-3.
     """
-    optim = config.optim
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     if optim.name == "adamw":
         decay = {"weight_decay": optim.weight_decay, "mask": decay_mask}
-        return optax.chain(clip, optax.adamw(schedule, **decay))
+        return [clip, optax.adamw(schedule, **decay)]
     decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
     if optim.name == "rmsprop":
         tx = optax.rmsprop(schedule, decay=0.9, eps=1e-3, momentum=optim.momentum)
     else:
         tx = optax.sgd(schedule, momentum=optim.momentum or None)
-    return optax.chain(clip, decay, tx)
+    return [clip, decay, tx]
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------
+
+
+def _holding_back(config: ConfigDict) -> list[optax.GradientTransformation]:
+    optim, transforms = config.optim, []
+    if optim.layer_decay != 1:
+        transforms.append(optax.stateless(functools.partial(_scale_by_layer, config)))
+    if optim.head_only_steps:
+        # A factor 0 or 1 by schedule: one compiled step serves both phases.
+        gate = optax.scale_by_schedule(lambda count: count >= optim.head_only_steps)
+        transforms.append(optax.masked(gate, _pretrained_mask))
+    return transforms
+
+
+def _scale_by_layer(config: ConfigDict, updates, params=None):
+    del params
+    scales = layer_multipliers(parameter_paths(config.model), config.optim.layer_decay)
+    return _map_named(lambda name, update: scales[name] * update, updates)
+
+
+def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
+    """What the learning rate of each parameter is multiplied by (layer-wise decay; BEiT, ELECTRA).
+
+    The classifier and attention have 1, the head `decay`, the last block decay^2, and so on down to
+    the stem. A layer is a top-level module together with its batch normalisation.
+
+    Args:
+        paths: the parameters in the order in which the network uses them, which is their depth
+            whatever the family calls its modules (`models.parameter_paths`).
+    """
+    layers = list(dict.fromkeys(_layer(path) for path in paths if not is_new(path)))
+    depth = {layer: len(layers) - i for i, layer in enumerate(layers)}
+    return {path: decay ** depth.get(_layer(path), 0) for path in paths}
+
+
+def _layer(path: str) -> str:
+    return path.split("/")[0].removesuffix("_norm")
+
+
+def _pretrained_mask(tree):
+    return _map_named(lambda name, _: not is_new(name), tree)
+
+
+def is_frozen(path: str, pattern: str) -> bool:
+    """Whether config.optim.freeze = `pattern` matches the start of a parameter's path."""
+    return bool(pattern) and re.match(pattern, path) is not None
+
+
+def stop_frozen(params, pattern: str):
+    """Cuts the gradient of frozen parameters off, so that no backward pass is spent on it."""
+    if not pattern:
+        return params
+    stop = jax.lax.stop_gradient
+    return _map_named(lambda name, x: stop(x) if is_frozen(name, pattern) else x, params)
+
+
+def _freeze_labels(pattern: str, params):
+    return _map_named(lambda name, _: "frozen" if is_frozen(name, pattern) else "trained", params)
+
+
+def _map_named(function: Callable, tree):
+    """Applies `function(name, leaf)`, with names like 'block_00/expand_conv/kernel'."""
+
+    def named(path, leaf):
+        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(named, tree)

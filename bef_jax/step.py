@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu import parameter_overview
+from flax.traverse_util import flatten_dict
 from jax import Array, lax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ from bef_jax import sharding
 from bef_jax.data.augment import PATCH, augment
 from bef_jax.data.batches import Batch, Selection, gather
 from bef_jax.models import create
-from bef_jax.optim import make_optimizer
+from bef_jax.optim import is_frozen, make_optimizer, stop_frozen
 from bef_jax.state import TrainState, count_params, update_ema
 
 LOG = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch:
 
     def loss_fn(params):
         logits, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
+            {"params": stop_frozen(params, config.optim.freeze), "batch_stats": batch_stats},
             images,
             train=True,
             mutable=["batch_stats"],
@@ -156,14 +157,25 @@ class Row:
     parameters: str
 
 
-def describe(state: TrainState, compiled: jax.stages.Compiled) -> None:
+def describe(config: ConfigDict, state: TrainState, compiled: jax.stages.Compiled) -> None:
     """Logs the parameters of each module, and the memory that a device needs for a call."""
     rows = [
         Row(name, len(jax.tree.leaves(params)), f"{count_params(params):,}")
         for name, params in [*sorted(state.params.items()), ("all", state.params)]
     ]
     LOG.info("%s", parameter_overview.make_table(rows))
+    if config.optim.freeze:
+        _log_frozen(state, config.optim.freeze)
     memory = compiled.memory_analysis()
     if memory is not None:
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         LOG.info("the step needs %.0f MiB on each device", total / 2**20)
+
+
+def _log_frozen(state: TrainState, pattern: str) -> None:
+    params = flatten_dict(state.params, sep="/")
+    frozen = {path: leaf for path, leaf in params.items() if is_frozen(path, pattern)}
+    LOG.info(
+        "frozen: %d of %d tensors, %s parameters; batch statistics follow the data all the same",
+        len(frozen), len(params), f"{count_params(frozen):,}",
+    )  # fmt: skip

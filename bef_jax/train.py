@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bef_jax import checkpoint, sharding
+from bef_jax import checkpoint, pretrained, sharding
 from bef_jax.calls import call_sizes, check_placement
 from bef_jax.checkpoint import Checkpoints
 from bef_jax.clock import Clock, Laps
@@ -84,6 +83,8 @@ def train_and_evaluate(
     validate(config)
     mesh = sharding.make_mesh()
     _check_batches(config, mesh)
+    if config.init_from and not checkpoint.saved_steps(workdir):
+        pretrained.find(config.init_from)  # now: reading a data set can take an hour
     splits = _open_splits(config)
     check_placement(config, is_placed(splits["train"], config.data.placement))
     spans = durations(config, len(splits["train"]))
@@ -163,6 +164,7 @@ def _initial_state(run: Run) -> TrainState:
 
     1. The workdir has checkpoints: the newest. If it can't be read, that is an error that names
        it and an older one; starting afresh would throw the run away in silence.
+       config.init_from is not looked at: its weights were where the run began.
     2. config.init_from: its parameters and batch statistics, at step 0. If missing, an error.
     3. Fresh, from config.seed.
     """
@@ -171,14 +173,14 @@ def _initial_state(run: Run) -> TrainState:
     if newest:
         return _resume(run, newest)
     if config.init_from:
-        return _start_from(run, Path(config.init_from))
+        return pretrained.start(config, everywhere)
     return create_state(config, everywhere)
 
 
 def _resume(run: Run, newest: Path) -> TrainState:
     try:
         saved = checkpoint.read_run(newest)
-        abstract = abstract_state(ConfigDict(saved["config"]))
+        abstract = abstract_state(checkpoint.complete(saved["config"]))
         state = checkpoint.restore(newest, abstract, sharding.replicated(run.mesh))
     except UserError as error:
         older = run.checkpoints.older_than(newest)
@@ -189,27 +191,6 @@ def _resume(run: Run, newest: Path) -> TrainState:
     run.history.truncate(int(state.step))
     LOG.info("resuming %s at step %d", run.workdir, int(state.step))
     return state
-
-
-def _start_from(run: Run, path: Path) -> TrainState:
-    """A fresh state with the evaluated weights of another run's checkpoint."""
-    saved = ConfigDict(checkpoint.read_run(path)["config"])
-    wanted = abstract_state(run.config)
-    trained = abstract_state(saved)
-    if not _same_shapes(trained, wanted):
-        raise UserError(f"config.init_from={path} holds another network: {saved.model.name}")
-    everywhere = sharding.replicated(run.mesh)
-    weights = checkpoint.restore(path, trained, everywhere).eval_variables()
-    fresh = create_state(run.config, everywhere)
-    LOG.info("starting from the weights of %s", path)
-    # A copy: the step is given both to overwrite.
-    ema = jax.tree.map(jnp.copy, weights) if fresh.ema else None
-    return fresh.replace(**weights, ema=ema)
-
-
-def _same_shapes(one: TrainState, other: TrainState) -> bool:
-    shapes = [jax.tree.map(lambda x: x.shape, (s.params, s.batch_stats)) for s in (one, other)]
-    return shapes[0] == shapes[1]
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -244,7 +225,7 @@ def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Cal
         size: compile_step(config, run.schedule, run.mesh, state, placed, size) for size in sizes
     }
     if programs:  # none where only the report of a run was missing
-        describe(state, programs[max(programs)])
+        describe(config, state, programs[max(programs)])
     return programs
 
 

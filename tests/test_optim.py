@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import jax
@@ -8,8 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bef_jax import optim
-from bef_jax.models import create
-from configs import b0
+from bef_jax.models import create, parameter_paths
+from configs import b0, quickstart
 from configs.default import get_config
 
 RATE = 0.1
@@ -173,3 +174,122 @@ def test_decay_is_not_clipped(name):
         np.testing.assert_array_equal(clipped[path], free[path])
         moved = not np.allclose(free[path], before[path], atol=1e-6)
         assert moved == (path[-1] == "kernel")
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------
+
+LAYERS = ("stem", "block_00", "head", "classifier")
+
+
+def make_network(seed, layers=LAYERS):
+    """A kernel and its normalisation for each layer, of a shape that tells layers apart."""
+    rng = np.random.default_rng(seed)
+    shapes = {layer: (3, i) for i, layer in enumerate(LAYERS, 2)}
+    tree = {layer: {"kernel": rng.normal(size=shape)} for layer, shape in shapes.items()}
+    tree |= {f"{layer}_norm": {"scale": rng.normal(size=3)} for layer in LAYERS[:3]}
+    return {name: tree[name] for name in tree if name.removesuffix("_norm") in layers}
+
+
+def fine_tune(config, rate=RATE, steps=3, layers=LAYERS):
+    """Returns the optimiser's state, and the parameters by name before and after each step."""
+    tx = optim.make_optimizer(config, lambda step: rate)
+    params = jax.tree.map(jnp.float32, make_network(0, layers))
+    state, seen = tx.init(params), [flatten_dict(params, sep="/")]
+
+    @jax.jit
+    def step(gradient, state, params):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for seed in range(1, steps + 1):
+        gradient = jax.tree.map(jnp.float32, make_network(seed, layers))
+        params, state = step(gradient, state, params)
+        seen.append(flatten_dict(params, sep="/"))
+    assert step._cache_size() == 1
+    return state, seen
+
+
+def test_layer_multipliers_are_a_list_made_by_hand():
+    expected = {
+        "stem/kernel": 0.0625,
+        "stem_norm/scale": 0.0625,
+        "block_00/expand_conv/kernel": 0.125,
+        "attention_2/channel/hidden/kernel": 1.0,
+        "block_01/project_norm/bias": 0.25,
+        "attention_7/spatial/bias": 1.0,
+        "head/kernel": 0.5,
+        "head_norm/bias": 0.5,
+        "classifier/bias": 1.0,
+    }
+    assert optim.layer_multipliers(list(expected), 0.5) == expected
+
+
+def test_the_network_itself_gives_the_order_of_layers():
+    """Names that nothing knows: depth is the order of use, not that of the alphabet."""
+    paths = ["z/kernel", "z_norm/scale", "stage_10/unit/kernel", "stage_2/kernel", "a/kernel"]
+    multipliers = optim.layer_multipliers([*paths, "classifier/kernel"], 0.5)
+    assert list(multipliers.values()) == [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+
+
+def test_parameter_paths_are_those_of_the_network_from_stem_to_classifier():
+    model = quickstart.get_config().model
+    shapes = jax.eval_shape(
+        lambda key: create(model).init(key, jnp.zeros((1, 32, 32, 3)), False), jax.random.key(0)
+    )
+    paths = parameter_paths(model)
+    assert sorted(paths) == sorted(flatten_dict(shapes["params"], sep="/"))
+    modules = list(dict.fromkeys(path.split("/")[0] for path in paths))
+    assert modules == [
+        "stem", "stem_norm", "block_00", "block_01", "attention_2", "block_02", "attention_3",
+        "block_03", "attention_4", "block_04", "attention_5", "head", "head_norm", "classifier",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop", "sgd"])
+def test_layer_decay_is_a_learning_rate_for_each_layer(name, monkeypatch):
+    paths = flatten_dict(make_network(0), sep="/")
+    monkeypatch.setattr(optim, "parameter_paths", lambda model: paths)
+    _, decayed = fine_tune(make_config(name, weight_decay=0.3, layer_decay=0.5))
+    for layer, multiplier in zip(LAYERS, (0.125, 0.25, 0.5, 1.0), strict=True):
+        plain = make_config(name, weight_decay=0.3)
+        _, expected = fine_tune(plain, RATE * multiplier, layers=[layer])
+        for path, values in expected[-1].items():
+            np.testing.assert_allclose(decayed[-1][path], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop", "sgd"])
+def test_frozen_parameters_stay_and_have_no_part_in_the_optimiser(name):
+    config = make_config(name, clip_norm=0.1, weight_decay=0.3, freeze="stem|block_00/kernel")
+    state, seen = fine_tune(config)
+    for path in ("stem/kernel", "stem_norm/scale", "block_00/kernel"):
+        np.testing.assert_array_equal(seen[-1][path], seen[0][path])
+    assert not np.array_equal(seen[-1]["block_00_norm/scale"], seen[0]["block_00_norm/scale"])
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert shapes.isdisjoint({(3, 2), (3, 3)})
+    assert (3, 4) in shapes
+
+
+def test_the_others_learn_as_if_the_frozen_were_not_there():
+    """Which they would not if the frozen counted for the norm of clipping."""
+    fields = {"clip_norm": 0.1, "weight_decay": 0.3}
+    _, seen = fine_tune(make_config("sgd", freeze="stem|block_00", **fields))
+    _, expected = fine_tune(make_config("sgd", **fields), layers=["head", "classifier"])
+    for path, values in expected[-1].items():
+        np.testing.assert_allclose(seen[-1][path], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop", "sgd"])
+def test_only_the_classifier_learns_in_the_first_steps(name):
+    _, seen = fine_tune(make_config(name, head_only_steps=2))
+    for path in seen[0]:
+        moved = [not np.array_equal(a[path], b[path]) for a, b in itertools.pairwise(seen)]
+        assert moved == ([True] * 3 if path.startswith("classifier") else [False, False, True])
+
+
+def test_no_gradient_flows_into_frozen_parameters():
+    def loss(params):
+        params = optim.stop_frozen(params, "stem/kernel")
+        return params["stem"]["kernel"] * params["stem"]["bias"]
+
+    gradient = jax.grad(loss)({"stem": {"kernel": 2.0, "bias": 3.0}})
+    assert gradient == {"stem": {"kernel": 0.0, "bias": 2.0}}

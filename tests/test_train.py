@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from bef_jax import checkpoint, train
 from bef_jax.errors import UserError
@@ -183,26 +184,58 @@ def test_more_steps_go_on(undisturbed, small_config, tmp_path):
     assert train.train_and_evaluate(small_config(steps=7), tmp_path / "run")["step"] == 7
 
 
-def test_starts_from_the_weights_of_another_run(undisturbed, small_config, tmp_path):
-    workdir, _ = undisturbed
-    best = checkpoint.best(workdir)
-    config = small_config(init_from=str(best), steps=1, **{"optim.learning_rate": 0.0})
-    summary = train.train_and_evaluate(config, tmp_path)
-    state = tmp_path / "checkpoints" / "1"
-    fresh = train.train_and_evaluate(small_config(steps=1), tmp_path / "fresh")
-    assert summary["params_digest"] != fresh["params_digest"]
-    loaded, saved = (
-        checkpoint.restore(path, train.abstract_state(config), _one_device())
-        for path in (state, best)
-    )
-    np.testing.assert_array_equal(
-        loaded.params["head"]["kernel"], saved.ema["params"]["head"]["kernel"]
-    )
+# ---- config.init_from ---------------------------------------------------------------------------
 
 
-def test_missing_weights_are_an_error(small_config, tmp_path):
-    with pytest.raises(UserError, match="nowhere: no checkpoint there"):
+def test_an_empty_workdir_starts_from_the_weights_of_another_run(
+    undisturbed, small_config, tmp_path
+):
+    """With neither learning nor moving statistics, valid says what it said of the source."""
+    workdir, source = undisturbed
+    still = {"optim.learning_rate": 0.0, "model.bn_momentum": 1.0}
+    config = small_config(init_from=str(checkpoint.best(workdir)), steps=1, **still)
+    valid = train.train_and_evaluate(config, tmp_path)["valid"]
+    assert valid["loss"] == pytest.approx(source["valid"]["loss"], rel=1e-5)
+    assert valid["auc"] == source["valid"]["auc"]
+
+
+def test_checkpoints_in_the_workdir_win_over_init_from(undisturbed, small_config, tmp_path):
+    """Even over one that is gone: where a run began does not matter once it is on its way."""
+    workdir, expected = undisturbed
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "train_summary.json").unlink(missing_ok=True)
+    config = small_config(init_from=str(tmp_path / "nowhere"))
+    summary = train.train_and_evaluate(config, tmp_path / "run")
+    assert summary["params_digest"] == expected["params_digest"]
+
+
+def test_missing_weights_are_an_error_before_data_are_read(small_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_open_splits", lambda _: pytest.fail("too late"))
+    with pytest.raises(UserError, match=r"config\.init_from=.*nowhere: not there; give"):
         train.train_and_evaluate(small_config(init_from=str(tmp_path / "nowhere")), tmp_path)
+
+
+def test_fine_tuning_holds_back_and_resumes(small_config, tmp_path):
+    """The classifier and attention first, then all but the frozen; resumed to the same bits."""
+    fields = {"optim.freeze": "stem/|block_00", "optim.layer_decay": 0.7, "steps": 4}
+    fields |= {"optim.head_only_steps": 2, "checkpoint.every_steps": 2}
+    config = small_config(**fields)
+    summary = train.train_and_evaluate(config, tmp_path)
+    fresh = train.create_state(config, _one_device()).params
+    for step, held in ((2, ("stem", "block", "head")), (4, ("stem/", "block_00"))):
+        path = tmp_path / "checkpoints" / str(step)
+        state = checkpoint.restore(path, train.abstract_state(config), _one_device())
+        same = jax.tree.map(np.array_equal, state.params, fresh)
+        for name, is_same in flatten_dict(same, sep="/").items():
+            # Of the others kernels, which weight decay moves where a gradient is 0.
+            if name.startswith(held) or name.endswith("kernel"):
+                assert is_same == name.startswith(held), (step, name)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    (tmp_path / "train_summary.json").unlink()
+    resumed = train.train_and_evaluate(config, tmp_path)
+    assert resumed["params_digest"] == summary["params_digest"]
+    with pytest.raises(UserError, match=r"another optim\.freeze \(saved 'stem"):
+        train.train_and_evaluate(small_config(**fields | {"optim.freeze": "stem"}), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_ids(small_config, tmp_path):

@@ -3,7 +3,9 @@
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from bef_jax.models.efficientnet import SCALING, TEST, EfficientNet, scaled
@@ -39,3 +41,25 @@ def create(
     fields = {key: value for key, value in model.items() if key != "name"}
     network = REGISTRY[model.name]
     return network(**fields, dtype=jnp.dtype(dtype), bn_groups=bn_groups, folded=folded)
+
+
+def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
+    """The network's parameters, as 'block_00/expand_conv/kernel', in the order it uses them.
+
+    Nothing is computed, but tracing a network takes a second or two.
+    """
+    network, paths = create(model), []
+
+    def init(key):
+        # Within the trace, since JAX sorts the dicts that leave one; any image will do.
+        params = network.init(key, jnp.zeros((1, 32, 32, 3)))["params"]
+        paths.extend(flatten_dict(params, sep="/"))
+
+    jax.eval_shape(init, jax.random.key(0))
+    return tuple(paths)
+
+
+def is_new(path: str) -> bool:
+    """Whether a parameter is of a part that pretraining lacks: the classifier, or attention."""
+    part = path.split("/")[0]
+    return part == "classifier" or part.startswith("attention_")

