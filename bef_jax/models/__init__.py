@@ -8,13 +8,17 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from bef_jax.models.efficientnet import SCALING, TEST, EfficientNet, scaled
+from bef_jax.models.efficientnet import LITE_SCALING, SCALING, TEST, EfficientNet, lite, scaled
 
 REGISTRY = {
     "efficientnet_test": functools.partial(EfficientNet, TEST),
     **{
         f"efficientnet_{variant}": functools.partial(EfficientNet, scaled(variant))
         for variant in SCALING
+    },
+    **{
+        f"efficientnet_{variant}": functools.partial(EfficientNet, lite(variant))
+        for variant in LITE_SCALING
     },
 }
 

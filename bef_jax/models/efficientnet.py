@@ -1,4 +1,4 @@
-"""EfficientNet (Tan & Le 2019), B0 to B7 by compound scaling; the boosts are switched by config."""
+"""EfficientNet (Tan & Le 2019): B0 to B7 by compound scaling, and Lite0 to Lite4."""
 
 import dataclasses
 import functools
@@ -8,18 +8,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from bef_jax.models import boosted
 from bef_jax.models.layers import (
-    BatchNorm,
-    Bias,
     Conv,
     DepthwiseConv,
     DropPath,
     PointwiseKernel,
     SqueezeExcite,
-    dense_init,
     global_pool,
 )
+from bef_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +37,8 @@ class Architecture:
     stem: int
     stages: tuple[Stage, ...]
     head: int
+    activation: str = "silu"
+    squeeze_excite: bool = True
 
 
 # The paper's Table 1.
@@ -82,12 +81,21 @@ SCALING = {
     "b6": (1.8, 2.6),
     "b7": (2.0, 3.1),
 }
+LITE_SCALING = {
+    "lite0": (1.0, 1.0),
+    "lite1": (1.0, 1.1),
+    "lite2": (1.1, 1.2),
+    "lite3": (1.2, 1.4),
+    "lite4": (1.4, 1.8),
+}
 
 
 def scaled(variant: str) -> Architecture:
     """B0 with its channels and repeats scaled to `variant` (b0 ... b7)."""
-    width, depth = SCALING[variant]
+    return _scale(*SCALING[variant])
 
+
+def _scale(width: float, depth: float) -> Architecture:
     def scale(stage: Stage) -> Stage:
         repeats = math.ceil(stage.repeats * depth)
         channels = round_channels(stage.channels * width)
@@ -95,6 +103,22 @@ def scaled(variant: str) -> Architecture:
 
     stages = tuple(scale(stage) for stage in B0.stages)
     return Architecture(round_channels(B0.stem * width), stages, round_channels(B0.head * width))
+
+
+def lite(variant: str) -> Architecture:
+    """EfficientNet-Lite (lite0 ... lite4): made for integers and slow devices.
+
+    ReLU6, no squeeze-excite; stem and head keep B0's width, the first and last stage their repeats.
+    Source: the efficientnet/lite README of tensorflow/tpu, 2020; there is no paper.
+    """
+    network = _scale(*LITE_SCALING[variant])
+    first, *middle, last = network.stages
+    stages = (
+        dataclasses.replace(first, repeats=B0.stages[0].repeats),
+        *middle,
+        dataclasses.replace(last, repeats=B0.stages[-1].repeats),
+    )
+    return Architecture(B0.stem, stages, B0.head, activation="relu6", squeeze_excite=False)
 
 
 def round_channels(channels: float) -> int:
@@ -112,105 +136,51 @@ class MBConv(nn.Module):
     dtype: jnp.dtype
     depthwise: functools.partial
     norm: functools.partial
+    activation: str = "silu"
+    squeeze_excite: bool = True
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         stage, inputs = self.stage, x
         conv = functools.partial(Conv, kernel=1, dtype=self.dtype)
+        active = functools.partial(self.norm, activation=self.activation)
         hidden = inputs.shape[-1] * stage.expand
         if stage.expand != 1:
             kernel = PointwiseKernel(hidden, self.dtype, name="expand_conv")(inputs.shape[-1])
-            x = self.norm(silu=True, name="expand_norm")(x, train, kernel)
+            x = active(name="expand_norm")(x, train, kernel)
         x = self.depthwise(stage.kernel, self.stride, name="depthwise_conv")(x)
-        x = self.norm(silu=True, name="depthwise_norm")(x, train)
-        x = SqueezeExcite(max(inputs.shape[-1] // 4, 1), name="squeeze_excite")(x)
+        x = active(name="depthwise_norm")(x, train)
+        if self.squeeze_excite:
+            x = SqueezeExcite(max(inputs.shape[-1] // 4, 1), name="squeeze_excite")(x)
         x = self.norm(name="project_norm")(conv(stage.channels, name="project_conv")(x), train)
         if x.shape != inputs.shape:
             return x
         return DropPath(self.drop_path)(x, train) + inputs
 
 
-class EfficientNet(nn.Module):
-    """images [N, H, W, 3], normalised, -> logits [N, num_classes], float32.
-
-    Attributes:
-        total_stride: 32, 16 or 8 (`boosted.reduce_downsampling`).
-        attention: `cbam` gates the output of every fused stage, on the trunk; or `none`.
-        fusion: concatenates the pooled output of every fused stage to the head's features.
-        fusion_stages: counted from 1; empty: the last stage of every resolution below the stem's.
-        dropout: before the classifier; drop_path: of the last block, growing from 0 at the first.
-        padding: where stride 2 pads: `same` (TensorFlow) or `symmetric` (torch).
-        depthwise: the form of the depthwise convolution (`depthwise.depthwise_conv`).
-        bn_groups: parts of the batch with statistics of their own (`layers.BatchNorm`).
-        folded: for inference, with the variables that `fold.fold_batch_norm` makes.
-    """
-
-    architecture: Architecture
-    num_classes: int = 1000
-    total_stride: int = 32
-    attention: str = "none"
-    attention_reduction: int = 16
-    attention_kernel: int = 7
-    fusion: bool = False
-    fusion_stages: tuple[int, ...] = ()
-    dropout: float = 0.2
-    drop_path: float = 0.2
-    padding: str = "same"
-    depthwise: str = "auto"
-    bn_momentum: float = 0.9
-    bn_epsilon: float = 1e-3
-    bn_groups: int = 1
-    folded: bool = False
-    dtype: jnp.dtype = jnp.float32
+class EfficientNet(Network):
+    """B0 to B7, Lite0 to Lite4, by their architecture; `Network` has the switches."""
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        norm = self._norm()
-        stem_stride, stages = boosted.reduce_downsampling(
-            2, self.architecture.stages, self.total_stride
-        )
+        """Images [N, H, W, 3], normalised, -> logits [N, num_classes], float32."""
+        norm = functools.partial(self.norm(), activation=self.architecture.activation)
+        stem_stride, stages = self.strides()
         stem = Conv(self.architecture.stem, 3, stem_stride, self.padding, self.dtype, name="stem")
-        x = norm(silu=True, name="stem_norm")(stem(images), train)
-        x, pooled = self._trunk(x, stages, norm, train)
+        x = norm(name="stem_norm")(stem(images), train)
+        x, pooled = self.trunk(x, stages, functools.partial(self._stage, train=train))
         x = Conv(self.architecture.head, 1, dtype=self.dtype, name="head")(x)
-        x = norm(silu=True, name="head_norm")(x, train)
-        features = jnp.concatenate([*pooled, global_pool(x)], axis=-1)
-        features = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return nn.Dense(self.num_classes, kernel_init=dense_init, name="classifier")(features)
+        x = norm(name="head_norm")(x, train)
+        return self.classify([*pooled, global_pool(x)], train)
 
-    def _norm(self) -> functools.partial:
-        if self.folded:
-            return functools.partial(Bias, self.dtype)
-        return functools.partial(
-            BatchNorm, self.bn_momentum, self.bn_epsilon, self.bn_groups, self.dtype
-        )
-
-    def _trunk(self, x: Array, stages: tuple[Stage, ...], norm, train: bool):
-        """Returns the last stage's features and the pooled ones of the fused stages."""
-        blocks = sum(stage.repeats for stage in stages)
-        pooled, index = [], 0
+    def _stage(self, x: Array, number: int, stage: Stage, train: bool) -> Array:
         depthwise = functools.partial(
             DepthwiseConv, padding=self.padding, form=self.depthwise, dtype=self.dtype
         )
-        for number, stage in enumerate(stages, 1):
-            for repeat in range(stage.repeats):
-                stride, rate = stage.stride if repeat == 0 else 1, self.drop_path * index / blocks
-                name = f"block_{index:02d}"
-                block = MBConv(stage, stride, rate, self.dtype, depthwise, norm, name=name)
-                x, index = block(x, train), index + 1
-            if number in self._fused():
-                x = self._attend(x, number)
-                pooled += [global_pool(x)] if self.fusion else []
-        return x, pooled
-
-    def _fused(self) -> tuple[int, ...]:
-        strides = [stage.stride for stage in self.architecture.stages]
-        return tuple(self.fusion_stages) or boosted.fused_stages(strides)
-
-    def _attend(self, x: Array, number: int) -> Array:
-        if self.attention == "none":
-            return x
-        cbam = boosted.CBAM(
-            self.attention_reduction, self.attention_kernel, name=f"attention_{number}"
-        )
-        return cbam(x)
+        switches = self.architecture.activation, self.architecture.squeeze_excite
+        for index in self.blocks(number):
+            stride = stage.stride if index == self.blocks(number)[0] else 1
+            layers = (self.drop_rate(index), self.dtype, depthwise, self.norm())
+            block = MBConv(stage, stride, *layers, *switches, name=f"block_{index:02d}")
+            x = block(x, train)
+        return x

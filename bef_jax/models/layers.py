@@ -84,6 +84,9 @@ class DepthwiseConv(nn.Module):
         return depthwise_conv(x.astype(self.dtype), kernel, self.stride, pads, self.form)
 
 
+ACTIVATIONS = {"none": lambda x: x, "silu": nn.silu, "relu": nn.relu, "relu6": nn.relu6}
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) over every axis but the last.
 
@@ -92,15 +95,15 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         groups: the batch is cut into this many consecutive parts with statistics of their own. One
             part per device needs no collective; their mean enters the running statistics.
-        silu: applies SiLU to the result. One gradient for both keeps x alone, where two would keep
-            what lies between them as well, and pass over it once more.
+        activation: of ACTIVATIONS, applied to the result. SiLU has one gradient with the norm: it
+            keeps x alone, where two would keep what lies between them as well, and pass over it.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-3
     groups: int = 1
     dtype: jnp.dtype = jnp.float32
-    silu: bool = False
+    activation: str = "none"
 
     @nn.compact
     def __call__(self, x: Array, train: bool, kernel: Array | None = None) -> Array:
@@ -113,7 +116,7 @@ class BatchNorm(nn.Module):
         if not train:
             multiplier = scale * lax.rsqrt(var.value + self.epsilon)
             y = pointwise(x, kernel) * multiplier + (bias - mean.value * multiplier)
-            return (nn.silu(y) if self.silu else y).astype(self.dtype)
+            return ACTIVATIONS[self.activation](y).astype(self.dtype)
         y, batch_mean, batch_var = self._normalise(x, kernel, scale, bias)
         if not self.is_initializing():
             keep = self.momentum
@@ -122,17 +125,19 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
     def _normalise(self, x: Array, kernel: Array | None, scale: Array, bias: Array):
-        positions = x.size // (x.shape[-1] * self.groups)
-        if self.silu and kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
+        silu, positions = self.activation == "silu", x.size // (x.shape[-1] * self.groups)
+        if silu and kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
             return pointwise_batch_norm(x, kernel, scale, bias, self.groups, self.epsilon)
-        return batch_norm(pointwise(x, kernel), scale, bias, self.groups, self.epsilon, self.silu)
+        x = pointwise(x, kernel)
+        y, mean, var = batch_norm(x, scale, bias, self.groups, self.epsilon, silu)
+        return (y if silu else ACTIVATIONS[self.activation](y)), mean, var
 
 
 class Bias(nn.Module):
     """What is left of a folded batch normalisation (`fold.fold_batch_norm`): x + bias."""
 
     dtype: jnp.dtype = jnp.float32
-    silu: bool = False
+    activation: str = "none"
 
     @nn.compact
     def __call__(self, x: Array, train: bool, kernel: Array | None = None) -> Array:
@@ -140,7 +145,7 @@ class Bias(nn.Module):
             raise ValueError("a folded network has no batch statistics left to train")
         x = pointwise(x, kernel)
         y = x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(self.dtype)
-        return nn.silu(y) if self.silu else y
+        return ACTIVATIONS[self.activation](y)
 
 
 def global_pool(x: Array) -> Array:

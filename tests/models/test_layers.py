@@ -174,7 +174,7 @@ def test_batch_norm_evaluates_by_running_statistics():
 def test_batch_norm_with_silu_is_silu_after_batch_norm(train):
     x, variables = normal(4, 3, 3, 5), make_variables(5)
     plain = BatchNorm().apply(variables, x, train, mutable=["batch_stats"])[0]
-    actual = BatchNorm(silu=True).apply(variables, x, train, mutable=["batch_stats"])[0]
+    actual = BatchNorm(activation="silu").apply(variables, x, train, mutable=["batch_stats"])[0]
     np.testing.assert_allclose(actual, plain * sigmoid(plain), rtol=1e-5, atol=1e-6)
 
 

@@ -74,7 +74,7 @@ def test_a_scale_of_zero_has_finite_gradients():
 @pytest.mark.parametrize("side", [1, 6])  # few positions: the plain order; many: the other
 def test_module_takes_the_kernel_of_the_convolution_before_it(side):
     x, kernel, *_ = make_arrays(n=4, side=side)
-    norm = BatchNorm(silu=True, epsilon=EPSILON)
+    norm = BatchNorm(activation="silu", epsilon=EPSILON)
     variables = norm.init(jax.random.key(0), x @ kernel, True)
     expected, stats = norm.apply(variables, x @ kernel, True, mutable=["batch_stats"])
     actual, updates = norm.apply(variables, x, True, kernel, mutable=["batch_stats"])

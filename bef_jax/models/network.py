@@ -1,0 +1,106 @@
+"""What every network here has in common: its switches, the boosts, and the classifier."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from bef_jax.models import boosted
+from bef_jax.models.layers import BatchNorm, Bias, dense_init, global_pool
+
+
+class Network(nn.Module):
+    """images [N, H, W, 3], normalised, -> logits [N, num_classes], float32.
+
+    Attributes:
+        architecture: what tells one network of a family from another; its `stages` have fields
+            `stride` and `repeats`, and come to a total stride of 32 with a stem of stride 2.
+        total_stride: 32, 16 or 8 (`boosted.reduce_downsampling`).
+        attention: `cbam` gates the output of every fused stage, on the trunk; or `none`.
+        fusion: concatenates the pooled output of every fused stage to the head's features.
+        fusion_stages: counted from 1; empty: the last stage of every resolution below the stem's.
+        dropout: before the classifier.
+        drop_path: of the last residual block, growing from 0 at the first; DenseNet has none.
+        padding: where stride 2 pads: `same` (TensorFlow) or `symmetric` (torch).
+        depthwise: the form of the depthwise convolution (`depthwise.depthwise_conv`), where the
+            network has any.
+        bn_groups: parts of the batch with statistics of their own (`layers.BatchNorm`).
+        folded: for inference, with the variables that `fold.fold_batch_norm` makes.
+    """
+
+    architecture: Any
+    num_classes: int = 1000
+    total_stride: int = 32
+    attention: str = "none"
+    attention_reduction: int = 16
+    attention_kernel: int = 7
+    fusion: bool = False
+    fusion_stages: tuple[int, ...] = ()
+    dropout: float = 0.2
+    drop_path: float = 0.2
+    padding: str = "same"
+    depthwise: str = "auto"
+    bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-3
+    bn_groups: int = 1
+    folded: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def strides(self) -> tuple[int, tuple]:
+        """The stem's stride and the stages, at the total stride asked for."""
+        return boosted.reduce_downsampling(2, self.architecture.stages, self.total_stride)
+
+    def norm(self, folded: bool | None = None) -> functools.partial:
+        """Makes norms; `folded=False` is for one that follows no convolution to go into."""
+        if self.folded if folded is None else folded:
+            return functools.partial(Bias, self.dtype)
+        return functools.partial(
+            BatchNorm, self.bn_momentum, self.bn_epsilon, self.bn_groups, self.dtype
+        )
+
+    def fused(self) -> tuple[int, ...]:
+        """The stages that attention and fusion take, counted from 1."""
+        strides = [stage.stride for stage in self.architecture.stages]
+        return tuple(self.fusion_stages) or boosted.fused_stages(strides)
+
+    def trunk(
+        self, x: Array, stages: Sequence, run: Callable[[Array, int, Any], Array]
+    ) -> tuple[Array, list[Array]]:
+        """Runs the stages, `x = run(x, number, stage)`, with attention where it is asked for.
+
+        Returns:
+            The last stage's features and, with fusion, the pooled ones [N, C] of the fused stages.
+        """
+        pooled = []
+        for number, stage in enumerate(stages, 1):
+            x = run(x, number, stage)
+            if number in self.fused():
+                x = self._attend(x, number)
+                pooled += [global_pool(x)] if self.fusion else []
+        return x, pooled
+
+    def _attend(self, x: Array, number: int) -> Array:
+        if self.attention == "none":
+            return x
+        cbam = boosted.CBAM(
+            self.attention_reduction, self.attention_kernel, name=f"attention_{number}"
+        )
+        return cbam(x)
+
+    def blocks(self, number: int) -> range:
+        """The indices of the blocks of stage `number`, over the whole network from 0."""
+        repeats = [stage.repeats for stage in self.architecture.stages]
+        return range(sum(repeats[: number - 1]), sum(repeats[:number]))
+
+    def drop_rate(self, index: int) -> float:
+        """The rate of stochastic depth of block `index`."""
+        return self.drop_path * index / sum(stage.repeats for stage in self.architecture.stages)
+
+    def classify(self, features: Sequence[Array], train: bool) -> Array:
+        """Pooled features, each [N, C], float32, -> logits [N, num_classes]."""
+        joined = jnp.concatenate([*features], axis=-1)
+        joined = nn.Dropout(self.dropout, deterministic=not train)(joined)
+        return nn.Dense(self.num_classes, kernel_init=dense_init, name="classifier")(joined)
