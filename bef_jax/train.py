@@ -173,7 +173,7 @@ def _initial_state(run: Run) -> TrainState:
     if newest:
         return _resume(run, newest)
     if config.init_from:
-        return pretrained.start(config, everywhere)
+        return pretrained.start(config, everywhere)[0]
     return create_state(config, everywhere)
 
 

@@ -38,11 +38,12 @@ def test_a_plain_network_starts_a_boosted_one(tmp_path):
     checkpoints.save(7, source, {"config": saved_config}, None)
     checkpoints.close()
     config.init_from = str(tmp_path / "checkpoints" / "7")
-    started = pretrained.start(config, EVERYWHERE)
+    started, renewed = pretrained.start(config, EVERYWHERE)
     fresh = state.create_state(config, EVERYWHERE)
     trunk = [name for name in source.params if name != "classifier"]
     new = [name for name in fresh.params if name not in trunk]
     assert "attention_3" in new
+    assert renewed == sorted(new)
     for part, parts, origin in (("params", trunk, source), ("params", new, fresh),
                                 ("batch_stats", source.batch_stats, source)):  # fmt: skip
         for name in parts:

@@ -168,8 +168,8 @@ def test_attention_adds_a_cbam_to_each_fused_stage():
     added = {name: shape for name, shape in boosted.items() if plain.get(name) != shape}
     assert plain.items() < boosted.items()
     assert {name.split("/")[0] for name in added} == {f"attention_{i}" for i in (2, 3, 4, 5)}
-    assert added["attention_3/channel/Dense_0/kernel"] == (32, 4)
-    assert added["attention_3/channel/Dense_1/kernel"] == (4, 32)
+    assert added["attention_3/channel/Dense_0/kernel"] == (32, 8)  # at least 8 units
+    assert added["attention_3/channel/Dense_1/kernel"] == (8, 32)
     assert added["attention_3/spatial/Conv_0/kernel"] == (7, 7, 2, 1)
 
 

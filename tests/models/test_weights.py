@@ -1,0 +1,296 @@
+"""Networks with imported weights, against the packages that the weights come from."""
+
+import copy
+import functools
+import logging
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bef_jax import models
+from bef_jax.errors import UserError
+from bef_jax.models import weights
+from configs.default import get_config
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev]'")
+LITE0 = "pypi:efficientnet-lite0"
+# torch pads stride 2 as the source did; nothing may be random.
+STILL = {"num_classes": 1000, "dropout": 0.0, "drop_path": 0.0}
+
+
+def make_model(name, **fields):
+    model = get_config().model
+    model.update({"name": name, **STILL, **fields})
+    return model
+
+
+def efficientnet_pytorch(name):
+    module = pytest.importorskip("efficientnet_pytorch")
+    network = module.EfficientNet.from_name(name.replace("_", "-"), drop_connect_rate=0.0)
+    network._dropout.p = 0.0
+    return randomised(network)
+
+
+def timm(name):
+    module = pytest.importorskip("timm", reason="timm wants an environment of its own")
+    return randomised(module.create_model(name))
+
+
+def torchvision(name):
+    module = pytest.importorskip("torchvision", reason="torchvision wants its own environment")
+    network = randomised(getattr(module.models, name)())
+    for layer in network.modules():
+        if isinstance(layer, (torch.nn.Dropout, module.ops.StochasticDepth)):
+            layer.p = 0.0
+    return network
+
+
+def lite(variant):
+    module = pytest.importorskip("efficientnet_lite_pytorch")
+    network = module.EfficientNet.from_name(f"efficientnet-lite{variant}", drop_connect_rate=0.0)
+    network._dropout.p = 0.0
+    return randomised(network)
+
+
+def randomised(network):
+    """Norms as training leaves them, not the ones and zeros they begin with."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.weight.data.uniform_(0.7, 1.3, generator=generator)
+            layer.bias.data.normal_(0, 0.1, generator=generator)
+            layer.running_mean.normal_(0, 0.1, generator=generator)
+            layer.running_var.uniform_(0.3, 0.6, generator=generator)
+    return network
+
+
+def check_parity(network, model, file, n=16, pixels=96):
+    """Logits and statistics of 16 images, gradients of n."""
+    model.update({k: v for k, v in weights.convention(file, model).items() if k != "source"})
+    variables, ours = weights.import_weights(file, model), models.create(model)
+    x, images = make_images(16, 96)
+    with torch.no_grad():
+        expected = network.eval()(images).numpy()
+    assert distance(jax.jit(ours.apply)(variables, x), expected) < 1e-4
+    # float64 there: in float32 its own gradients are off by as much as the tolerance.
+    network = network.double().train()
+    original = copy.deepcopy(network)
+    original(images.double())
+    state = {key: x.numpy() for key, x in original.state_dict().items()}
+    check_tree("batch_stats", train(ours, variables, x)[1], state, file, model)
+    x, images = make_images(n, pixels)
+    network(images.double()).square().mean().backward()
+    gradients = {key: p.grad.numpy() for key, p in network.named_parameters()}
+    check_tree("params", train(ours, variables, x)[0], gradients, file, model)
+
+
+def make_images(n, pixels):
+    """For us and for torch."""
+    x = np.random.default_rng(0).normal(size=(n, pixels, pixels, 3)).astype(np.float32)
+    return x, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+
+
+def check_tree(part, tree, theirs, file, model):
+    """Each tensor to 1e-3 of its greatest value, or of a thousandth of the greatest of all."""
+    names = weights._names(weights._source(file, weights._load(file), model), model)
+    floor = 1e-3 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
+    for name, leaf in flatten_dict(tree, sep="/").items():
+        expected = weights._from_torch(theirs[names[f"{part}/{name}"]], leaf.ndim)
+        assert distance(leaf, expected, floor) < 1e-3, name
+
+
+def distance(actual, expected, floor=0.0):
+    """The greatest difference, relative to the greatest value."""
+    return np.abs(actual - expected).max() / max(np.abs(expected).max(), floor)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train(network, variables, images):
+    """Gradients of the mean squared logit, and the batch statistics after the pass."""
+
+    def loss(params):
+        logits, updates = network.apply(
+            variables | {"params": params}, images, train=True, mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )  # fmt: skip
+        return jnp.mean(jnp.square(logits)), updates["batch_stats"]
+
+    return jax.grad(loss, has_aux=True)(variables["params"])
+
+
+def save(network, folder):
+    path = folder / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+# ReLU6 has corners: in a larger batch float32 takes some activation to the other side of one, and
+# torch's own gradients in float32 and float64 differ by 1e-2. In this one they agree to 2e-4.
+CORNERS = {"n": 4, "pixels": 64}
+
+
+@pytest.mark.slow
+def test_lite0_with_its_imagenet_weights_is_the_original():
+    network, file = lite(0), weights.resolve(LITE0)
+    network.load_state_dict(torch.load(file, weights_only=True))
+    check_parity(network, make_model("efficientnet_lite0"), file, **CORNERS)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("variant", range(1, 5))
+def test_lite1_to_lite4_are_efficientnet_lite_pytorch_s(variant, tmp_path):
+    network = lite(variant)
+    model = make_model(f"efficientnet_lite{variant}")
+    check_parity(network, model, save(network, tmp_path), **CORNERS)
+
+
+@pytest.mark.slow
+def test_b0_is_efficientnet_pytorch_s(tmp_path):
+    network = efficientnet_pytorch("efficientnet_b0")
+    check_parity(network, make_model("efficientnet_b0"), save(network, tmp_path))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("variant", range(1, 8))
+def test_b1_to_b7_are_efficientnet_pytorch_s(variant, tmp_path):
+    network = efficientnet_pytorch(f"efficientnet_b{variant}")
+    model = make_model(f"efficientnet_b{variant}")
+    check_parity(network, model, save(network, tmp_path), pixels=64)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", [f"efficientnet_b{i}" for i in range(4)])
+def test_b0_to_b3_are_timm_s(name, tmp_path):
+    network = timm(name)
+    check_parity(network, make_model(name), save(network, tmp_path))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_b5", "resnet50", "densenet121"])
+def test_networks_are_torchvision_s(name, tmp_path):
+    network = torchvision(name)
+    check_parity(network, make_model(name), save(network, tmp_path))
+
+
+# ---- the way back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b1", "efficientnet_lite0"])
+def test_what_goes_to_timm_comes_back_the_same(name, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    model = make_model(name)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(
+        functools.partial(models.create(model).init, train=False),
+        jax.random.key(0), jnp.zeros((1, 32, 32, 3)),
+    )  # fmt: skip
+    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("float32"), shapes)
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(weights.to_timm(variables, model), path)
+    jax.tree.map(np.testing.assert_array_equal, weights.read(path, model), variables)
+
+
+def test_timm_has_no_place_for_boosts(caplog):
+    caplog.set_level(logging.INFO)
+    model = make_model("efficientnet_b0", attention="cbam", fusion=True)
+    shapes = weights._shapes(model)
+    flat = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    state = weights.to_timm(unflatten_dict(flat, sep="/"), model)
+    assert "attention_2, " in caplog.text and "classifier" in caplog.text
+    assert "classifier.weight" not in state
+    assert state["blocks.1.0.se.conv_reduce.weight"].shape == (4, 96, 1, 1)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b2"])
+def test_timm_loads_what_it_is_given(name, tmp_path):
+    network = timm(name)
+    model = make_model(name.removeprefix("tf_"))
+    variables = weights.import_weights(save(network, tmp_path), model)
+    state = {k: torch.from_numpy(v) for k, v in weights.to_timm(variables, model).items()}
+    other = timm(name)
+    other.load_state_dict(state, strict=True)
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key
+
+
+# ---- files that do not fit ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def state():
+    return torch.load(weights.resolve(LITE0), weights_only=True)
+
+
+def test_boosts_and_other_classes_start_from_the_same_weights(caplog):
+    caplog.set_level(logging.INFO)
+    boosts = {"num_classes": 2, "attention": "cbam", "fusion": True, "total_stride": 16}
+    found = flatten_dict(weights.read(LITE0, make_model("efficientnet_lite0", **boosts)))
+    plain = flatten_dict(weights.read(LITE0, make_model("efficientnet_lite0")))
+    assert "the classifier is left out" in caplog.text
+    assert {name[1] for name in plain} - {name[1] for name in found} == {"classifier"}
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, plain[name])
+
+
+def test_all_that_is_wrong_is_listed(state, tmp_path):
+    path = tmp_path / "w.pth"
+    broken = dict(state)
+    broken["extra.weight"] = broken.pop("_bn0.bias")
+    broken["_conv_head.weight"] = broken["_conv_head.weight"][:7]
+    torch.save(broken, path)
+    with pytest.raises(UserError) as error:
+        weights.read(path, make_model("efficientnet_lite0"))
+    for text in ("_bn0.bias is missing", "(7, 320, 1, 1)", "extra.weight is unexpected"):
+        assert text in str(error.value)
+
+
+def test_another_network_s_weights_are_refused():
+    with pytest.raises(UserError, match=r"57934424.pth is not of .*=efficientnet_b0: .* more"):
+        weights.read(LITE0, make_model("efficientnet_b0"))
+
+
+@pytest.mark.parametrize("state", [{"a": torch.zeros(1)}, {}, [1, 2], {"a": 1}])
+def test_a_file_of_something_else_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth (is of no known source|holds no dict)"):
+        weights.read(tmp_path / "w.pth", make_model("efficientnet_b0"))
+
+
+class Trap:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
+def test_a_pickled_object_is_refused_and_runs_nothing(suffix, write, tmp_path):
+    path, trapped = tmp_path / f"w{suffix}", tmp_path / "trapped"
+    write({"_conv_stem.weight": torch.zeros(1), "x": Trap(trapped)}, path)
+    with pytest.raises(UserError, match="is no file of tensors alone"):
+        weights.read(path, make_model("efficientnet_b0"))
+    assert not trapped.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files_are_refused(suffix, content, tmp_path):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"w{suffix} is no "):
+        weights.read(path, make_model("efficientnet_b0"))
+
+
+@pytest.mark.parametrize("name", ["pypi:resnet50", "nowhere.pth"])
+def test_a_name_that_stands_for_nothing(name):
+    with pytest.raises(UserError, match=f"{name}: no such file"):
+        weights.resolve(name)
