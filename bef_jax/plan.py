@@ -44,8 +44,9 @@ _WIRE = {
     "collective-permute": lambda n: 1,
 }
 
-# Timing kernels takes a GPU: without one, XLA takes the first that fits.
-_OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0}}
+# XLA chooses among kernels by timing them, which takes the GPU. Without, its default for products,
+# tiles of Triton's, does not fit every shape and fails: cuBLAS's kernels do.
+_OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
 
 
 @dataclasses.dataclass(frozen=True)
