@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 
 PCAM_TRAIN = 262_144  # patches; what a run trains on that does not say how many it has
 BATCH_UNIT = 8  # images per device that batch sizes differ by: 8 rows fill a TPU's vector register
-ATTEMPTS = 4  # compilations that the search for the largest batch may take
+ATTEMPTS = 3  # compilations that the search for the largest batch may take
 
 # Of what crosses a device's links, per byte that a collective leaves on it, at best: a ring of n.
 _WIRE = {
@@ -163,13 +163,14 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         seconds = time.perf_counter() - start
         return Figures(None, None, bytes_wanted(str(error)), None, seconds, refused=True)
     seconds = time.perf_counter() - start
-    LOG.info("compiled in %.0f s, for %d images", seconds, config.batch_size)
+    memory = _memory(compiled)
+    LOG.info("compiled in %.0f s; memory per device: %s", seconds, _shown(memory, "GB", 1e9))
     # Of a loop, as accumulation is, XLA counts one turn: that is no step's figure.
     costs = (compiled.cost_analysis() or {}) if config.optim.accumulate == 1 else {}
     return Figures(
         flops=_positive(costs.get("flops")),
         bytes_accessed=_positive(costs.get("bytes accessed")),
-        hbm_bytes=_memory(compiled),
+        hbm_bytes=memory,
         collectives=hlo.collectives(compiled.as_text()),
         seconds=seconds,
     )
