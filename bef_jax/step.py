@@ -103,21 +103,25 @@ def compile_step(
     state: TrainState,
     placed: Batch | None = None,
     steps: int = 1,
+    options: dict | None = None,
 ) -> jax.stages.Compiled:
     """Compiles `call(state, batch) -> (state, metrics)` ahead of time.
 
     The state is donated: its memory becomes the next state's.
 
     Args:
-        placed: the training split on the devices. With it, a call takes a `Selection`, gathers by
-            itself, and its metrics are stacked, [steps]; without it, a call takes a `Batch`.
+        state: the state, or its shapes with their shardings.
+        placed: the training split on the devices, or its shapes. With it, a call takes a
+            `Selection`, gathers by itself, and its metrics are stacked, [steps]; without it, a call
+            takes a `Batch`.
         steps: how many steps the call takes; more than one only with `placed`.
+        options: XLA's, for compiling where the devices are not.
     """
     everywhere = sharding.replicated(mesh)
     train_step = make_train_step(config, schedule)
     call = train_step if placed is None else make_call(train_step, mesh)
     compiled = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
-    return compiled.lower(state, _abstract_input(config, mesh, placed, steps)).compile()
+    return compiled.lower(state, _abstract_input(config, mesh, placed, steps)).compile(options)
 
 
 def make_call(train_step: Callable, mesh: Mesh) -> Callable:

@@ -88,7 +88,12 @@ def fits_devices(split: Split) -> bool:
     stats = jax.local_devices()[0].memory_stats()
     if jax.default_backend() == "cpu" or not stats:
         return False
-    return split.images.nbytes <= _SHARE * stats["bytes_limit"] * jax.device_count()
+    return fits_memory(split.images.nbytes, stats["bytes_limit"] * jax.device_count())
+
+
+def fits_memory(split_bytes: int, memory: float) -> bool:
+    """Whether a split of so many bytes leaves the step enough of all devices' `memory`, bytes."""
+    return split_bytes <= _SHARE * memory
 
 
 def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bef_jax.models.depthwise import Padding, depthwise_conv
-from bef_jax.models.norm import batch_norm, pointwise_batch_norm
+from bef_jax.models.norm import ACTIVATIONS, batch_norm, pointwise_batch_norm
 from bef_jax.models.pointwise import pointwise
 
 # Variance 2 / fan_out, as in the EfficientNet paper's code; a depthwise kernel's fan_out is k * k.
@@ -84,9 +84,6 @@ class DepthwiseConv(nn.Module):
         return depthwise_conv(x.astype(self.dtype), kernel, self.stride, pads, self.form)
 
 
-ACTIVATIONS = {"none": lambda x: x, "silu": nn.silu, "relu": nn.relu, "relu6": nn.relu6}
-
-
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) over every axis but the last.
 
@@ -95,8 +92,8 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         groups: the batch is cut into this many consecutive parts with statistics of their own. One
             part per device needs no collective; their mean enters the running statistics.
-        activation: of ACTIVATIONS, applied to the result. SiLU has one gradient with the norm: it
-            keeps x alone, where two would keep what lies between them as well, and pass over it.
+        activation: of `norm.ACTIVATIONS`, applied to the result. One gradient for both keeps x
+            alone, where two would keep what lies between them as well, and pass over it once more.
     """
 
     momentum: float = 0.9
@@ -125,12 +122,11 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
     def _normalise(self, x: Array, kernel: Array | None, scale: Array, bias: Array):
-        silu, positions = self.activation == "silu", x.size // (x.shape[-1] * self.groups)
-        if silu and kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
-            return pointwise_batch_norm(x, kernel, scale, bias, self.groups, self.epsilon)
-        x = pointwise(x, kernel)
-        y, mean, var = batch_norm(x, scale, bias, self.groups, self.epsilon, silu)
-        return (y if silu else ACTIVATIONS[self.activation](y)), mean, var
+        options = (self.groups, self.epsilon, self.activation)
+        positions = x.size // (x.shape[-1] * self.groups)
+        if kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
+            return pointwise_batch_norm(x, kernel, scale, bias, *options)
+        return batch_norm(pointwise(x, kernel), scale, bias, *options)
 
 
 class Bias(nn.Module):

@@ -14,12 +14,14 @@ from jax import Array, lax
 
 from bef_jax.models.pointwise import grouped_moments, grouped_pointwise
 
+ACTIVATIONS = {"none": lambda x: x, "silu": nn.silu, "relu": nn.relu, "relu6": nn.relu6}
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def batch_norm(
-    x: Array, scale: Array, bias: Array, groups: int, epsilon: float, silu: bool = False
+    x: Array, scale: Array, bias: Array, groups: int, epsilon: float, activation: str = "none"
 ):
-    """Normalises each of `groups` parts of the batch by its own statistics, then maybe SiLU.
+    """Normalises each of `groups` parts of the batch by its own statistics, then activates.
 
     The statistics come from one pass over x (E[x^2] - E[x]^2). The gradient is the closed form, and
     computes from x again what it needs: on every platform that is cheaper than memory.
@@ -31,10 +33,10 @@ def batch_norm(
     Returns:
         y like x; mean and (biased) variance [groups, C], float32, through which no gradient flows.
     """
-    return _batch_norm_forward(x, scale, bias, groups, epsilon, silu)[0]
+    return _batch_norm_forward(x, scale, bias, groups, epsilon, activation)[0]
 
 
-def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, silu: bool):
+def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation: str):
     parts = x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
     axes = tuple(range(1, parts.ndim - 1))
     mean = jnp.mean(parts, axes, keepdims=True)
@@ -42,20 +44,20 @@ def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, silu: bool)
     var = jnp.maximum(square - mean * mean, 0.0)
     multiplier = scale * lax.rsqrt(var + epsilon)
     y = parts * multiplier + (bias - mean * multiplier)
-    y = nn.silu(y) if silu else y
+    y = ACTIVATIONS[activation](y)
     statistics = mean.reshape(groups, -1), var.reshape(groups, -1)
     return (y.reshape(x.shape).astype(x.dtype), *statistics), (x, scale, bias, mean, var)
 
 
-def _batch_norm_backward(groups: int, epsilon: float, silu: bool, residuals, cotangents):
+def _batch_norm_backward(groups: int, epsilon: float, activation: str, residuals, cotangents):
     x, scale, bias, mean, var = residuals
     x = lax.optimization_barrier(x)  # or XLA would keep the forward pass's sigmoid in memory
     parts = x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
     upstream = cotangents[0].reshape(parts.shape).astype(jnp.float32)
     axes = tuple(range(1, parts.ndim - 1))
     inverse = lax.rsqrt(var + epsilon)
-    if silu:
-        upstream = upstream * _silu_slope((parts - mean) * (inverse * scale) + bias)
+    activated = (parts - mean) * (inverse * scale) + bias
+    upstream = upstream * _SLOPES[activation](activated)
     by_bias = jnp.sum(upstream, axes, keepdims=True)
     by_scale = (jnp.sum(upstream * parts, axes, keepdims=True) - mean * by_bias) * inverse
     count = parts.size // (groups * x.shape[-1])
@@ -68,11 +70,17 @@ def _batch_norm_backward(groups: int, epsilon: float, silu: bool, residuals, cot
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def pointwise_batch_norm(
-    x: Array, kernel: Array, scale: Array, bias: Array, groups: int, epsilon: float
+    x: Array,
+    kernel: Array,
+    scale: Array,
+    bias: Array,
+    groups: int,
+    epsilon: float,
+    activation: str = "none",
 ):
-    """SiLU(batch_norm(x @ kernel)), without a pass over x @ kernel for its statistics.
+    """activation(batch_norm(x @ kernel)), without a pass over x @ kernel for its statistics.
 
     The product is linear, so its mean is mean(x) @ kernel, and its variance the diagonal of
     kernel^T cov(x) kernel. Known beforehand, they go into the kernel. Backwards alike: what batch
@@ -88,10 +96,10 @@ def pointwise_batch_norm(
         y [N, H, W, C] of x's dtype; mean and (biased) variance [groups, C] of x @ kernel, float32,
         through which no gradient flows.
     """
-    return _pointwise_forward(x, kernel, scale, bias, groups, epsilon)[0]
+    return _pointwise_forward(x, kernel, scale, bias, groups, epsilon, activation)[0]
 
 
-def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float):
+def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, activation: str):
     parts = x.reshape(groups, -1, *x.shape[1:])
     center, centered = _centered(parts)
     covariance = grouped_moments(centered, centered) / _positions(parts)
@@ -103,15 +111,15 @@ def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float):
     product = grouped_pointwise(parts, weights)
     # With the rounded weights' mean: in bfloat16 the other is a little off.
     shift = _per_group(bias - _exact("gk,gkc->gc", center, weights))
-    y = nn.silu(product + shift).astype(x.dtype).reshape(*x.shape[:-1], -1)
+    y = ACTIVATIONS[activation](product + shift).astype(x.dtype).reshape(*x.shape[:-1], -1)
     return (y, mean, var), (x, kernel, scale, product, shift, spread, var)
 
 
-def _pointwise_backward(groups: int, epsilon: float, residuals, cotangents):
+def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals, cotangents):
     x, kernel, scale, product, shift, spread, var = residuals
     parts = x.reshape(groups, -1, *x.shape[1:])
     product = lax.optimization_barrier(product)  # as in _batch_norm_backward
-    upstream = cotangents[0].reshape(product.shape) * _silu_slope(product + shift)
+    upstream = cotangents[0].reshape(product.shape) * _SLOPES[activation](product + shift)
     upstream = upstream.astype(x.dtype)
     _, centered = _centered(parts)
     by_bias = jnp.sum(upstream, (1, 2, 3), dtype=jnp.float32)
@@ -154,3 +162,12 @@ def _centered(parts: Array) -> tuple[Array, Array]:
 def _silu_slope(x: Array) -> Array:
     sigmoid = nn.sigmoid(x)
     return sigmoid * (1 + x * (1 - sigmoid))
+
+
+# With respect to what is activated. At a corner it is 0, as torch has it.
+_SLOPES = {
+    "none": jnp.ones_like,
+    "silu": _silu_slope,
+    "relu": lambda x: (x > 0).astype(x.dtype),
+    "relu6": lambda x: ((x > 0) & (x < 6)).astype(x.dtype),
+}

@@ -184,19 +184,28 @@ def test_initialising_in_training_mode_leaves_the_statistics_at_their_start():
     np.testing.assert_array_equal(variables["batch_stats"]["var"], np.ones(3))
 
 
-@pytest.mark.parametrize("silu", [False, True])
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "silu": lambda y: y / (1 + jnp.exp(-y)),
+    "relu": lambda y: jnp.maximum(y, 0),
+    "relu6": lambda y: jnp.clip(y, 0, 6),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_batch_norm_gradient_is_that_of_the_definition(groups, silu):
-    arrays = normal(6, 4, 5, 3) * 2 + 3, normal(3, seed=1) + 1, normal(3, seed=2)
+def test_batch_norm_gradient_is_that_of_the_definition(groups, activation):
+    # Wide enough that ReLU6 meets both its corners.
+    arrays = normal(6, 4, 5, 3) * 2 + 3, 3 * normal(3, seed=1) + 1, normal(3, seed=2) + 2
     cotangent = normal(6, 4, 5, 3, seed=3)
 
     def ours(*arrays):
-        return batch_norm(*arrays, groups, EPSILON, silu)[0]
+        return batch_norm(*arrays, groups, EPSILON, activation)[0]
 
     def plain(x, scale, bias):
         parts = [plain_batch_norm(part, scale, bias) for part in jnp.split(x, groups)]
         y = jnp.concatenate(parts)
-        return y / (1 + jnp.exp(-y)) if silu else y
+        return ACTIVATIONS[activation](y)
 
     def with_gradients(function):
         y, pullback = jax.vjp(function, *arrays)

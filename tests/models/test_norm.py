@@ -37,7 +37,7 @@ def plain(x, kernel, scale, bias):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_output_and_statistics_are_those_of_the_product(groups):
     x, *rest = make_arrays()
-    actual = pointwise_batch_norm(x, *rest, groups, EPSILON)
+    actual = pointwise_batch_norm(x, *rest, groups, EPSILON, "silu")
     parts = [plain(part, *rest) for part in np.split(x, groups)]
     expected = [jnp.concatenate([y for y, _, _ in parts])]
     expected += [jnp.stack(statistic) for statistic in list(zip(*parts, strict=True))[1:]]
@@ -51,7 +51,7 @@ def test_gradient_is_that_of_the_definition(groups):
     cotangent = normal(6, 5, 5, 12, seed=4)
 
     def ours(*arrays):
-        return pointwise_batch_norm(*arrays, groups, EPSILON)[0]
+        return pointwise_batch_norm(*arrays, groups, EPSILON, "silu")[0]
 
     def definition(x, *rest):
         return jnp.concatenate([plain(part, *rest)[0] for part in jnp.split(x, groups)])
@@ -66,7 +66,7 @@ def test_gradient_is_that_of_the_definition(groups):
 def test_a_scale_of_zero_has_finite_gradients():
     x, kernel, scale, bias = make_arrays()
     scale = np.zeros_like(scale)
-    grads = jax.grad(lambda *a: pointwise_batch_norm(*a, 1, EPSILON)[0].sum(), (0, 1, 2, 3))
+    grads = jax.grad(lambda *a: pointwise_batch_norm(*a, 1, EPSILON, "silu")[0].sum(), (0, 1, 2, 3))
     for gradient in grads(x, kernel, scale, bias):
         assert np.isfinite(gradient).all()
 
@@ -88,8 +88,10 @@ def test_module_takes_the_kernel_of_the_convolution_before_it(side):
 
 def test_bfloat16_is_near_float32():
     arrays = make_arrays()
-    exact = pointwise_batch_norm(*arrays, 1, EPSILON)[0]
-    rough = pointwise_batch_norm(*(jnp.bfloat16(a) for a in arrays[:2]), *arrays[2:], 1, EPSILON)
+    exact = pointwise_batch_norm(*arrays, 1, EPSILON, "silu")[0]
+    rough = pointwise_batch_norm(
+        *(jnp.bfloat16(a) for a in arrays[:2]), *arrays[2:], 1, EPSILON, "silu"
+    )
     assert rough[0].dtype == jnp.bfloat16
     assert rough[1].dtype == rough[2].dtype == jnp.float32
     np.testing.assert_allclose(np.float32(rough[0]), exact, atol=0.05 * np.abs(exact).max())

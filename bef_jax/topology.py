@@ -1,0 +1,141 @@
+"""Hardware that may not be there, by name: `v5e:2x4`, `h100:8`, `cpu:8`.
+
+JAX compiles for a TPU slice through libtpu and for a GPU node through the CUDA plug-in, neither of
+which needs the hardware. A CPU's devices are this machine's own, as many as asked for.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from importlib import resources
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from bef_jax import sharding
+from bef_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device, as its maker publishes it; `hardware.PEAK_FLOPS` has its arithmetic.
+
+    Attributes:
+        platform: cpu | tpu | cuda.
+        kind: JAX's name for it.
+        hbm_bytes: capacity of its memory. A driver leaves a few percent more or less to programs.
+        hbm_bandwidth: bytes/s.
+        link_bandwidth: bytes/s that it sends to the others of its slice or node, over all links.
+    """
+
+    platform: str
+    kind: str
+    hbm_bytes: float | None = None
+    hbm_bandwidth: float | None = None
+    link_bandwidth: float | None = None
+
+
+# TPU: the pages on each version of the Cloud TPU documentation, and for the links of v4 Jouppi et
+# al. 2023 (arXiv 2304.01433), table 4: six of 50 GB/s. GPU: NVIDIA's data sheets of H100 SXM, A100
+# SXM 80GB and L4; of NVLink, whose figures there are for both ways together, and of L4's PCIe half.
+CHIPS = {
+    "v4": Chip("tpu", "TPU v4", 32 * 2**30, 1200e9, 300e9),
+    "v5e": Chip("tpu", "TPU v5 lite", 16e9, 819e9, 200e9),
+    "v5p": Chip("tpu", "TPU v5", 95e9, 2765e9, 600e9),
+    "v6e": Chip("tpu", "TPU v6 lite", 32e9, 1638e9, 400e9),
+    "a100": Chip("cuda", "NVIDIA A100-SXM4-80GB", 80e9, 2039e9, 300e9),
+    "h100": Chip("cuda", "NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9),
+    "l4": Chip("cuda", "NVIDIA L4", 24e9, 300e9, 32e9),
+    "cpu": Chip("cpu", "cpu"),
+}
+
+NODE = 8  # GPUs that NVLink, or one host, connects
+_EXAMPLES = "v5e:2x4, v5e:16x16, v4:2x2x1, v5p:2x2x1, v6e:2x4, h100:8, a100:8, l4:1, cpu:8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice, a node or this machine.
+
+    Attributes:
+        name: as the user wrote it.
+        chip: what each device is.
+        shape: devices along each axis of a slice, or their number.
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+
+def parse(name: str) -> Topology:
+    """Reads `<chip>:<shape>`; the shape is AxB or AxBxC for TPU slices, else a number.
+
+    Raises:
+        UserError: no such chip, or a shape that it does not come in.
+    """
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    if not match or match[1] not in CHIPS:
+        raise UserError(f"--topology={name!r} is unknown: write one like {_EXAMPLES}")
+    chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
+    if (len(shape) > 1) != (chip.platform == "tpu"):
+        wanted = "a shape, such as 2x4" if chip.platform == "tpu" else "a number"
+        raise UserError(f"--topology={name}: {match[1]} takes {wanted}")
+    if chip.platform == "cuda" and shape[0] > NODE:
+        raise UserError(f"--topology={name}: a node has 1 to {NODE} GPUs")
+    return Topology(name, chip, shape)
+
+
+def make_mesh(topology: Topology) -> Mesh:
+    """Returns the mesh that training would make on the topology's devices.
+
+    Call it before JAX is used for anything else: it keeps JAX from touching an accelerator that is
+    there, and a CPU can be split only once.
+
+    Raises:
+        UserError: the compiler is not installed, or does not know the shape.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    find = {"cpu": _cpu_devices, "tpu": _tpu_devices, "cuda": _cuda_devices}
+    devices = find[topology.chip.platform](topology)
+    return Mesh(np.array(devices), (sharding.AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _cpu_devices(topology: Topology) -> list[jax.Device]:
+    jax.config.update("jax_num_cpu_devices", topology.shape[0])
+    return jax.devices()
+
+
+def _tpu_devices(topology: Topology) -> list[jax.Device]:
+    _require("libtpu", "plan", topology)
+    # No TPU is touched: ask no metadata server about one, nor wait for whoever holds one.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any: silences a complaint
+    # As on the hardware: one device is a chip, of two cores in v4.
+    options = {"chip_config_name": "megacore"} if topology.chip.kind == "TPU v4" else {}
+    try:
+        return topologies.get_topology_desc(topology.name, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--topology={topology.name}: libtpu refuses it: {reason}") from error
+
+
+def _cuda_devices(topology: Topology) -> list[jax.Device]:
+    _require("jax_cuda12_plugin", "cuda", topology)
+    name = topology.name.partition(":")[0]
+    target = resources.files("bef_jax").joinpath("gpu_targets", f"{name}.textproto").read_text()
+    shape = f"1x1x{topology.shape[0]}"  # partitions, their hosts, the GPUs of a host
+    return topologies.get_topology_desc(name, "cuda", target_config=target, topology=shape).devices
+
+
+def _require(module: str, extra: str, topology: Topology) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"--topology={topology.name} needs {module}, which is not installed: "
+            f"pip install -e .[{extra}]"
+        )
