@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from bef_jax.models.densenet import DENSENET121, DenseNet
 from bef_jax.models.efficientnet import LITE_SCALING, SCALING, TEST, EfficientNet, lite, scaled
+from bef_jax.models.resnet import RESNET50, ResNet
 
 REGISTRY = {
     "efficientnet_test": functools.partial(EfficientNet, TEST),
@@ -20,6 +22,8 @@ REGISTRY = {
         f"efficientnet_{variant}": functools.partial(EfficientNet, lite(variant))
         for variant in LITE_SCALING
     },
+    "resnet50": functools.partial(ResNet, RESNET50),
+    "densenet121": functools.partial(DenseNet, DENSENET121),
 }
 
 
@@ -40,7 +44,7 @@ def create(
         model: `config.model`; its fields beside `name` are the network's attributes.
         dtype: of activations, float32 or bfloat16; parameters are float32.
         bn_groups: parts of the batch with batch statistics of their own.
-        folded: without batch normalisation, for the variables of `fold.fold_batch_norm`.
+        folded: batch normalisation in the convolutions, as `fold.fold_batch_norm` puts it there.
     """
     fields = {key: value for key, value in model.items() if key != "name"}
     network = REGISTRY[model.name]

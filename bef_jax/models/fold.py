@@ -13,26 +13,31 @@ def fold_batch_norm(variables: dict, epsilon: float) -> dict:
     """Returns the variables of the same network made with `folded=True`.
 
     Args:
-        variables: {params, batch_stats} of a network in which every norm, `X_norm`, follows the
-            bias-free convolution `X_conv` or `X` beside it.
+        variables: {params, batch_stats} of a network in which a norm, `X_norm`, follows the
+            bias-free convolution `X_conv` or `X` beside it. One with neither beside it comes before
+            its convolution, as in DenseNet, and stays as it is.
         epsilon: `config.model.bn_epsilon`.
 
     Returns:
-        {params}: kernels scaled, of every norm its bias alone; float32.
+        {params}: kernels scaled, of every folded norm its bias alone; float32. Beside them
+        {batch_stats} of the norms that stay, if any do.
     """
     params = flatten_dict(variables["params"])
     statistics = flatten_dict(variables["batch_stats"])
     for norm in {path[:-1] for path in statistics}:
-        mean, var = statistics[*norm, "mean"], statistics[*norm, "var"]
+        kernel = _kernel_before(norm, params)
+        if kernel is None:
+            continue
+        mean, var = statistics.pop((*norm, "mean")), statistics.pop((*norm, "var"))
         multiplier = params.pop((*norm, "scale")) * lax.rsqrt(var + epsilon)
         params[*norm, "bias"] -= mean * multiplier
-        kernel = _kernel_before(norm, params)
         params[kernel] = params[kernel] * multiplier  # all kernels have their outputs last
-    return {"params": unflatten_dict(params)}
+    kept = {"batch_stats": unflatten_dict(statistics)} if statistics else {}
+    return {"params": unflatten_dict(params), **kept}
 
 
-def _kernel_before(norm: tuple[str, ...], params: dict[tuple, Array]) -> tuple[str, ...]:
+def _kernel_before(norm: tuple[str, ...], params: dict[tuple, Array]) -> tuple[str, ...] | None:
     *scope, name = norm
     stem = name.removesuffix("_norm")
-    convolution = (*scope, f"{stem}_conv", "kernel")
-    return convolution if convolution in params else (*scope, stem, "kernel")
+    candidates = (*scope, f"{stem}_conv", "kernel"), (*scope, stem, "kernel")
+    return next((path for path in candidates if path in params), None)

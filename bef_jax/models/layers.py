@@ -149,6 +149,17 @@ def global_pool(x: Array) -> Array:
     return jnp.mean(x, (1, 2), dtype=jnp.float32)
 
 
+def max_pool(x: Array, padding: str) -> Array:
+    """The maximum of 3 x 3 positions at stride 2, [N, H, W, C] -> [N, H', W', C]."""
+    return nn.max_pool(x, (3, 3), (2, 2), padding_of(3, 2, x.shape[1:3], padding))
+
+
+def average_pool(x: Array, side: int) -> Array:
+    """The mean of each square of `side` positions; a rest at the far edges is left out."""
+    window = (side, side)
+    return nn.avg_pool(x.astype(jnp.float32), window, window).astype(x.dtype)
+
+
 class SqueezeExcite(nn.Module):
     """Squeeze and excitation (Hu et al. 2018): gates each channel by the image's pooled features.
 

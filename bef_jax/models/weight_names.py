@@ -7,6 +7,8 @@ All of them keep torch's layouts and torch's names for what a layer holds.
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from bef_jax.models import names_torchvision
+
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -129,4 +131,24 @@ EFFICIENTNET_PYTORCH = Source(
 )
 TIMM = Source("timm", "conv_stem.weight", _timm, **_TORCH)
 TORCHVISION = Source("torchvision", "features.0.0.weight", _torchvision, **_TORCH)
-SOURCES = (EFFICIENTNET_PYTORCH, TIMM, TORCHVISION)
+# timm has torchvision's names for these two.
+RESNET = Source(
+    "torchvision or timm",
+    "layer1.0.conv1.weight",
+    lambda path, _: names_torchvision.resnet(path),
+    **_TORCH,
+)
+DENSENET = Source(
+    "torchvision or timm",
+    "features.denseblock1.denselayer1.norm1.weight",
+    lambda path, _: names_torchvision.densenet(path),
+    **_TORCH,
+)
+SOURCES = (EFFICIENTNET_PYTORCH, TIMM, TORCHVISION, RESNET, DENSENET)
+
+
+def of_timm(network: str) -> Source | None:
+    """The source with timm's names for the network `config.model.name`; None if it has none."""
+    if network == "efficientnet_test":
+        return None
+    return {"resnet50": RESNET, "densenet121": DENSENET}.get(network, TIMM)

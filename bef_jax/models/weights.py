@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, create, is_new
-from bef_jax.models.weight_names import TIMM, Source, recognise
+from bef_jax.models.names_torchvision import densenet_key
+from bef_jax.models.weight_names import Source, of_timm, recognise
 
 LOG = logging.getLogger(__name__)
 _LISTED = 20  # of the tensors that do not fit: those of another network do by the hundred
@@ -99,16 +100,18 @@ def convention(path: str | Path, model: ConfigDict) -> dict:
 
 
 def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
-    """The state dict that timm has of an EfficientNet: its names, and torch's layouts.
+    """The state dict that timm has of a network: its names, and torch's layouts.
 
     What timm has no place for is left out and logged: attention, and the classifier of a network
-    with fused features. Made for `create_model(name)` where padding is symmetric, else `tf_`.
+    with fused features. It is for `create_model(name)` where padding is symmetric; an EfficientNet
+    with padding `same` is timm's `tf_` one.
 
     Raises:
         UserError: timm has no such network.
     """
-    if not hasattr(_stages(model)[0], "expand") or model.name == "efficientnet_test":
-        raise UserError(f"config.model.name={model.name}: timm has no EfficientNet of that name")
+    source = of_timm(model.name)
+    if source is None:
+        raise UserError(f"config.model.name={model.name}: timm has no such network")
     flat = flatten_dict(variables, sep="/")
     out = {name for name in flat if _is_attention(name)}
     out |= {name for name in flat if model.fusion and _inner(name).startswith("classifier")}
@@ -117,7 +120,7 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
         LOG.info("timm has no place for %s: left out", ", ".join(parts))
     stages = _stages(model)
     return {
-        TIMM.translate(_inner(name), stages): _to_torch(np.asarray(leaf), name)
+        source.translate(_inner(name), stages): _to_torch(np.asarray(leaf), name)
         for name, leaf in flat.items()
         if name not in out
     }
@@ -130,7 +133,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a file as float32, less the counters that torch's norms keep."""
     tensors = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     counters = {key for key in tensors if key.endswith("num_batches_tracked")}
-    return {key: np.asarray(x, np.float32) for key, x in tensors.items() if key not in counters}
+    kept = {key: x for key, x in tensors.items() if key not in counters}
+    return {densenet_key(key): np.asarray(x, np.float32) for key, x in kept.items()}
 
 
 def _load_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,18 @@
+"""ResNet-50 as published, to compare with; it can take the paper's changes, and has none."""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration, with the fields named in `arg` changed."""
+    config = default.get_config()
+    config.name = "resnet50"
+    config.model.name = "resnet50"
+    config.model.padding = "symmetric"  # as torchvision's, whose weights then fit; likewise epsilon
+    config.model.bn_epsilon = 1e-5
+    config.model.dropout = 0.0
+    config.model.drop_path = 0.0
+    config.rcc.enabled = False
+    return default.apply_arg(config, arg)
