@@ -135,7 +135,8 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     """
     now = json.loads(config.to_json_best_effort())
     old, new = flatten(ConfigDict(saved)), flatten(ConfigDict(now))
-    changed = [name for name in new if name in old and old[name] != new[name]]
+    shared = [name for name in new if name in old and not name.startswith("distributed.")]
+    changed = [name for name in shared if old[name] != new[name]]
     fatal = [name for name in changed if _decides_shapes(name, old, new)]
     if fatal:
         listed = ", ".join(f"{name} (saved {old[name]!r}, now {new[name]!r})" for name in fatal)
