@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from bef_jax.errors import UserError
 
+_WEEK = 7 * 24 * 3600 * 1000  # in ms
 AGAIN = "the same command on all hosts goes on from the last checkpoint"
 
 
@@ -137,12 +139,21 @@ def is_first() -> bool:
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[None]:
     """Lets process 0 run the body before the others do; `name` is the same in all of them."""
-    several = jax.distributed.is_initialized()
-    if several and not is_first():
-        multihost_utils.sync_global_devices(name)
+    if not is_first():
+        wait_for_all(name)
     yield
-    if several and is_first():
-        multihost_utils.sync_global_devices(name)
+    if is_first():
+        wait_for_all(name)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process has called it with the same `name`, once each.
+
+    Not by a collective: Gloo gives one up after 30 s, and there is no limit here. Who waits for a
+    process that is lost is ended like the rest.
+    """
+    if jax.distributed.is_initialized():
+        get_barrier_sync_fn()(key=name, timeout_ms=_WEEK)
 
 
 def is_stop_agreed(steps: range) -> bool:

@@ -62,4 +62,7 @@ class Interrupt:
             return self.requested
         first = step if self._asked is None else self._asked + 1
         self._asked = step
-        return distributed.is_stop_agreed(range(first, step + 1))
+        agreed = distributed.is_stop_agreed(range(first, step + 1))
+        if agreed:
+            LOG.warning("a host got a signal: all save at step %d, and stop", step)
+        return agreed

@@ -75,8 +75,8 @@ def main(_: Sequence[str]) -> int:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        print(f"failed: {distributed.name()}: {_one_line(error)}", file=sys.stderr)
-        print(f"failed: if another process is lost, {distributed.AGAIN}", file=sys.stderr)
+        mend = f"if another one is lost, {distributed.AGAIN}"
+        print(f"failed: {distributed.name()}: {_one_line(error)}; {mend}", file=sys.stderr)
         return distributed.leave(1)
     if distributed.is_first():
         print(json.dumps(summary), flush=True)

@@ -226,6 +226,7 @@ def _train(run: Run) -> TrainState:
         with run.clock.measure("compile"):
             programs = _compile(run, state, placed)
         run.laps.mark("compile")
+        distributed.wait_for_all("compiled")
         inputs = _inputs(run, placed, first)
         with _progress(run, first) as bar, run.clock.measure("loop"):
             return _loop(run, programs, inputs, state, bar, interrupt)
