@@ -4,8 +4,8 @@
 #   bash launch/slurm.sh [--dry-run] [flags for bef_jax.main]
 #
 # Submits itself; --dry-run prints the command and does nothing else. The same again goes on with
-# a run that was stopped. SLURM sends SIGTERM GRACE seconds before the time is up, and before it takes
-# the nodes: the run saves on all of them, exits, and is queued again.
+# a run that was stopped. SLURM sends SIGTERM GRACE seconds before the time is up, and before it
+# takes the nodes: the run saves on all of them, exits, and is queued again.
 #
 #   NODES  1 by default      GPUS   of each node, 8 by default     TIME  24:00:00 by default
 #   VENV   the environment   GRACE  120 by default                 SBATCH_*  as sbatch understands

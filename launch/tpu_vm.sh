@@ -41,11 +41,12 @@ create() {
   exists || call "${tpu[@]}" create "${here[@]}" "--accelerator-type=$TYPE" "--version=$RUNTIME" \
     ${SPOT:+--spot}
   on_all 'mkdir -p bef_jax'
-  call "${tpu[@]}" scp --recurse "$root"/{bef_jax,configs,pyproject.toml,constraints.txt,README.md,LICENSE} \
-    "$NAME:bef_jax/" "--zone=$ZONE" --worker=all
+  call "${tpu[@]}" scp --recurse \
+    "$root"/{bef_jax,configs,pyproject.toml,constraints.txt,README.md,LICENSE} "$NAME:bef_jax/" \
+    "--zone=$ZONE" --worker=all
   # The slices' Python is 3.10.
-  on_all 'sudo apt-get install -qq python3.11-venv && cd bef_jax && python3.11 -m venv .venv &&
-    .venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
+  on_all 'sudo apt-get install -qq python3.11-venv && python3.11 -m venv bef_jax/.venv'
+  on_all 'cd bef_jax && .venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
 }
 
 # auto: on a TPU VM the other hosts are in its metadata, not in its variables.
