@@ -148,7 +148,8 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     """
     now = json.loads(config.to_json_best_effort())
     old, new = flatten(complete(saved)), flatten(ConfigDict(now))
-    changed = [name for name in new if old[name] != new[name]]
+    lasting = [name for name in new if not name.startswith("distributed.")]
+    changed = [name for name in lasting if old[name] != new[name]]
     fatal = [name for name in changed if _decides_shapes(name, old, new)]
     if fatal:
         listed = ", ".join(f"{name} (saved {old[name]!r}, now {new[name]!r})" for name in fatal)

@@ -67,6 +67,9 @@ RANGES = {
     "eval.threshold": (0, 1),
     "checkpoint.every_steps": (1, None),
     "checkpoint.keep": (1, None),
+    "distributed.num_processes": (1, None),
+    "distributed.process_id": (0, None),
+    "distributed.timeout_seconds": (1, None),
     "benchmark.runs": (1, None),
 }
 

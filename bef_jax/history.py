@@ -6,19 +6,27 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from bef_jax import distributed
+
 
 class History:
-    """What a run logged, a dict per line: training figures, or those of an evaluation."""
+    """What a run logged, a dict per line: training figures, or those of an evaluation.
+
+    Of several processes the first writes; the others keep the same lines.
+    """
 
     def __init__(self, workdir: Path):
         """Goes on with the lines that the workdir has."""
         self._file = Path(workdir) / "metrics.jsonl"
-        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"))
+        self._writes = distributed.is_first()
+        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), write_to_disk=self._writes)
         self.lines = _read(self._file)
 
     def truncate(self, step: int) -> None:
         """Drops lines after `step`: a run that goes on from there writes them again."""
         self.lines = [line for line in self.lines if line["step"] <= step]
+        if not self._writes:
+            return
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         os.replace(temporary, self._file)
@@ -27,6 +35,8 @@ class History:
         """Appends a line."""
         line = {"step": step, **figures}
         self.lines.append(line)
+        if not self._writes:
+            return
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in figures.items():

@@ -1,9 +1,17 @@
-"""SIGINT and SIGTERM as a request: the loop ends after a save, not in the middle of one."""
+"""SIGINT and SIGTERM as a request: the loop ends after a save, not in the middle of one.
+
+Of several processes any may get the signal, and all stop after the same step.
+"""
 
 import logging
+import os
 import signal
 import threading
 from types import FrameType
+
+import jax
+
+from bef_jax import distributed
 
 LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,12 +28,16 @@ class Interrupt:
     def __init__(self) -> None:
         """Catches nothing yet."""
         self.requested = False
+        self._several = jax.distributed.is_initialized()
+        self._asked: int | None = None
         self._previous: dict = {}
 
     def __enter__(self) -> "Interrupt":
         """Takes the signals over."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {sign: signal.signal(sign, self._request) for sign in SIGNALS}
+            # Of several processes, JAX has taken SIGTERM over: it tells the others.
+            signals = SIGNALS[:1] if self._several else SIGNALS
+            self._previous = {sign: signal.signal(sign, self._request) for sign in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,3 +50,19 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = True
         LOG.warning("%s: saving, then stopping", signal.Signals(sign).name)
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stops_at(self, step: int) -> bool:
+        """Whether the loop is to end with `step` done; asked at the end of every call.
+
+        Of several processes each gets the same answers.
+        """
+        if not self._several:
+            return self.requested
+        first = step if self._asked is None else self._asked + 1
+        self._asked = step
+        agreed = distributed.is_stop_agreed(range(first, step + 1))
+        if agreed:
+            LOG.warning("a host got a signal: all save at step %d, and stop", step)
+        return agreed

@@ -10,9 +10,11 @@ import gc
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
@@ -21,6 +23,7 @@ from bef_jax import (
     STARTED,
     benchmark,
     compile_cache,
+    distributed,
     evaluate,
     import_weights,
     plan,
@@ -90,11 +93,19 @@ def main(_: Sequence[str]) -> int:
         summary = _run_mode()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.leave(2)
     except FloatingPointError as error:
         print(f"failed: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(summary), flush=True)
+        return distributed.leave(1)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        mend = f"if another one is lost, {distributed.AGAIN}"
+        print(f"failed: {distributed.name()}: {_one_line(error)}; {mend}", file=sys.stderr)
+        return distributed.leave(1)
+    if distributed.is_first():
+        print(json.dumps(summary), flush=True)
     return 0
 
 
@@ -124,8 +135,12 @@ def _run_mode() -> dict:
     validate(config)
     compile_cache.enable(config.compile_cache)
     workdir = Path(_WORKDIR.value or f"runs/{config.name}").expanduser().resolve()
-    summary = MODES[mode](config, workdir)
-    write_summary(workdir, summary)
+    with distributed.initialize(config.distributed):
+        if not distributed.is_first():
+            logging.getLogger("bef_jax").setLevel(logging.WARNING)
+        summary = MODES[mode](config, workdir)
+    if distributed.is_first():
+        write_summary(workdir, summary)
     return summary
 
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from bef_jax import distributed
 from bef_jax.data import store
 
 
@@ -41,10 +42,19 @@ def run(config: ConfigDict, workdir: Path) -> dict:
 
 
 def prepare_with_progress(data: ConfigDict) -> dict:
-    """Calls `store.prepare`, showing on stderr how many patches of each split were read."""
+    """Calls `store.prepare`, showing on stderr how many patches of each split were read.
+
+    Of several processes the first does so before the others, which then find its store, or, if
+    each host has a disk of its own, make theirs.
+    """
+    with distributed.first_alone("store"):
+        return _prepare(data)
+
+
+def _prepare(data: ConfigDict) -> dict:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     tasks = {}
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=not distributed.is_first())) as bar:
 
         def show(split: str, count: int) -> None:
             if split not in tasks:

@@ -5,6 +5,8 @@ one device would, and XLA adds the collectives.
 """
 
 import jax
+import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bef_jax.errors import UserError
@@ -25,6 +27,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_rows(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch, or of a whole split: rows (the first axis) over devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def put_everywhere(array: np.ndarray, mesh: Mesh) -> Array:
+    """Copies an array that all processes have to all devices.
+
+    jax.device_put would, with several processes, wait for all of them to compare their copies.
+    """
+    return jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])
 
 
 def check_divisible(field: str, value: int, mesh: Mesh) -> None:

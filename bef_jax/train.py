@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from rich.console import Console
 
-from bef_jax import checkpoint, pretrained, sharding
+from bef_jax import checkpoint, distributed, pretrained, sharding
 from bef_jax.calls import call_sizes, check_placement
 from bef_jax.checkpoint import Checkpoints
 from bef_jax.clock import Clock, Laps
@@ -200,15 +201,31 @@ def _train(run: Run) -> TrainState:
     """Returns the last state; a signal may have stopped the run before its end."""
     with Interrupt() as interrupt:
         state = _initial_state(run)
-        (run.workdir / "config.json").write_text(run.config.to_json_best_effort(indent=2) + "\n")
+        _write_config(run)
         run.laps.mark("state")
         first, placed = int(state.step), _placed(run)
         with run.clock.measure("compile"):
             programs = _compile(run, state, placed)
         run.laps.mark("compile")
+        distributed.wait_for_all("compiled")
         inputs = _inputs(run, placed, first)
-        with Progress(run.durations.steps, first) as bar, run.clock.measure("loop"):
+        with _progress(run, first) as bar, run.clock.measure("loop"):
             return _loop(run, programs, inputs, state, bar, interrupt)
+
+
+def _progress(run: Run, first: int) -> Progress:
+    console = Console(stderr=True, quiet=not distributed.is_first())
+    return Progress(run.durations.steps, first, console)
+
+
+def _write_config(run: Run) -> None:
+    """Writes config.json once; that all processes see it shows that they share the workdir."""
+    file = run.workdir / "config.json"
+    with distributed.first_alone("config.json"):
+        if distributed.is_first():
+            file.write_text(run.config.to_json_best_effort(indent=2) + "\n")
+        elif not file.exists():
+            raise UserError(f"{run.workdir}: not shared by all hosts, and --workdir must be")
 
 
 def _placed(run: Run) -> Batch | None:
@@ -256,7 +273,7 @@ def _loop(
     log = StepLog(config, spans, train, run.history, run.clock, bar)
     while True:
         last = step >= spans.steps
-        ended = last or interrupt.requested
+        ended = last or interrupt.stops_at(step)
         evaluates = step > first and (last or step % spans.eval_steps == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)
@@ -312,14 +329,19 @@ def _finish(run: Run, state: TrainState) -> dict:
         evaluations = _evaluate_best(run, path)
         blocks = {name: summarise(seen, run.config) for name, seen in evaluations.items()}
         summary |= {"best_step": int(path.name), **blocks}
-        images = {name: run.splits[name].images for name in evaluations}
-        # Here, since matplotlib and scikit-learn take 0.5 s that the first step need not wait for.
-        from bef_jax.report import write_report
-
-        page = write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
-        LOG.info("open %s in a browser: curves, ROC and the most wrong patches", page)
-        write_summary(run.workdir, summary)
+        if distributed.is_first():
+            _report(run, summary, evaluations)
     return summary
+
+
+def _report(run: Run, summary: dict, evaluations: dict[str, Evaluation]) -> None:
+    images = {name: run.splits[name].images for name in evaluations}
+    # Here, since matplotlib and scikit-learn take 0.5 s that the first step need not wait for.
+    from bef_jax.report import write_report
+
+    page = write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
+    LOG.info("open %s in a browser: curves, ROC and the most wrong patches", page)
+    write_summary(run.workdir, summary)
 
 
 def _summary(run: Run, state: TrainState) -> dict:

@@ -83,6 +83,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     checkpoint.every_steps = 500  # between two saves; every evaluation saves besides
     checkpoint.keep = 2  # newest checkpoints kept, besides the best by valid AUC
 
+    config.distributed = distributed = ConfigDict()
+    # host:port of process 0 | auto (JAX finds it) | empty: auto where SLURM, Open MPI or GKE's TPUs
+    # announce several processes, else one.
+    distributed.coordinator = ""
+    distributed.num_processes = placeholder(int)  # with host:port: how many there are
+    distributed.process_id = placeholder(int)  # with host:port: which one this is, from 0
+    distributed.timeout_seconds = 300  # for a process to come, or to be missed
+
     config.benchmark = benchmark = ConfigDict()
     benchmark.runs = 7  # of each measurement; its median and extremes are reported
     return apply_arg(config.lock(), arg)

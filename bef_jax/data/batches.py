@@ -163,11 +163,11 @@ def selections(
     sizes: Iterable[int],
 ) -> Iterator[Selection]:
     """Yields the input of as many steps as each of `sizes` says, from step `start` on."""
-    everywhere, step = sharding.replicated(mesh), start
+    step = start
     for size in sizes:
         steps = range(step, step + size)
         indices = [batch_indices(seed, at, len(split), batch_size) for at in steps]
-        yield Selection(placed, jax.device_put(np.array(indices, np.int32), everywhere))
+        yield Selection(placed, sharding.put_everywhere(np.array(indices, np.int32), mesh))
         step += size
 
 

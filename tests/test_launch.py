@@ -1,0 +1,167 @@
+"""The launch scripts, with the programs that they call replaced by ones that write down how."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+STOPPED = '{"mode": "train", "step": 3, "valid": null}'
+DONE = '{"mode": "train", "step": 9, "valid": {"auc": 0.9}}'
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Returns run(command, fakes, **environment) -> (stdout, what the fakes were called with)."""
+    calls = tmp_path / "calls"
+
+    def fake(name, body):
+        program = tmp_path / name
+        program.write_text(
+            f'#!/bin/sh\nprintf "%s " {name} "$@" >>{calls}\necho >>{calls}\n{body}\n'
+        )
+        program.chmod(0o755)
+
+    def run(command, fakes=None, status=0, **environment):
+        calls.write_text("")
+        for name, body in (fakes or {}).items():
+            fake(name, body)
+        result = subprocess.run(
+            command,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == status, result.stderr
+        return result.stdout, calls.read_text().splitlines()
+
+    return run
+
+
+def bash(script, *arguments):
+    return ["bash", str(LAUNCH / script), *arguments]
+
+
+# ---- Cloud TPU ----------------------------------------------------------------------------------
+
+TPU_STEPS = [
+    ["create"],
+    ["run", "--config=configs/b2.py", "--config.name=a b"],
+    ["fetch"],
+    ["delete"],
+]
+
+
+@pytest.mark.parametrize("step", TPU_STEPS, ids=lambda step: step[0])
+def test_tpu_dry_run_prints_what_would_run_and_runs_nothing(step, run):
+    script, fakes = bash("tpu_vm.sh", *step), {"gcloud": "exit 1"}
+    dry = bash("tpu_vm.sh", "--dry-run", *step)
+    printed, called = run(dry, fakes, ZONE="us-west4-a")
+    assert not called
+    fakes = {"gcloud": f'[ "$4" != describe ] || exit {int(step[0] == "create")}'}
+    _, called = run(script, fakes, ZONE="us-west4-a", WORKDIR="runs/bef-jax")
+    made = [line for line in called if " describe " not in line]
+    planned = [" ".join(shlex.split(line)) + " " for line in printed.splitlines()]
+    assert made == "\n".join(line for line in planned if not line.startswith("mkdir")).splitlines()
+
+
+def test_tpu_hosts_find_each_other_by_themselves(run):
+    dry = bash("tpu_vm.sh", "--dry-run", "run", "--config.name=a b")
+    (command,) = map(shlex.split, run(dry, ZONE="us-west4-a")[0].splitlines())
+    assert "--worker=all" in command
+    remote = shlex.split(command[-1].removeprefix("--command="))
+    assert "--config.distributed.coordinator=auto" in remote
+    assert remote[-1] == "--config.name=a b"
+
+
+def test_tpu_create_and_delete_may_be_repeated(run):
+    there, gone = {"gcloud": ""}, {"gcloud": '[ "$4" != describe ]'}
+    _, called = run(bash("tpu_vm.sh", "create"), there, ZONE="us-west4-a")
+    assert not any(" create " in line for line in called)
+    _, called = run(bash("tpu_vm.sh", "delete"), gone, ZONE="us-west4-a")
+    assert not any(" delete " in line for line in called)
+
+
+def test_tpu_needs_a_zone(run):
+    run(bash("tpu_vm.sh", "--dry-run", "create"), status=1)
+
+
+# ---- SLURM --------------------------------------------------------------------------------------
+
+
+def test_slurm_dry_run_prints_the_submission_and_submits_nothing(run):
+    flags = ["--config=configs/b2.py", "--config.name=a b"]
+    fakes = {"sbatch": ""}
+    printed, called = run(bash("slurm.sh", "--dry-run", *flags), fakes, NODES="4", GPUS="2")
+    assert not called
+    _, (submitted,) = run(bash("slurm.sh", *flags), fakes, NODES="4", GPUS="2")
+    assert submitted.split() == " ".join(shlex.split(printed)).split()
+    assert {"--nodes=4", "--ntasks-per-node=2", "--requeue"} <= set(submitted.split())
+
+
+@pytest.mark.parametrize(("summary", "again"), [(STOPPED, True), (DONE, False)])
+def test_slurm_queues_a_stopped_run_again(summary, again, run, tmp_path):
+    fakes = {"srun": f"echo '{summary}'", "scontrol": ""}
+    job = {"BEF_ROOT": str(tmp_path), "SLURM_JOB_ID": "7"}
+    _, (task, *rest) = run(bash("slurm.sh", "--config=x"), fakes, **job)
+    assert task.endswith("-m bef_jax.main --config=x ")
+    assert rest == (["scontrol requeue 7 "] if again else [])
+
+
+def test_slurm_reports_a_failure_and_does_not_try_again(run, tmp_path):
+    fakes = {"srun": "exit 2", "scontrol": ""}
+    job = {"BEF_ROOT": str(tmp_path), "SLURM_JOB_ID": "7"}
+    _, called = run(bash("slurm.sh"), fakes, status=2, **job)
+    assert len(called) == 1
+
+
+# ---- GKE ----------------------------------------------------------------------------------------
+
+
+def pods():
+    spec = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
+    (job,) = spec["spec"]["replicatedJobs"]
+    return spec["metadata"]["name"], job["name"], job["template"]["spec"]
+
+
+def test_gke_pods_meet_at_the_first_of_them():
+    name, job, spec = pods()
+    (container,) = spec["template"]["spec"]["containers"]
+    flags = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
+    prefix = "config.distributed."
+    assert flags[f"{prefix}coordinator"].startswith(f"{name}-{job}-0-0.{name}:")
+    assert int(flags[f"{prefix}num_processes"]) == spec["completions"] == spec["parallelism"]
+    assert flags[f"{prefix}process_id"] == "$(JOB_COMPLETION_INDEX)"
+    assert spec["completionMode"] == "Indexed"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(f"echo '{STOPPED}'", 1), (f"echo '{DONE}'", 0), ("exit 2", 2), ("", 0)]
+)
+def test_gke_pod_of_a_stopped_run_fails_so_that_the_set_starts_again(body, status, run):
+    (container,) = pods()[2]["template"]["spec"]["containers"]
+    command = [*container["command"], "--config=x"]
+    _, (called,) = run(command, {"python": body}, status=status)
+    assert called == "python -m bef_jax.main --config=x "
+
+
+def test_gke_pod_passes_the_signal_on(run, tmp_path):
+    (container,) = pods()[2]["template"]["spec"]["containers"]
+    stop = f"stop() {{ echo '{STOPPED}'; exit 0; }}; trap stop TERM"
+    body = f"{stop}; kill $PPID; while :; do sleep 0.05; done"
+    run(container["command"], {"python": body}, status=1)
+
+
+# ---- all ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_scripts_pass_shellcheck(run):
+    run(["shellcheck", *map(str, LAUNCH.glob("*.sh"))])
