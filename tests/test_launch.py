@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,9 @@ def test_gke_pod_passes_the_signal_on(run, tmp_path):
 # ---- all ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck(run):
-    run(["shellcheck", *map(str, LAUNCH.glob("*.sh"))])
+    run([SHELLCHECK, *map(str, LAUNCH.glob("*.sh"))])
