@@ -25,6 +25,9 @@ from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.state import abstract_state
 
+# Fields of config.model that come with the weights: imported ones have their source's.
+_CONVENTION = ("padding", "bn_epsilon", "bn_momentum")
+
 
 def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None, split: str | None) -> dict:
     """--mode=eval: the metrics of a checkpoint on one split.
@@ -51,7 +54,8 @@ def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
     """The configuration that the checkpoint at `path` was trained with, but `config`'s data.
 
     Of `config`, `data`, `eval`, `rcc.eval_size` and `model.depthwise` count: they say what is
-    evaluated, and how. A field that is newer than the checkpoint has its default.
+    evaluated, and how. Padding and batch normalisation are the checkpoint's own. A field that is
+    newer than the checkpoint has its default.
 
     Raises:
         UserError: `config` asks for another network, naming the fields.
@@ -59,6 +63,7 @@ def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
     given = ConfigDict(json.loads(config.to_json_best_effort()))
     saved = checkpoint.complete(checkpoint.read_run(path)["config"])
     saved.model.depthwise = given.model.depthwise
+    given.model.update({field: saved.model[field] for field in _CONVENTION})
     old, new = flatten(saved.model), flatten(given.model)
     differing = [name for name in old if old[name] != new[name]]
     if differing:

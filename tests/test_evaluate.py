@@ -98,6 +98,12 @@ def test_eval_mode_takes_the_test_split_and_any_checkpoint(trained, workdir, sma
     assert (summary["split"], summary["checkpoint"]) == ("test", str(path))
 
 
+def test_padding_and_batch_normalisation_are_the_checkpoint_s(trained, workdir, small_config):
+    other = {"model.padding": "symmetric", "model.bn_epsilon": 1e-5, "model.bn_momentum": 0.99}
+    summary = evaluate.run(small_config(**other), workdir, None, "valid")
+    assert summary["loss"] == pytest.approx(trained["valid"]["loss"], rel=1e-5)
+
+
 def test_eval_refuses_another_network(trained, workdir, small_config):
     with pytest.raises(UserError, match=r"model\.fusion=True"):
         evaluate.run(small_config(**{"model.fusion": False}), workdir, None, None)

@@ -36,14 +36,15 @@ class Source:
     bn_momentum: float
 
 
-def recognise(keys: Sequence[str], file_name: str, network: str) -> Source | None:
+def recognise(keys: Sequence[str], label: str, network: str) -> Source | None:
     """The source whose names these are, or None.
 
-    timm names TensorFlow's networks, of another padding, as its own: only the file's name tells,
-    which starts with `tf_`. torchvision trained B5 to B7 with TensorFlow's epsilon.
+    timm's names are the same for TensorFlow's networks, of another padding, as for its own: only
+    what it calls the network tells, `label`, which starts with `tf_`. torchvision trained B5 to B7
+    with TensorFlow's epsilon.
     """
     source = next((source for source in SOURCES if source.sign in keys), None)
-    if source is TIMM and "tf_" in file_name:
+    if source is TIMM and "tf_" in label:
         return dataclasses.replace(source, padding="same", bn_epsilon=1e-3)
     if source is TORCHVISION and network in {f"efficientnet_b{i}" for i in (5, 6, 7)}:
         return dataclasses.replace(source, bn_epsilon=1e-3, bn_momentum=0.99)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import logging
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def _load_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
-    source = recognise(tensors, path.name, model.name)
+    source = recognise(tensors, _label(path), model.name)
     if source is None:
         first = ", ".join(list(tensors)[:3])
         raise UserError(
@@ -174,6 +175,14 @@ def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
             "torchvision, efficientnet-pytorch or efficientnet-lite-pytorch"
         )
     return source
+
+
+def _label(path: Path) -> str:
+    """The network's name in the config.json that timm saves beside its files, or the file's own."""
+    try:
+        return json.loads((path.parent / "config.json").read_text())["architecture"]
+    except (OSError, ValueError, KeyError):
+        return path.name
 
 
 def _refuse(path: Path, model: ConfigDict, wrong: list[str]) -> None:

@@ -218,6 +218,25 @@ def test_timm_loads_what_it_is_given(name, tmp_path):
         assert torch.equal(tensor, other.state_dict()[key]), key
 
 
+@pytest.mark.parametrize(
+    ("file", "architecture", "padding", "epsilon"),
+    [
+        ("efficientnet_b0.safetensors", None, "symmetric", 1e-5),
+        ("tf_efficientnet_b0.safetensors", None, "same", 1e-3),
+        ("model.safetensors", "efficientnet_b0", "symmetric", 1e-5),
+        ("model.safetensors", "tf_efficientnet_b0", "same", 1e-3),
+    ],
+)
+def test_timm_s_name_of_a_network_tells_its_padding(file, architecture, padding, epsilon, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file({"conv_stem.weight": np.zeros(1, np.float32)}, tmp_path / file)
+    if architecture:
+        (tmp_path / "config.json").write_text(f'{{"architecture": "{architecture}"}}')
+    convention = weights.convention(tmp_path / file, make_model("efficientnet_b0"))
+    assert convention["source"] == "timm"
+    assert (convention["padding"], convention["bn_epsilon"]) == (padding, epsilon)
+
+
 # ---- files that do not fit ----------------------------------------------------------------------
 
 
