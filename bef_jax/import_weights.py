@@ -1,5 +1,6 @@
 """--mode=import_weights: another package's weights become a checkpoint of ours."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def run(config: ConfigDict, workdir: Path, name: str | None) -> dict:
     LOG.info("%s trained with %s: the checkpoint's config says so", source, convention)
     state, fresh = pretrained.start(config, sharding.replicated(sharding.make_mesh()))
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    checkpoints.save(0, state, {"config": config, "clock": Clock().snapshot()}, None)
+    run = {"config": json.loads(config.to_json_best_effort()), "clock": Clock().snapshot()}
+    checkpoints.save(0, state, run, None)
     folder = checkpoints.directory / "0"
     checkpoints.close()
     return {
