@@ -74,7 +74,7 @@ def initialize(settings: ConfigDict) -> Iterator[None]:
     absent = f"failed: not every process of the run has come within {seconds} s; start all of them"
     with _last_words(f"{absent}, or raise config.distributed.timeout_seconds"):
         _connect(settings)
-    lost = f"failed: {name()} ends, since it or another one is lost; {AGAIN}"
+    lost = f"failed: {who()} ends, since it or another one is lost; {AGAIN}"
     with _last_words(lost), _stdout_on_stderr():
         yield
 
@@ -91,7 +91,7 @@ def _stdout_on_stderr() -> Iterator[None]:
         os.close(stdout)
 
 
-def name() -> str:
+def who() -> str:
     """What a message calls this process of several."""
     return f"process {jax.process_index()} of {jax.process_count()}"
 

@@ -29,7 +29,7 @@ class Interrupt:
         """Catches nothing yet."""
         self.requested = False
         self._several = jax.distributed.is_initialized()
-        self._asked: int | None = None
+        self._asked = -1  # the last step that the processes were asked about
         self._previous: dict = {}
 
     def __enter__(self) -> "Interrupt":
@@ -60,9 +60,9 @@ class Interrupt:
         """
         if not self._several:
             return self.requested
-        first = step if self._asked is None else self._asked + 1
-        self._asked = step
-        agreed = distributed.is_stop_agreed(range(first, step + 1))
+        # From 0: a notice that came before the first question may have been agreed for step 1.
+        steps, self._asked = range(self._asked + 1, step + 1), step
+        agreed = distributed.is_stop_agreed(steps)
         if agreed:
             LOG.warning("a host got a signal: all save at step %d, and stop", step)
         return agreed

@@ -102,7 +102,7 @@ def main(_: Sequence[str]) -> int:
             raise
         traceback.print_exc()
         mend = f"if another one is lost, {distributed.AGAIN}"
-        print(f"failed: {distributed.name()}: {_one_line(error)}; {mend}", file=sys.stderr)
+        print(f"failed: {distributed.who()}: {_one_line(error)}; {mend}", file=sys.stderr)
         return distributed.leave(1)
     if distributed.is_first():
         print(json.dumps(summary), flush=True)

@@ -3,7 +3,9 @@ import os
 import signal
 import threading
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from bef_jax.interrupt import SIGNALS, Interrupt
 
@@ -58,3 +60,27 @@ def test_other_threads_catch_nothing():
     thread.start()
     thread.join()
     assert seen == [(before, False)]
+
+
+@pytest.mark.parametrize("agreed", [1, 5, 7])
+def test_of_several_processes_all_are_asked_about_every_step(agreed, monkeypatch):
+    """Also where a call takes several, and where the run goes on from a later step than agreed."""
+    asked = []
+
+    def reached(step):
+        asked.append(step)
+        return step == agreed
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    interrupt = Interrupt()
+    stopped = next(step for step in (3, 4, 6, 8) if interrupt.stops_at(step))
+    assert stopped == {1: 3, 5: 6, 7: 8}[agreed]
+    assert asked == list(range(agreed + 1))
+
+
+def test_of_several_processes_jax_keeps_sigterm(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt():
+        assert signal.getsignal(signal.SIGTERM) == before

@@ -59,7 +59,7 @@ def logged(workdir):
 
 @pytest.mark.parametrize(
     ("runs", "kills"),
-    [pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(20, 2, marks=pytest.mark.long)],
+    [pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(20, 1, marks=pytest.mark.long)],
 )
 def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(runs, kills, data_dir, tmp_path):
     seed = int(os.environ.get("BEF_KILL_SEED", time.time_ns()))
