@@ -1,13 +1,15 @@
 """Checkpoints: the training state, the configuration and the clocks, by Orbax.
 
-    <workdir>/checkpoints/<step>/{state,run,metrics}
+    <workdir>/checkpoints/<step>/{state,run,metrics,checksums.json}
 
 `state` is a `TrainState`; `run` is JSON: the configuration and what the run has counted so far.
-Saving is asynchronous and atomic. The newest few and the best by valid AUC are kept.
+`checksums.json` has the sha256 of each file. Saving is asynchronous and atomic. The newest few and
+the best by valid AUC are kept.
 """
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -16,13 +18,18 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from bef_jax import distributed
 from bef_jax.config import flatten
+from bef_jax.data.checksums import first_damaged, sha256
 from bef_jax.errors import UserError
 from bef_jax.state import TrainState
+from bef_jax.summary import write_json
 from configs import default
 
 LOG = logging.getLogger(__name__)
 _BEST = "valid_auc"
+CHECKSUMS = "checksums.json"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is still writing
 
 
 class Checkpoints:
@@ -38,7 +45,10 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=_auc, preservation_policy=keep_any, cleanup_tmp_directories=True
+            best_fn=_auc,
+            preservation_policy=keep_any,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -49,6 +59,13 @@ class Checkpoints:
         if step == self._manager.latest_step():  # stopped again before the first step
             return
         self._manager.save(step, args=items, metrics=metrics)
+
+    def _write_checksums(self) -> None:
+        """Called in the background, when a save's files are complete and not yet renamed."""
+        for folder in self.directory.glob(f"*{_UNFINISHED}*") if distributed.is_first() else ():
+            files = [file for item in folder.glob("*/") for file in item.rglob("*")]
+            names = [file.relative_to(folder).as_posix() for file in files if file.is_file()]
+            write_json(folder / CHECKSUMS, {name: sha256(folder / name) for name in names})
 
     def latest(self) -> Path | None:
         """The newest checkpoint's folder."""
@@ -83,7 +100,7 @@ def best(workdir: Path) -> Path:
     """The folder of the best checkpoint by valid AUC in a workdir, or the newest without one.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a score is damaged.
     """
     directory, steps = Path(workdir).resolve() / "checkpoints", saved_steps(workdir)
     if not steps:
@@ -92,10 +109,13 @@ def best(workdir: Path) -> Path:
 
 
 def _score(path: Path) -> float:
+    file = path / "metrics" / "metrics"
     try:
-        return json.loads((path / "metrics" / "metrics").read_text())[_BEST]
+        return float(json.loads(file.read_text())[_BEST])
     except FileNotFoundError:  # saved between evaluations
         return -1.0
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: name the checkpoint by --checkpoint") from error
 
 
 def read_run(path: Path) -> dict:
@@ -130,12 +150,30 @@ def _restore(path: Path, **items):
     path = Path(path).expanduser().resolve()
     if not path.is_dir():
         raise UserError(f"{path}: no checkpoint there")
+    _verify(path, items)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises many kinds; each means that this can't be used
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"checkpoint {path} can't be read: {reason}") from error
+
+
+def _verify(path: Path, items: Iterable[str]) -> None:
+    """Compares the files of `items` with their sha256: Orbax would load a flipped bit as a weight.
+
+    Checkpoints of older versions carry none, and are taken as they are.
+    """
+    if not (path / CHECKSUMS).is_file():
+        return
+    try:
+        expected = dict(json.loads((path / CHECKSUMS).read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {CHECKSUMS} can't be read") from error
+    chosen = {name: value for name, value in expected.items() if name.split("/")[0] in items}
+    damaged = first_damaged(path, chosen) if chosen else path / CHECKSUMS
+    if damaged:
+        raise UserError(f"checkpoint {path} is damaged: {damaged} is not what was saved")
 
 
 def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:

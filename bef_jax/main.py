@@ -46,7 +46,13 @@ _WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a py
 _COMPARE = flags.DEFINE_string("compare", None, "benchmark: lax, the native depthwise convolution.")
 _RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps the summary too.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for what, such as v5e:2x4 or h100:8.")
+_VERIFY = flags.DEFINE_bool("verify", False, "prepare: reads the store, and checks its checksums.")
 _LARGEST = flags.DEFINE_bool("largest_batch", True, "plan: looks for it, by more compilations.")
+
+
+# In the text alone: what Orbax's threads raise in C++ carries no errno.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+_FREE_SPACE = "free some space, and the same command goes on from the last checkpoint"
 
 
 def _train(config: ConfigDict, workdir: Path) -> dict:
@@ -68,6 +74,11 @@ def _import_weights(config: ConfigDict, workdir: Path) -> dict:
     return import_weights.run(config, workdir, _WEIGHTS.value)
 
 
+def _prepare(config: ConfigDict, workdir: Path) -> dict:
+    del workdir  # the store lives with its source, to be shared by runs
+    return prepare.run(config, _VERIFY.value)
+
+
 def _plan(config: ConfigDict, workdir: Path) -> dict:
     del workdir
     return plan.run(config, _TOPOLOGY.value, _LARGEST.value)
@@ -78,7 +89,7 @@ MODES: dict[str, Callable] = {
     "eval": _eval,
     "benchmark": _benchmark,
     "plan": _plan,
-    "prepare": prepare.run,
+    "prepare": _prepare,
     "import_weights": _import_weights,
 }
 
@@ -98,6 +109,9 @@ def main(_: Sequence[str]) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return distributed.leave(1)
     except Exception as error:
+        if any(sign in str(error) for sign in _DISK_FULL):
+            print(f"failed: {_one_line(error)}; {_FREE_SPACE}", file=sys.stderr)
+            return distributed.leave(1)
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()

@@ -1,7 +1,6 @@
 """--mode=prepare: a source of patches becomes a decoded store."""
 
 import time
-from pathlib import Path
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -11,22 +10,24 @@ from bef_jax import distributed
 from bef_jax.data import store
 
 
-def run(config: ConfigDict, workdir: Path) -> dict:
+def run(config: ConfigDict, verify: bool) -> dict:
     """Writes the store that `config.data` names, unless it is there, and describes it.
 
     Args:
         config: the whole configuration; only config.data matters.
-        workdir: the run's folder; the store lives with its source instead, to be shared by runs.
+        verify: reads the store back and compares every file with its checksum.
 
     Returns:
-        The summary: mode, store, counts, positive_fraction, duplicates, content, wall_seconds.
+        The summary: mode, store, counts, positive_fraction, duplicates, content, verified,
+        wall_seconds.
 
     Raises:
-        UserError: see `store.prepare`.
+        UserError: see `store.prepare` and `store.verify`.
     """
-    del workdir
     start = time.perf_counter()
     manifest = prepare_with_progress(config.data)
+    if verify:
+        store.verify(store.store_path(config.data))
     counts, classes = manifest["counts"], manifest["class_counts"]
     return {
         "mode": "prepare",
@@ -37,6 +38,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         },
         "duplicates": manifest["duplicates"],
         "content": manifest["content"],
+        "verified": verify,
         "wall_seconds": time.perf_counter() - start,
     }
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from bef_jax import checkpoint, distributed, pretrained, sharding
+from bef_jax import checkpoint, distributed, lock, pretrained, sharding
 from bef_jax.calls import call_sizes, check_placement
 from bef_jax.checkpoint import Checkpoints
 from bef_jax.clock import Clock, Laps
@@ -50,6 +50,7 @@ class Run:
     workdir: Path
     mesh: Mesh
     splits: dict[str, Split]
+    manifest: dict  # the store's
     durations: Durations
     schedule: Callable
     evaluate: Callable
@@ -57,6 +58,11 @@ class Run:
     history: History
     clock: Clock
     laps: Laps
+
+    @property
+    def content(self) -> str:
+        """The sha256 over the store's patches and labels, whatever their order."""
+        return self.manifest["content"]["total"]
 
 
 def train_and_evaluate(
@@ -82,6 +88,11 @@ def train_and_evaluate(
     laps.mark("imports")
     workdir = Path(workdir).expanduser().resolve()
     validate(config)
+    with lock.held(workdir):
+        return _train_and_evaluate(config, workdir, laps)
+
+
+def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
     mesh = sharding.make_mesh()
     _check_batches(config, mesh)
     if config.init_from and not checkpoint.saved_steps(workdir):
@@ -150,6 +161,7 @@ def _begin(
         workdir=workdir,
         mesh=mesh,
         splits=splits,
+        manifest=store.read_manifest(store.store_path(config.data)),
         durations=spans,
         schedule=make_schedule(config, spans.steps, spans.steps_per_epoch),
         evaluate=make_evaluator(config, mesh),
@@ -188,6 +200,8 @@ def _resume(run: Run, newest: Path) -> TrainState:
         mend = f"; to go on from {older.name}, move it away" if older else ""
         raise UserError(f"{error}{mend}") from error
     checkpoint.check_fits(saved["config"], run.config, newest)
+    if saved.get("content", run.content) != run.content:
+        LOG.warning("the store holds other patches than when %s was saved", newest)
     run.clock.restore(saved["clock"])
     run.history.truncate(int(state.step))
     LOG.info("resuming %s at step %d", run.workdir, int(state.step))
@@ -314,7 +328,8 @@ def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> float | 
 def _save(run: Run, state: TrainState, step: int, auc: float | None) -> None:
     with run.clock.measure("save"):
         config = json.loads(run.config.to_json_best_effort())
-        run.checkpoints.save(step, state, {"config": config, "clock": run.clock.snapshot()}, auc)
+        counted = {"config": config, "clock": run.clock.snapshot(), "content": run.content}
+        run.checkpoints.save(step, state, counted, auc)
 
 
 # ---- after the last step ------------------------------------------------------------------------

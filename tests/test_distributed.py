@@ -239,14 +239,27 @@ def test_a_process_that_never_comes_is_one_clear_line(data_dir, tmp_path):
     assert "not every process of the run has come within 3 s" in errors.splitlines()[-1]
 
 
+@pytest.fixture
+def real_patches(pcam_dir, tmp_path):
+    """The fields that read 160 real patches for training and 160 for evaluation."""
+    script = [sys.executable, pcam_dir / "pcam_subset.py", "npz", tmp_path / "npz"]
+    subprocess.run([*script, "--limit", "160"], check=True, capture_output=True)
+    sizes = {"data.train_size": 160, "data.valid_size": 160}
+    return {"data.source": "npz", "data.dir": tmp_path / "npz"} | sizes
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("placement", ["host", "device"])
-def test_two_processes_of_four_devices_train_as_one_of_eight(placement, data_dir, tmp_path):
-    fields = {"steps": 20, "data.placement": placement}
+def test_two_processes_of_four_devices_train_on_real_patches_as_one_of_eight(
+    placement, real_patches, data_dir, tmp_path
+):
+    fields = real_patches | {"steps": 20, "data.placement": placement}
     with running(tmp_path / "pair", data_dir, processes=2, devices=4, **fields) as pair:
-        finish(pair)
-    finish(start(tmp_path / "one", data_dir, processes=1, devices=8, **fields))
+        (ours, _), _ = finish(pair)
+    ((expected, _),) = finish(start(tmp_path / "one", data_dir, 1, devices=8, **fields))
     assert_same_run(tmp_path / "pair", tmp_path / "one", steps=20)
+    ours, expected = (json.loads(said)["valid"] for said in (ours, expected))
+    assert {key: ours[key] == expected[key] for key in ours} == dict.fromkeys(ours, True)
 
 
 @pytest.mark.long

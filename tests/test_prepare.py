@@ -18,8 +18,8 @@ def config(tmp_path):
     return config
 
 
-def test_summary_describes_the_store(config, tmp_path):
-    summary = prepare.run(config, tmp_path / "work")
+def test_summary_describes_the_store(config):
+    summary = prepare.run(config, verify=True)
     assert summary["mode"] == "prepare"
     assert summary["counts"] == {"train": 40, "valid": 20, "test": 10}
     for name, fraction in summary["positive_fraction"].items():
@@ -31,19 +31,32 @@ def test_summary_describes_the_store(config, tmp_path):
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_second_run_says_the_same(config, tmp_path):
-    first = prepare.run(config, tmp_path)
-    second = prepare.run(config, tmp_path)
+def test_second_run_says_the_same(config):
+    first = prepare.run(config, verify=False)
+    second = prepare.run(config, verify=False)
     assert second.pop("wall_seconds") != first.pop("wall_seconds")
     assert second == first
 
 
-def test_nothing_goes_to_stdout(config, tmp_path, capsys):
-    prepare.run(config, tmp_path)
+def test_nothing_goes_to_stdout(config, capsys):
+    prepare.run(config, verify=False)
     assert capsys.readouterr().out == ""
 
 
-def test_mistakes_are_the_users(config, tmp_path):
+def test_mistakes_are_the_users(config):
     config.data.source = "npz"
     with pytest.raises(UserError, match=r"train\.npz|valid\.npz"):
-        prepare.run(config, tmp_path)
+        prepare.run(config, verify=False)
+
+
+def test_verify_names_the_first_damaged_file(config):
+    folder = store.store_path(config.data)
+    prepare.run(config, verify=False)
+    for name in ("train/images.npy", "valid/labels.npy"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        prepare.run(config, verify=False)  # sizes alone are looked at
+        with pytest.raises(UserError, match=f"{name}: damaged"):
+            prepare.run(config, verify=True)
+        (folder / name).write_bytes(whole)
+    assert prepare.run(config, verify=True)["verified"]

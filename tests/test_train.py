@@ -167,7 +167,7 @@ def test_damaged_checkpoint_is_named_and_an_older_one_offered(undisturbed, small
     shutil.copytree(workdir, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "6"
     shutil.rmtree(newest / "state")
-    with pytest.raises(UserError, match=r"checkpoints/6 can't be read.*go on from 4, move it"):
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged.*go on from 4, move it"):
         train.train_and_evaluate(small_config(steps=7), tmp_path / "run")
     assert newest.is_dir()
 

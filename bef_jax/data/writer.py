@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bef_jax.data.checksums import sha256
 from bef_jax.data.chunk import IMAGE_SHAPE, Chunk
 from bef_jax.errors import UserError
 
@@ -100,7 +101,7 @@ class StoreWriter:
         return {
             file.relative_to(self.folder).as_posix(): {
                 "bytes": file.stat().st_size,
-                "sha256": _sha256(file),
+                "sha256": sha256(file),
             }
             for file in sorted(self.folder.glob("*/*.npy"))
         }
@@ -141,8 +142,3 @@ class _SplitWriter:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._images, header)
         return self._images.tell()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,37 @@
+"""One run at a time in a workdir."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bef_jax import distributed
+from bef_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Holds WORKDIR/.lock inside; of several processes of one run, the first does.
+
+    The operating system drops the lock with its owner, so a killed run holds nothing. Two runs in
+    one workdir would delete each other's checkpoints, and mix their lines in metrics.jsonl.
+
+    Raises:
+        UserError: another run holds it, or nothing can be written there.
+    """
+    if not distributed.is_first():
+        yield
+        return
+    lock, mend = FileLock(workdir / ".lock", timeout=0), "give another --workdir"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{workdir}: another run writes there; wait for it, or {mend}") from error
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be written ({error}); {mend}") from error
+    try:
+        yield
+    finally:
+        lock.release()

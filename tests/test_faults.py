@@ -1,0 +1,153 @@
+"""The faults of docs/faults.md, injected for real: what is said, what stays, how it goes on."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bef_jax.data import store
+from tests.conftest import SHRUNK
+
+# Fills the disk once, and gives it room the second time. A mount in a namespace of its own needs no
+# root, and is gone with its last process.
+SMALL_DISK = """
+disk=$1 size=$2; shift 2
+mount -t tmpfs -o "size=$size" tmpfs "$disk"
+"$@" >"$disk.out1" 2>"$disk.err1"; echo $? >"$disk.status1"
+find "$disk" >"$disk.there"
+mount -o remount,size=1g "$disk"
+"$@" >"$disk.out2" 2>"$disk.err2"; echo $? >"$disk.status2"
+"""
+READ_ONLY = 'mount -t tmpfs -o ro tmpfs "$1"; shift; exec "$@"'
+
+
+def in_namespace(script, *args):
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *args]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def namespaces():
+    if not shutil.which("unshare") or in_namespace("mount -t tmpfs tmpfs /mnt").returncode:
+        pytest.skip("a tmpfs of our own can't be mounted here (unshare --user --mount)")
+
+
+def command(workdir, data_dir, *flags, **fields):
+    fields = SHRUNK | {"data.dir": data_dir} | fields
+    return [
+        sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py", *flags,
+        f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]  # fmt: skip
+
+
+def fill_and_mend(disk, size, words):
+    """Runs a command on a disk of `size`, then with room; returns what each said, and was left."""
+    disk.mkdir()
+    assert not in_namespace(SMALL_DISK, disk, size, *words).stderr
+    read = lambda name: disk.with_name(f"{disk.name}.{name}").read_text()  # noqa: E731
+    statuses = [int(read(f"status{number}")) for number in (1, 2)]
+    return statuses, read("err1"), read("there"), read("out2")
+
+
+def one_line(errors):
+    """The only line of a message that speaks of a failure."""
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith(("failed:", "error:"))]
+    return line
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_during_prepare_leaves_no_store(tmp_path):
+    disk = tmp_path / "disk"
+    words = command(tmp_path / "work", disk, "--mode=prepare")
+    statuses, errors, there, summary = fill_and_mend(disk, "1m", words)
+    assert statuses == [1, 0]
+    assert "No space left on device" in one_line(errors)
+    assert "store" not in there
+    assert json.loads(summary)["counts"] == {"train": 40, "valid": 21, "test": 13}
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_during_saves_costs_no_earlier_checkpoint(data_dir, tmp_path):
+    disk = tmp_path / "disk"
+    fields = {"checkpoint.every_steps": 1, "checkpoint.keep": 99}
+    words = command(disk / "run", data_dir, **fields)
+    statuses, errors, there, summary = fill_and_mend(disk, "12m", words)
+    assert statuses == [1, 0], errors
+    assert "No space left on device" in one_line(errors)
+    assert "checkpoints/1/state/manifest.ocdbt" in there
+    still = subprocess.run(command(tmp_path / "still", data_dir, **fields), capture_output=True)
+    assert json.loads(summary)["params_digest"] == json.loads(still.stdout)["params_digest"]
+
+
+def test_a_read_only_workdir_is_refused_before_anything_is_compiled(data_dir, tmp_path):
+    result = in_namespace(READ_ONLY, tmp_path, *command(tmp_path / "run", data_dir))
+    assert result.returncode == 2
+    assert "Read-only file system" in one_line(result.stderr)
+    assert "--workdir" in one_line(result.stderr)
+
+
+def start_and_wait(words, file, lines):
+    """Starts a run; returns it once it has logged `lines` lines."""
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (
+        not file.exists() or len(file.read_text().splitlines()) < lines
+    ):
+        pass
+    return process
+
+
+@pytest.mark.slow
+def test_a_store_that_is_deleted_under_a_run_is_read_to_the_end(tmp_path):
+    words = command(tmp_path / "run", tmp_path / "data", steps=30)
+    process = start_and_wait(words, tmp_path / "run" / "metrics.jsonl", 2)
+    shutil.rmtree(tmp_path / "data")
+    summary, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert json.loads(summary)["valid"]["n"] == SHRUNK["data.valid_size"]
+
+
+@pytest.mark.slow
+def test_a_store_that_is_cut_under_a_run_costs_no_checkpoint(tmp_path):
+    data = tmp_path / "data"
+    words = command(tmp_path / "run", data, steps=3000, **{"data.placement": "host"})
+    process = start_and_wait(words, tmp_path / "run" / "metrics.jsonl", 5)
+    (images,) = data.glob("store*/train/images.npy")
+    with images.open("r+b") as file:
+        file.truncate(4096)
+    process.communicate()
+    assert process.returncode == -signal.SIGBUS  # the system's word for it; Python gets none
+    again = subprocess.run(words, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "images.npy: 4096 bytes, its manifest says" in one_line(again.stderr)
+    assert sorted((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_workdir_and_signals_that_repeat(data_dir, tmp_path):
+    words = command(tmp_path, data_dir, steps=3000)
+    process = start_and_wait(words, tmp_path / "metrics.jsonl", 2)
+    second = subprocess.run(words, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert "another run writes there" in one_line(second.stderr)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    summary, errors = process.communicate()
+    assert process.returncode == 0, errors
+    step = json.loads(summary)["step"]
+    assert step < 3000
+    assert (tmp_path / "checkpoints" / str(step) / "checksums.json").exists()
+
+
+def test_other_patches_in_the_store_are_told_on_resume(small_config, tmp_path, caplog):
+    from bef_jax import train
+
+    train.train_and_evaluate(small_config(), tmp_path / "run")
+    config = small_config(steps=7, **{"data.dir": str(tmp_path / "data"), "data.seed": 1})
+    store.prepare(config.data)
+    with caplog.at_level("WARNING", logger="bef_jax"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert "other patches than when" in caplog.text
