@@ -36,6 +36,7 @@ def enable(setting: str) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         LOG.warning("config.compile_cache: compiled programs can't be kept: %s", error)
         return
+    # In code, not by a variable: JAX read those when it was imported.
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
 

@@ -27,6 +27,7 @@ def is_announced(environment: Mapping[str, str]) -> bool:
     SLURM counts inside a step (srun) alone: in a batch script or a shell of an allocation nobody
     started the other tasks.
     """
+    # GKE sets them for a slice of one host as well: it is how many there are that counts.
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     in_step = "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment
     counts = [
@@ -43,6 +44,7 @@ def node_devices(environment: Mapping[str, str]) -> list[int] | None:
 
     JAX gives each task of SLURM one GPU, by its place on the node; None leaves it so.
     """
+    # Outside of SLURM both are None, and equal: hence the look at the step's list.
     tasks, nodes = (environment.get(f"SLURM_{name}") for name in ("NTASKS", "JOB_NUM_NODES"))
     gpus = int(environment.get("SLURM_GPUS_ON_NODE", 1))
     alone = "SLURM_STEP_NODELIST" in environment and tasks == nodes
@@ -75,6 +77,7 @@ def initialize(settings: ConfigDict) -> Iterator[None]:
     with _last_words(f"{absent}, or raise config.distributed.timeout_seconds"):
         _connect(settings)
     lost = f"failed: {who()} ends, since it or another one is lost; {AGAIN}"
+    # Entered once all are there, so that the two reasons have a line of their own each.
     with _last_words(lost), _stdout_on_stderr():
         yield
 
@@ -82,6 +85,7 @@ def initialize(settings: ConfigDict) -> Iterator[None]:
 @contextlib.contextmanager
 def _stdout_on_stderr() -> Iterator[None]:
     """Sends what libraries print elsewhere: Gloo greets on stdout, which the summary alone is."""
+    # By descriptors: what C++ prints does not go through sys.stdout.
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -120,6 +124,7 @@ def _connect(settings: ConfigDict) -> None:
 @contextlib.contextmanager
 def _last_words(text: str) -> Iterator[None]:
     """If the process dies inside, its end of the pipe closes and the shell prints `text`."""
+    # read fails at the end of the pipe without a line: that is a death, a line is an end in peace.
     script = 'read -r _ || echo "$0" >&2'
     # A session of its own: a Ctrl-C in the terminal is not for it.
     shell = subprocess.Popen(
