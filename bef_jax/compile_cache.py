@@ -27,6 +27,7 @@ def enable(setting: str) -> None:
     Args:
         setting: `config.compile_cache`: auto, a folder, or empty for none.
     """
+    # The variable is the user's own word to JAX: a launcher's, say, with a folder for all runs.
     if not setting or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     try:

@@ -74,6 +74,7 @@ def initialize(settings: ConfigDict) -> Iterator[None]:
         return
     seconds = settings.timeout_seconds
     absent = f"failed: not every process of the run has come within {seconds} s; start all of them"
+    # JAX ends a process that waited in vain by abort(), too: what it says comes from the shell.
     with _last_words(f"{absent}, or raise config.distributed.timeout_seconds"):
         _connect(settings)
     lost = f"failed: {who()} ends, since it or another one is lost; {AGAIN}"
@@ -111,6 +112,7 @@ def _connect(settings: ConfigDict) -> None:
     try:
         jax.distributed.initialize(
             **(place if explicit else {"local_device_ids": node_devices(os.environ)}),
+            # One time-out for all three, which the messages can name.
             initialization_timeout=seconds,
             heartbeat_timeout_seconds=seconds,
             shutdown_timeout_seconds=seconds,
@@ -133,6 +135,7 @@ def _last_words(text: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # Where an exception comes by, Python is alive, and tells it itself.
         shell.communicate(b"\n")
 
 
@@ -144,6 +147,8 @@ def is_first() -> bool:
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[None]:
     """Lets process 0 run the body before the others do; `name` is the same in all of them."""
+    # Each comes to one barrier, the others before the body and process 0 after it. If the body
+    # fails in process 0, its end ends those that wait.
     if not is_first():
         wait_for_all(name)
     yield
@@ -167,6 +172,7 @@ def is_stop_agreed(steps: range) -> bool:
     JAX passes the notice on in the background, and the processes agree on the first step that none
     of them has asked about. So each must ask about every step, in the same order.
     """
+    # any() stops at the agreed step: none of the processes asks about a later one.
     return any(multihost_utils.reached_preemption_sync_point(step) for step in steps)
 
 

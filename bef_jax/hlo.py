@@ -14,6 +14,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# A -done has no bracket right after the kind, and so is not counted a second time.
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 
 

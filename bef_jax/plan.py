@@ -194,6 +194,7 @@ def placed_split(config: ConfigDict, mesh: Mesh, chip: Chip) -> Batch | None:
     """
     # No store is opened: who plans may not have the data.
     patches = config.data.train_size or PCAM_TRAIN
+    # As `batches.place` pads it.
     images = (-(-patches // mesh.size) * mesh.size, PATCH, PATCH, 3)
     memory = chip.hbm_bytes and chip.hbm_bytes * mesh.size
     auto = memory is not None and fits_memory(math.prod(images), memory)

@@ -65,6 +65,7 @@ def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]
         name: own if _part(name) in fresh else jnp.array(source[name], own.dtype)
         for name, own in _flat(_variables(state)).items()
     }
+    # A file's arrays come to the first device alone, a checkpoint's are where they are to be.
     weights = jax.device_put(unflatten_dict(weights, sep="/"), sharding)
     # A copy: the step is given both to overwrite.
     ema = jax.tree.map(jnp.copy, weights) if state.ema else None

@@ -160,6 +160,7 @@ def _abstract_input(
     config: ConfigDict, mesh: Mesh, placed: Batch | None, steps: int
 ) -> Batch | Selection:
     if placed is not None:
+        # [S, B]: one array for all steps of a call.
         shape, everywhere = (steps, config.batch_size), sharding.replicated(mesh)
         return Selection(placed, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere))
     shape, rows = (config.batch_size, PATCH, PATCH, 3), sharding.by_rows(mesh)

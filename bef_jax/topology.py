@@ -107,6 +107,7 @@ def make_mesh(topology: Topology) -> Mesh:
 
 
 def _cpu_devices(topology: Topology) -> list[jax.Device]:
+    # Only before JAX has made its devices; later it is an error.
     jax.config.update("jax_num_cpu_devices", topology.shape[0])
     return jax.devices()
 

@@ -178,6 +178,7 @@ def selections(
         # All that the host sends, 4 bytes per patch: images stay where they are.
         steps = range(step, step + size)
         indices = [batch_indices(seed, at, len(split), batch_size) for at in steps]
+        # int32: JAX has no int64 unless told, and no split has 2^31 patches.
         yield Selection(placed, sharding.put_everywhere(np.array(indices, np.int32), mesh))
         step += size
 

@@ -73,6 +73,7 @@ def _read_split(split: str, images: Path, labels: Path, limit: int | None) -> It
         check_images(x.shape, x.dtype, str(images))
         flags = check_labels(y[:], len(x), str(labels))
         for rows in ranges(kept(len(x), limit)):
+            # By row, as TFDS's ids are: a patch has one id, whichever of them it comes from.
             ids = [f"pcam_{split}_{row}" for row in range(rows.start, rows.stop)]
             yield Chunk(x[rows], flags[rows], np.asarray(ids))
 

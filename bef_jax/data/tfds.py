@@ -97,4 +97,5 @@ def _data_source(builder: tfds.core.DatasetBuilder, split: str):
 def _to_row(example: dict) -> tuple[np.ndarray, int, str]:
     name = example["id"]
     name = name.decode() if isinstance(name, bytes) else str(name)
+    # TFDS's ids are its name of the split and the row: with the prefix those of `pcam_hdf5`.
     return example["image"], int(example["label"]), f"pcam_{name}"

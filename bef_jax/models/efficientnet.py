@@ -125,6 +125,7 @@ def lite(variant: str) -> Architecture:
 
 def round_channels(channels: float) -> int:
     """The nearest multiple of 8 that is not more than 10% below, as in the paper's code."""
+    # 11 would be 8, a quarter less, and becomes 16.
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 

@@ -48,6 +48,7 @@ def recognise(keys: Sequence[str], label: str, network: str) -> Source | None:
     source = next((source for source in SOURCES if source.sign in keys), None)
     if source is TIMM and "tf_" in label:
         return dataclasses.replace(source, padding="same", bn_epsilon=1e-3)
+    # Not to be seen in the file: shapes are those of the other epsilon's as well.
     if source is TORCHVISION and network in {f"efficientnet_b{i}" for i in (5, 6, 7)}:
         return dataclasses.replace(source, bn_epsilon=1e-3, bn_momentum=0.99)
     return source

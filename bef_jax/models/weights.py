@@ -164,6 +164,7 @@ def _load_torch(path: Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
     try:
+        # On the CPU: tensors saved on a GPU would ask for one.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler or zip reader meets
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -172,6 +173,7 @@ def _load_torch(path: Path) -> dict[str, np.ndarray]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{path} holds no dict of tensors: save the network's state_dict() alone")
+    # float32 first, since NumPy has no bfloat16.
     return {str(key): tensor.to(torch.float32).numpy() for key, tensor in state.items()}
 
 
@@ -189,6 +191,8 @@ def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
 def _label(path: Path) -> str:
     """The network's name in the config.json that timm saves beside its files, or the file's own."""
     try:
+        # Files from timm's hub are all called model.safetensors: by its own name, a tf_ network's
+        # would be taken for one with torch's padding.
         return json.loads((path.parent / "config.json").read_text())["architecture"]
     except (OSError, ValueError, KeyError):
         return path.name
