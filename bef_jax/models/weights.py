@@ -79,6 +79,8 @@ def read(path: str | Path, model: ConfigDict) -> dict:
         array = _from_torch(tensors[key], len(wanted[name])) if key in tensors else None
         if array is None or array.shape != wanted[name]:
             wrong.append(f"{key} is " + ("missing" if array is None else f"{tensors[key].shape}"))
+        elif not np.isfinite(array).all():
+            wrong.append(f"{key} is not finite")
         else:
             found[name] = array
     known = {*names.values()}
@@ -145,7 +147,7 @@ def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
     try:
         return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+    except Exception as error:  # what a header declares can be wrong in many ways
         raise UserError(f"{path} is no readable safetensors file: {error}") from error
 
 
@@ -157,11 +159,20 @@ def _load_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return _tensors_of(loaded, path)
+    except UserError:
+        raise
     except Exception as error:  # torch raises whatever its unpickler or zip reader meets
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"{path} is no file of tensors alone: {reason}") from error
+
+
+def _tensors_of(loaded: object, path: Path) -> dict[str, np.ndarray]:
+    import torch
+
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    tensors = state.values() if isinstance(state, dict) else ()
+    if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors):
         raise UserError(f"{path} holds no dict of tensors: save the network's state_dict() alone")
     return {str(key): tensor.to(torch.float32).numpy() for key, tensor in state.items()}
 
@@ -180,8 +191,8 @@ def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
 def _label(path: Path) -> str:
     """The network's name in the config.json that timm saves beside its files, or the file's own."""
     try:
-        return json.loads((path.parent / "config.json").read_text())["architecture"]
-    except (OSError, ValueError, KeyError):
+        return str(json.loads((path.parent / "config.json").read_text())["architecture"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return path.name
 
 
