@@ -2,7 +2,6 @@
 
 import contextlib
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,12 @@ from bef_jax.data.chunk import (
     ranges,
 )
 from bef_jax.errors import UserError
+
+_LONGEST = 4096  # bytes of a label or an id: a thousand characters
+_HEADERS = {  # of .npy, by the version of the format
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
@@ -51,7 +56,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # zipfile, zlib and NumPy's parser of headers raise many kinds
         raise UserError(f"{path}: cannot be read ({error}); write the file again") from error
 
 
@@ -68,16 +73,24 @@ def _read_header(member: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
     # 3.0 is for the names of structured dtypes, which are no patches: its KeyError is told as a
     # file that can't be read.
     version = np.lib.format.read_magic(member)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[version]
-    shape, fortran_order, dtype = read_header(member)
+    shape, fortran_order, dtype = _HEADERS[version](member)
     check_images(shape, dtype, f"{path} (images)")
     # Its first axis is not consecutive in the file, so that no part can be read alone.
     if fortran_order:
         raise UserError(f"{path} (images): Fortran order; write np.ascontiguousarray(images)")
     return shape
+
+
+def _check_count(archive: zipfile.ZipFile, name: str, count: int, path: Path) -> None:
+    """Before the array is read: a file of a few bytes can declare 10^12 labels."""
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        shape, _, dtype = _HEADERS[version](member)
+    if int(np.prod(shape, dtype=object)) != count or dtype.itemsize > _LONGEST:
+        raise UserError(
+            f"{path} ({name[:-4]}): {dtype} {list(shape)} for {count} images; "
+            "write one short value for each"
+        )
 
 
 def _read_images(member: zipfile.ZipExtFile, count: int) -> np.ndarray:
@@ -90,6 +103,9 @@ def _read_images(member: zipfile.ZipExtFile, count: int) -> np.ndarray:
 
 
 def _read_labels(path: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        for name in {"labels.npy", "ids.npy"} & set(archive.namelist()):
+            _check_count(archive, name, count, path)
     # A pickle in a data set could run code.
     with np.load(path, allow_pickle=False) as arrays:
         labels = check_labels(arrays["labels"], count, f"{path} (labels)")

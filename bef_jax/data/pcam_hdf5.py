@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +23,12 @@ from bef_jax.data.chunk import (
 )
 from bef_jax.errors import UserError
 
+# What h5py makes of HDF5's errors, by where in the file the damage is.
+_HDF5_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, MemoryError, OverflowError)
+# The largest file of PCam unpacks to 7.25 GB; what goes on for longer is no PCam, and would fill
+# the disk.
+_UNPACKED_LIMIT = 10**10
+_DENSEST = 2000  # pixels a byte; gzip comes to 1032 where all are equal
 CACHE_BYTES = 64 << 20  # of HDF5's chunks: a chunk is then decompressed once, whatever its shape
 
 
@@ -71,6 +76,11 @@ def _read_split(split: str, images: Path, labels: Path, limit: int | None) -> It
     # Labels first: a file of them that can't be read shows before the images are unpacked.
     with _dataset(labels, "y") as y, _dataset(images, "x") as x:
         check_images(x.shape, x.dtype, str(images))
+        # Before they are read: a file of a few bytes can declare 10^12 labels, or patches.
+        if x.nbytes > _DENSEST * x.id.get_storage_size():
+            raise UserError(f"{images}: declares {len(x)} patches that it does not hold; fetch it")
+        if y.size != len(x):
+            raise UserError(f"{labels}: {y.size} labels for {len(x)} images; fetch both again")
         flags = check_labels(y[:], len(x), str(labels))
         for rows in ranges(kept(len(x), limit)):
             # By row, as TFDS's ids are: a patch has one id, whichever of them it comes from.
@@ -83,10 +93,12 @@ def _dataset(path: Path, name: str) -> Iterator[h5py.Dataset]:
     """Opens the data set `name` of an HDF5 file; what HDF5 or gzip dislike is a UserError."""
     try:
         with _unpacked(path) as source, h5py.File(source, "r", rdcc_nbytes=CACHE_BYTES) as file:
-            if name not in file:
+            if not isinstance(file.get(name), h5py.Dataset):
                 raise UserError(f"{path}: has no data set '{name}'; is it one of PCam's files?")
             yield file[name]
-    except (OSError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except (OSError, EOFError, zlib.error, *_HDF5_ERRORS) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); fetch it again, or unpack it yourself"
         ) from error
@@ -103,5 +115,8 @@ def _unpacked(path: Path) -> Iterator:
     folder = path.parent if os.access(path.parent, os.W_OK) else None
     with tempfile.TemporaryFile(dir=folder) as copy:
         with gzip.open(path) as packed:
-            shutil.copyfileobj(packed, copy, 1 << 20)
+            while block := packed.read(1 << 20):
+                copy.write(block)
+                if copy.tell() > _UNPACKED_LIMIT:
+                    raise UserError(f"{path}: unpacks to more than PCam's files do; fetch it again")
         yield copy

@@ -10,7 +10,14 @@ import tifffile
 from ml_collections import ConfigDict
 from PIL import Image
 
-from bef_jax.data.chunk import READ_ORDER, Chunk, batched_rows, check_images, kept
+from bef_jax.data.chunk import (
+    IMAGE_SHAPE,
+    READ_ORDER,
+    Chunk,
+    batched_rows,
+    check_images,
+    kept,
+)
 from bef_jax.errors import UserError
 
 
@@ -91,6 +98,8 @@ def _read_labels(path: Path) -> dict[str, int]:
 
 def _add_label(labels: dict[str, int], row: dict, where: str) -> None:
     name = row["id"]
+    if not name:
+        raise UserError(f"{where}: no id; each row must be id,label")
     if row["label"] not in ("0", "1"):
         raise UserError(f"{where}: label {row['label']!r}; it must be 0 (normal) or 1 (tumour)")
     if name in labels:
@@ -111,11 +120,18 @@ def _check_files(folder: Path, labels: dict[str, int]) -> None:
 
 
 def _decode(path: Path) -> np.ndarray:
-    """Returns the pixels of a .tif file, uint8 [96, 96, 3]."""
+    """Returns the pixels of a .tif file, uint8 [96, 96, 3].
+
+    Its size is looked at before it is decoded: a picture of 100,000 x 100,000 takes a few bytes to
+    declare, and 30 GB to hold.
+    """
     try:
         with Image.open(path) as image:
+            _check_size(path, (image.height, image.width))
             pixels = np.asarray(image)
-    except (OSError, ValueError):  # a compression that Pillow does not know
+    except UserError:
+        raise
+    except Exception:  # damaged, or a compression that Pillow does not know
         pixels = _decode_by_tifffile(path)
     check_images((1, *pixels.shape), pixels.dtype, str(path))
     return pixels
@@ -123,6 +139,17 @@ def _decode(path: Path) -> np.ndarray:
 
 def _decode_by_tifffile(path: Path) -> np.ndarray:
     try:
-        return tifffile.imread(path)
+        with tifffile.TiffFile(path) as tif:
+            page = tif.pages[0]
+            _check_size(path, page.shape[:2])
+            return page.asarray()
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise almost anything there
         raise UserError(f"{path}: cannot be decoded ({error}); fetch it again") from error
+
+
+def _check_size(path: Path, size: tuple[int, ...]) -> None:
+    if tuple(size) != IMAGE_SHAPE[:2]:
+        height, width = size
+        raise UserError(f"{path}: {width}x{height} pixels; cut or resample it to 96x96 RGB first")

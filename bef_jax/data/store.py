@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.data import sources, synthetic
 from bef_jax.data.checksums import first_damaged
+from bef_jax.data.chunk import check_images
 from bef_jax.data.writer import SPLITS, StoreWriter
 from bef_jax.errors import UserError
 
@@ -105,9 +106,10 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(file.read_text())
         version = manifest["format_version"]
+        _check_blocks(manifest)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no store there; run --mode=prepare first") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged; delete {path} and run --mode=prepare again") from error
     if version != FORMAT_VERSION:
         raise UserError(
@@ -133,14 +135,39 @@ def open_split(path: Path, split: str) -> Split:
             _check_size(path / name, entry["bytes"])
     try:
         arrays = {
-            name: np.load(path / split / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
-            for name, mode in (("images", "r"), ("labels", None), ("ids", None))
+            name: np.load(path / split / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in ("images", "labels", "ids")
         }
-    except (OSError, ValueError) as error:
+        _check_arrays(**arrays, count=manifest["counts"][split])
+    except Exception as error:  # NumPy's parser of headers raises many kinds
         raise UserError(
             f"{path / split}: damaged ({error}); delete {path} and run --mode=prepare again"
         ) from error
-    return Split(split, **arrays)
+    return Split(split, arrays["images"], np.array(arrays["labels"]), np.array(arrays["ids"]))
+
+
+def _check_arrays(images: np.ndarray, labels: np.ndarray, ids: np.ndarray, count: int) -> None:
+    check_images(images.shape, images.dtype, "images")
+    if not len(images) == count or labels.shape != (count,) or ids.shape != (count,):
+        raise ValueError(f"not the {count} patches of the manifest")
+    if labels.dtype != np.uint8 or not np.isin(labels, (0, 1)).all() or ids.dtype.kind != "U":
+        raise ValueError("labels or ids are not what prepare writes")
+
+
+def _check_blocks(manifest: dict) -> None:
+    """Raises ValueError, KeyError, TypeError or AttributeError where a block is not as written."""
+    numbers = [*manifest["counts"].values()]
+    numbers += [entry["bytes"] for entry in manifest["files"].values()]
+    texts = [entry["sha256"] for entry in manifest["files"].values()]
+    texts += [manifest["content"]["total"]]
+    if not all(type(number) is int for number in numbers):
+        raise ValueError("a count that is no whole number")
+    if not all(type(text) is str for text in texts):
+        raise ValueError("a checksum that is no text")
+    for pair in manifest["class_counts"].values():
+        sum(pair)
+    manifest["config"].items()
+    manifest["duplicates"].items()
 
 
 def verify(path: Path) -> None:

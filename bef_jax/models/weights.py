@@ -81,6 +81,8 @@ def read(path: str | Path, model: ConfigDict) -> dict:
         array = _from_torch(tensors[key], len(wanted[name])) if key in tensors else None
         if array is None or array.shape != wanted[name]:
             wrong.append(f"{key} is " + ("missing" if array is None else f"{tensors[key].shape}"))
+        elif not np.isfinite(array).all():
+            wrong.append(f"{key} is not finite")
         else:
             found[name] = array
     # The classifier's names are known also where it is left out: it is of another shape, not
@@ -153,7 +155,7 @@ def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
     try:
         return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+    except Exception as error:  # what a header declares can be wrong in many ways
         raise UserError(f"{path} is no readable safetensors file: {error}") from error
 
 
@@ -166,12 +168,21 @@ def _load_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         # On the CPU: tensors saved on a GPU would ask for one.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return _tensors_of(loaded, path)
+    except UserError:
+        raise
     except Exception as error:  # torch raises whatever its unpickler or zip reader meets
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"{path} is no file of tensors alone: {reason}") from error
+
+
+def _tensors_of(loaded: object, path: Path) -> dict[str, np.ndarray]:
+    import torch
+
     # Training scripts, timm's too, nest it beside the optimiser's state.
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    tensors = state.values() if isinstance(state, dict) else ()
+    if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors):
         raise UserError(f"{path} holds no dict of tensors: save the network's state_dict() alone")
     # float32 first, since NumPy has no bfloat16.
     return {str(key): tensor.to(torch.float32).numpy() for key, tensor in state.items()}
@@ -193,8 +204,8 @@ def _label(path: Path) -> str:
     try:
         # Files from timm's hub are all called model.safetensors: by its own name, a tf_ network's
         # would be taken for one with torch's padding.
-        return json.loads((path.parent / "config.json").read_text())["architecture"]
-    except (OSError, ValueError, KeyError):
+        return str(json.loads((path.parent / "config.json").read_text())["architecture"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return path.name
 
 

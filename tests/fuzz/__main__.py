@@ -1,0 +1,41 @@
+"""python -m tests.fuzz [--count=10000] [--seed=0] [--entry=npz]."""
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+from tests.fuzz.entries import ENTRIES
+from tests.fuzz.run import CORPUS, limit_memory, try_seed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", type=int, default=10000, help="inputs over all entry points")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--entry", choices=ENTRIES, help="this one alone")
+    arguments = parser.parse_args()
+    names = [arguments.entry] if arguments.entry else list(ENTRIES)
+    for name in names:  # what is made once, before memory is limited
+        try_seed(name, arguments.seed)
+    limit_memory()
+    failures = sum(fuzz(name, arguments.count // len(names), arguments.seed) for name in names)
+    return 1 if failures else 0
+
+
+def fuzz(entry: str, count: int, seed: int) -> int:
+    """Tries `count` inputs, prints the counts, and returns how many failed."""
+    outcomes, slowest = Counter(), 0.0
+    for number in range(seed, seed + count):
+        began = time.monotonic()
+        outcome, said = try_seed(entry, number, keep=CORPUS)
+        slowest = max(slowest, time.monotonic() - began)
+        outcomes[outcome] += 1
+        if outcome == "failed":
+            print(said, file=sys.stderr)
+    print(f"{entry:14} {dict(outcomes)}, the slowest {slowest:.1f} s", flush=True)
+    return outcomes["failed"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
