@@ -84,6 +84,7 @@ def run(config: ConfigDict, compare: str | None, folder: Path | None, argv: Sequ
     mesh, machine = sharding.make_mesh(), hardware.describe()
     micro_batch = config.batch_size // config.optim.accumulate
     sharding.check_divisible("batch_size", micro_batch, mesh)
+    # Named before anything is measured: a folder that can't be written costs no minutes.
     file = results.results_file(folder, machine) if folder else None
     LOG.info("benchmark of %s on %s", config.model.name, machine)
     summary = _setting(config, machine) | _measure_all(config, mesh, compare)
@@ -114,6 +115,7 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     batch_size = config.batch_size
     with _batches(config, mesh) as (batches, source):  # first: a store can be damaged
         reading = _time("input", config, lambda: next(batches))
+    # On the devices already: input is measured by itself.
     batch = put_batch(_random_patches(batch_size), mesh, np.arange(batch_size))
     ours = _build(config, mesh, batch)
     train = _time("training", config, ours.calls["train"])
@@ -123,9 +125,12 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     flops = flops_per_image(ours.compiled, config, mesh)
     rates = {"train": train, "eval": evaluation, "input": reading}
     rates = {f"{k}_images_per_second": batch_size / seconds for k, seconds in rates.items()}
+    # The median: a machine that others share has slow runs now and then, and a mean keeps them.
     medians = {name: float(np.median(rate)) for name, rate in rates.items()}
     return {
         **medians,
+        # Percentiles over runs, each the mean of its steps, not over single steps: to time those,
+        # the host would have to wait for each.
         "step_ms": {f"p{p}": float(1e3 * np.percentile(train, p)) for p in (50, 90)},
         "compile_seconds": ours.compile_seconds,
         "flops_per_image": flops,
@@ -144,6 +149,7 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
 def _time(what: str, config: ConfigDict, call: Callable) -> np.ndarray:
     """Seconds of a call that handles one batch, [runs]."""
     (seconds,) = measure(config.benchmark.runs, call)
+    # The slowest run is the longest, hence 100 first.
     slow, median, fast = config.batch_size / np.percentile(seconds, (100, 50, 0))
     LOG.info("%s: %s images/s (%s to %s)", what, *(f"{x:,.1f}" for x in (median, slow, fast)))
     return seconds
@@ -163,6 +169,7 @@ def measure(runs: int, *calls: Callable) -> np.ndarray:
 def _warm_up(call: Callable) -> int:
     """Calls twice, and returns how many calls make a run: the first compiles and allocates."""
     _seconds(call, 1)
+    # By the second call: the first has compilation in it.
     return max(1, math.ceil(RUN_SECONDS / _seconds(call, 1)))
 
 
@@ -172,6 +179,8 @@ def _seconds(call: Callable, count: int) -> float:
     Each result is waited for once the next was asked for, as training and evaluation do.
     """
     start = time.perf_counter()
+    # One result late: dispatch is asynchronous, so that without waiting at all calls would pile up,
+    # and with waiting each time the host's part would be added to the device's.
     previous = call()
     for _ in range(count - 1):
         following = call()
@@ -195,6 +204,7 @@ def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
     compiled = compile_step(config, schedule, mesh, state)
     compile_seconds = time.perf_counter() - start
 
+    # The state goes round: its memory was given away, so that the same can't be used twice.
     def train():
         nonlocal state
         state, metrics = compiled(state, batch)
@@ -207,6 +217,7 @@ def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
 
 
 def _augmentation(config: ConfigDict, batch: Batch) -> Callable:
+    # The config is bound beforehand: it is no array, and jit would refuse it.
     program = jax.jit(functools.partial(augment, config=config))
     return functools.partial(program, jax.random.key(config.seed), batch.images)
 
@@ -215,11 +226,14 @@ def _compare(config: ConfigDict, mesh: Mesh, batch: Batch, ours: Programs, name:
     """Times another form of the depthwise convolution; a ratio above 1 says that ours is faster."""
     other = config.copy_and_resolve_references()
     other.model.depthwise = COMPARISONS[name]
+    # Both states live at once: twice the memory of a plain benchmark.
     theirs = _build(other, mesh, batch)
     figures = {}
     for work, call in ours.calls.items():
         mine, its = measure(config.benchmark.runs, call, theirs.calls[work])
         figures[f"{work}_images_per_second"] = float(config.batch_size / np.median(its))
+        # The median of ratios of runs side by side, not a ratio of medians: what slows a machine
+        # down for a while cancels.
         figures[f"{work}_ratio"] = float(np.median(its / mine))
         LOG.info("%s: %.2f times as fast as with %s", work, figures[f"{work}_ratio"], name)
     return figures
@@ -254,6 +268,7 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
     if (folder / store.MANIFEST).is_file():
         yield store.open_split(folder, "train"), folder
         return
+    # In a file and mapped, as a store is: a gather from memory would be another thing.
     random = _random_patches(max(INPUT_PATCHES, config.batch_size))
     with tempfile.TemporaryDirectory(prefix="bef_jax_benchmark_") as temporary:
         file = Path(temporary) / "images.npy"
@@ -263,6 +278,7 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
 
 
 def _random_patches(n: int) -> Split:
+    # Random bytes: neither branches nor memory traffic depend on what pixels show.
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, PATCH, PATCH, 3), np.uint8)
     labels = rng.integers(0, 2, n, np.uint8)
@@ -290,6 +306,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
     plan = compiled.memory_analysis()
     if plan is None:
         return None
+    # What is donated is counted once: its output aliases its argument.
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return held + plan.temp_size_in_bytes
 

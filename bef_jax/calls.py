@@ -17,7 +17,9 @@ def call_sizes(config: ConfigDict, spans: Durations, start: int) -> Iterator[int
     step, most = start, config.steps_per_call
     periods = spans.eval_steps, config.checkpoint.every_steps
     while step < spans.steps:
+        # To whatever comes next: the end, an evaluation, a save.
         ahead = min(spans.steps - step, *(period - step % period for period in periods))
+        # 1, not `ahead`: each length is a program of its own to compile.
         size = most if most <= ahead else 1
         yield size
         step += size

@@ -10,6 +10,7 @@ class Laps:
 
     def __init__(self, start: float | None = None):
         """Begins at `start`, a reading of time.perf_counter; now without it."""
+        # perf_counter, as everywhere here: time.time() jumps where a clock is set.
         self._start = self._last = time.perf_counter() if start is None else start
         self._seconds: dict[str, float] = {}
 
@@ -34,6 +35,7 @@ class Clock:
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Adds the seconds spent inside to `name`."""
+        # Kept while running, so that a save in the middle of the loop counts the loop up to it.
         self._running[name] = time.perf_counter()
         try:
             yield
@@ -49,6 +51,7 @@ class Clock:
 
     def training_seconds(self) -> float:
         """Seconds of the loop without its evaluations and saves."""
+        # Evaluations and saves are inside the loop's seconds; compiling comes before it.
         return self.seconds("loop") - self.seconds("evaluate") - self.seconds("save")
 
     def snapshot(self) -> dict[str, float]:
@@ -57,4 +60,5 @@ class Clock:
 
     def restore(self, snapshot: dict[str, float]) -> None:
         """Adds an earlier run's seconds, in place of what was counted but not running."""
+        # What is running goes on: `wall` began with this start, and comes on top.
         self._seconds = dict(snapshot)

@@ -27,6 +27,7 @@ def enable(setting: str) -> None:
     Args:
         setting: `config.compile_cache`: auto, a folder, or empty for none.
     """
+    # The variable is the user's own word to JAX: a launcher's, say, with a folder for all runs.
     if not setting or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     try:
@@ -36,6 +37,7 @@ def enable(setting: str) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         LOG.warning("config.compile_cache: compiled programs can't be kept: %s", error)
         return
+    # In code, not by a variable: JAX read those when it was imported.
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
 

@@ -27,6 +27,7 @@ def is_announced(environment: Mapping[str, str]) -> bool:
     SLURM counts inside a step (srun) alone: in a batch script or a shell of an allocation nobody
     started the other tasks.
     """
+    # GKE sets them for a slice of one host as well: it is how many there are that counts.
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     in_step = "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment
     counts = [
@@ -43,6 +44,7 @@ def node_devices(environment: Mapping[str, str]) -> list[int] | None:
 
     JAX gives each task of SLURM one GPU, by its place on the node; None leaves it so.
     """
+    # Outside of SLURM both are None, and equal: hence the look at the step's list.
     tasks, nodes = (environment.get(f"SLURM_{name}") for name in ("NTASKS", "JOB_NUM_NODES"))
     gpus = int(environment.get("SLURM_GPUS_ON_NODE", 1))
     alone = "SLURM_STEP_NODELIST" in environment and tasks == nodes
@@ -72,9 +74,11 @@ def initialize(settings: ConfigDict) -> Iterator[None]:
         return
     seconds = settings.timeout_seconds
     absent = f"failed: not every process of the run has come within {seconds} s; start all of them"
+    # JAX ends a process that waited in vain by abort(), too: what it says comes from the shell.
     with _last_words(f"{absent}, or raise config.distributed.timeout_seconds"):
         _connect(settings)
     lost = f"failed: {who()} ends, since it or another one is lost; {AGAIN}"
+    # Entered once all are there, so that the two reasons have a line of their own each.
     with _last_words(lost), _stdout_on_stderr():
         yield
 
@@ -82,6 +86,7 @@ def initialize(settings: ConfigDict) -> Iterator[None]:
 @contextlib.contextmanager
 def _stdout_on_stderr() -> Iterator[None]:
     """Sends what libraries print elsewhere: Gloo greets on stdout, which the summary alone is."""
+    # By descriptors: what C++ prints does not go through sys.stdout.
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -107,6 +112,7 @@ def _connect(settings: ConfigDict) -> None:
     try:
         jax.distributed.initialize(
             **(place if explicit else {"local_device_ids": node_devices(os.environ)}),
+            # One time-out for all three, which the messages can name.
             initialization_timeout=seconds,
             heartbeat_timeout_seconds=seconds,
             shutdown_timeout_seconds=seconds,
@@ -120,6 +126,7 @@ def _connect(settings: ConfigDict) -> None:
 @contextlib.contextmanager
 def _last_words(text: str) -> Iterator[None]:
     """If the process dies inside, its end of the pipe closes and the shell prints `text`."""
+    # read fails at the end of the pipe without a line: that is a death, a line is an end in peace.
     script = 'read -r _ || echo "$0" >&2'
     # A session of its own: a Ctrl-C in the terminal is not for it.
     shell = subprocess.Popen(
@@ -128,6 +135,7 @@ def _last_words(text: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # Where an exception comes by, Python is alive, and tells it itself.
         shell.communicate(b"\n")
 
 
@@ -139,6 +147,8 @@ def is_first() -> bool:
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[None]:
     """Lets process 0 run the body before the others do; `name` is the same in all of them."""
+    # Each comes to one barrier, the others before the body and process 0 after it. If the body
+    # fails in process 0, its end ends those that wait.
     if not is_first():
         wait_for_all(name)
     yield
@@ -162,6 +172,7 @@ def is_stop_agreed(steps: range) -> bool:
     JAX passes the notice on in the background, and the processes agree on the first step that none
     of them has asked about. So each must ask about every step, in the same order.
     """
+    # any() stops at the agreed step: none of the processes asks about a later one.
     return any(multihost_utils.reached_preemption_sync_point(step) for step in steps)
 
 

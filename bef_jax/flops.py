@@ -22,13 +22,18 @@ def training_flops(config: ConfigDict) -> int:
 
     They are those of three forward passes: each product has two more, its gradients.
     """
+    # A copy, for the trace alone: whichever form runs, the network's arithmetic is the same.
     network = config.model.copy_and_resolve_references()
     network.depthwise = "native"  # shifted products are elementwise, and would not be found
     size = config.rcc.max_size if config.rcc.enabled else PATCH
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    # In inference: the covariances from which training takes statistics are our way to compute
+    # them, not the network's arithmetic.
     apply = functools.partial(create(network, config.dtype).apply, train=False)
     state = abstract_state(config)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
+    # Two operations per multiply-add; the first convolution's gradient by the images, which nobody
+    # takes, is counted, too: the field does so.
     return 3 * 2 * _multiply_adds(jax.make_jaxpr(apply)(variables, images).jaxpr)
 
 
@@ -47,9 +52,11 @@ def _of_equation(equation) -> int:
         return 0
     left, right = (operand.aval.shape for operand in equation.invars)
     if name == "dot_general":
+        # ((contracted of left, of right), (batch of left, of right)); batch axes are in the output.
         (axes, _), _ = params["dimension_numbers"]
         terms = math.prod(left[axis] for axis in axes)
     else:
+        # Windows and inputs of a group: the kernel's size less its output features.
         features = right[params["dimension_numbers"].rhs_spec[0]]
         terms = math.prod(right) // features
     return terms * math.prod(equation.outvars[0].aval.shape)

@@ -12,6 +12,7 @@ import jax
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    # JAX knows one chip by two names: v5p here, v6e below.
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
@@ -29,6 +30,7 @@ PEAK_FLOPS = {
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """FLOP/s that a device reaches at best; None where that is not published, or not here."""
+    # A TPU puts float32 products together from several of bfloat16, and no peak is published.
     return PEAK_FLOPS.get(device_kind) if dtype == "bfloat16" else None
 
 
@@ -47,6 +49,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         lines = []
+    # One line per core, all alike: the first that has a name.
     fields = (line.partition(":") for line in lines)
     names = (value.strip() for key, _, value in fields if key.strip() == "model name")
     return next(filter(None, names), platform.machine())

@@ -19,14 +19,17 @@ class History:
         """Goes on with the lines that the workdir has."""
         self._file = Path(workdir) / "metrics.jsonl"
         self._writes = distributed.is_first()
+        # Made in every process, since callers need not know who writes; the others' goes nowhere.
         self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), write_to_disk=self._writes)
         self.lines = _read(self._file)
 
     def truncate(self, step: int) -> None:
         """Drops lines after `step`: a run that goes on from there writes them again."""
+        # A kill after the last save leaves lines of steps that the resumed run takes again.
         self.lines = [line for line in self.lines if line["step"] <= step]
         if not self._writes:
             return
+        # Written anew and renamed: a kill in between leaves the old lines, or the new ones.
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         os.replace(temporary, self._file)
@@ -37,10 +40,12 @@ class History:
         self.lines.append(line)
         if not self._writes:
             return
+        # Opened for each line, so that nothing is left in Python's buffers when a kill comes.
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
+        # Else TensorBoard would see them up to two minutes late, by tensorboardX's default.
         self._events.flush()
 
     def close(self) -> None:

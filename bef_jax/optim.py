@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.models import is_new, parameter_paths
 
+# By name: a rule by rank would decide in silence about a new kind of parameter.
 _DECAYED = {"kernel": True, "bias": False, "scale": False}
 
 
@@ -35,6 +36,7 @@ def make_schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Calla
     The peak is optim.learning_rate * batch_size / 256 (Goyal et al. 2017).
     """
     peak = config.optim.learning_rate * config.batch_size / 256
+    # optax counts the warm-up into the schedule's length, and refuses a cosine of no steps.
     warmup = min(round(config.optim.warmup_epochs * steps_per_epoch), steps - 1)
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else peak, peak, warmup, steps, peak * config.optim.final_fraction
@@ -48,9 +50,11 @@ def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTran
     learning rate: moments are gathered all the same. Frozen parameters have none, and their
     gradient does not count for clipping.
     """
+    # Last, so that what is held back is the whole update: learning rate, decay and momentum.
     tx = optax.chain(*_descent(config.optim, schedule), *_holding_back(config))
     if not config.optim.freeze:
         return tx
+    # Not optax.masked, which would let the gradient of what is frozen through as its update.
     transforms = {"trained": tx, "frozen": optax.set_to_zero()}
     return optax.partition(transforms, functools.partial(_freeze_labels, config.optim.freeze))
 
@@ -61,14 +65,18 @@ def _descent(optim: ConfigDict, schedule: Callable) -> list[optax.GradientTransf
     AdamW's decay is decoupled (Loshchilov & Hutter 2019); the others add weight_decay * kernel to
     the gradient. RMSprop has the EfficientNet paper's decay 0.9 and epsilon 1e-3.
     """
+    # Before the optimiser, in whose moments an outlier would stay for many steps.
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     if optim.name == "adamw":
         decay = {"weight_decay": optim.weight_decay, "mask": decay_mask}
         return [clip, optax.adamw(schedule, **decay)]
     decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
     if optim.name == "rmsprop":
+        # epsilon within the root, as TensorFlow has it; its moments begin at 1, optax's at 0, so
+        # that the first steps are larger here: one more reason for a warm-up.
         tx = optax.rmsprop(schedule, decay=0.9, eps=1e-3, momentum=optim.momentum)
     else:
+        # 0 would keep a trace as large as the parameters, for nothing.
         tx = optax.sgd(schedule, momentum=optim.momentum or None)
     return [clip, decay, tx]
 
@@ -89,6 +97,7 @@ def _holding_back(config: ConfigDict) -> list[optax.GradientTransformation]:
 
 def _scale_by_layer(config: ConfigDict, updates, params=None):
     del params
+    # Constants of the program: found once, while it is traced.
     scales = layer_multipliers(parameter_paths(config.model), config.optim.layer_decay)
     return _map_named(lambda name, update: scales[name] * update, updates)
 
@@ -103,8 +112,10 @@ def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
         paths: the parameters in the order in which the network uses them, which is their depth
             whatever the family calls its modules (`models.parameter_paths`).
     """
+    # A dict keeps the order of first use, a set would not.
     layers = list(dict.fromkeys(_layer(path) for path in paths if not is_new(path)))
     depth = {layer: len(layers) - i for i, layer in enumerate(layers)}
+    # What is new has no depth, and so decay^0.
     return {path: decay ** depth.get(_layer(path), 0) for path in paths}
 
 
@@ -118,6 +129,8 @@ def _pretrained_mask(tree):
 
 def is_frozen(path: str, pattern: str) -> bool:
     """Whether config.optim.freeze = `pattern` matches the start of a parameter's path."""
+    # At the start, not anywhere: `stem` must not match the end of another name. Empty would match
+    # all.
     return bool(pattern) and re.match(pattern, path) is not None
 
 
@@ -125,6 +138,7 @@ def stop_frozen(params, pattern: str):
     """Cuts the gradient of frozen parameters off, so that no backward pass is spent on it."""
     if not pattern:
         return params
+    # optax alone would drop the update after its gradient had been computed.
     stop = jax.lax.stop_gradient
     return _map_named(lambda name, x: stop(x) if is_frozen(name, pattern) else x, params)
 

@@ -86,6 +86,7 @@ def run(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
     """
     if not name:
         raise UserError("--topology is missing: write one like --topology=v5e:2x4")
+    # Before anything asks JAX for devices: a plan is made with the CPU alone.
     place = topology.parse(name)
     mesh = topology.make_mesh(place)
     micro_batch = config.batch_size // config.optim.accumulate
@@ -102,6 +103,7 @@ def run(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
 def summarise(config: ConfigDict, mesh: Mesh, place: Topology, figures: Figures) -> dict:
     """The plan's keys, but for the largest batch."""
     chip, state = place.chip, abstract_state(config)
+    # None is no answer: a compiler that says nothing has not said that it fits.
     fits = _known(figures.hbm_bytes, chip.hbm_bytes) and figures.hbm_bytes <= chip.hbm_bytes
     fits = False if figures.refused else fits
     seconds, bound = roofline(figures, chip, mesh.size)
@@ -119,6 +121,7 @@ def summarise(config: ConfigDict, mesh: Mesh, place: Topology, figures: Figures)
         "batch_per_device": images,
         "flops_per_device": figures.flops,
         "flops_per_image": _known(figures.flops) and figures.flops / images,
+        # The network's own arithmetic; the compiled figure has augmentation and optimiser besides.
         "model_flops_per_image": training_flops(config),
         "bytes_accessed_per_device": figures.bytes_accessed,
         "hbm_bytes_per_device": figures.hbm_bytes,
@@ -158,6 +161,7 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         options = _OPTIONS.get(chip.platform)
         compiled = compile_step(config, schedule, mesh, state, placed, options=options)
     except jax.errors.JaxRuntimeError as error:
+        # libtpu refuses what does not fit, which is an answer to a plan; all else is a failure.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - start
@@ -188,7 +192,9 @@ def placed_split(config: ConfigDict, mesh: Mesh, chip: Chip) -> Batch | None:
 
     The split has config.data.train_size patches, or as many as PCam's.
     """
+    # No store is opened: who plans may not have the data.
     patches = config.data.train_size or PCAM_TRAIN
+    # As `batches.place` pads it.
     images = (-(-patches // mesh.size) * mesh.size, PATCH, PATCH, 3)
     memory = chip.hbm_bytes and chip.hbm_bytes * mesh.size
     auto = memory is not None and fits_memory(math.prod(images), memory)
@@ -210,12 +216,14 @@ def _memory(compiled: jax.stages.Compiled) -> int | None:
     sizes = compiled.memory_analysis()
     if sizes is None:
         return None
+    # What is donated is counted once: its output aliases its argument.
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return held + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
 
 
 def bytes_wanted(message: str) -> int | None:
     """What libtpu says that a program it refuses would use: "Used 17.36G of 15.75G hbm"."""
+    # In the error's text alone; K, M, G are powers of 1024 there.
     match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     return round(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2])))) if match else None
 
@@ -250,10 +258,12 @@ def _largest(config: ConfigDict, mesh: Mesh, chip: Chip, figures: Figures) -> in
     """The largest batch per device that fits, in steps that keep the configuration possible."""
     if chip.hbm_bytes is None:
         return None
+    # Each micro-batch splits over the devices and over the groups of batch normalisation.
     rows = config.optim.accumulate * math.lcm(config.bn_groups, mesh.size)
     unit = math.lcm(rows // mesh.size, BATCH_UNIT)
 
     def memory(batch: int) -> int | None:
+        # A copy: the caller's still says what was asked for.
         larger = config.copy_and_resolve_references()
         larger.batch_size = batch * mesh.size
         LOG.info("does a batch of %d per device fit?", batch)
@@ -281,9 +291,12 @@ def largest_batch(
     """
     known = dict(known)
     (batch,) = known
+    # Twice or half as much gives the line a long base; a compilation takes minutes, a guess too
+    # near would be wasted.
     candidate = 2 * _round_down(batch, unit) if _fits(known[batch], capacity) else batch // 2
     for _ in range(ATTEMPTS):
         candidate = max(_round_down(candidate, unit), unit)
+        # The line's answer has been measured: nothing more is to be learnt.
         if candidate in known:
             break
         known[candidate] = memory(candidate)
@@ -303,9 +316,11 @@ def _fits(size: int | None, capacity: float) -> bool:
 def _foretold(known: dict[int, int | None], capacity: float) -> int:
     """Where the line through the two measurements nearest to the capacity meets it."""
     sized = {batch: size for batch, size in known.items() if size is not None}
+    # A refusal that names no size leaves nothing to draw a line through.
     if len(sized) < 2:
         return min(known) // 2
     (b0, m0), (b1, m1) = sorted(sized.items(), key=lambda item: abs(item[1] - capacity))[:2]
+    # Rounded down; a flat line says nothing, so it doubles.
     return int(b0 + (capacity - m0) * (b1 - b0) / (m1 - m0)) if m1 != m0 else 2 * max(b0, b1)
 
 

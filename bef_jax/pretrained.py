@@ -29,6 +29,7 @@ def find(name: str) -> Path:
         UserError: it is not there, or a folder but no checkpoint.
     """
     path = Path(name).expanduser()
+    # Only to see that it is a checkpoint: another folder is refused before data are read.
     if path.is_dir():
         checkpoint.read_run(path)
     if path.exists():
@@ -58,11 +59,13 @@ def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]
     # Before create_state, which compiles.
     fresh = fresh_parts(source, _flat(_variables(abstract_state(config))), path)
     LOG.info("starting from the weights of %s; fresh: %s", path, ", ".join(fresh) or "nothing")
+    # Whole, and then overwritten: what begins afresh gets what it would have had without weights.
     state = create_state(config, sharding)
     weights = {
         name: own if _part(name) in fresh else jnp.array(source[name], own.dtype)
         for name, own in _flat(_variables(state)).items()
     }
+    # A file's arrays come to the first device alone, a checkpoint's are where they are to be.
     weights = jax.device_put(unflatten_dict(weights, sep="/"), sharding)
     # A copy: the step is given both to overwrite.
     ema = jax.tree.map(jnp.copy, weights) if state.ema else None
@@ -82,10 +85,13 @@ def fresh_parts(source: Mapping[str, Array], wanted: Mapping[str, Array], path: 
     Raises:
         UserError: anything else is missing, unexpected or of another shape, listing it.
     """
+    # Over the names of both: what only one has is a mismatch, too.
     wrong = {name: _mismatch(name, source, wanted) for name in sorted({*source, *wanted})}
     wrong = {name: text for name, text in wrong.items() if text}
     known = {_part(name) for name in source}
     parts = {_part(name) for name in wrong}
+    # Attention that the source has, but of another shape, is no fresh part: it was meant to be the
+    # same.
     fresh = {p for p in parts if is_new(p) and (p == "classifier" or p not in known)}
     bad = [f"{name} {text}" for name, text in wrong.items() if _part(name) not in fresh]
     if bad:
@@ -110,6 +116,8 @@ def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
     if path.is_dir():
         saved = checkpoint.complete(checkpoint.read_run(path)["config"])
         _log_differences(saved, config)
+        # In the shapes of its own config: the classifier, say, may differ from ours, and Orbax
+        # would refuse.
         return checkpoint.restore(path, abstract_state(saved), sharding).eval_variables()
     from bef_jax.models import weights  # here: only a file needs it
 

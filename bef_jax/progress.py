@@ -47,8 +47,11 @@ class Progress:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}"),
             console=self._console,
+            # In a file or a pipe the bar would be a heap of control characters.
             disable=not self._console.is_interactive,
             redirect_stdout=False,
+            # rich draws in a thread of its own, which takes the GIL from the loop: ten times, by
+            # default.
             refresh_per_second=2,
         )
         self._task = self._bar.add_task("", total=total_steps, completed=start_step, figures="")
@@ -80,18 +83,21 @@ class Progress:
         self._first = self._first or (step, now)
         text = self._describe(step, now)
         self._bar.update(self._task, completed=step, figures=text)
+        # The last step's line always, since a run's end is what a log is read for.
         if self._bar.disable and (now >= self._next_line or step == self._total):
             self._next_line = now + self._line_seconds
             self.log(f"step {step:,}/{self._total:,}  {text}")
 
     def log(self, text: str) -> None:
         """Prints `text` on a line of its own, above the bar."""
+        # Plain: brackets in a path would be taken for markup.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _describe(self, step: int, now: float) -> str:
         shown = [form.format(self._figures[k]) for k, form in FORMATS.items() if k in self._figures]
         first_step, first_time = self._first
         if step > first_step:
+            # Of this start alone: a resumed run may be on other hardware.
             seconds = (now - first_time) / (step - first_step) * (self._total - step)
             shown.append(f"{timedelta(seconds=round(seconds))} left")
         return "  ".join(shown)

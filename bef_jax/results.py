@@ -16,6 +16,7 @@ from pathlib import Path
 from bef_jax.errors import UserError
 from bef_jax.summary import write_json
 
+# Huge pages, for one, make the gigabytes of fresh memory cheaper that a step on CPU clears.
 _DECIDING = ("GLIBC_TUNABLES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of speed
 
 
@@ -31,6 +32,7 @@ def results_file(folder: Path, hardware: str) -> Path:
         raise UserError(
             f"--results={folder}: no folder can be made there ({error.strerror}); name another"
         ) from error
+    # Letters, digits and dashes, which every file system takes.
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
     file = folder / f"{slug}-{datetime.now():%Y-%m-%d}.json"
     _read(file)
@@ -53,6 +55,7 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
         "versions": versions(),
         "summary": summary,
     }
+    # Read again: minutes have passed, and another benchmark may have added its own.
     write_json(file, [*_read(file), entry])
 
 
@@ -67,6 +70,7 @@ def _read(file: Path) -> list[dict]:
         entries = json.loads(file.read_text())
     except FileNotFoundError:
         return []
+    # Not begun afresh: what can't be read may be somebody's measurements.
     except (OSError, ValueError):
         entries = None
     if not isinstance(entries, list):

@@ -11,11 +11,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bef_jax.errors import UserError
 
+# Every accelerator holds the state of these networks whole, so the batch alone is cut.
 AXIS = "data"
 
 
 def make_mesh() -> Mesh:
     """Returns the mesh over all devices of all hosts."""
+    # Auto: XLA finds the shardings in between. The default is Explicit axes, by which every
+    # operation must be able to say its own.
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -34,6 +37,7 @@ def put_everywhere(array: np.ndarray, mesh: Mesh) -> Array:
 
     jax.device_put would, with several processes, wait for all of them to compare their copies.
     """
+    # Each process fills its own devices, and none asks the others.
     return jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])
 
 

@@ -34,14 +34,20 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
     tx = make_optimizer(config, schedule)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        # By the state's step, not by a count of the loop: a resumed run draws what it would have
+        # drawn.
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, batch_stats, metrics = _accumulate(model, config, state, batch, key)
+        # With the parameters, which weight decay needs.
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         variables, ema = {"params": params, "batch_stats": batch_stats}, state.ema
+        # Python's if: a program without the average carries neither its arrays nor its arithmetic.
         if config.ema_decay:
             ema = update_ema(ema, variables, state.step, config.ema_decay)
+        # Before clipping: what the data gave, not what the optimiser took of it.
         metrics["grad_norm"] = optax.tree.norm(grads)
+        # Of the step before it is counted, as in optax's own counter.
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         state = state.replace(step=state.step + 1, ema=ema, opt_state=opt_state, **variables)
         return state, metrics
@@ -57,12 +63,16 @@ def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: 
     count = config.optim.accumulate
     if count == 1:
         return _gradients(model, config, state.params, state.batch_stats, batch, key)
+    # [count, B / count, ...]. Consecutive rows would lie on a few devices only, and a scan needs
+    # each micro-batch on all.
     micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def body(batch_stats, item):
         grads, batch_stats, metrics = _gradients(model, config, state.params, batch_stats, *item)
         return batch_stats, (grads, metrics)
 
+    # Statistics run through the micro-batches as through steps. Gradients are stacked: count times
+    # the parameters' bytes, beside the activations of one micro-batch.
     batch_stats, stacked = lax.scan(body, state.batch_stats, (micro, jax.random.split(key, count)))
     grads, metrics = jax.tree.map(lambda x: x.mean(0), stacked)
     return grads, batch_stats, metrics
@@ -70,6 +80,7 @@ def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: 
 
 def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch: Batch, key: Array):
     augment_key, dropout_key = jax.random.split(key)
+    # Outside of loss_fn: nothing upstream of the images takes a gradient.
     images = augment(augment_key, batch.images, config)
 
     def loss_fn(params):
@@ -89,6 +100,7 @@ def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch:
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
     """Mean cross-entropy of logits [N, classes] and labels [N], in nats; smoothed targets."""
+    # [N, classes] in float32, as the logits are whatever config.dtype says.
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
@@ -117,9 +129,13 @@ def compile_step(
         steps: how many steps the call takes; more than one only with `placed`.
         options: XLA's, for compiling where the devices are not.
     """
+    # Said for the outputs as well: left to XLA, a new state could come out cut over devices, and
+    # not fit the program that it goes into next.
     everywhere = sharding.replicated(mesh)
     train_step = make_train_step(config, schedule)
     call = train_step if placed is None else make_call(train_step, mesh)
+    # Ahead of time, so that compiling is timed apart from the first step, and an input of another
+    # shape is an error, not minutes of compiling again.
     compiled = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
     return compiled.lower(state, _abstract_input(config, mesh, placed, steps)).compile(options)
 
@@ -144,6 +160,7 @@ def _abstract_input(
     config: ConfigDict, mesh: Mesh, placed: Batch | None, steps: int
 ) -> Batch | Selection:
     if placed is not None:
+        # [S, B]: one array for all steps of a call.
         shape, everywhere = (steps, config.batch_size), sharding.replicated(mesh)
         return Selection(placed, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere))
     shape, rows = (config.batch_size, PATCH, PATCH, 3), sharding.by_rows(mesh)
@@ -172,6 +189,7 @@ def describe(config: ConfigDict, state: TrainState, compiled: jax.stages.Compile
         _log_frozen(state, config.optim.freeze)
     memory = compiled.memory_analysis()
     if memory is not None:
+        # Outputs are not counted: the state's are its arguments, donated.
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         LOG.info("the step needs %.0f MiB on each device", total / 2**20)
 

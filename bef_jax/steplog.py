@@ -43,6 +43,8 @@ class StepLog:
         Args:
             metrics: float32 by name; scalars of a single step, or [n] of the call's n steps.
         """
+        # Only references are kept: arrays that the device has yet to compute. A call of n steps has
+        # one array of n for each figure.
         self._in_flight = n = metrics["loss"].size
         self._pending += [(step - n + 1 + place, metrics, place) for place in range(n)]
 
@@ -56,17 +58,22 @@ class StepLog:
             FloatingPointError: a loss is not finite; names the step and the batch's ids.
         """
         every = self._config.log_every
+        # To read what is in flight would stop the host until the devices are done, and leave them
+        # idle until it has dispatched again.
         done = self._pending if everything else self._pending[: -self._in_flight]
+        # Else a line ends at a multiple of log_every, however many steps a call takes.
         ready = [item for item in done if everything or item[0] <= done[-1][0] // every * every]
         if not ready:
             return
         self._pending = self._pending[len(ready) :]
         steps = [step for step, _, _ in ready]
+        # One call, so that copies of all figures are under way at once.
         fetched = jax.device_get([metrics for _, metrics, _ in ready])
         values = [
             {name: np.ravel(value)[place] for name, value in metrics.items()}
             for metrics, (_, _, place) in zip(fetched, ready, strict=True)
         ]
+        # Before anything is written, and before a save, which so never holds what is not finite.
         self._check_finite(steps, values)
         rates = self._rates(len(steps))
         lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)
@@ -75,6 +82,7 @@ class StepLog:
 
     def _write(self, steps: list[int], values: list[dict], rates: dict[str, float]) -> None:
         figures = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+        # The last, not the mean: it is known exactly, and a schedule is read off by step.
         figures["learning_rate"] = float(values[-1]["learning_rate"])
         epoch = steps[-1] / self._spans.steps_per_epoch
         self._history.write(steps[-1], epoch=epoch, **figures, **rates)
@@ -83,6 +91,7 @@ class StepLog:
     def _rates(self, steps: int) -> dict[str, float]:
         """Images per second and the share of time waiting for input, since the last line."""
         now = self._clock.training_seconds(), self._clock.seconds("wait")
+        # Two flushes can fall together, and a rate divides by it.
         spent, waited = (max(a - b, 1e-9) for a, b in zip(now, self._mark, strict=True))
         self._mark = now
         return {
@@ -95,6 +104,8 @@ class StepLog:
             if math.isfinite(metrics["loss"]):
                 continue
             config, n = self._config, len(self._train)
+            # Computed anew: a batch is a function of the step, so none had to be kept. Step N
+            # trains on the batch of step N - 1, as steps are counted when they are done.
             rows = batch_indices(config.seed, step - 1, n, config.batch_size)
             ids = ", ".join(map(str, self._train.ids[rows]))
             raise FloatingPointError(f"the loss of step {step} is not finite; its batch: {ids}")

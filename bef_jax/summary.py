@@ -13,6 +13,9 @@ def write_summary(workdir: Path, summary: dict) -> None:
 
 def write_json(file: Path, content: dict | list) -> None:
     """Writes `content` to `file`, whole or not at all."""
+    # In the same folder, since a rename is atomic on one file system only. Hidden, so that whoever
+    # lists results does not meet it.
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
+    # No fsync: it guards against a kill, not against a power cut.
     os.replace(temporary, file)

@@ -77,10 +77,12 @@ def parse(name: str) -> Topology:
     Raises:
         UserError: no such chip, or a shape that it does not come in.
     """
+    # No leading zeros, and no zero: 2x04 or 2x0 would only be refused by the compiler.
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if not match or match[1] not in CHIPS:
         raise UserError(f"--topology={name!r} is unknown: write one like {_EXAMPLES}")
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
+    # A slice is a grid, whose shape counts; a node's GPUs are all alike.
     if (len(shape) > 1) != (chip.platform == "tpu"):
         wanted = "a shape, such as 2x4" if chip.platform == "tpu" else "a number"
         raise UserError(f"--topology={name}: {match[1]} takes {wanted}")
@@ -105,6 +107,7 @@ def make_mesh(topology: Topology) -> Mesh:
 
 
 def _cpu_devices(topology: Topology) -> list[jax.Device]:
+    # Only before JAX has made its devices; later it is an error.
     jax.config.update("jax_num_cpu_devices", topology.shape[0])
     return jax.devices()
 

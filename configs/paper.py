@@ -13,6 +13,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the configuration, with the fields named in `arg` changed."""
     config = default.boosted("b3")
     config.name = "paper"
+    # The peak learning rate is scaled by batch_size / 256: here it is what the field says.
     config.batch_size = 256
     config.epochs = 30.0
     return default.apply_arg(config, arg)

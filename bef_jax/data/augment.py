@@ -29,8 +29,10 @@ def augment(key: Array, images: Array, config: ConfigDict) -> Array:
     Returns:
         [N, S, S, 3], float32, normalised; S is rcc.max_size, or 96 without RCC.
     """
+    # Always three, so that switching one augmentation off leaves the draws of the others alone.
     turn_key, window_key, stain_key = jax.random.split(key, 3)
     if config.augment.flips:
+        # On uint8, as is the crop: a quarter of the bytes that float32 would move.
         images = random_symmetry(turn_key, images)
     inside = None
     if config.rcc.enabled:
@@ -40,6 +42,7 @@ def augment(key: Array, images: Array, config: ConfigDict) -> Array:
     x = normalise(images, config.augment)
     if inside is None:
         return x
+    # After normalisation, where the mean is 0 and stain jitter no longer changes it.
     fill = 0.0 if config.rcc.fill == "mean" else white(config.augment)
     return jnp.where(inside, x, fill)
 
@@ -52,6 +55,7 @@ def eval_view(images: Array, config: ConfigDict) -> Array:
 
 def normalise(images: Array, augment_config: ConfigDict) -> Array:
     """(images / 255 - mean) / std per channel, from 0 .. 255, as float32."""
+    # Solved for one multiplication and one addition per pixel, without a division.
     mean, std = (jnp.asarray(augment_config[name], jnp.float32) for name in ("mean", "std"))
     return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
@@ -71,6 +75,7 @@ def symmetry(images: Array, which: Array) -> Array:
         images: [N, S, S, C].
         which: [N], integers in 0 .. 7; bit 0 mirrors rows, bit 1 columns, bit 2 transposes.
     """
+    # Three selects: a switch under vmap would compute all eight, and choose.
     bits = [(which >> bit & 1).astype(bool)[:, None, None, None] for bit in range(3)]
     images = jnp.where(bits[0], images[:, ::-1], images)
     images = jnp.where(bits[1], images[:, :, ::-1], images)
@@ -104,6 +109,8 @@ def sample_windows(key: Array, n: int, min_size: int, max_size: int) -> tuple[Ar
 
     Every window lies inside the patch and holds its central 32x32 whole.
     """
+    # The size first: some sizes have more places than others, and would come more often if all
+    # windows were drawn alike. randint leaves its upper end out.
     size_key, offset_key = jax.random.split(key)
     sizes = jax.random.randint(size_key, (n,), min_size, max_size + 1)
     first, last = offset_bounds(sizes[:, None])
@@ -112,12 +119,17 @@ def sample_windows(key: Array, n: int, min_size: int, max_size: int) -> tuple[Ar
 
 def offset_bounds(size):
     """First and last corner from which a window of `size` holds the center, inside the patch."""
+    # The far end of the window is at least CENTER[1], its near end at most CENTER[0]. For an
+    # integer or for an array [n, 1].
     return jnp.maximum(0, CENTER[1] - size), jnp.minimum(CENTER[0], PATCH - size)
 
 
 def crop_windows(images: Array, sizes: Array, offsets: Array, canvas: int) -> tuple[Array, Array]:
     """Cuts canvases of one side around windows of any size; see `random_center_crop`."""
+    # One shape for windows of every size, so that one program does. What lies around a window is
+    # the patch's own, and masked later: resampling would change how large nuclei are.
     margin = (canvas - sizes[:, None]) // 2
+    # Kept inside the patch: dynamic_slice would move a corner that is not, and tell nobody.
     corners = jnp.clip(offsets - margin, 0, PATCH - canvas)
     if canvas < PATCH:
         cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(
@@ -125,6 +137,7 @@ def crop_windows(images: Array, sizes: Array, offsets: Array, canvas: int) -> tu
         ))  # fmt: skip
         images = cut(images, corners)
     positions = jnp.arange(canvas)
+    # [N, 2, 1], within [N, 2, S]: by rows and by columns, then the outer product.
     first = (offsets - corners)[..., None]
     within = (positions >= first) & (positions < first + sizes[:, None, None])
     return images, (within[:, 0, :, None] & within[:, 1, None, :])[..., None]
@@ -154,6 +167,7 @@ def stain_jitter(key: Array, images: Array, scale: float, shift: float) -> Array
     """
     scale_key, shift_key = jax.random.split(key)
     n = images.shape[0]
+    # [N, 3] each: by patch and stain, since a slide is stained as a whole.
     factors = 1 + jax.random.uniform(scale_key, (n, 3), minval=-scale, maxval=scale)
     offsets = jax.random.uniform(shift_key, (n, 3), minval=-shift, maxval=shift)
     return restain(images, factors, offsets)
@@ -161,8 +175,11 @@ def stain_jitter(key: Array, images: Array, scale: float, shift: float) -> Array
 
 def restain(images: Array, factors: Array, offsets: Array) -> Array:
     """Multiplies each patch's stains by factors [N, 3] and adds offsets [N, 3] to them."""
+    # Rows of unit length, so that a shift means the same for each stain.
     stains = jnp.asarray(STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True))
+    # [N, 3, 3]: three passes over the pixels become one small product.
     mix = jnp.einsum("ij,nj,jk->nik", jnp.linalg.inv(stains), factors, stains)
     density = -jnp.log((images.astype(jnp.float32) + 1) / 256)  # + 1: black stays finite
     density = jnp.einsum("nhwi,nik->nhwk", density, mix) + (offsets @ stains)[:, None, None]
+    # Not rounded to uint8, which would cost a pass and bring quantisation in.
     return jnp.clip(256 * jnp.exp(-density) - 1, 0, 255)

@@ -48,9 +48,12 @@ class Selection:
         return len(self.indices)
 
 
+# Two: around an epoch's end the thread that works ahead is in the next one already. A permutation
+# of PCam's train split takes 2 MiB.
 @functools.lru_cache(maxsize=2)
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of n patches in one epoch, [n], int64."""
+    # A pair as the seed is hashed: by seed + epoch, seed 1 would begin with seed 0's second epoch.
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
@@ -85,6 +88,8 @@ def fits_devices(split: Split) -> bool:
 
     A CPU's device memory is the host's: a copy would buy nothing over the mapped file.
     """
+    # Processes that disagreed would wait for each other for ever: devices are counted over all of
+    # them, and the limit of one is taken for that of each.
     stats = jax.local_devices()[0].memory_stats()
     if jax.default_backend() == "cpu" or not stats:
         return False
@@ -101,6 +106,8 @@ def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:
 
     def put(rows: np.ndarray, dtype: type) -> Array:
         shape = (len(indices), *rows.shape[1:])
+        # index[0] is the slice of the batch that a device of this process holds; of a mapped file
+        # only its pages are read.
         return jax.make_array_from_callback(
             shape,
             sharding.by_rows(mesh),
@@ -112,6 +119,7 @@ def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:
 
 def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
     """Yields make(start), make(start + 1), ...; a thread makes two ahead."""
+    # Bounded, or the thread would fill the memory with batches that nobody has asked for yet.
     ready: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
 
@@ -125,6 +133,7 @@ def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
             _put_unless(stop, ready, item)
             step += 1
 
+    # A daemon, since it may be waiting for a disk when the process wants to end.
     threading.Thread(target=work, daemon=True, name="batches").start()
     try:
         while True:
@@ -132,6 +141,7 @@ def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
             if isinstance(item, Exception):
                 raise item
             yield item
+    # Also where the loop ends or fails: closing the generator comes here.
     finally:
         stop.set()
 
@@ -165,8 +175,10 @@ def selections(
     """Yields the input of as many steps as each of `sizes` says, from step `start` on."""
     step = start
     for size in sizes:
+        # All that the host sends, 4 bytes per patch: images stay where they are.
         steps = range(step, step + size)
         indices = [batch_indices(seed, at, len(split), batch_size) for at in steps]
+        # int32: JAX has no int64 unless told, and no split has 2^31 patches.
         yield Selection(placed, sharding.put_everywhere(np.array(indices, np.int32), mesh))
         step += size
 
@@ -178,9 +190,11 @@ def gather(split: Batch, indices: Array, mesh: Mesh) -> Batch:
 
 def place(rows: np.ndarray, mesh: Mesh) -> Array:
     """Spreads rows over the devices, a consecutive part each; the last is padded with zeros."""
+    # Devices need equal parts. No index names what is padded.
     total = -(-len(rows) // mesh.size) * mesh.size
 
     def part(index) -> np.ndarray:
+        # A slice past the end is cut short by NumPy: what is missing is what to pad.
         held = rows[index[0]]
         first, last, _ = index[0].indices(total)
         missing = last - first - len(held)
@@ -199,14 +213,19 @@ def gather_rows(rows: Array, indices: Array, mesh: Mesh) -> Array:
         rows: [n, ...] from `place`, on the devices.
         indices: [B] on every device; B a multiple of the devices' number.
     """
+    # One device has all rows: nothing to mask or to add up.
     if mesh.size == 1:
         return jnp.take(rows, indices, axis=0)
 
     def pick(held: Array, indices: Array) -> Array:
+        # [B], this device's own row numbers; those that others hold fall outside.
         local = indices - lax.axis_index(sharding.AXIS) * len(held)
         mine = (local >= 0) & (local < len(held))
+        # [B, ...] on every device: a global batch of uint8, much less than the step's activations.
         picked = held[jnp.where(mine, local, 0)]
         picked = jnp.where(mine.reshape(-1, *[1] * (held.ndim - 1)), picked, 0)
+        # In uint8: each row has one addend that is not 0, so nothing overflows, and a quarter of
+        # float32 crosses.
         return lax.psum_scatter(picked, sharding.AXIS, scatter_dimension=0, tiled=True)
 
     by_rows, everywhere = PartitionSpec(sharding.AXIS), PartitionSpec()

@@ -41,6 +41,7 @@ def kept(count: int, limit: int | None) -> int:
 def batched_rows(rows: Iterable[tuple[np.ndarray, int, str]]) -> Iterator[Chunk]:
     """Stacks (image, label, id) rows into chunks."""
     rows = iter(rows)
+    # Not itertools.batched, which Python 3.11 lacks.
     while batch := list(itertools.islice(rows, CHUNK_SIZE)):
         images, labels, ids = zip(*batch, strict=True)
         yield Chunk(np.stack(images), np.asarray(labels, np.uint8), np.asarray(ids, str))
@@ -52,6 +53,7 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype, where: str) -> None:
     Raises:
         UserError: another shape or dtype, or no patch at all; names `where`.
     """
+    # What is there must be pixels as scanned: scaling floats or resampling would be a guess.
     if len(shape) != 4 or tuple(shape[1:]) != IMAGE_SHAPE or dtype != np.uint8:
         raise UserError(
             f"{where}: images must be uint8 [N, 96, 96, 3], not {dtype} {list(shape)}; "
@@ -68,6 +70,7 @@ def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
         UserError: not one label for each of the `count` images, or one outside {0, 1}.
     """
     flat = np.asarray(labels).reshape(-1)
+    # The first axis, too: [1, N] has as many entries, and means something else.
     if flat.size != count or len(labels) != count:
         raise UserError(
             f"{where}: {flat.size} labels for {count} images; each image needs exactly one label"

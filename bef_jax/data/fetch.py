@@ -70,6 +70,8 @@ def fetch_pcam(
     if not missing:
         return
     registry = {name: f"sha256:{files[name].sha256}" for name in missing}
+    # pooch tries again with the same downloader, which goes on with what it has; a file whose
+    # checksum is wrong pooch deletes, so that the next try begins at 0.
     remote = pooch.create(folder, base_url, registry=registry, retry_if_failed=RETRIES)
     with _progress_bar() as bar:
         for name in missing:
@@ -83,6 +85,7 @@ def fetch_pcam(
 
 
 def _is_there(packed: Path) -> bool:
+    # What has its name counts as whole: it got it after its checksum, and gzip checks its own.
     return packed.is_file() or packed.with_suffix("").is_file()
 
 
@@ -104,12 +107,15 @@ class _ResumingDownloader:
     def __call__(self, url: str, output_file: str, _: pooch.Pooch) -> None:
         # Pooch's own temporary file has another name each time, so it could not be resumed.
         part = Path(output_file).with_name(f"{self.name}.part")
+        # Of another version, or of a server that answered with more: nothing to go on from.
         if _size(part) > self.size:
             part.unlink()
         if _size(part) < self.size:
             self._append(url, part)
         if _size(part) != self.size:
+            # Of requests: pooch tries again on its errors alone, besides wrong checksums.
             raise requests.ConnectionError(f"got {_size(part)} bytes of {self.size}")
+        # On one file system, so a rename: 6 GB are not copied.
         os.replace(part, output_file)
 
     def _append(self, url: str, part: Path) -> None:
@@ -120,6 +126,7 @@ class _ResumingDownloader:
             # A server that knows no ranges sends the file from its start, with status 200.
             resumed = response.status_code == requests.codes.partial_content
             self.bar.update(self.task, completed=start if resumed else 0)
+            # Appended block by block: what a kill leaves is a prefix, and can be gone on from.
             with open(part, "ab" if resumed else "wb") as file:
                 for block in response.iter_content(BLOCK_BYTES):
                     file.write(block)

@@ -35,6 +35,8 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
         UserError: a file is missing, damaged, or its arrays are not patches and labels.
     """
     folder = Path(data.dir).expanduser()
+    # All are looked for before any is read: a missing one should not turn up after the first's
+    # minutes.
     paths = {split: folder / f"{split}.npz" for split in READ_ORDER}
     if not paths["test"].is_file():
         del paths["test"]
@@ -59,6 +61,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _read_split(split: str, path: Path, limit: int | None) -> Iterator[Chunk]:
+    # Two readers of one file: a stream for the images, np.load for what is small.
     with zipfile.ZipFile(path) as archive, archive.open("images.npy") as member:
         shape = _read_header(member, path)
         labels, ids = _read_labels(path, split, shape[0])
@@ -67,9 +70,12 @@ def _read_split(split: str, path: Path, limit: int | None) -> Iterator[Chunk]:
 
 
 def _read_header(member: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
+    # 3.0 is for the names of structured dtypes, which are no patches: its KeyError is told as a
+    # file that can't be read.
     version = np.lib.format.read_magic(member)
     shape, fortran_order, dtype = _HEADERS[version](member)
     check_images(shape, dtype, f"{path} (images)")
+    # Its first axis is not consecutive in the file, so that no part can be read alone.
     if fortran_order:
         raise UserError(f"{path} (images): Fortran order; write np.ascontiguousarray(images)")
     return shape
@@ -100,11 +106,13 @@ def _read_labels(path: Path, split: str, count: int) -> tuple[np.ndarray, np.nda
     with zipfile.ZipFile(path) as archive:
         for name in {"labels.npy", "ids.npy"} & set(archive.namelist()):
             _check_count(archive, name, count, path)
+    # A pickle in a data set could run code.
     with np.load(path, allow_pickle=False) as arrays:
         labels = check_labels(arrays["labels"], count, f"{path} (labels)")
         if "ids" not in arrays:
             return labels, np.asarray([f"npz_{split}_{row}" for row in range(count)])
         ids = arrays["ids"]
+    # astype(str) would refuse bytes beyond ASCII.
     ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str)
     if ids.shape != (count,):
         raise UserError(f"{path} (ids): shape {list(ids.shape)} for {count} images; one id each")

@@ -44,6 +44,7 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     folder = Path(data.dir).expanduser()
     if data.download:
         fetch.fetch_pcam(folder)
+    # All of them first: a file that is missing is named before gigabytes are unpacked.
     paths = {split: _split_paths(folder, split) for split in READ_ORDER}
     for split, found in paths.items():
         if found is not None:
@@ -67,10 +68,12 @@ def _split_paths(folder: Path, split: str) -> tuple[Path, Path] | None:
 
 def _find(path: Path) -> Path | None:
     packed = path.with_name(path.name + ".gz")
+    # The unpacked one first: unpacking costs minutes, and room for a copy.
     return next((candidate for candidate in (path, packed) if candidate.is_file()), None)
 
 
 def _read_split(split: str, images: Path, labels: Path, limit: int | None) -> Iterator[Chunk]:
+    # Labels first: a file of them that can't be read shows before the images are unpacked.
     with _dataset(labels, "y") as y, _dataset(images, "x") as x:
         check_images(x.shape, x.dtype, str(images))
         # Before they are read: a file of a few bytes can declare 10^12 labels, or patches.
@@ -80,6 +83,7 @@ def _read_split(split: str, images: Path, labels: Path, limit: int | None) -> It
             raise UserError(f"{labels}: {y.size} labels for {len(x)} images; fetch both again")
         flags = check_labels(y[:], len(x), str(labels))
         for rows in ranges(kept(len(x), limit)):
+            # By row, as TFDS's ids are: a patch has one id, whichever of them it comes from.
             ids = [f"pcam_{split}_{row}" for row in range(rows.start, rows.stop)]
             yield Chunk(x[rows], flags[rows], np.asarray(ids))
 
@@ -107,6 +111,7 @@ def _unpacked(path: Path) -> Iterator:
         yield path
         return
     # HDF5 seeks, gzip cannot. The copy has no name, so that even a kill leaves nothing behind.
+    # Beside the file, where there is room for data: /tmp is often small, or memory.
     folder = path.parent if os.access(path.parent, os.W_OK) else None
     with tempfile.TemporaryFile(dir=folder) as copy:
         with gzip.open(path) as packed:

@@ -32,10 +32,13 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     """
     folder = Path(data.dir).expanduser()
     labels = _read_labels(folder / "train_labels.csv")
+    # Before decoding: hundreds of thousands of files take a while, and one missing stops it.
     _check_files(folder / "train", labels)
+    # Sorted: the same store, and so the same batches, whatever the order of the table.
     splits = _assign_splits(sorted(labels), data.split_ratio)
     for split in READ_ORDER:
         ids = splits[split][: kept(len(splits[split]), data[f"{split}_size"])]
+        # Decoded as they are asked for, so that memory holds one chunk.
         rows = ((_decode(folder / "train" / f"{i}.tif"), labels[i], i) for i in ids)
         for chunk in batched_rows(rows):
             yield split, chunk
@@ -46,9 +49,12 @@ def split_of(name: str, ratio: Sequence[float]) -> str:
 
     It depends on nothing but the id and the ratio: not on the other patches, nor on their order.
     """
+    # Not hash(), which Python salts in each process.
     share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 * sum(ratio)
     if share < ratio[0]:
         return "train"
+    # A share can come to sum(ratio) itself, as 2**64 - 1 rounds to 2**64: without a test split that
+    # must not be test.
     return "valid" if share < ratio[0] + ratio[1] or not ratio[2] else "test"
 
 
@@ -98,12 +104,14 @@ def _add_label(labels: dict[str, int], row: dict, where: str) -> None:
         raise UserError(f"{where}: label {row['label']!r}; it must be 0 (normal) or 1 (tumour)")
     if name in labels:
         raise UserError(f"{where}: {name} was there before; each patch needs exactly one row")
+    # By id, not by row: files are found by it, and splits decided.
     labels[name] = int(row["label"])
 
 
 def _check_files(folder: Path, labels: dict[str, int]) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; set config.data.dir to the folder above it")
+    # One listing of the folder: a look at each file would be a round trip each on a network drive.
     files = {file.stem for file in folder.glob("*.tif")}
     for missing in sorted(labels.keys() - files)[:1]:
         raise UserError(f"{folder / missing}.tif: no such file, but train_labels.csv has its label")

@@ -37,5 +37,6 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     Raises:
         UserError: a field, file, image or label that is not as it must be.
     """
+    # Within a generator, so at the first chunk: who wants an answer before that calls `check`.
     check(data)
     yield from importlib.import_module(f"bef_jax.data.{data.source}").read(data)

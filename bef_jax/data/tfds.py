@@ -32,6 +32,7 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     folder = Path(data.dir).expanduser()
     builder = _prepared_builder(folder, data.download)
     for split in READ_ORDER:
+        # By index: what a size of the config leaves out is never read.
         rows = _data_source(builder, TFDS_SPLITS[split])
         count = kept(len(rows), data[f"{split}_size"])
         for chunk in batched_rows(_to_row(rows[i]) for i in range(count)):
@@ -59,6 +60,7 @@ def _prepared_builder(folder: Path, download: bool) -> tfds.core.DatasetBuilder:
                 f"--file_format={FILE_FORMAT} --data_dir={folder}`"
             )
         _prepare_apart(folder)
+    # Made anew: a builder reads what is prepared when it is made.
     return tfds.builder(NAME, data_dir=folder)
 
 
@@ -68,6 +70,7 @@ def _is_prepared(folder: Path) -> bool:
 
 
 def _prepare_apart(folder: Path) -> None:
+    # Asked for first: TFDS imports them when it comes to them, which can be after the download.
     for module in ("tensorflow", "importlib_resources"):
         if importlib.util.find_spec(module) is None:
             raise UserError(
@@ -75,6 +78,7 @@ def _prepare_apart(folder: Path) -> None:
                 "bef_jax[tfds], or set config.data.source=pcam_hdf5, which needs no TensorFlow"
             )
     # TensorFlow claims a GPU's whole memory, so it lives in a process of its own.
+    # Spawned: a fork would copy JAX's locks without the threads that hold them, and can hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         pool.submit(download_and_prepare, folder).result()
@@ -93,4 +97,5 @@ def _data_source(builder: tfds.core.DatasetBuilder, split: str):
 def _to_row(example: dict) -> tuple[np.ndarray, int, str]:
     name = example["id"]
     name = name.decode() if isinstance(name, bytes) else str(name)
+    # TFDS's ids are its name of the split and the row: with the prefix those of `pcam_hdf5`.
     return example["image"], int(example["label"]), f"pcam_{name}"

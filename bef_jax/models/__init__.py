@@ -12,6 +12,8 @@ from bef_jax.models.densenet import DENSENET121, DenseNet
 from bef_jax.models.efficientnet import LITE_SCALING, SCALING, TEST, EfficientNet, lite, scaled
 from bef_jax.models.resnet import RESNET50, ResNet
 
+# `num_stages`, and the names of other packages' weights, read a partial's `args[0]`: the
+# architecture stays its first argument.
 REGISTRY = {
     "efficientnet_test": functools.partial(EfficientNet, TEST),
     **{
@@ -46,6 +48,8 @@ def create(
         bn_groups: parts of the batch with batch statistics of their own.
         folded: batch normalisation in the convolutions, as `fold.fold_batch_norm` puts it there.
     """
+    # Linen refuses what is no attribute, so that a field of `config.model` can't be forgotten by a
+    # family of networks in silence.
     fields = {key: value for key, value in model.items() if key != "name"}
     network = REGISTRY[model.name]
     return network(**fields, dtype=jnp.dtype(dtype), bn_groups=bn_groups, folded=folded)
@@ -56,6 +60,8 @@ def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
 
     Nothing is computed, but tracing a network takes a second or two.
     """
+    # The order of use is what layer-wise decay goes by: by name, block_02 would come before stem,
+    # and a transition of DenseNet's behind all blocks.
     network, paths = create(model), []
 
     def init(key):
@@ -69,5 +75,6 @@ def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
 
 def is_new(path: str) -> bool:
     """Whether a parameter is of a part that pretraining lacks: the classifier, or attention."""
+    # By the top-level name alone: networks call these two alike, so that no family needs a list.
     part = path.split("/")[0]
     return part == "classifier" or part.startswith("attention_")

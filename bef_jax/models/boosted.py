@@ -17,6 +17,7 @@ from jax import Array
 
 from bef_jax.models.layers import conv_init, global_pool
 
+# The larger, the nearer to the maximum, and the more of the gradient goes to one position.
 _SHARPNESS = 2.0  # r of the smooth maximum
 _MIN_HIDDEN = 8  # units of the hidden layer: one alone may be dead from the start
 
@@ -35,6 +36,7 @@ def reduce_downsampling(stem_stride: int, stages: Sequence, total_stride: int) -
     """
     stages = list(stages)
     if total_stride == 8:
+        # The last: only the maps behind it grow, which have the fewest positions.
         last = max(i for i, stage in enumerate(stages) if stage.stride == 2)
         stages[last] = dataclasses.replace(stages[last], stride=1)
     return (stem_stride if total_stride == 32 else 1), tuple(stages)
@@ -48,8 +50,11 @@ def fused_stages(strides: Sequence[int]) -> tuple[int, ...]:
     Args:
         strides: of the stages at total stride 32, so that the choice is the same at 16 and 8.
     """
+    # A resolution ends where the next stage has a stride; the network's end counts as one.
     following = [*strides[1:], 2]
     last_of_resolution = [i for i, stride in enumerate(following, 1) if stride == 2]
+    # Not stage 1 of EfficientNet, whose resolution is the stem's: the paper's list begins with the
+    # last block of stage 2.
     return tuple(i for i in last_of_resolution if 2 in strides[:i])
 
 
@@ -61,7 +66,10 @@ def smooth_maximum(x: Array, axes: tuple[int, ...]) -> Array:
     the runs would part (by 3e-3 in the loss after 20 steps; with this one by less than 1e-5).
     """
     count = math.prod(x.shape[axis] for axis in axes)
+    # logsumexp takes the maximum off first: exp(2 x) alone would overflow float32 from x = 44 on.
     scaled = _SHARPNESS * x.astype(jnp.float32)
+    # Less log(count), so that a constant map has its own value, whatever its size: a gate trained
+    # at one resolution holds at another.
     return (jax.nn.logsumexp(scaled, axes) - math.log(count)) / _SHARPNESS
 
 
@@ -73,9 +81,13 @@ class ChannelAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = max(x.shape[-1] // self.reduction, _MIN_HIDDEN)
+        # Made once and called twice, so that both poolings share their weights; made within the
+        # loop, Linen would give each its own.
         hidden = nn.Dense(width, kernel_init=conv_init)
         output = nn.Dense(x.shape[-1], kernel_init=conv_init)
+        # [N, C] each, float32. The gate is rounded to x's dtype at the very end.
         pooled = [global_pool(x), smooth_maximum(x, (1, 2))]
+        # [N, C] -> [N, 1, 1, C]: the product spreads it over positions, and is not kept as a map.
         gate = nn.sigmoid(sum(output(nn.silu(hidden(features))) for features in pooled))
         return x * gate[:, None, None].astype(x.dtype)
 
@@ -87,8 +99,10 @@ class SpatialAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        # [N, H, W] each, float32.
         maps = [jnp.mean(x, -1, dtype=jnp.float32), smooth_maximum(x, (3,))]
         window = (self.kernel, self.kernel)
+        # [N, H, W, 2] -> [N, H, W, 1].
         gate = nn.Conv(1, window, kernel_init=conv_init)(jnp.stack(maps, axis=-1))
         return x * nn.sigmoid(gate).astype(x.dtype)
 
@@ -104,5 +118,6 @@ class CBAM(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        # The order that did best in Woo et al., table 3.
         x = ChannelAttention(self.reduction, name="channel")(x)
         return SpatialAttention(self.kernel, name="spatial")(x)

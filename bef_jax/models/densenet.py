@@ -52,9 +52,13 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         conv = functools.partial(Conv, dtype=self.dtype)
+        # [N, H, W, C] -> [N, H, W, 4 growth] -> [N, H, W, growth]: the 3x3 sees as many features in
+        # the last layer as in the first.
         y = self.input_norm(activation="relu", name="input_norm")(x, train)
         y = conv(_BOTTLENECK * self.growth, 1, name="bottleneck_conv")(y)
         y = self.norm(activation="relu", name="bottleneck_norm")(y, train)
+        # New features go last: a norm's parameters then belong to the channels that torchvision's
+        # do.
         return jnp.concatenate([x, conv(self.growth, 3, name="growth_conv")(y)], axis=-1)
 
 
@@ -70,6 +74,7 @@ class Transition(nn.Module):
         x = self.input_norm(activation="relu", name="input_norm")(x, train)
         # Both are linear and the convolution mixes no positions, so the pool may come first: the
         # product has a quarter of the positions then.
+        # At total stride 8 the last transition's side is 1: a pool that does nothing.
         x = average_pool(x, self.stride)
         return Conv(x.shape[-1] // 2, 1, dtype=self.dtype, name="conv")(x)
 
@@ -86,12 +91,17 @@ class DenseNet(Network):
         stem_stride, stages = self.strides()
         stem = Conv(self.architecture.stem, 7, stem_stride, self.padding, self.dtype, name="stem")
         x = self.norm()(activation="relu", name="stem_norm")(stem(images), train)
+        # Stage 1's stride, which reduced downsampling leaves alone: it takes the stem's, then the
+        # last.
         x = max_pool(x, self.padding)
         x, pooled = self.trunk(x, stages, functools.partial(self._stage, train=train))
+        # What is fused of a stage is its features before any norm, as the next stage gets them.
         x = self.norm(folded=False)(activation="relu", name="head_norm")(x, train)
         return self.classify([*pooled, global_pool(x)], train)
 
     def _stage(self, x: Array, number: int, stage: Stage, train: bool) -> Array:
+        # One for all layers of the stage: each sees features that other norms see as well, so that
+        # no convolution before it can take it in.
         input_norm = self.norm(folded=False)
         if number > 1:
             name = f"transition_{number - 1}"

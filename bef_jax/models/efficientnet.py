@@ -97,6 +97,7 @@ def scaled(variant: str) -> Architecture:
 
 def _scale(width: float, depth: float) -> Architecture:
     def scale(stage: Stage) -> Stage:
+        # Up, not to the nearest, as in the paper's code: B3 would have 22 blocks, not 26.
         repeats = math.ceil(stage.repeats * depth)
         channels = round_channels(stage.channels * width)
         return dataclasses.replace(stage, channels=channels, repeats=repeats)
@@ -113,6 +114,7 @@ def lite(variant: str) -> Architecture:
     """
     network = _scale(*LITE_SCALING[variant])
     first, *middle, last = network.stages
+    # Lite scales neither end: B0's first and last stage have one block, and keep it.
     stages = (
         dataclasses.replace(first, repeats=B0.stages[0].repeats),
         *middle,
@@ -123,6 +125,7 @@ def lite(variant: str) -> Architecture:
 
 def round_channels(channels: float) -> int:
     """The nearest multiple of 8 that is not more than 10% below, as in the paper's code."""
+    # 11 would be 8, a quarter less, and becomes 16.
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
@@ -146,13 +149,20 @@ class MBConv(nn.Module):
         active = functools.partial(self.norm, activation=self.activation)
         hidden = inputs.shape[-1] * stage.expand
         if stage.expand != 1:
+            # The kernel, not its product: where positions are many the norm takes its statistics
+            # from the narrow input, and saves passes over the hidden maps, the network's largest.
             kernel = PointwiseKernel(hidden, self.dtype, name="expand_conv")(inputs.shape[-1])
             x = active(name="expand_norm")(x, train, kernel)
+        # [N, H', W', hidden] from here to the projection.
         x = self.depthwise(stage.kernel, self.stride, name="depthwise_conv")(x)
         x = active(name="depthwise_norm")(x, train)
         if self.squeeze_excite:
+            # A quarter of the block's input, not of its hidden features: as in the paper's code.
             x = SqueezeExcite(max(inputs.shape[-1] // 4, 1), name="squeeze_excite")(x)
+        # No activation: on few channels it would lose what it sets to 0 (Sandler et al. 2018,
+        # section 3.2).
         x = self.norm(name="project_norm")(conv(stage.channels, name="project_conv")(x), train)
+        # No block of stride 2 keeps its channels, so shapes tell where there is a residual.
         if x.shape != inputs.shape:
             return x
         return DropPath(self.drop_path)(x, train) + inputs
@@ -169,6 +179,7 @@ class EfficientNet(Network):
         stem = Conv(self.architecture.stem, 3, stem_stride, self.padding, self.dtype, name="stem")
         x = norm(name="stem_norm")(stem(images), train)
         x, pooled = self.trunk(x, stages, functools.partial(self._stage, train=train))
+        # [N, H', W', C] -> [N, H', W', head]; of a 96 px patch 3x3 positions, or 6x6, or 12x12.
         x = Conv(self.architecture.head, 1, dtype=self.dtype, name="head")(x)
         x = norm(name="head_norm")(x, train)
         return self.classify([*pooled, global_pool(x)], train)
@@ -181,6 +192,7 @@ class EfficientNet(Network):
         for index in self.blocks(number):
             stride = stage.stride if index == self.blocks(number)[0] else 1
             layers = (self.drop_rate(index), self.dtype, depthwise, self.norm())
+            # A name without the stride: weights of total stride 32 fit 16 and 8.
             block = MBConv(stage, stride, *layers, *switches, name=f"block_{index:02d}")
             x = block(x, train)
         return x

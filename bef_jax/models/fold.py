@@ -22,13 +22,18 @@ def fold_batch_norm(variables: dict, epsilon: float) -> dict:
         {params}: kernels scaled, of every folded norm its bias alone; float32. Beside them
         {batch_stats} of the norms that stay, if any do.
     """
+    # New dicts: what is popped and replaced below stays in the caller's, which training goes on
+    # with.
     params = flatten_dict(variables["params"])
     statistics = flatten_dict(variables["batch_stats"])
+    # A norm is what has statistics: biases elsewhere (squeeze-excite, the classifier) have none.
     for norm in {path[:-1] for path in statistics}:
         kernel = _kernel_before(norm, params)
         if kernel is None:
             continue
         mean, var = statistics.pop((*norm, "mean")), statistics.pop((*norm, "var"))
+        # [C], float32. The same terms as `layers.BatchNorm` has without training, so that only the
+        # order of roundings differs.
         multiplier = params.pop((*norm, "scale")) * lax.rsqrt(var + epsilon)
         params[*norm, "bias"] -= mean * multiplier
         params[kernel] = params[kernel] * multiplier  # all kernels have their outputs last
@@ -39,5 +44,7 @@ def fold_batch_norm(variables: dict, epsilon: float) -> dict:
 def _kernel_before(norm: tuple[str, ...], params: dict[tuple, Array]) -> tuple[str, ...] | None:
     *scope, name = norm
     stem = name.removesuffix("_norm")
+    # DenseNet's norms before a convolution are called input_norm: nothing beside them is
+    # input_conv, so they are not taken for norms that follow one.
     candidates = (*scope, f"{stem}_conv", "kernel"), (*scope, stem, "kernel")
     return next((path for path in candidates if path in params), None)

@@ -29,6 +29,7 @@ def padding_of(kernel: int, stride: int, size: tuple[int, int], convention: str)
     """
     if convention == "symmetric":
         return (((kernel - 1) // 2,) * 2,) * 2
+    # By the map's size: at stride 2 a 3x3 on an even side pads 0 before and 1 after.
     return tuple(lax.padtype_to_pads(size, (kernel, kernel), (stride, stride), "SAME"))
 
 
@@ -44,11 +45,14 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        # Kept in float32: in bfloat16 an update below 1/256 of a weight would be lost.
         kernel = self.param("kernel", conv_init, shape).astype(self.dtype)
         if self.kernel == self.stride == 1:
+            # A product by the platform's own layout; lax's convolution is for windows and strides.
             return pointwise(x.astype(self.dtype), kernel[0, 0])
         pads = padding_of(self.kernel, self.stride, x.shape[1:3], self.padding)
         strides = (self.stride, self.stride)
+        # Linen's layouts: what other packages have is turned once, when their weights are read.
         layout = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(
             x.astype(self.dtype), kernel, strides, pads, dimension_numbers=layout
@@ -63,6 +67,7 @@ class PointwiseKernel(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int) -> Array:
+        # Four axes, as every convolution's: the names and layouts of weights have no exception.
         kernel = self.param("kernel", conv_init, (1, 1, channels, self.features))
         return kernel[0, 0].astype(self.dtype)
 
@@ -105,24 +110,32 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool, kernel: Array | None = None) -> Array:
         """Normalises x, or x @ kernel if the kernel [K, C] of a 1 x 1 convolution is given."""
+        # [C]; x has K channels where there is a kernel.
         channels = (x if kernel is None else kernel).shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         var = self.variable("batch_stats", "var", jnp.ones, channels)
         if not train:
+            # One multiplication and addition per element; (x - mean) / std would be three.
             multiplier = scale * lax.rsqrt(var.value + self.epsilon)
             y = pointwise(x, kernel) * multiplier + (bias - mean.value * multiplier)
             return ACTIVATIONS[self.activation](y).astype(self.dtype)
         y, batch_mean, batch_var = self._normalise(x, kernel, scale, bias)
+        # An init with train=True has seen one batch without meaning: statistics stay 0 and 1.
         if not self.is_initializing():
             keep = self.momentum
+            # [groups, C] -> [C]. The biased variance, as in Flax; torch's running one is n / (n -
+            # 1) times it. With groups it is the mean of theirs, by which training normalises; how
+            # far the groups' means lie apart does not enter.
             mean.value = keep * mean.value + (1 - keep) * batch_mean.mean(0)
             var.value = keep * var.value + (1 - keep) * batch_var.mean(0)
         return y.astype(self.dtype)
 
     def _normalise(self, x: Array, kernel: Array | None, scale: Array, bias: Array):
         options = (self.groups, self.epsilon, self.activation)
+        # Of one group, N H W / groups. On late maps they are few and K is large: a [K, K]
+        # covariance would cost more than the passes that it saves.
         positions = x.size // (x.shape[-1] * self.groups)
         if kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
             return pointwise_batch_norm(x, kernel, scale, bias, *options)
@@ -146,11 +159,13 @@ class Bias(nn.Module):
 
 def global_pool(x: Array) -> Array:
     """The mean over positions, [N, H, W, C] -> [N, C], in float32."""
+    # bfloat16 has 8 bits: a sum of ones would stop at 256, and a map has up to 9216 positions.
     return jnp.mean(x, (1, 2), dtype=jnp.float32)
 
 
 def max_pool(x: Array, padding: str) -> Array:
     """The maximum of 3 x 3 positions at stride 2, [N, H, W, C] -> [N, H', W', C]."""
+    # Linen pads with -inf, not 0: what is padded never wins.
     return nn.max_pool(x, (3, 3), (2, 2), padding_of(3, 2, x.shape[1:3], padding))
 
 
@@ -170,6 +185,8 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        # [N, C] -> [N, hidden] -> [N, C]. Its products are by image, not by position, so that
+        # float32 costs nothing beside the maps.
         gate = nn.silu(nn.Dense(self.hidden, kernel_init=conv_init, name="reduce")(global_pool(x)))
         gate = nn.sigmoid(nn.Dense(x.shape[-1], kernel_init=conv_init, name="expand")(gate))
         return x * gate[:, None, None].astype(x.dtype)
@@ -185,5 +202,8 @@ class DropPath(nn.Module):
         if not train or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
+        # One draw per image of the global batch, whatever devices hold it: a run on eight drops
+        # what one on a single device does.
         mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1, 1))
+        # Scaled up here, so that inference has nothing to do.
         return x * (mask / keep).astype(x.dtype)

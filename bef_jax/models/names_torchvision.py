@@ -18,6 +18,7 @@ _LEAVES = {
     "var": "running_var",
 }
 _RESNET = {"stem": "conv1", "stem_norm": "bn1", "classifier": "fc"}
+# torch keeps a shortcut's two layers in a Sequential, hence 0 and 1.
 _BOTTLENECK = {
     "reduce_conv": "conv1",
     "reduce_norm": "bn1",
@@ -61,6 +62,7 @@ def densenet(path: str) -> str:
         transition = scope[0].replace("_", "")
         return f"features.{transition}.{_TRANSITION[module]}.{_LEAVES[leaf]}"
     stage, index = _places(DENSENET121.stages)[scope[0]]
+    # torchvision counts a DenseNet's layers from 1, a ResNet's blocks from 0.
     layer = f"features.denseblock{stage}.denselayer{index + 1}"
     return f"{layer}.{_DENSE_LAYER[module]}.{_LEAVES[leaf]}"
 
@@ -70,6 +72,7 @@ def densenet_key(key: str) -> str:
 
     The ImageNet weights were saved by an older torchvision, with 'norm.1' for 'norm1'.
     """
+    # By the pattern, not by a list: it leaves every other network's keys as they are.
     return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
 
 

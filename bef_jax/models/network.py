@@ -31,6 +31,7 @@ class Network(nn.Module):
         folded: for inference, with the variables that `fold.fold_batch_norm` makes.
     """
 
+    # Fields have `config.model`'s names: `models.create` hands them over as they are.
     architecture: Any
     num_classes: int = 1000
     total_stride: int = 32
@@ -55,6 +56,7 @@ class Network(nn.Module):
 
     def norm(self, folded: bool | None = None) -> functools.partial:
         """Makes norms; `folded=False` is for one that follows no convolution to go into."""
+        # By position, so in the order of the attributes of `layers.Bias` and `layers.BatchNorm`.
         if self.folded if folded is None else folded:
             return functools.partial(Bias, self.dtype)
         return functools.partial(
@@ -63,6 +65,8 @@ class Network(nn.Module):
 
     def fused(self) -> tuple[int, ...]:
         """The stages that attention and fusion take, counted from 1."""
+        # The architecture's own strides, not those after reduced downsampling: the choice would
+        # move.
         strides = [stage.stride for stage in self.architecture.stages]
         return tuple(self.fusion_stages) or boosted.fused_stages(strides)
 
@@ -78,6 +82,8 @@ class Network(nn.Module):
         for number, stage in enumerate(stages, 1):
             x = run(x, number, stage)
             if number in self.fused():
+                # On the trunk, not on a branch to the classifier: the next stage sees the gated
+                # features, too. The abstract leaves this open.
                 x = self._attend(x, number)
                 pooled += [global_pool(x)] if self.fusion else []
         return x, pooled
@@ -92,15 +98,19 @@ class Network(nn.Module):
 
     def blocks(self, number: int) -> range:
         """The indices of the blocks of stage `number`, over the whole network from 0."""
+        # Numbered through, as the paper counts the blocks that it fuses.
         repeats = [stage.repeats for stage in self.architecture.stages]
         return range(sum(repeats[: number - 1]), sum(repeats[:number]))
 
     def drop_rate(self, index: int) -> float:
         """The rate of stochastic depth of block `index`."""
+        # As in the EfficientNet paper's code: of n blocks the last has (n - 1) / n of the rate.
         return self.drop_path * index / sum(stage.repeats for stage in self.architecture.stages)
 
     def classify(self, features: Sequence[Array], train: bool) -> Array:
         """Pooled features, each [N, C], float32, -> logits [N, num_classes]."""
+        # [N, sum of C]: of B3 1536 from the head and 600 from the fused stages. In float32, as
+        # pooled, so that the classifier's rounding is not that of the maps.
         joined = jnp.concatenate([*features], axis=-1)
         joined = nn.Dropout(self.dropout, deterministic=not train)(joined)
         return nn.Dense(self.num_classes, kernel_init=dense_init, name="classifier")(joined)

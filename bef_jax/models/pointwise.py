@@ -19,6 +19,8 @@ def pointwise(x: Array, kernel: Array | None) -> Array:
     def flat(x: Array, kernel: Array) -> Array:
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
+    # Decided when lowered, not when traced: a program for TPU can be compiled on a machine with a
+    # CPU alone, as plans are.
     return lax.platform_dependent(x, kernel, cpu=flat, default=jnp.matmul)
 
 
@@ -26,6 +28,7 @@ def grouped_pointwise(x: Array, kernel: Array) -> Array:
     """[G, N, H, W, K] times a kernel per group, [G, K, C] -> [G, N, H, W, C], of x's dtype."""
 
     def flat(x: Array, kernel: Array) -> Array:
+        # [G, M, K] @ [G, K, C], M = N H W.
         return (_rows(x) @ kernel).reshape(*x.shape[:-1], -1)
 
     whole = functools.partial(jnp.einsum, "gnhwk,gkc->gnhwc")
@@ -37,6 +40,7 @@ def grouped_moments(x: Array, y: Array) -> Array:
 
     It is the gradient of a kernel, or, of centered x with itself, its covariance times positions.
     """
+    # Summed in float32 whatever the dtype: N H W products are added up for each entry.
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def flat(x: Array, y: Array) -> Array:

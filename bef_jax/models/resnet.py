@@ -56,10 +56,14 @@ class Bottleneck(nn.Module):
         active = functools.partial(self.norm, activation="relu")
         hidden = self.channels // 4
         y = active(name="reduce_norm")(conv(hidden, 1, name="reduce_conv")(x), train)
+        # The stride here, not in the 1x1 before, which would leave three of four positions unread:
+        # that is version 1.5, whose weights torchvision has.
         y = conv(hidden, 3, self.stride, name="spatial_conv")(y)
         y = active(name="spatial_norm")(y, train)
         y = conv(self.channels, 1, name="expand_conv")(y)
+        # The ReLU is for the sum: here it would make the residual nonnegative.
         y = self.norm(name="expand_norm")(y, train)
+        # Also in stage 1, which has no stride but four times the stem's channels.
         if x.shape != y.shape:
             x = conv(self.channels, 1, self.stride, name="shortcut_conv")(x)
             x = self.norm(name="shortcut_norm")(x, train)
@@ -76,6 +80,9 @@ class ResNet(Network):
         stem = Conv(self.architecture.stem, 7, stem_stride, self.padding, self.dtype, name="stem")
         x = self.norm()(activation="relu", name="stem_norm")(stem(images), train)
         x = max_pool(x, self.padding)
+        # Stage 1's stride is the max-pool's: so counted, stem and stages come to 32 as in every
+        # family, and reduced downsampling needs no exception. Here the blocks must not take it
+        # again.
         stages = (dataclasses.replace(first, stride=1), *others)
         x, pooled = self.trunk(x, stages, functools.partial(self._stage, train=train))
         # Where the last stage is fused, the head's features, which it makes, are there already.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from bef_jax.models import names_torchvision
 
+# torch calls a norm's scale a weight, too: a name tells which by its module.
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -43,9 +44,11 @@ def recognise(keys: Sequence[str], label: str, network: str) -> Source | None:
     what it calls the network tells, `label`, which starts with `tf_`. torchvision trained B5 to B7
     with TensorFlow's epsilon.
     """
+    # Their signs exclude each other, so the order of SOURCES says nothing.
     source = next((source for source in SOURCES if source.sign in keys), None)
     if source is TIMM and "tf_" in label:
         return dataclasses.replace(source, padding="same", bn_epsilon=1e-3)
+    # Not to be seen in the file: shapes are those of the other epsilon's as well.
     if source is TORCHVISION and network in {f"efficientnet_b{i}" for i in (5, 6, 7)}:
         return dataclasses.replace(source, bn_epsilon=1e-3, bn_momentum=0.99)
     return source
@@ -102,6 +105,8 @@ def _torchvision(path: str, stages: Sequence) -> str:
     stage, index = _place(block, stages)
     parts = ["expand", "depthwise", "squeeze_excite", "project"]
     parts = parts[1:] if stages[stage].expand == 1 else parts
+    # Paths end in the role, 'squeeze_excite/reduce' or 'expand_norm': the module's own number is
+    # the part's place, and 0, 1, fc1 or fc2 what the role is called in it.
     part, _, role = layer.replace("/", "_").rpartition("_")
     inner = {"conv": "0", "norm": "1", "reduce": "fc1", "expand": "fc2"}[role]
     return f"features.{stage + 1}.{index}.block.{parts.index(part)}.{inner}.{leaf}"
@@ -125,6 +130,7 @@ def _place(block: int, stages: Sequence) -> tuple[int, int]:
     raise ValueError("the network has fewer blocks")
 
 
+# torch's momentum is the share of the new, 0.01 and 0.1; these are the share that is kept.
 _TENSORFLOW = {"padding": "same", "bn_epsilon": 1e-3, "bn_momentum": 0.99}
 _TORCH = {"padding": "symmetric", "bn_epsilon": 1e-5, "bn_momentum": 0.9}
 EFFICIENTNET_PYTORCH = Source(
@@ -152,4 +158,5 @@ def of_timm(network: str) -> Source | None:
     """The source with timm's names for the network `config.model.name`; None if it has none."""
     if network == "efficientnet_test":
         return None
+    # All EfficientNets but the test's are timm's too, under its own names.
     return {"resnet50": RESNET, "densenet121": DENSENET}.get(network, TIMM)

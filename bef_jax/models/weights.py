@@ -56,6 +56,7 @@ def import_weights(path: str | Path, model: ConfigDict, seed: int = 0) -> dict:
         UserError: as `read`.
     """
     network = create(model)
+    # In one program: layer by layer, Linen's init compiles each of hundreds of operations alone.
     init = jax.jit(functools.partial(network.init, train=False))
     fresh = flatten_dict(init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3))))
     return unflatten_dict(fresh | flatten_dict(read(path, model)))
@@ -76,6 +77,7 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     found, wrong = {}, []
     for name in sorted(set(wanted) - left_out):
         key = names[name]
+        # By the rank of ours: squeeze-excite is a 1x1 convolution there, a dense layer here.
         array = _from_torch(tensors[key], len(wanted[name])) if key in tensors else None
         if array is None or array.shape != wanted[name]:
             wrong.append(f"{key} is " + ("missing" if array is None else f"{tensors[key].shape}"))
@@ -83,8 +85,11 @@ def read(path: str | Path, model: ConfigDict) -> dict:
             wrong.append(f"{key} is not finite")
         else:
             found[name] = array
+    # The classifier's names are known also where it is left out: it is of another shape, not
+    # unexpected. All else that is left over means another network.
     known = {*names.values()}
     wrong += [f"{key} is unexpected" for key in tensors if key not in known]
+    # All at once, so that a file of another network is seen as one, not tensor by tensor.
     _refuse(path, model, wrong)
     if left_out:
         LOG.info("%s: the classifier is left out; it has other classes or features", path)
@@ -134,13 +139,16 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a file as float32, less the counters that torch's norms keep."""
+    # By the suffix: torch's reader would take a safetensors file for a broken pickle.
     tensors = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     counters = {key for key in tensors if key.endswith("num_batches_tracked")}
+    # torch counts a norm's batches for a cumulative mean, which none of these networks takes.
     kept = {key: x for key, x in tensors.items() if key not in counters}
     return {densenet_key(key): np.asarray(x, np.float32) for key, x in kept.items()}
 
 
 def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # safetensors and torch come with an extra alone: a run from scratch needs neither.
     try:
         import safetensors.numpy
     except ImportError as error:
@@ -158,6 +166,7 @@ def _load_torch(path: Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
     try:
+        # On the CPU: tensors saved on a GPU would ask for one.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         return _tensors_of(loaded, path)
     except UserError:
@@ -170,10 +179,12 @@ def _load_torch(path: Path) -> dict[str, np.ndarray]:
 def _tensors_of(loaded: object, path: Path) -> dict[str, np.ndarray]:
     import torch
 
+    # Training scripts, timm's too, nest it beside the optimiser's state.
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     tensors = state.values() if isinstance(state, dict) else ()
     if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors):
         raise UserError(f"{path} holds no dict of tensors: save the network's state_dict() alone")
+    # float32 first, since NumPy has no bfloat16.
     return {str(key): tensor.to(torch.float32).numpy() for key, tensor in state.items()}
 
 
@@ -191,6 +202,8 @@ def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
 def _label(path: Path) -> str:
     """The network's name in the config.json that timm saves beside its files, or the file's own."""
     try:
+        # Files from timm's hub are all called model.safetensors: by its own name, a tf_ network's
+        # would be taken for one with torch's padding.
         return str(json.loads((path.parent / "config.json").read_text())["architecture"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return path.name
@@ -221,6 +234,8 @@ def _names(source: Source, model: ConfigDict) -> dict[str, str]:
     Raises:
         UserError: the source has no such network.
     """
+    # KeyError: the source has no such module. AttributeError: stages lack a field that it reads.
+    # Both mean another family.
     names = [name for name in _shapes(model) if not _is_attention(name)]
     try:
         return {name: source.translate(_inner(name), _stages(model)) for name in names}
@@ -232,6 +247,7 @@ def _left_out(tensors: dict, names: dict[str, str], wanted: dict[str, tuple]) ->
     """The classifier's names, if the file's is of other shape, or not there."""
     own = {name for name in wanted if _inner(name).startswith("classifier")}
     shapes = {name: wanted[name] for name in own}
+    # .T turns a dense layer's [O, I]; biases are the same either way.
     has = {name: tensors[names[name]].T.shape for name in own if names[name] in tensors}
     return set() if has == shapes else own
 
@@ -249,6 +265,7 @@ def _inner(name: str) -> str:
 def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
     """OIHW -> HWIO (depthwise alike), or [I, O] where ours is a dense layer; [O, I] -> [I, O]."""
     if x.ndim == 4:
+        # Depthwise kernels are [C, 1, k, k] there and [k, k, 1, C] here: the same turn fits.
         x = x.transpose(2, 3, 1, 0)
         return x[0, 0] if rank == 2 and x.shape[:2] == (1, 1) else x
     return x.T
@@ -257,6 +274,7 @@ def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
 def _to_torch(x: np.ndarray, name: str) -> np.ndarray:
     if x.ndim == 4:
         return np.ascontiguousarray(x.transpose(3, 2, 0, 1))
+    # Contiguous: safetensors refuses torch's tensors that are not.
     x = np.ascontiguousarray(x.T)
     # Its squeeze-excite is made of 1 x 1 convolutions.
     return x[:, :, None, None] if x.ndim == 2 and "squeeze_excite" in name else x
