@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -90,23 +91,34 @@ def test_a_read_only_workdir_is_refused_before_anything_is_compiled(data_dir, tm
     assert "--workdir" in one_line(result.stderr)
 
 
-def start_and_wait(words, file, lines):
-    """Starts a run; returns it once it has logged `lines` lines."""
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_and_wait(words, folder, lines):
+    """Starts a run in `folder`/run; returns it once it has logged `lines` lines.
+
+    Its output goes to files: a pipe that nobody reads fills up, and holds the run.
+    """
+    file = folder / "run" / "metrics.jsonl"
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        process = subprocess.Popen(words, stdout=out, stderr=err)
     while process.poll() is None and (
         not file.exists() or len(file.read_text().splitlines()) < lines
     ):
-        pass
+        time.sleep(0.05)
     return process
+
+
+def ended(process, folder):
+    """Waits for a run; returns its status, its stdout and its stderr."""
+    status = process.wait(timeout=300)
+    return status, (folder / "out").read_text(), (folder / "err").read_text()
 
 
 @pytest.mark.slow
 def test_a_store_that_is_deleted_under_a_run_is_read_to_the_end(tmp_path):
     words = command(tmp_path / "run", tmp_path / "data", steps=30)
-    process = start_and_wait(words, tmp_path / "run" / "metrics.jsonl", 2)
+    process = start_and_wait(words, tmp_path, 2)
     shutil.rmtree(tmp_path / "data")
-    summary, errors = process.communicate()
-    assert process.returncode == 0, errors
+    status, summary, errors = ended(process, tmp_path)
+    assert status == 0, errors
     assert json.loads(summary)["valid"]["n"] == SHRUNK["data.valid_size"]
 
 
@@ -114,12 +126,12 @@ def test_a_store_that_is_deleted_under_a_run_is_read_to_the_end(tmp_path):
 def test_a_store_that_is_cut_under_a_run_costs_no_checkpoint(tmp_path):
     data = tmp_path / "data"
     words = command(tmp_path / "run", data, steps=3000, **{"data.placement": "host"})
-    process = start_and_wait(words, tmp_path / "run" / "metrics.jsonl", 5)
+    process = start_and_wait(words, tmp_path, 5)
     (images,) = data.glob("store*/train/images.npy")
     with images.open("r+b") as file:
         file.truncate(4096)
-    process.communicate()
-    assert process.returncode == -signal.SIGBUS  # the system's word for it; Python gets none
+    status, _, errors = ended(process, tmp_path)
+    assert status == -signal.SIGBUS, errors  # the system's word for it; Python gets none
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 2
     assert "images.npy: 4096 bytes, its manifest says" in one_line(again.stderr)
@@ -128,18 +140,18 @@ def test_a_store_that_is_cut_under_a_run_costs_no_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_in_one_workdir_and_signals_that_repeat(data_dir, tmp_path):
-    words = command(tmp_path, data_dir, steps=3000)
-    process = start_and_wait(words, tmp_path / "metrics.jsonl", 2)
+    words = command(tmp_path / "run", data_dir, steps=3000)
+    process = start_and_wait(words, tmp_path, 2)
     second = subprocess.run(words, capture_output=True, text=True)
     assert second.returncode == 2
     assert "another run writes there" in one_line(second.stderr)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
-    summary, errors = process.communicate()
-    assert process.returncode == 0, errors
+    status, summary, errors = ended(process, tmp_path)
+    assert status == 0, errors
     step = json.loads(summary)["step"]
     assert step < 3000
-    assert (tmp_path / "checkpoints" / str(step) / "checksums.json").exists()
+    assert (tmp_path / "run" / "checkpoints" / str(step) / "checksums.json").exists()
 
 
 def test_other_patches_in_the_store_are_told_on_resume(small_config, tmp_path, caplog):

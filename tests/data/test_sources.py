@@ -235,7 +235,7 @@ NPZ_MISTAKES = {
     ),
     "ids": (
         {"images": zeros(3, 96, 96, 3), "labels": zeros(3), "ids": np.asarray(["a"])},
-        "train.npz (ids): shape [1] for 3 images",
+        "train.npz (ids): <U1 [1] for 3 images",
     ),
     "float images": (
         {"images": zeros(3, 96, 96, 3, dtype=np.float32), "labels": zeros(3)},
@@ -273,7 +273,7 @@ RPCAM_MISTAKES = {
     "row gone": (edit_table(lambda t: t[:-1]), "has no row for it"),
     "file gone": (lambda f: min((f / "train").iterdir()).unlink(), ".tif: no such file"),
     "damaged": (lambda f: min((f / "train").iterdir()).write_bytes(b"no"), ".tif: cannot be dec"),
-    "size": (save_first(Image.new("RGB", (64, 64))), ".tif: images must be uint8"),
+    "size": (save_first(Image.new("RGB", (64, 32))), ".tif: 64x32 pixels; cut or resample it"),
     "gray": (save_first(Image.new("L", (96, 96))), ".tif: images must be uint8"),
 }
 

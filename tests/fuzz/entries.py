@@ -137,16 +137,11 @@ def _good_store() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         data = default.get_config().data
         data.update({"source": "npz", "dir": folder, "store": f"{folder}/the_store"})
-        _npz(Path(folder), _Plain(0))
+        for split, n in SIZES.items():
+            images, labels = patches(random.Random(split), n)
+            np.savez(Path(folder) / f"{split}.npz", images=images, labels=labels)
         store.prepare(data)
         return _contents(Path(folder) / "the_store")
-
-
-class _Plain(random.Random):
-    """Never odd."""
-
-    def random(self) -> float:
-        return 1.0
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -230,10 +225,9 @@ def _pth(folder: Path, rng: random.Random) -> None:
     torch.save(rng.choice(held), folder / "weights.pth")
 
 
-def _read_weights(folder: Path) -> None:
+def _read_weights(name: str, folder: Path) -> None:
     """Which must refuse: there are no good ones among them."""
-    (file,) = [path for path in folder.iterdir() if path.name.startswith("weights")]
-    weights.read(file, _model())
+    weights.read(folder / name, _model())
     raise AssertionError("weights of wrong shapes were taken")
 
 
@@ -276,6 +270,6 @@ ENTRIES = {
     "rpcam": Entry(_rpcam, functools.partial(_prepare, "rpcam")),
     "store": Entry(lambda folder, _: _write(_good_store(), folder), _open_store),
     "checkpoint": Entry(lambda folder, _: _write(_good_checkpoint(), folder), _open_checkpoint),
-    "safetensors": Entry(_safetensors, _read_weights),
-    "pth": Entry(_pth, _read_weights),
+    "safetensors": Entry(_safetensors, functools.partial(_read_weights, "weights.safetensors")),
+    "pth": Entry(_pth, functools.partial(_read_weights, "weights.pth")),
 }
