@@ -76,7 +76,7 @@ def test_a_disk_that_fills_during_saves_costs_no_earlier_checkpoint(data_dir, tm
     disk = tmp_path / "disk"
     fields = {"checkpoint.every_steps": 1, "checkpoint.keep": 99}
     words = command(disk / "run", data_dir, **fields)
-    statuses, errors, there, summary = fill_and_mend(disk, "12m", words)
+    statuses, errors, there, summary = fill_and_mend(disk, "5m", words)  # three saves of six
     assert statuses == [1, 0], errors
     assert "No space left on device" in one_line(errors)
     assert "checkpoints/1/state/manifest.ocdbt" in there
