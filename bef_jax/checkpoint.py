@@ -114,7 +114,7 @@ def _score(path: Path) -> float:
         return float(json.loads(file.read_text())[_BEST])
     except FileNotFoundError:  # saved between evaluations
         return -1.0
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: name the checkpoint by --checkpoint") from error
 
 

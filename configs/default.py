@@ -164,7 +164,8 @@ def apply_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
         except KeyError as error:
             raise ValueError(f"config argument {pair!r}: no such field in default.py") from error
         except (TypeError, ValueError) as error:
-            raise ValueError(f"config argument {pair!r}: {error}") from error
+            reason = " ".join(str(error).split())  # a ConfigDict's text ends with a new line
+            raise ValueError(f"config argument {pair!r}: {reason}") from error
     return config
 
 

@@ -87,3 +87,10 @@ def test_a_damaged_score_is_named_and_not_passed_over(saved):
     (saved / "metrics" / "metrics").write_text('{"valid_auc": 0.')
     with pytest.raises(UserError, match=r"3/metrics/metrics is damaged: .*--checkpoint"):
         checkpoint.best(saved.parents[1])
+
+
+def test_a_score_that_is_a_folder_is_named(saved):
+    (saved / "metrics" / "metrics").unlink()
+    (saved / "metrics" / "metrics").mkdir()
+    with pytest.raises(UserError, match=r"3/metrics/metrics is damaged: .*--checkpoint"):
+        checkpoint.best(saved.parents[1])

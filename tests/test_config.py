@@ -316,3 +316,9 @@ def test_a_split_smaller_than_a_batch_is_refused():
     with pytest.raises(UserError, match=r"config\.batch_size=64 exceeds the 63 training patches"):
         checks.durations(default.get_config(), 63)
     assert checks.durations(default.get_config(), 64).steps_per_epoch == 1
+
+
+def test_an_argument_that_is_a_dict_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"argument 'epochs=\{\}'") as caught:
+        default.get_config("epochs={}")
+    assert "\n" not in str(caught.value)
