@@ -71,6 +71,8 @@ RANGES = {
     "distributed.process_id": (0, None),
     "distributed.timeout_seconds": (1, None),
     "benchmark.runs": (1, None),
+    "ablation.seeds": (1, None),
+    "ablation.jobs": (1, None),
 }
 
 

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     `main` prints it without a traceback and exits with status 2.
     """
+
+
+class RunError(Exception):
+    """A run in a process of its own failed; the message is one line that names its log."""

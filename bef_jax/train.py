@@ -34,6 +34,7 @@ from bef_jax.metrics import Evaluation
 from bef_jax.optim import make_schedule
 from bef_jax.prepare import prepare_with_progress
 from bef_jax.progress import Progress
+from bef_jax.scores import write_scores
 from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
 from bef_jax.step import compile_step, describe
 from bef_jax.steplog import StepLog
@@ -342,7 +343,8 @@ def _finish(run: Run, state: TrainState) -> dict:
     if summary["step"] >= run.durations.steps:
         path = checkpoint.best(run.workdir)
         evaluations = _evaluate_best(run, path)
-        blocks = {name: summarise(seen, run.config) for name, seen in evaluations.items()}
+        valid = evaluations["valid"]
+        blocks = {name: summarise(seen, run.config, valid) for name, seen in evaluations.items()}
         summary |= {"best_step": int(path.name), **blocks}
         if distributed.is_first():
             _report(run, summary, evaluations)
@@ -356,6 +358,8 @@ def _report(run: Run, summary: dict, evaluations: dict[str, Evaluation]) -> None
 
     page = write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
     LOG.info("open %s in a browser: curves, ROC and the most wrong patches", page)
+    for name, seen in evaluations.items():
+        write_scores(run.workdir / f"scores_{name}.csv", seen)
     write_summary(run.workdir, summary)
 
 

@@ -93,6 +93,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.benchmark = benchmark = ConfigDict()
     benchmark.runs = 7  # of each measurement; its median and extremes are reported
+
+    config.ablation = ablation = ConfigDict()
+    ablation.seeds = 3  # runs of each row, from config.seed on
+    ablation.rows = ()  # of configs/ablation.py's ROWS; empty: all
+    # Runs at once, each with a GPU or TPU chip of its own, or its share of the CPU's cores; empty:
+    # one per accelerator, and one on CPU.
+    ablation.jobs = placeholder(int)
     return apply_arg(config.lock(), arg)
 
 
