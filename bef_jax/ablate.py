@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from bef_jax import lock, slots
 from bef_jax.ablation_cost import estimate
 from bef_jax.ablation_table import scored_block, tabulate, write_table
-from bef_jax.config import validate
+from bef_jax.config import flatten, validate
 from bef_jax.errors import RunError, UserError
 from bef_jax.interrupt import Interrupt
 from bef_jax.prepare import prepare_with_progress
@@ -27,6 +27,8 @@ from bef_jax.slots import Slot
 from configs.ablation import BASELINE, ROWS
 
 LOG = logging.getLogger(__name__)
+# Fields that change no figure of a run.
+_DECIDE_NOTHING = ("ablation.", "benchmark.", "checkpoint.", "compile_cache", "distributed.")
 _POLL_SECONDS = 0.2  # between two looks at whether a signal came
 
 
@@ -69,6 +71,8 @@ def run(config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = 
         RunError: a run failed.
     """
     runs = plan_runs(config, workdir)
+    for run in runs:
+        _check_unchanged(run)
     if dry_run:
         n_train = prepare_with_progress(config.data)["counts"]["train"]
         return {"mode": "ablate", **estimate(runs, n_train)}
@@ -105,6 +109,22 @@ def _plan_run(config: ConfigDict, workdir: Path, row: str, seed: int) -> Run:
     changed.update_from_flattened_dict(changes)
     validate(changed)
     return Run(row, seed, workdir / row / f"seed{seed}", changed, changes)
+
+
+def _check_unchanged(run: Run) -> None:
+    """Raises `UserError` where the run has begun otherwise: a table must not mix the two."""
+    file = run.workdir / "config.json"
+    if not file.exists():
+        return
+    old = flatten(ConfigDict(json.loads(file.read_text())))
+    new = flatten(ConfigDict(json.loads(run.config.to_json_best_effort())))
+    for name in new:
+        decides = not name.startswith(_DECIDE_NOTHING)
+        if decides and name in old and old[name] != new[name]:
+            raise UserError(
+                f"{run.workdir} was begun with config.{name}={old[name]!r}, not {new[name]!r}: "
+                "give another --workdir"
+            )
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -179,11 +199,6 @@ def _stop(processes: list[subprocess.Popen]) -> None:
 
 def _say(run: Run, summary: dict, seconds_left: float) -> None:
     block = scored_block(summary)
-    LOG.info(
-        "%s, seed %d: %s AUC %.4f; about %s left",
-        run.row,
-        run.seed,
-        block["split"],
-        block["auc"],
-        timedelta(seconds=round(seconds_left)),
-    )
+    auc = "not defined" if block["auc"] is None else f"{block['auc']:.4f}"
+    left = timedelta(seconds=round(seconds_left))
+    LOG.info("%s, seed %d: %s AUC %s; about %s left", run.row, run.seed, block["split"], auc, left)

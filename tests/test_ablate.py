@@ -119,6 +119,15 @@ def test_the_same_command_trains_nothing_again(finished, data_dir):
 
 
 @pytest.mark.slow
+def test_runs_of_another_configuration_are_not_mixed_in(finished, data_dir):
+    workdir, _ = finished
+    result = run_main(workdir, data_dir, **{"optim.learning_rate": 0.5})
+    assert result.returncode == 2
+    assert "was begun with config.optim.learning_rate=" in result.stderr
+    assert "another --workdir" in result.stderr
+
+
+@pytest.mark.slow
 def test_a_dry_run_counts_what_is_missing_and_trains_nothing(finished, data_dir, small_config):
     workdir, _ = finished
     more = {"ablation.seeds": 3, "ablation.rows": ("baseline", "fusion", "rds")}
