@@ -120,7 +120,7 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
 
     def evaluate(variables: dict, split: Split) -> Evaluation:
         score = scorer(variables)
-        scored = _one_late(
+        scored = one_late(
             [score(images, view) for view in range(config.eval.tta)]
             for images in (
                 put_batch(split, mesh, rows).images for rows in padded_rows(len(split), batch_size)
@@ -153,7 +153,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Callable[[Ar
     return lambda variables: functools.partial(log_odds, fold(variables))
 
 
-def _one_late(results: Iterator) -> Iterator:
+def one_late(results: Iterator) -> Iterator:
     """Fetches each result after the next was asked for, so that devices need not wait."""
     previous = None
     for result in results:

