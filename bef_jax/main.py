@@ -27,6 +27,7 @@ from bef_jax import (
     compile_cache,
     distributed,
     evaluate,
+    export,
     import_weights,
     plan,
     prepare,
@@ -39,7 +40,7 @@ from bef_jax.summary import write_summary
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _MODE = flags.DEFINE_string(
-    "mode", "train", "train | eval | benchmark | plan | prepare | import_weights"
+    "mode", "train", "train | eval | export | benchmark | plan | prepare | import_weights"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: runs/<name>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder; default: the best.")
@@ -66,6 +67,11 @@ def _eval(config: ConfigDict, workdir: Path) -> dict:
     return evaluate.run(config, workdir, path, _SPLIT.value)
 
 
+def _export(config: ConfigDict, workdir: Path) -> dict:
+    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    return export.run(config, workdir, path)
+
+
 def _benchmark(config: ConfigDict, workdir: Path) -> dict:
     del workdir
     results = Path(_RESULTS.value).expanduser() if _RESULTS.value else None
@@ -89,6 +95,7 @@ def _plan(config: ConfigDict, workdir: Path) -> dict:
 MODES: dict[str, Callable] = {
     "train": _train,
     "eval": _eval,
+    "export": _export,
     "benchmark": _benchmark,
     "plan": _plan,
     "prepare": _prepare,
