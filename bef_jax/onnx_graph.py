@@ -18,7 +18,7 @@ OPSET = 18  # the first whose reductions all take axes as an input
 _SAME_SHAPE = {
     "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min",
     "logistic": "Sigmoid", "exp": "Exp", "log": "Log", "tanh": "Tanh", "sqrt": "Sqrt",
-    "neg": "Neg",
+    "neg": "Neg", "abs": "Abs", "sign": "Sign",
 }  # fmt: skip
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr",
           "custom_vjp_call": "call_jaxpr"}  # fmt: skip
@@ -145,10 +145,12 @@ def _broadcast(graph: _Graph, equation, x, *_) -> str:
     for dimension, size in zip(dimensions, equation.invars[0].aval.shape, strict=True):
         aligned[dimension] = size
     x = graph.node("Reshape", x, _shape(aligned))
-    grown = [1 if old == new else new for old, new in zip(aligned, shape, strict=True)]
-    if not all(isinstance(size, int) for size in grown):
-        raise Unsupported("ONNX: broadcasting along the batch is not translated")
-    # Expand goes by the larger of both sizes, so that a 1 keeps the symbolic one.
+    grown = [
+        1 if old == new or not isinstance(new, int) else new
+        for old, new in zip(aligned, shape, strict=True)
+    ]
+    # Expand goes by the larger of both sizes, so that a 1 keeps the symbolic one. What is to grow
+    # along the batch stays 1 there: arithmetic broadcasts it.
     return x if math.prod(grown) == 1 else graph.node("Expand", x, np.array(grown, np.int64))
 
 
@@ -211,6 +213,12 @@ def _slice(graph: _Graph, equation, x) -> str:
     return graph.node("Slice", x, first, last, which, step)
 
 
+def _stack(graph: _Graph, equation, *xs) -> str:
+    axis = np.array([equation.params["axis"]], np.int64)
+    parts = [graph.node("Unsqueeze", x, axis) for x in xs]
+    return graph.node("Concat", *parts, axis=int(axis[0]))
+
+
 _TRANSLATIONS: dict[str, Callable] = {
     "reshape": _reshape,
     "squeeze": _reshape,
@@ -227,5 +235,8 @@ _TRANSLATIONS: dict[str, Callable] = {
     "transpose": lambda g, e, x: g.node("Transpose", x, perm=e.params["permutation"]),
     "convert_element_type": lambda g, e, x: g.node("Cast", x, to=_type(e.params["new_dtype"])),
     "square": lambda g, e, x: g.node("Mul", x, x),
+    "is_finite": lambda g, e, x: g.node("Less", g.node("Abs", x), np.float32(np.inf)),
+    "select_n": lambda g, e, which, no, yes: g.node("Where", which, yes, no),
+    "stack": _stack,
     "stop_gradient": lambda g, e, x: x,
 }
