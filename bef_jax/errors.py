@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class RunError(Exception):
-    """A run in a process of its own failed; the message is one line that names its log."""
+    """Something failed that is no mistake of the user's; its text is one line that says what."""

@@ -28,6 +28,7 @@ from bef_jax import (
     compile_cache,
     distributed,
     evaluate,
+    export,
     import_weights,
     plan,
     predict,
@@ -41,7 +42,9 @@ from bef_jax.summary import write_summary
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _MODE = flags.DEFINE_string(
-    "mode", "train", "train | eval | predict | benchmark | plan | ablate | prepare | import_weights"
+    "mode",
+    "train",
+    "train | eval | predict | export | ablate | benchmark | plan | prepare | import_weights",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: runs/<name>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder; default: the best.")
@@ -71,6 +74,11 @@ def _eval(config: ConfigDict, workdir: Path) -> dict:
     path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
     other = Path(_COMPARE.value) if _COMPARE.value else None
     return evaluate.run(config, workdir, path, _SPLIT.value, other)
+
+
+def _export(config: ConfigDict, workdir: Path) -> dict:
+    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    return export.run(config, workdir, path)
 
 
 def _benchmark(config: ConfigDict, workdir: Path) -> dict:
@@ -107,6 +115,7 @@ MODES: dict[str, Callable] = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "export": _export,
     "benchmark": _benchmark,
     "plan": _plan,
     "ablate": _ablate,
