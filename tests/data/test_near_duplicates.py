@@ -1,0 +1,116 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bef_jax.data import near_duplicates
+from bef_jax.data.near_duplicates import (
+    RADIUS,
+    TOLERANCE,
+    across_splits,
+    difference_hashes,
+    luma_grids,
+    near_pairs,
+)
+from bef_jax.data.store import Split
+
+
+def patches(n, seed):
+    """Smooth random tissue: 12 x 12 colours, enlarged."""
+    colours = np.random.default_rng(seed).integers(0, 256, (n, 12, 12, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(c).resize((96, 96))) for c in colours])
+
+
+def split(name, images):
+    ids = np.array([f"{name}_{i}" for i in range(len(images))])
+    return Split(name, images, np.zeros(len(images), np.uint8), ids)
+
+
+def as_jpeg(image, quality=60):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def test_grid_is_the_mean_luma_of_each_part():
+    images = patches(3, 0)
+    luma = images[:, 3:93, 3:93] @ np.array([77, 150, 29]) / 256
+    expected = [[luma[2, 10 * r : 10 * r + 10, 10 * c : 10 * c + 10].mean() for c in range(9)]
+                for r in range(9)]  # fmt: skip
+    np.testing.assert_allclose(luma_grids(images)[2], expected, rtol=1e-6)
+
+
+def brute_force(first, second):
+    """All pairs, one by one, under the eight symmetries."""
+    pairs = set()
+    for j, grid in enumerate(second):
+        for k in range(8):
+            turned = np.rot90(grid.T if k >= 4 else grid, k % 4)
+            gaps = first - turned
+            rms = (gaps - gaps.mean((1, 2), keepdims=True)).std((1, 2))
+            bits = difference_hashes(first) ^ difference_hashes(turned[None])
+            distance = np.array([int(x).bit_count() for x in bits])
+            near = (distance <= RADIUS) & (rms <= TOLERANCE)
+            pairs |= {(int(i), j) for i in np.flatnonzero(near)}
+    return pairs
+
+
+def test_finds_what_brute_force_over_all_pairs_finds():
+    """Grids of little contrast: many lie within the radius, and many just outside."""
+    rng = np.random.default_rng(0)
+    slope = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))
+    first, second = (slope + s * rng.normal(size=(n, 9, 9)) for n, s in ((150, 0.3), (120, 0.2)))
+    found = near_pairs(first, second)
+    expected = brute_force(first, second)
+    assert set(map(tuple, found.tolist())) == expected
+    assert len(found) == len(expected) > 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x,
+        as_jpeg,
+        lambda x: np.rot90(x),
+        lambda x: x.transpose(1, 0, 2),
+        lambda x: (x * 0.9 + 12).astype(np.uint8),
+    ],
+    ids=["equal", "jpeg", "turned", "transposed", "paler"],
+)
+def test_a_changed_patch_is_found_again(change):
+    train, valid = patches(40, 1), patches(20, 2)
+    valid[7] = change(train[31])
+    assert near_pairs(luma_grids(train), luma_grids(valid)).tolist() == [[31, 7]]
+
+
+def test_smooth_slopes_of_other_steepness_are_no_duplicates():
+    slope = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))[None]
+    assert len(near_pairs(slope, 1.1 * slope)) == 1
+    assert len(near_pairs(slope, 5 * slope)) == 0
+
+
+def test_counts_patches_of_the_later_split_and_keeps_the_result(tmp_path, monkeypatch):
+    train, valid, test = patches(30, 1), patches(20, 2), patches(10, 3)
+    valid[[3, 5]], train[8] = train[4], train[4]  # two of valid, each twice in train
+    splits = {"train": split("train", train), "valid": split("valid", valid)}
+    splits["test"] = split("test", test)
+    found = across_splits(splits, tmp_path, "abc")
+    assert {name: seen["patches"] for name, seen in found.items()} == {
+        "train/valid": 2, "train/test": 0, "valid/test": 0,
+    }  # fmt: skip
+    assert ["train_4", "valid_3"] in found["train/valid"]["pairs"]
+    with monkeypatch.context() as patch:
+        patch.setattr(near_duplicates, "luma_grids", lambda _: pytest.fail("looked again"))
+        assert across_splits(splits, tmp_path, "abc") == found
+    (tmp_path / near_duplicates.FILE).write_text(json.dumps([1]))
+    assert across_splits(splits, tmp_path, "abc") == found
+    splits["valid"] = split("valid", patches(20, 2))
+    assert across_splits(splits, tmp_path, "other")["train/valid"]["patches"] == 0
+
+
+def test_a_store_that_cannot_be_written_is_looked_through_all_the_same(tmp_path):
+    splits = {name: split(name, patches(4, 1)) for name in ("train", "valid")}
+    found = across_splits(splits, tmp_path / "missing", "abc")
+    assert found["train/valid"]["patches"] == 4
