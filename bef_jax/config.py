@@ -71,6 +71,9 @@ RANGES = {
     "distributed.process_id": (0, None),
     "distributed.timeout_seconds": (1, None),
     "benchmark.runs": (1, None),
+    "predict.stride": (1, PATCH),
+    "ablation.seeds": (1, None),
+    "ablation.jobs": (1, None),
 }
 
 

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     `main` prints it without a traceback and exits with status 2.
     """
+
+
+class RunError(Exception):
+    """Something failed that is no mistake of the user's; its text is one line that says what."""

@@ -15,11 +15,14 @@ from ml_collections import ConfigDict
 from scipy.special import expit
 
 from bef_jax import checkpoint, sharding
+from bef_jax.calibration import tuned
+from bef_jax.compare import paired_tests
 from bef_jax.config import flatten, validate
 from bef_jax.data import augment, store
 from bef_jax.data.batches import put_batch
 from bef_jax.data.store import Split
 from bef_jax.errors import UserError
+from bef_jax.intervals import intervals
 from bef_jax.metrics import Evaluation, binary_metrics
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
@@ -29,12 +32,19 @@ from bef_jax.state import abstract_state
 _CONVENTION = ("padding", "bn_epsilon", "bn_momentum")
 
 
-def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None, split: str | None) -> dict:
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    checkpoint_path: Path | None,
+    split: str | None,
+    other: Path | None = None,
+) -> dict:
     """--mode=eval: the metrics of a checkpoint on one split.
 
     Args:
         checkpoint_path: a checkpoint's folder; the best of `workdir` without it.
         split: train, valid or test; test without it, or valid where there is no test.
+        other: a checkpoint, of any network, to test this one against on the same patches.
 
     Raises:
         UserError: no such checkpoint or split, or the checkpoint is of another network.
@@ -44,10 +54,32 @@ def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None, split: 
     folder = store.store_path(config.data)
     counts = store.read_manifest(folder)["counts"]
     patches = store.open_split(folder, split or ("test" if counts.get("test") else "valid"))
+    against = _network_of(other, config) if other else None
+    evaluation = _evaluate(path, config, patches)
+    valid = evaluation
+    if patches.name != "valid" and counts.get("valid"):
+        valid = _evaluate(path, config, store.open_split(folder, "valid"))
+    summary = {"mode": "eval", "checkpoint": str(path), **summarise(evaluation, config, valid)}
+    if against:
+        summary["comparison"] = _compare(evaluation, other, against, patches)
+    return summary
+
+
+def _evaluate(path: Path, config: ConfigDict, patches: Split) -> Evaluation:
     mesh = sharding.make_mesh()
     state = checkpoint.restore(path, abstract_state(config), sharding.replicated(mesh))
-    evaluation = make_evaluator(config, mesh)(state.eval_variables(), patches)
-    return {"mode": "eval", "checkpoint": str(path), **summarise(evaluation, config)}
+    return make_evaluator(config, mesh)(state.eval_variables(), patches)
+
+
+def _compare(evaluation: Evaluation, path: Path, config: ConfigDict, patches: Split) -> dict:
+    other = _evaluate(path, config, patches)
+    tests = paired_tests(
+        evaluation.probabilities,
+        other.probabilities,
+        other.labels,
+        config.eval.threshold,
+    )
+    return {"checkpoint": str(path), "auc": other.metrics["auc"], **tests}
 
 
 def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
@@ -61,14 +93,20 @@ def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
         UserError: `config` asks for another network, naming the fields.
     """
     given = ConfigDict(json.loads(config.to_json_best_effort()))
-    saved = checkpoint.complete(checkpoint.read_run(path)["config"])
-    saved.model.depthwise = given.model.depthwise
+    saved = _network_of(path, given)
     given.model.update({field: saved.model[field] for field in _CONVENTION})
     old, new = flatten(saved.model), flatten(given.model)
     differing = [name for name in old if old[name] != new[name]]
     if differing:
         listed = ", ".join(f"model.{name}={old[name]}" for name in differing)
         raise UserError(f"checkpoint {path} has {listed}: give the config that trained it")
+    return saved
+
+
+def _network_of(path: Path, given: ConfigDict) -> ConfigDict:
+    """The configuration of a checkpoint, of whatever network, with what of `given` counts."""
+    saved = checkpoint.complete(checkpoint.read_run(path)["config"])
+    saved.model.depthwise = given.model.depthwise
     saved.update(data=given.data, eval=given.eval)
     saved.rcc.eval_size = given.rcc.eval_size
     validate(saved)
@@ -82,7 +120,7 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
 
     def evaluate(variables: dict, split: Split) -> Evaluation:
         score = scorer(variables)
-        scored = _one_late(
+        scored = one_late(
             [score(images, view) for view in range(config.eval.tta)]
             for images in (
                 put_batch(split, mesh, rows).images for rows in padded_rows(len(split), batch_size)
@@ -90,9 +128,10 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
         )
         views = np.concatenate([np.stack(parts) for parts in scored], axis=1)[:, : len(split)]
         # Log-odds, then float64: in float32 the surest patches would all be 1, and tie.
-        probabilities = expit(views.astype(np.float64)).mean(axis=0)
+        by_view = expit(views.astype(np.float64))
+        probabilities, plain = by_view.mean(axis=0), by_view[0] if len(by_view) > 1 else None
         metrics = binary_metrics(probabilities, split.labels, config.eval.threshold)
-        return Evaluation(split.name, split.ids, split.labels, probabilities, metrics)
+        return Evaluation(split.name, split.ids, split.labels, probabilities, metrics, plain)
 
     return evaluate
 
@@ -114,7 +153,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Callable[[Ar
     return lambda variables: functools.partial(log_odds, fold(variables))
 
 
-def _one_late(results: Iterator) -> Iterator:
+def one_late(results: Iterator) -> Iterator:
     """Fetches each result after the next was asked for, so that devices need not wait."""
     previous = None
     for result in results:
@@ -141,6 +180,15 @@ def _log_odds(
     return logits[:, 1] - logits[:, 0]
 
 
-def summarise(evaluation: Evaluation, config: ConfigDict) -> dict:
-    """The block of a summary that describes one evaluation."""
-    return {"split": evaluation.split, **evaluation.metrics, "tta": config.eval.tta}
+def summarise(evaluation: Evaluation, config: ConfigDict, valid: Evaluation) -> dict:
+    """The block of a summary that describes one evaluation.
+
+    Beside the figures of the network as it is (`ci95` has the intervals that they lack) stand those
+    with a temperature and at a threshold that were chosen on `valid`; and, where `tta` views were
+    averaged, the plain ones of each patch as it is.
+    """
+    block = {"split": evaluation.split, **evaluation.metrics, "tta": config.eval.tta}
+    block |= {"ci95": intervals(evaluation), **tuned(valid, evaluation)}
+    if evaluation.plain is not None:
+        block["plain"] = binary_metrics(evaluation.plain, evaluation.labels, config.eval.threshold)
+    return block

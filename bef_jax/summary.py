@@ -13,9 +13,14 @@ def write_summary(workdir: Path, summary: dict) -> None:
 
 def write_json(file: Path, content: dict | list) -> None:
     """Writes `content` to `file`, whole or not at all."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes `text` to `file` as UTF-8, whole or not at all."""
     # In the same folder, since a rename is atomic on one file system only. Hidden, so that whoever
     # lists results does not meet it.
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(text, encoding="utf-8", newline="")
     # No fsync: it guards against a kill, not against a power cut.
     os.replace(temporary, file)

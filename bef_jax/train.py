@@ -34,6 +34,7 @@ from bef_jax.metrics import Evaluation
 from bef_jax.optim import make_schedule
 from bef_jax.prepare import prepare_with_progress
 from bef_jax.progress import Progress
+from bef_jax.scores import write_scores
 from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
 from bef_jax.step import compile_step, describe
 from bef_jax.steplog import StepLog
@@ -341,21 +342,25 @@ def _finish(run: Run, state: TrainState) -> dict:
     summary = _summary(run, state)
     if summary["step"] >= run.durations.steps:
         path = checkpoint.best(run.workdir)
-        evaluations = _evaluate_best(run, path)
-        blocks = {name: summarise(seen, run.config) for name, seen in evaluations.items()}
+        variables = _best_variables(run, path)
+        evaluations = _evaluate_best(run, variables)
+        valid = evaluations["valid"]
+        blocks = {name: summarise(seen, run.config, valid) for name, seen in evaluations.items()}
         summary |= {"best_step": int(path.name), **blocks}
         if distributed.is_first():
-            _report(run, summary, evaluations)
+            _report(run, variables, summary, evaluations)
     return summary
 
 
-def _report(run: Run, summary: dict, evaluations: dict[str, Evaluation]) -> None:
-    images = {name: run.splits[name].images for name in evaluations}
+def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Evaluation]) -> None:
     # Here, since matplotlib and scikit-learn take 0.5 s that the first step need not wait for.
-    from bef_jax.report import write_report
+    from bef_jax.run_report import report_run
 
-    page = write_report(run.workdir / "report", run.history.lines, evaluations, images, summary)
-    LOG.info("open %s in a browser: curves, ROC and the most wrong patches", page)
+    found = run.history.lines, evaluations, variables, summary
+    page = report_run(run.workdir, run.config, run.splits, *found)
+    LOG.info("open %s in a browser: figures, curves, the surest patches, the data", page)
+    for name, seen in evaluations.items():
+        write_scores(run.workdir / f"scores_{name}.csv", seen)
     write_summary(run.workdir, summary)
 
 
@@ -379,8 +384,11 @@ def _summary(run: Run, state: TrainState) -> dict:
     }
 
 
-def _evaluate_best(run: Run, path: Path) -> dict[str, Evaluation]:
-    abstract = abstract_state(run.config)
-    state = checkpoint.restore(path, abstract, sharding.replicated(run.mesh))
+def _evaluate_best(run: Run, variables: dict) -> dict[str, Evaluation]:
     names = [name for name in ("valid", "test") if name in run.splits]
-    return {name: run.evaluate(state.eval_variables(), run.splits[name]) for name in names}
+    return {name: run.evaluate(variables, run.splits[name]) for name in names}
+
+
+def _best_variables(run: Run, path: Path) -> dict:
+    abstract = abstract_state(run.config)
+    return checkpoint.restore(path, abstract, sharding.replicated(run.mesh)).eval_variables()

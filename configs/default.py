@@ -56,22 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     augment.mean = (0.70, 0.54, 0.69)  # per channel, in 0 .. 1: input normalisation
     augment.std = (0.24, 0.28, 0.22)  # likewise
 
-    config.optim = optim = ConfigDict()
-    optim.name = "adamw"  # adamw | rmsprop (as in the EfficientNet paper) | sgd
-    optim.learning_rate = 2e-3  # peak, at a batch of 256; scaled with batch_size
-    optim.warmup_epochs = 1.0  # linear from 0
-    optim.final_fraction = 0.01  # of the peak, where the cosine ends
-    optim.weight_decay = 0.05  # of kernels; batch normalisation and biases are left alone
-    optim.momentum = 0.9  # of sgd and rmsprop
-    optim.clip_norm = 1.0  # global norm of the gradient; 0 switches clipping off
-    optim.accumulate = 1  # micro-batches that a step splits the batch into
-    # Fine-tuning. The learning rate is multiplied by this once for each layer between a parameter
-    # and the classifier; 1 switches it off.
-    optim.layer_decay = 1.0
-    # Parameters that stay as they are: a regular expression for the start of names such as
-    # block_00/expand_conv/kernel; empty: none. Their batch statistics follow the data all the same.
-    optim.freeze = ""
-    optim.head_only_steps = 0  # in the first of which only the classifier and attention learn
+    config.optim = _optim()
 
     config.eval = evaluation = ConfigDict()
     evaluation.every_epochs = 1.0  # between two evaluations on valid; the end is always one
@@ -93,6 +78,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.benchmark = benchmark = ConfigDict()
     benchmark.runs = 7  # of each measurement; its median and extremes are reported
+
+    config.predict = predict = ConfigDict()
+    # Between the tiles of a picture above 96x96, in pixels: at 32, what decides the label, every
+    # pixel is decided on once; 16 takes four times as long, and smooths the heat map.
+    predict.stride = 32
+
+    config.ablation = ablation = ConfigDict()
+    ablation.seeds = 3  # runs of each row, from config.seed on
+    ablation.rows = ()  # of configs/ablation.py's ROWS; empty: all
+    # Runs at once, each with a GPU or TPU chip of its own, or its share of the CPU's cores; empty:
+    # one per accelerator, and one on CPU.
+    ablation.jobs = placeholder(int)
     return apply_arg(config.lock(), arg)
 
 
@@ -113,6 +110,26 @@ def _model() -> ConfigDict:
     model.depthwise = "auto"  # auto (by platform) | native | shift: the depthwise convolution
     model.padding = "same"  # same (TensorFlow) | symmetric (torch): where stride 2 pads
     return model
+
+
+def _optim() -> ConfigDict:
+    optim = ConfigDict()
+    optim.name = "adamw"  # adamw | rmsprop (as in the EfficientNet paper) | sgd
+    optim.learning_rate = 2e-3  # peak, at a batch of 256; scaled with batch_size
+    optim.warmup_epochs = 1.0  # linear from 0
+    optim.final_fraction = 0.01  # of the peak, where the cosine ends
+    optim.weight_decay = 0.05  # of kernels; batch normalisation and biases are left alone
+    optim.momentum = 0.9  # of sgd and rmsprop
+    optim.clip_norm = 1.0  # global norm of the gradient; 0 switches clipping off
+    optim.accumulate = 1  # micro-batches that a step splits the batch into
+    # Fine-tuning. The learning rate is multiplied by this once for each layer between a parameter
+    # and the classifier; 1 switches it off.
+    optim.layer_decay = 1.0
+    # Parameters that stay as they are: a regular expression for the start of names such as
+    # block_00/expand_conv/kernel; empty: none. Their batch statistics follow the data all the same.
+    optim.freeze = ""
+    optim.head_only_steps = 0  # in the first of which only the classifier and attention learn
+    return optim
 
 
 def _data() -> ConfigDict:

@@ -65,7 +65,7 @@ def test_summary_and_files(undisturbed):
     assert set(summary["valid"]) == set(summary["test"]) == EVAL_KEYS
     assert (summary["step"], summary["epoch"]) == (6, 6 / 5)
     assert (summary["valid"]["n"], summary["test"]["n"]) == (21, 13)
-    for name in ("config.json", "metrics.jsonl", "report/index.html", "report/curves.png"):
+    for name in ("config.json", "metrics.jsonl", "report/index.html", "report/loss.png"):
         assert (workdir / name).stat().st_size > 0
     assert list((workdir / "tensorboard").iterdir())
 

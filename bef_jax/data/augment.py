@@ -146,7 +146,10 @@ def crop_windows(images: Array, sizes: Array, offsets: Array, canvas: int) -> tu
 def center_crop(images: Array, size: int) -> Array:
     """The central `size` x `size` of [N, 96, 96, C]."""
     first = (PATCH - size) // 2
-    return images[:, first : first + size, first : first + size]
+    for axis in (1, 2):
+        # Not by brackets, which are a gather where N is symbolic, as in an export.
+        images = jax.lax.slice_in_dim(images, first, first + size, axis=axis)
+    return images
 
 
 # ---- stains -------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ of the eight flips and turns, which training shows as well,
 
 1. their difference hashes (dHash: Krawetz, "Kind of like that", 2013) differ in at most `RADIUS`
    of 64 bits, and
-2. their grids of mean luma, each less its mean, differ by at most `TOLERANCE` grey levels (root
-   mean square). The hash alone takes any two smooth slopes, such as bare glass, for the same.
+2. their grids of mean luma, each less its mean, differ by at most `TOLERANCE` of the deviation of
+   the later one. The hash alone takes any two smooth slopes, such as bare glass, for the same.
+   Flat patches are left out: background is like any other.
 
 That finds a patch again in another encoding, brightness or turn. Patches that overlap after a
 shift of more than a few pixels are not found: a count of 0 does not say that slides are apart.
@@ -26,7 +27,8 @@ from bef_jax.summary import write_json
 LOG = logging.getLogger(__name__)
 
 RADIUS = 3  # bits
-TOLERANCE = 8.0  # grey levels
+TOLERANCE = 0.25  # 10% less contrast makes 0.1
+FLAT = 4.0  # grey levels: the deviation below which a patch is background
 FILE = "near_duplicates.json"
 VERSION = 1  # of what counts as a near duplicate: another one makes kept results stale
 LISTED = 100  # pairs of ids that a result names, for each pair of splits
@@ -50,7 +52,7 @@ def across_splits(splits: Mapping[str, Split], folder: Path, content: str) -> di
 
     Returns:
         By "train/valid" and the like: `patches`, how many patches of the later split have a near
-        duplicate in the earlier one, and `pairs` of ids, the nearest first, at most `LISTED`.
+        duplicate in the earlier one, and `pairs` of their ids, the nearest first, at most `LISTED`.
     """
     file, key = Path(folder) / FILE, {"version": VERSION, "content": content}
     kept = _read(file)
@@ -113,8 +115,8 @@ def near_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     hashes, best = difference_hashes(first), {}
     for turned in _symmetries(second):
         for i, j in _within_radius(hashes, difference_hashes(turned)):
-            gaps = _difference(first[i], turned[j])
-            for pair in np.flatnonzero(gaps <= TOLERANCE):
+            gaps, spread = _deviation(first[i] - turned[j]), _deviation(turned[j])
+            for pair in np.flatnonzero((gaps <= TOLERANCE * spread) & (spread >= FLAT)):
                 key = int(i[pair]), int(j[pair])
                 best[key] = min(best.get(key, np.inf), float(gaps[pair]))
     return np.array(sorted(best, key=lambda key: (best[key], key)), int).reshape(-1, 2)
@@ -127,10 +129,9 @@ def _symmetries(grids: np.ndarray) -> Iterator[np.ndarray]:
         yield turned[:, :, ::-1]
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Root mean square of the difference of grids [P, 9, 9], each less its mean: [P]."""
-    gap = a - b
-    return (gap - gap.mean((1, 2), keepdims=True)).std((1, 2))
+def _deviation(grids: np.ndarray) -> np.ndarray:
+    """Standard deviation of each of [P, 9, 9]: [P]."""
+    return grids.std((1, 2))
 
 
 def _within_radius(

@@ -49,6 +49,21 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
                 yield split, chunk
 
 
+def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (ids, images) of one .npz file, which needs no labels, at most 512 at a time.
+
+    A file without ids gets <its name>_<row>.
+
+    Raises:
+        UserError: it is damaged, or its arrays are not patches and ids.
+    """
+    with _readable(path), zipfile.ZipFile(path) as archive, archive.open("images.npy") as member:
+        count = _read_header(member, path)[0]
+        ids = _read_ids(path, path.stem, count)
+        for rows in ranges(count):
+            yield ids[rows], _read_images(member, rows.stop - rows.start)
+
+
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turns what zipfile and NumPy say about a damaged file into a UserError."""
@@ -104,16 +119,23 @@ def _read_images(member: zipfile.ZipExtFile, count: int) -> np.ndarray:
 
 def _read_labels(path: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
-        for name in {"labels.npy", "ids.npy"} & set(archive.namelist()):
-            _check_count(archive, name, count, path)
+        if "labels.npy" in archive.namelist():
+            _check_count(archive, "labels.npy", count, path)
     # A pickle in a data set could run code.
     with np.load(path, allow_pickle=False) as arrays:
         labels = check_labels(arrays["labels"], count, f"{path} (labels)")
-        if "ids" not in arrays:
-            return labels, np.asarray([f"npz_{split}_{row}" for row in range(count)])
+    return labels, _read_ids(path, f"npz_{split}", count)
+
+
+def _read_ids(path: Path, prefix: str, count: int) -> np.ndarray:
+    with zipfile.ZipFile(path) as archive:
+        if "ids.npy" not in archive.namelist():
+            return np.asarray([f"{prefix}_{row}" for row in range(count)])
+        _check_count(archive, "ids.npy", count, path)
+    with np.load(path, allow_pickle=False) as arrays:
         ids = arrays["ids"]
     # astype(str) would refuse bytes beyond ASCII.
     ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str)
     if ids.shape != (count,):
         raise UserError(f"{path} (ids): shape {list(ids.shape)} for {count} images; one id each")
-    return labels, ids
+    return ids

@@ -52,6 +52,28 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
                 yield split, chunk
 
 
+def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (ids, images) of the data set `x` of one .h5 or .h5.gz, at most 512 at a time.
+
+    The id of a patch is <the file's name>_<row>.
+
+    Raises:
+        UserError: it is damaged, or holds something else than patches.
+    """
+    stem = path.name.removesuffix(".gz").removesuffix(".h5")
+    with _dataset(path, "x") as x:
+        _check_patches(x, path)
+        for rows in ranges(len(x)):
+            yield np.asarray([f"{stem}_{row}" for row in range(rows.start, rows.stop)]), x[rows]
+
+
+def _check_patches(x: h5py.Dataset, path: Path) -> None:
+    check_images(x.shape, x.dtype, str(path))
+    # Before they are read: a file of a few bytes can declare 10^12 labels, or patches.
+    if x.nbytes > _DENSEST * x.id.get_storage_size():
+        raise UserError(f"{path}: declares {len(x)} patches that it does not hold; fetch it")
+
+
 def _split_paths(folder: Path, split: str) -> tuple[Path, Path] | None:
     stem = f"camelyonpatch_level_2_split_{split}"
     found = {name: _find(folder / f"{stem}_{name}.h5") for name in "xy"}
@@ -75,10 +97,7 @@ def _find(path: Path) -> Path | None:
 def _read_split(split: str, images: Path, labels: Path, limit: int | None) -> Iterator[Chunk]:
     # Labels first: a file of them that can't be read shows before the images are unpacked.
     with _dataset(labels, "y") as y, _dataset(images, "x") as x:
-        check_images(x.shape, x.dtype, str(images))
-        # Before they are read: a file of a few bytes can declare 10^12 labels, or patches.
-        if x.nbytes > _DENSEST * x.id.get_storage_size():
-            raise UserError(f"{images}: declares {len(x)} patches that it does not hold; fetch it")
+        _check_patches(x, images)
         if y.size != len(x):
             raise UserError(f"{labels}: {y.size} labels for {len(x)} images; fetch both again")
         flags = check_labels(y[:], len(x), str(labels))

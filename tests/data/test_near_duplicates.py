@@ -49,10 +49,10 @@ def brute_force(first, second):
         for k in range(8):
             turned = np.rot90(grid.T if k >= 4 else grid, k % 4)
             gaps = first - turned
-            rms = (gaps - gaps.mean((1, 2), keepdims=True)).std((1, 2))
+            rms = np.sqrt(((gaps - gaps.mean((1, 2), keepdims=True)) ** 2).mean((1, 2)))
             bits = difference_hashes(first) ^ difference_hashes(turned[None])
             distance = np.array([int(x).bit_count() for x in bits])
-            near = (distance <= RADIUS) & (rms <= TOLERANCE)
+            near = (distance <= RADIUS) & (rms <= TOLERANCE * turned.std())
             pairs |= {(int(i), j) for i in np.flatnonzero(near)}
     return pairs
 
@@ -89,6 +89,11 @@ def test_smooth_slopes_of_other_steepness_are_no_duplicates():
     slope = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))[None]
     assert len(near_pairs(slope, 1.1 * slope)) == 1
     assert len(near_pairs(slope, 5 * slope)) == 0
+
+
+def test_background_is_not_taken_for_a_duplicate():
+    blank = luma_grids(np.full((3, 96, 96, 3), 240, np.uint8))
+    assert len(near_pairs(blank, blank)) == 0
 
 
 def test_counts_patches_of_the_later_split_and_keeps_the_result(tmp_path, monkeypatch):

@@ -46,8 +46,11 @@ def patches(rng: random.Random, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def odd(array: np.ndarray, rng: random.Random) -> np.ndarray:
     """An array of another dtype, shape or content; mostly it stays as it is."""
+    # Of text no numbers can be made; an array of objects is a pickle in an npz.
+    text = array.dtype.kind == "U"
+    dtypes = ["U3", "U9", "O"] if text else ["f4", "f8", "i1", "i8", "u2", "S3", "U9", "?", "c8"]
     kinds = [
-        lambda: array.astype(rng.choice(["f4", "f8", "i1", "i8", "u2", "S3", "U9", "?", "c8"])),
+        lambda: array.astype(rng.choice(dtypes)),
         lambda: array[: rng.randrange(len(array) + 1)],
         lambda: array.reshape(-1),
         lambda: array[..., :1],

@@ -1,0 +1,229 @@
+"""The ablation table: what the runs of each row came to, and what sets a row apart from chance."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from bef_jax.compare import paired_tests
+from bef_jax.scores import read_scores
+from bef_jax.summary import write_text
+
+TITLES = {
+    "baseline": "baseline",
+    "rcc": "+ random center cropping",
+    "rds": "+ reduced downsampling",
+    "attention": "+ attention",
+    "fusion": "+ feature fusion",
+    "all": "all four",
+    "resnet50": "ResNet-50",
+    "densenet121": "DenseNet-121",
+}
+
+
+class Finished(Protocol):
+    """A run that has come to its end."""
+
+    row: str
+    seed: int
+    workdir: Path
+
+    def summary(self) -> dict:
+        """What it ended with."""
+
+
+def scored_block(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The block of a run's summary that the table is about: test, or valid where there is none."""
+    return summary["test"] or summary["valid"]
+
+
+def tabulate(runs: Sequence[Finished], threshold: float) -> dict[str, Any]:
+    """Averages the runs of each row over their seeds, and tests each row against the baseline.
+
+    Args:
+        runs: that are finished.
+        threshold: from which a probability counts as positive, for McNemar's test.
+
+    Returns:
+        split, and rows: of each name, in the order of the runs, seeds, params, images_per_second,
+        auc, auc_std, accuracy, accuracy_std (over seeds, ddof=1; None for one) and `against`, the
+        comparison with the baseline: None without one.
+    """
+    by_row: dict[str, dict[int, Finished]] = {}
+    for run in runs:
+        by_row.setdefault(run.row, {})[run.seed] = run
+    split = scored_block(runs[0].summary())["split"]
+    baseline = by_row.get("baseline")
+    rows = {}
+    for name, of_row in by_row.items():
+        rows[name] = _averages([run.summary() for run in of_row.values()])
+        compared = baseline and name != "baseline"
+        rows[name]["against"] = _against(of_row, baseline, split, threshold) if compared else None
+    return {"split": split, "rows": rows}
+
+
+def _averages(summaries: list[dict]) -> dict[str, Any]:
+    blocks = [scored_block(summary) for summary in summaries]
+    figures = {}
+    for name in ("auc", "accuracy"):
+        values = [block[name] for block in blocks]
+        figures[name] = float(np.mean(values)) if None not in values else None
+        several = len(values) > 1 and None not in values
+        figures[f"{name}_std"] = float(np.std(values, ddof=1)) if several else None
+    speeds = [summary["images_per_second"] for summary in summaries]
+    return {
+        "seeds": len(blocks),
+        "params": summaries[0]["params"],
+        "images_per_second": float(np.median(speeds)),
+        **figures,
+    }
+
+
+def _against(
+    row: Mapping[int, Finished], baseline: Mapping[int, Finished], split: str, threshold: float
+) -> dict[str, Any] | None:
+    """The row less the baseline, over the seeds that both have.
+
+    Two questions, two tests. `seeds_p`, a paired t-test of the AUCs: would other seeds say the same
+    of these patches? `delong_p` and `mcnemar_p`, of probabilities averaged over the seeds: would
+    other patches?
+    """
+    from scipy.stats import ttest_rel
+
+    seeds = [seed for seed in row if seed in baseline]
+    if not seeds:
+        return None
+    ours, theirs = ([_auc(runs[seed]) for seed in seeds] for runs in (row, baseline))
+    first, second, labels = _averaged_scores(row, baseline, seeds, split)
+    differs = len(seeds) > 1 and None not in ours + theirs and np.ptp(np.subtract(ours, theirs)) > 0
+    return {
+        "seeds": len(seeds),
+        "seeds_p": float(ttest_rel(ours, theirs).pvalue) if differs else None,
+        **paired_tests(first, second, labels, threshold),
+    }
+
+
+def _auc(run: Finished) -> float | None:
+    return scored_block(run.summary())["auc"]
+
+
+def _averaged_scores(
+    row: Mapping[int, Finished], baseline: Mapping[int, Finished], seeds: list[int], split: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities of both rows, averaged over seeds, and the labels: [N] each."""
+    read = [
+        [read_scores(runs[seed].workdir / f"scores_{split}.csv") for seed in seeds]
+        for runs in (row, baseline)
+    ]
+    _, labels, _ = read[0][0]
+    first, second = (np.mean([scores for _, _, scores in of_runs], axis=0) for of_runs in read)
+    return first, second, labels
+
+
+# ---- what people read ---------------------------------------------------------------------------
+
+_HEAD = {
+    "row": "",
+    "seeds": "seeds",
+    "params": "parameters",
+    "images_per_second": "images/s",
+    "auc": "AUC",
+    "accuracy": "accuracy",
+    "auc_difference": "AUC, less baseline (95% CI)",
+    "delong_p": "p, DeLong",
+    "seeds_p": "p, seeds",
+    "mcnemar_p": "p, McNemar",
+}
+
+
+def write_table(workdir: Path, table: Mapping[str, Any], runs: Sequence[Finished]) -> list[str]:
+    """Writes ablation.md, ablation.csv, ablation_runs.csv and ablation.png; returns their paths."""
+    write_text(workdir / "ablation.md", _markdown(table))
+    write_text(workdir / "ablation.csv", _csv(_flat_rows(table)))
+    write_text(workdir / "ablation_runs.csv", _csv([_flat_run(run) for run in runs]))
+    from bef_jax.ablation_picture import draw  # here: training need not wait for matplotlib
+
+    aucs = {name: [_auc(run) for run in runs if run.row == name] for name in table["rows"]}
+    draw(table, aucs, TITLES).savefig(workdir / "ablation.png", dpi=150)
+    names = ("ablation.md", "ablation.csv", "ablation_runs.csv", "ablation.png")
+    return [str(workdir / name) for name in names]
+
+
+def _markdown(table: Mapping[str, Any]) -> str:
+    lines = [list(_HEAD.values()), ["---"] * len(_HEAD)]
+    lines += [_cells(name, row) for name, row in table["rows"].items()]
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    note = (
+        f"Figures of {table['split']}, mean +- standard deviation over seeds. p, DeLong and "
+        "McNemar: of the probabilities averaged over seeds, whether other patches would say the "
+        "same; p, seeds: a paired t-test, whether other seeds would."
+    )
+    return f"{text}\n{note}\n"
+
+
+def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
+    against = row["against"] or {}
+    interval = against.get("auc_difference_ci95")
+    difference = (
+        ""
+        if not interval
+        else (f"{against['auc_difference']:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})")
+    )
+    return [
+        TITLES.get(name, name),
+        str(row["seeds"]),
+        f"{row['params']:,}",
+        f"{row['images_per_second']:.0f}",
+        _spread(row["auc"], row["auc_std"], "{:.4f}"),
+        _spread(row["accuracy"], row["accuracy_std"], "{:.2%}"),
+        difference,
+        *(_p_value(against.get(key)) for key in ("delong_p", "seeds_p", "mcnemar_p")),
+    ]
+
+
+def _spread(mean: float | None, std: float | None, form: str) -> str:
+    if mean is None:
+        return "-"
+    return form.format(mean) + (f" +- {form.format(std)}" if std is not None else "")
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def _flat_rows(table: Mapping[str, Any]) -> list[dict]:
+    rows = []
+    for name, row in table["rows"].items():
+        against = {"auc_difference": None, **(row["against"] or {})}
+        low, high = against.pop("auc_difference_ci95", None) or (None, None)
+        ends = {"auc_difference_low": low, "auc_difference_high": high}
+        own = {key: value for key, value in row.items() if key != "against"}
+        rows.append({"row": name, **own, **against, **ends, "seeds": row["seeds"]})
+    return rows
+
+
+def _flat_run(run: Finished) -> dict:
+    summary = run.summary()
+    block = scored_block(summary)
+    kept = ("split", "n", "auc", "accuracy", "loss", "brier", "ece")
+    timed = ("params", "images_per_second", "wall_seconds", "best_step")
+    return {
+        "row": run.row,
+        "seed": run.seed,
+        **{key: block[key] for key in kept},
+        **{key: summary[key] for key in timed},
+    }
+
+
+def _csv(rows: list[dict]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,328 @@
+"""A function of JAX as an ONNX graph: just what the networks here need for inference.
+
+jax2onnx, which translates far more, holds Orbax below the version that checkpoints here need. What
+is not known is refused by name, never guessed.
+
+Arrays keep JAX's order of axes (NHWC); convolutions and pooling, which ONNX knows in NCHW alone,
+stand between two transpositions, most of which a runtime's optimiser removes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+OPSET = 18  # of 2022: reductions take their axes as an input from here on
+IR_VERSION = 9  # older runtimes refuse newer ones
+
+# JAX's primitives that are an operator of ONNX as they are; operands broadcast.
+_ELEMENTWISE = {
+    "abs": "Abs",
+    "add": "Add",
+    "add_any": "Add",
+    "div": "Div",
+    "exp": "Exp",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "neg": "Neg",
+    "sign": "Sign",
+    "sqrt": "Sqrt",
+    "stop_gradient": "Identity",
+    "sub": "Sub",
+    "tanh": "Tanh",
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a variable of a jaxpr is in the graph.
+
+    Attributes:
+        name: of the tensor.
+        shape: that JAX gives it; the batch is symbolic.
+        constant: its content, where that does not depend on the input.
+        narrow: it has axes of 1 where `shape` is larger, and is left to broadcasting.
+    """
+
+    name: str
+    shape: tuple
+    constant: np.ndarray | None = None
+    narrow: bool = False
+
+
+@dataclass
+class Graph:
+    """The nodes and constants so far."""
+
+    nodes: list = field(default_factory=list)
+    initializers: list = field(default_factory=list)
+    _kept: dict = field(default_factory=dict)
+
+    def add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Adds a node with one output, and returns the output's name."""
+        name = f"{operator.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [name], name, **attributes))
+        return name
+
+    def constant(self, array: np.ndarray) -> str:
+        """Adds a constant, equal ones once, and returns its name."""
+        array = np.ascontiguousarray(array)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._kept:
+            self._kept[key] = f"constant_{len(self._kept)}"
+            self.initializers.append(numpy_helper.from_array(array, self._kept[key]))
+        return self._kept[key]
+
+    def integers(self, *values: int) -> str:
+        """Adds a vector of int64, as ONNX takes axes and shapes."""
+        return self.constant(np.array(values, np.int64))
+
+    def read(self, value: Value) -> str:
+        """The name of a tensor that broadcasts to the value's shape."""
+        return value.name if value.constant is None else self.constant(value.constant)
+
+    def whole(self, value: Value) -> str:
+        """The name of a tensor that has the value's shape."""
+        if not value.narrow:
+            return self.read(value)
+        # 1 for the batch: Expand leaves what is larger as it is.
+        sizes = [size if isinstance(size, int) else 1 for size in value.shape]
+        return self.add("Expand", [self.read(value), self.integers(*sizes)])
+
+
+def to_onnx(function: Callable, argument: jax.ShapeDtypeStruct, outputs: Sequence[str]) -> bytes:
+    """Translates `function(image)`, whose parameters it holds itself, into an ONNX file.
+
+    Args:
+        function: of one array; returns a tuple of arrays [n], float32.
+        argument: the array's shape, its first axis n symbolic, and dtype.
+        outputs: the names of what it returns; the input is called `image`.
+
+    Raises:
+        NotImplementedError: it has a primitive that is not known here.
+    """
+    closed = jax.make_jaxpr(function)(argument)
+    graph, image = Graph(), Value("image", argument.shape)
+    results = _run(graph, closed.jaxpr, list(map(_known, closed.consts)), [image])
+    for value, name in zip(results, outputs, strict=True):
+        graph.nodes.append(helper.make_node("Identity", [graph.whole(value)], [name], name))
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(argument.dtype))
+    shape = ["n", *argument.shape[1:]]
+    given = [helper.make_tensor_value_info("image", kind, shape)]
+    made = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in outputs]
+    content = helper.make_graph(graph.nodes, "bef_jax", given, made, graph.initializers)
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(content, opset_imports=opsets, ir_version=IR_VERSION)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _known(array: Any) -> Value:
+    array = np.asarray(array)
+    return Value("", array.shape, array)
+
+
+def _run(graph: Graph, jaxpr: Any, consts: Sequence[Value], inputs: Sequence[Value]) -> list[Value]:
+    """Adds a jaxpr's equations, and returns its results."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+
+    def read(atom: Any) -> Value:
+        return _known(atom.val) if hasattr(atom, "val") else values[atom]
+
+    for equation in jaxpr.eqns:
+        results = _equation(graph, equation, [read(atom) for atom in equation.invars])
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation(graph: Graph, equation: Any, inputs: list[Value]) -> list[Value]:
+    name, shapes = equation.primitive.name, [var.aval.shape for var in equation.outvars]
+    called = _called(equation)
+    if called is not None:
+        inputs = inputs[-len(called.jaxpr.invars) :] if name == "cond" else inputs
+        return _run(graph, called.jaxpr, [_known(const) for const in called.consts], inputs)
+    if name == "platform_index":
+        return [_known(np.int32(0))]  # only asked which branch to take, and `_called` knows
+    if all(value.constant is not None for value in inputs) and _is_concrete(shapes):
+        results = equation.primitive.bind(*(v.constant for v in inputs), **equation.params)
+        return [_known(x) for x in (results if equation.primitive.multiple_results else [results])]
+    if name in _ELEMENTWISE:
+        return [_elementwise(graph, _ELEMENTWISE[name], inputs, shapes[0])]
+    if name not in _OPERATORS:
+        raise NotImplementedError(f"{name} is not among the operators that can be exported to ONNX")
+    result = _OPERATORS[name](graph, equation, inputs)
+    return [result if isinstance(result, Value) else Value(result, shapes[0])]
+
+
+def _called(equation: Any) -> Any:
+    """The closed jaxpr that an equation calls; of branches by platform the one for any."""
+    params = equation.params
+    if equation.primitive.name == "cond":
+        return params["branches"][-1]  # where `lax.platform_dependent` puts its default
+    return params.get("call_jaxpr", params.get("jaxpr"))
+
+
+def _is_concrete(shapes: list[tuple]) -> bool:
+    return all(isinstance(size, int) for shape in shapes for size in shape)
+
+
+# ---- operators ----------------------------------------------------------------------------------
+
+
+def _elementwise(graph: Graph, operator: str, inputs: list[Value], shape: tuple) -> Value:
+    narrow = all(value.narrow or value.constant is not None for value in inputs)
+    return Value(graph.add(operator, map(graph.read, inputs)), shape, narrow=narrow)
+
+
+def _select(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
+    which, false, true = map(graph.read, inputs)
+    return Value(graph.add("Where", [which, true, false]), equation.outvars[0].aval.shape)
+
+
+def _rsqrt(graph: Graph, _: Any, inputs: list[Value]) -> str:
+    return graph.add("Reciprocal", [graph.add("Sqrt", [graph.whole(inputs[0])])])
+
+
+def _is_finite(graph: Graph, _: Any, inputs: list[Value]) -> str:
+    x = graph.whole(inputs[0])
+    return graph.add("Not", [graph.add("Or", [graph.add("IsInf", [x]), graph.add("IsNaN", [x])])])
+
+
+def _cast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(equation.params["new_dtype"]))
+    (x,) = inputs
+    return Value(graph.add("Cast", [graph.read(x)], to=kind), x.shape, narrow=x.narrow)
+
+
+def _broadcast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
+    """Gives the axes their places; what reads the result does the rest."""
+    (x,), shape = inputs[:1], equation.outvars[0].aval.shape
+    places = equation.params["broadcast_dimensions"]
+    new = [axis for axis in range(len(shape)) if axis not in places]
+    if x.constant is not None:
+        return Value("", shape, np.expand_dims(x.constant, new), narrow=True)
+    name = graph.add("Unsqueeze", [graph.read(x), graph.integers(*new)]) if new else graph.read(x)
+    grows = x.narrow or new or any(shape[to] != x.shape[i] for i, to in enumerate(places))
+    return Value(name, shape, narrow=bool(grows))
+
+
+def _reshape(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    # -1: the one size that depends on the batch.
+    sizes = [size if isinstance(size, int) else -1 for size in equation.outvars[0].aval.shape]
+    return graph.add("Reshape", [graph.whole(inputs[0]), graph.integers(*sizes)])
+
+
+def _squeeze(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    axes = graph.integers(*equation.params["dimensions"])
+    return graph.add("Squeeze", [graph.whole(inputs[0]), axes])
+
+
+def _slice(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    """Of every axis but the batch, which is taken whole."""
+    params, shape = equation.params, inputs[0].shape
+    axes = [axis for axis, size in enumerate(shape) if isinstance(size, int)]
+    steps = params["strides"] or [1] * len(shape)
+    parts = (
+        graph.integers(*(values[axis] for axis in axes))
+        for values in (params["start_indices"], params["limit_indices"], range(len(shape)), steps)
+    )
+    return graph.add("Slice", [graph.whole(inputs[0]), *parts])
+
+
+def _reduce(operator: str) -> Callable:
+    def add(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+        axes = graph.integers(*equation.params["axes"])
+        return graph.add(operator, [graph.whole(inputs[0]), axes], keepdims=0)
+
+    return add
+
+
+def _concatenate(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    return graph.add("Concat", map(graph.whole, inputs), axis=equation.params["dimension"])
+
+
+def _stack(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    axis = equation.params["axis"]
+    parts = [graph.add("Unsqueeze", [graph.whole(x), graph.integers(axis)]) for x in inputs]
+    return graph.add("Concat", parts, axis=axis)
+
+
+def _matmul(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    (left, right), batched = equation.params["dimension_numbers"]
+    x, kernel = inputs
+    if (left, right, batched) != ((len(x.shape) - 1,), (0,), ((), ())):
+        raise NotImplementedError(f"a product of {x.shape} and {kernel.shape} over {left}, {right}")
+    return graph.add("MatMul", [graph.whole(x), graph.whole(kernel)])
+
+
+def _convolution(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    params, (x, kernel) = equation.params, inputs
+    numbers = params["dimension_numbers"]
+    if kernel.constant is None or set(params["lhs_dilation"]) != {1}:
+        raise NotImplementedError("a convolution by a kernel that depends on the input, or dilated")
+    weights = graph.constant(np.transpose(kernel.constant, numbers.rhs_spec))
+    given = graph.add("Transpose", [graph.whole(x)], perm=numbers.lhs_spec)
+    made = graph.add(
+        "Conv",
+        [given, weights],
+        strides=params["window_strides"],
+        pads=_ends(params["padding"]),
+        dilations=params["rhs_dilation"],
+        group=params["feature_group_count"],
+    )
+    return graph.add("Transpose", [made], perm=np.argsort(numbers.out_spec).tolist())
+
+
+def _pool(graph: Graph, equation: Any, x: Value, operator: str, **attributes: Any) -> str:
+    """Pools over the two middle axes of NHWC."""
+    params = equation.params
+    windows = {
+        "kernel_shape": params["window_dimensions"][1:3],
+        "strides": params["window_strides"][1:3],
+        "pads": _ends(params["padding"][1:3]),
+    }
+    given = graph.add("Transpose", [graph.whole(x)], perm=[0, 3, 1, 2])
+    made = graph.add(operator, [given], **windows, **attributes)
+    return graph.add("Transpose", [made], perm=[0, 2, 3, 1])
+
+
+def _max_pool(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    return _pool(graph, equation, inputs[0], "MaxPool")
+
+
+def _sum_pool(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    mean = _pool(graph, equation, inputs[0], "AveragePool", count_include_pad=1)
+    count = np.float32(np.prod(equation.params["window_dimensions"]))
+    return graph.add("Mul", [mean, graph.constant(count)])
+
+
+def _ends(padding: Sequence[tuple[int, int]]) -> list[int]:
+    """ONNX wants all beginnings, then all ends."""
+    return [low for low, _ in padding] + [high for _, high in padding]
+
+
+_OPERATORS = {
+    "broadcast_in_dim": _broadcast,
+    "concatenate": _concatenate,
+    "conv_general_dilated": _convolution,
+    "convert_element_type": _cast,
+    "dot_general": _matmul,
+    "is_finite": _is_finite,
+    "reduce_max": _reduce("ReduceMax"),
+    "reduce_sum": _reduce("ReduceSum"),
+    "reduce_window_max": _max_pool,
+    "reduce_window_sum": _sum_pool,
+    "reshape": _reshape,
+    "rsqrt": _rsqrt,
+    "select_n": _select,
+    "slice": _slice,
+    "squeeze": _squeeze,
+    "stack": _stack,
+}

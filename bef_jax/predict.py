@@ -1,0 +1,176 @@
+"""--mode=predict: a probability for every patch of files, folders, arrays or stores."""
+
+import contextlib
+import csv
+import itertools
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from scipy.special import expit
+
+from bef_jax import checkpoint, sharding
+from bef_jax.data import inputs
+from bef_jax.data.inputs import Patch
+from bef_jax.errors import UserError
+from bef_jax.evaluate import make_scorer, one_late, with_network_of
+from bef_jax.heatmap import Scores, write_heatmap
+from bef_jax.state import abstract_state
+
+LOG = logging.getLogger(__name__)
+_HEAD = ["id", "probability", "decision"]
+
+
+class Scored(NamedTuple):
+    """A patch without its pixels, and its probability of class 1."""
+
+    patch: Patch
+    probability: float
+
+
+def run(
+    config: ConfigDict,
+    workdir: Path,
+    checkpoint_path: Path | None,
+    path: Path | None,
+    split: str | None,
+) -> dict:
+    """Scores what lies at `path`, and writes predictions.csv and heat maps into `workdir`.
+
+    Args:
+        checkpoint_path: a checkpoint's folder; the best of `workdir` without it.
+        path: of the input (`inputs.read`).
+        split: of a store; all of them without it.
+
+    Returns:
+        The summary: mode, checkpoint, input, n, positives, threshold, tta, predictions, heatmaps,
+        wall_seconds, images_per_second.
+
+    Raises:
+        UserError: the input or the checkpoint is not as it must be. Predictions of before then stay
+            as they were.
+    """
+    _check_flags(path)
+    inputs.check(path, split)
+    best = checkpoint_path or checkpoint.best(workdir)
+    start = time.perf_counter()
+    patches = _shown(inputs.read(path, split, config.predict.stride))
+    config = with_network_of(best, config)
+    threshold = config.eval.threshold
+    file = workdir / "predictions.csv"
+    with _replacing(file) as out:
+        found = _write(out, _score(best, config, patches), threshold, workdir / "heatmaps")
+    seconds = time.perf_counter() - start
+    return {
+        "mode": "predict",
+        "checkpoint": str(best),
+        "input": str(path),
+        **found,
+        "threshold": threshold,
+        "tta": config.eval.tta,
+        "predictions": str(file),
+        "wall_seconds": seconds,
+        "images_per_second": found["n"] / seconds,
+    }
+
+
+def _check_flags(path: Path | None) -> None:
+    if path is None:
+        raise UserError("--input is missing: name a picture, a folder, a .npz, a .h5 or a store")
+    if jax.process_count() > 1:
+        raise UserError("--mode=predict runs in one process: give each host a part of the input")
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator:
+    """Gives a writer of CSV rows; the file appears, or is replaced, once all is written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as out:
+            yield csv.writer(out)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
+    """Passes patches on, and counts them on stderr."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("predict")
+        for count, patch in enumerate(patches, 1):
+            yield patch
+            if count % 256 == 0:  # to draw takes longer than to pass a patch on
+                bar.update(task, description=f"predict: {count:,} patches")
+
+
+# ---- scoring ------------------------------------------------------------------------------------
+
+
+def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator[Scored]:
+    """Scores batch by batch: memory holds a few of them, however many patches come."""
+    score, size = _make_score(path, config)
+    waiting: deque[list[Patch]] = deque()
+
+    def ask() -> Iterator[list[Array]]:
+        # Not itertools.batched, which Python 3.11 lacks.
+        while batch := list(itertools.islice(patches, size)):
+            waiting.append([patch._replace(pixels=None) for patch in batch])
+            # Filled up with its last patch, so that one program serves all batches.
+            rows = np.minimum(np.arange(size), len(batch) - 1)
+            yield score(np.stack([batch[row].pixels for row in rows]))
+
+    for views in one_late(ask()):
+        batch = waiting.popleft()
+        # Log-odds, then float64, as in an evaluation: in float32 the surest would all be 1.
+        probabilities = expit(np.stack(views).astype(np.float64)).mean(axis=0)
+        yield from map(Scored, batch, probabilities[: len(batch)].tolist())
+
+
+def _make_score(path: Path, config: ConfigDict) -> tuple[Callable[[np.ndarray], list[Array]], int]:
+    """Returns `score(images)`, and how many it takes.
+
+    From uint8 [B, 96, 96, 3] it gives log-odds [B] of each view, on the devices.
+    """
+    mesh = sharding.make_mesh()
+    state = checkpoint.restore(path, abstract_state(config), sharding.replicated(mesh))
+    of_view = make_scorer(config, mesh)(state.eval_variables())
+
+    def score(images: np.ndarray) -> list[Array]:
+        placed = jax.device_put(images, sharding.by_rows(mesh))
+        return [of_view(placed, view) for view in range(config.eval.tta)]
+
+    return score, -(-config.eval.batch_size // mesh.size) * mesh.size
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def _write(out, scored: Iterator[Scored], threshold: float, folder: Path) -> dict:
+    """Writes a row for each patch, and a heat map for each larger picture when it is through."""
+    n = positives = 0
+    maps: list[str] = []
+    out.writerow(_HEAD)
+    for picture, of_picture in itertools.groupby(scored, key=lambda each: each.patch.picture):
+        tiles = Scores()
+        for patch, probability in of_picture:
+            decision = int(probability >= threshold)
+            out.writerow([patch.id, probability, decision])
+            n, positives = n + 1, positives + decision
+            if picture:
+                tiles.add(patch.y, patch.x, probability)
+        if picture:
+            name = patch.id.rsplit(":x=", 1)[0]
+            maps.append(str(write_heatmap(folder / f"{name}.png", picture, tiles, threshold)))
+    return {"n": n, "positives": positives, "heatmaps": maps}

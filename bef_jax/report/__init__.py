@@ -1,0 +1,117 @@
+"""What a run leaves for people: one page with all that a reader needs to judge it.
+
+The page carries its pictures inside itself, asks no network for anything and runs no script, so
+that the one file can be mailed; the plots also lie beside it as PNG.
+"""
+
+import base64
+import io
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bef_jax.metrics import Evaluation
+from bef_jax.report import page, plots
+from bef_jax.report.gallery import Explain, Shown, show
+from bef_jax.report.plots import DARK, LIGHT, Theme
+
+_CONTACT_ZOOM = 2  # of most_wrong.png, whose patches would be stamps on today's screens
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report is about.
+
+    Attributes:
+        history: the lines of metrics.jsonl; of several lines of one step the last counts.
+        evaluations: by split.
+        images: by split, indexable uint8 [N, 96, 96, 3] in the order of the evaluation's ids; a
+            split without images is left out of the gallery.
+        summary: of the run; its blocks by split and its scalars are shown.
+        tables: further ones by their title, each a list of rows of name and value.
+        explain: Grad-CAM (`gallery.Explain`), if there is to be one.
+    """
+
+    history: list[dict[str, Any]]
+    evaluations: Mapping[str, Evaluation]
+    images: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    tables: Mapping[str, list[list[Any]]] = field(default_factory=dict)
+    explain: Explain | None = None
+
+
+def write_report(report_dir: Path, content: Content) -> Path:
+    """Writes plots, most_wrong.png and index.html into `report_dir`, and returns the page's path.
+
+    The folder is made when it is missing; what it holds is replaced file by file.
+    """
+    report_dir.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        name: _save(report_dir / f"{name}.png", draw) for name, draw in _plots(content).items()
+    }
+    galleries = {
+        split: show(seen, content.images[split], content.explain)
+        for split, seen in content.evaluations.items()
+        if split in content.images
+    }
+    shown = [each for gallery in galleries.values() for each in gallery]
+    if shown:
+        _write(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
+    tiles = {split: [(each, _uri(_png(each.pixels))) for each in galleries[split]]
+             for split in galleries}  # fmt: skip
+    title = report_dir.resolve().parent.name
+    text = page.render(title, content.evaluations, content.summary, pictures, tiles, content.tables)
+    _write(report_dir / "index.html", text.encode())
+    return report_dir / "index.html"
+
+
+def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
+    history, evaluations = content.history, content.evaluations
+    return {
+        "loss": lambda theme: plots.loss(history, theme),
+        "validation": lambda theme: plots.validation(history, theme),
+        "roc": lambda theme: plots.roc(evaluations, theme),
+        "precision_recall": lambda theme: plots.precision_recall(evaluations, theme),
+        "reliability": lambda theme: plots.reliability(evaluations, theme),
+    }
+
+
+def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
+    """Writes the light picture to `path`, and returns both as data: addresses."""
+    light, dark = (plots.png(draw(theme)) for theme in (LIGHT, DARK))
+    _write(path, light)
+    return _uri(light), _uri(dark)
+
+
+def contact_sheet(shown: list[Shown]) -> np.ndarray:
+    """The most wrong patches, uint8: a row for each kind of mistake in each split."""
+    wrong = [each for each in shown if each.kind.startswith("false")] or shown
+    height, width, _ = wrong[0].pixels.shape
+    rows = []
+    for first in range(0, len(wrong), 4):
+        row = [each.pixels for each in wrong[first : first + 4]]
+        row += [np.full((height, width, 3), 255, np.uint8)] * (4 - len(row))
+        rows.append(np.hstack([np.pad(tile, [(3, 3), (3, 3), (0, 0)], constant_values=255)
+                               for tile in row]))  # fmt: skip
+    return np.vstack(rows).repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

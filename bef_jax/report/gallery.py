@@ -1,0 +1,107 @@
+"""The patches that a network is surest of, rightly and wrongly, with what it looked at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from bef_jax.data.augment import CENTER
+from bef_jax.metrics import Evaluation
+
+SHOWN = 6  # patches of each kind
+_COVER = 0.7  # opacity of a heat map where it is hottest
+_GAP = 4  # pixels between a patch and its heat map
+_WHITE, _BLACK = 255, 0
+
+# Grad-CAM of patches [n, 96, 96, 3], uint8, that are called positive or not (bool [n]): maps
+# [n, 96, 96] that add up to 1, or are 0.
+Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A patch of the gallery.
+
+    Attributes:
+        kind: such as "false positives".
+        pixels: uint8 [96, 96, 3], or [96, 196, 3] with its heat map at the right.
+        in_centre: share of the attribution in the square that decides the label; None without one.
+    """
+
+    kind: str
+    id: str
+    probability: float
+    pixels: np.ndarray
+    in_centre: float | None
+
+
+def pick(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """Indices of the surest patches by kind, the surest first."""
+    probabilities = np.asarray(evaluation.probabilities)
+    called = probabilities >= evaluation.metrics["threshold"]
+    positive = np.asarray(evaluation.labels) == 1
+    return {
+        "false positives": _top(np.flatnonzero(called & ~positive), probabilities),
+        "false negatives": _top(np.flatnonzero(~called & positive), -probabilities),
+        "true positives": _top(np.flatnonzero(called & positive), probabilities),
+        "true negatives": _top(np.flatnonzero(~called & ~positive), -probabilities),
+    }
+
+
+def _top(indices: np.ndarray, sureness: np.ndarray) -> np.ndarray:
+    return indices[np.argsort(-sureness[indices], kind="stable")[:SHOWN]]
+
+
+def show(evaluation: Evaluation, images: Any, explain: Explain | None) -> list[Shown]:
+    """The gallery of one split.
+
+    Args:
+        images: indexable, uint8 [N, 96, 96, 3] in the order of the evaluation; only what is shown
+            is read.
+        explain: see `Explain`; without it patches stand alone.
+    """
+    kinds = [(kind, index) for kind, found in pick(evaluation).items() for index in found]
+    if not kinds:
+        return []
+    patches = np.stack([images[int(index)] for _, index in kinds])
+    called = np.array([kind.endswith("positives") for kind, _ in kinds])
+    maps = explain(patches, called) if explain else [None] * len(kinds)
+    return [
+        Shown(kind, str(evaluation.ids[index]), float(evaluation.probabilities[index]), *_tile(*x))
+        for (kind, index), *x in zip(kinds, patches, maps, strict=True)
+    ]
+
+
+def _tile(patch: np.ndarray, heat: np.ndarray | None) -> tuple[np.ndarray, float | None]:
+    if heat is None:
+        return framed(patch), None
+    gap = np.full((len(patch), _GAP, 3), _WHITE, np.uint8)
+    both = np.hstack([framed(patch), gap, framed(covered(patch, heat))])
+    return both, central_share(heat)
+
+
+def covered(patch: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A patch under its heat map, uint8: the hotter, the more it is covered."""
+    level = heat / max(float(heat.max()), np.finfo(np.float32).tiny)
+    colour = matplotlib.colormaps["viridis"](level)[..., :3] * 255
+    opacity = (_COVER * level)[..., None]
+    return (patch * (1 - opacity) + colour * opacity).round().astype(np.uint8)
+
+
+def central_share(heat: np.ndarray) -> float | None:
+    """Share of a map [96, 96] that lies in the central 32x32; None of a map that is 0."""
+    total = float(heat.sum())
+    middle = slice(*CENTER)
+    return float(heat[middle, middle].sum()) / total if total > 0 else None
+
+
+def framed(patch: np.ndarray) -> np.ndarray:
+    """A copy with the deciding square outlined, white in black: it shows on any tissue."""
+    patch = patch.copy()
+    low, high = CENTER
+    for colour, first, last in ((_BLACK, low - 2, high + 1), (_WHITE, low - 1, high)):
+        patch[[first, last], first : last + 1] = colour
+        patch[first : last + 1, [first, last]] = colour
+    return patch

@@ -1,0 +1,52 @@
+"""The report of a training run: what `report` shows, gathered."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bef_jax import hardware
+from bef_jax.config import flatten
+from bef_jax.data import store
+from bef_jax.data.card import data_card
+from bef_jax.data.store import Split
+from bef_jax.gradcam import make_explainer
+from bef_jax.metrics import Evaluation
+from bef_jax.report import Content, write_report
+from bef_jax.results import versions
+
+
+def report_run(
+    workdir: Path,
+    config: ConfigDict,
+    splits: Mapping[str, Split],
+    history: list[dict[str, Any]],
+    evaluations: Mapping[str, Evaluation],
+    variables: dict,
+    summary: Mapping[str, Any],
+) -> Path:
+    """Writes <workdir>/report and returns its page.
+
+    Args:
+        splits: by name, of the run's store.
+        history: the lines of metrics.jsonl.
+        evaluations: by split, of the best checkpoint.
+        variables: {params, batch_stats} of the same.
+        summary: of the run.
+    """
+    folder = store.store_path(config.data)
+    environment = [*versions().items(), ("device", hardware.describe())]
+    content = Content(
+        history=history,
+        evaluations=evaluations,
+        images={name: splits[name].images for name in evaluations},
+        summary=summary,
+        tables={
+            "Data": data_card(folder, store.read_manifest(folder), splits),
+            "Environment": list(map(list, environment)),
+            "Configuration": [[name, repr(value)] for name, value in flatten(config).items()],
+        },
+        explain=make_explainer(config, variables),
+    )
+    return write_report(workdir / "report", content)

@@ -1,0 +1,48 @@
+"""The paper's table: a baseline, each of the four changes alone, all of them, and other networks.
+
+    python -m bef_jax.main --config=configs/ablation.py --mode=ablate --config.data.dir=DIR
+
+`ROWS` says what each row changes; any other configuration can stand in for this one.
+"""
+
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+from configs import default, densenet121, resnet50
+
+
+def _network(config_file: ModuleType) -> dict:
+    """The fields of config.model by which a comparison network's file differs from the default."""
+    usual, other = default.get_config().model, config_file.get_config().model
+    return {f"model.{name}": value for name, value in other.items() if value != usual[name]}
+
+
+# All four switches stand in the baseline, so that every other row changes one of them.
+BASELINE = {
+    "rcc.enabled": False,
+    "model.total_stride": 32,
+    "model.attention": "none",
+    "model.fusion": False,
+}
+_CHANGES = {
+    "rcc": {"rcc.enabled": True},
+    "rds": {"model.total_stride": 16},
+    "attention": {"model.attention": "cbam"},
+    "fusion": {"model.fusion": True},
+}
+_ALL = {name: value for change in _CHANGES.values() for name, value in change.items()}
+ROWS = {
+    "baseline": BASELINE,
+    **{name: BASELINE | change for name, change in _CHANGES.items()},
+    "all": BASELINE | _ALL,
+    "resnet50": BASELINE | _network(resnet50),
+    "densenet121": BASELINE | _network(densenet121),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration that the rows change, with the fields named in `arg` changed."""
+    config = default.boosted("b3")
+    config.name = "ablation"
+    return default.apply_arg(config, arg)

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+
+from bef_jax.report.gallery import SHOWN, central_share, covered, framed, pick, show
+
+
+def test_the_surest_are_so_by_brute_force(evaluation):
+    seen = evaluation(n=300)
+    expected = {
+        "false positives": (lambda p, label: p >= 0.5 and not label, lambda p: -p),
+        "false negatives": (lambda p, label: p < 0.5 and label, lambda p: p),
+        "true positives": (lambda p, label: p >= 0.5 and label, lambda p: -p),
+        "true negatives": (lambda p, label: p < 0.5 and not label, lambda p: p),
+    }
+    found = pick(seen)
+    assert found.keys() == expected.keys()
+    for kind, (belongs, order) in expected.items():
+        rows = [i for i in range(300) if belongs(seen.probabilities[i], seen.labels[i])]
+        rows.sort(key=lambda i: order(seen.probabilities[i]))
+        assert found[kind].tolist() == rows[:SHOWN]
+
+
+def test_reads_only_the_patches_it_shows(evaluation):
+    class Counting:
+        def __init__(self):
+            self.read = set()
+
+        def __getitem__(self, index):
+            self.read.add(index)
+            return np.zeros((96, 96, 3), np.uint8)
+
+    patches, seen = Counting(), evaluation(n=300)
+    show(seen, patches, None)
+    assert patches.read == set(np.concatenate(list(pick(seen).values())).tolist())
+
+
+def test_each_decision_is_explained_as_it_was_taken(evaluation, images):
+    asked = []
+
+    def explain(patches, called):
+        asked.append((patches, called))
+        heat = np.zeros((len(patches), 96, 96), np.float32)
+        heat[:, 40:42, 40:42] = 0.25
+        return heat
+
+    seen = evaluation()
+    shown = show(seen, images, explain)
+    ((patches, called),) = asked
+    assert called.tolist() == [each.probability >= 0.5 for each in shown]
+    rows = [seen.ids.tolist().index(each.id) for each in shown]
+    np.testing.assert_array_equal(patches, images[rows])
+    assert {each.in_centre for each in shown} == {1.0}
+    assert {each.pixels.shape for each in shown} == {(96, 196, 3)}
+
+
+def test_the_central_share_is_of_the_deciding_square():
+    assert central_share(np.ones((96, 96))) == pytest.approx(1 / 9)
+    heat = np.zeros((96, 96))
+    heat[31, 50] = heat[32, 32] = heat[63, 63] = heat[64, 40] = 1
+    assert central_share(heat) == 0.5
+    assert central_share(np.zeros((96, 96))) is None
+
+
+def test_heat_covers_where_it_is_hot_and_nothing_where_it_is_cold():
+    patch = np.full((96, 96, 3), 200, np.uint8)
+    heat = np.zeros((96, 96), np.float32)
+    heat[10, 20] = 1e-9
+    found = covered(patch, heat)
+    assert (found[10, 20] != 200).any()
+    found[10, 20] = 200
+    np.testing.assert_array_equal(found, patch)
+    np.testing.assert_array_equal(covered(patch, 0 * heat), patch)
+
+
+def test_the_frame_lies_around_the_square_and_leaves_it_be():
+    patch = np.full((96, 96, 3), 100, np.uint8)
+    changed = (framed(patch) != patch).any(axis=2)
+    assert not changed[32:64, 32:64].any()
+    assert changed[31, 31:65].all() and changed[64, 31:65].all() and changed[30:66, 30].all()
+    assert changed[:30].sum() == changed[66:].sum() == 0
+    assert (patch == 100).all()

@@ -1,0 +1,110 @@
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bef_jax.metrics import Evaluation, binary_metrics
+from bef_jax.report import Content, write_report
+
+VOID = {"meta", "img", "source"}
+PLOTS = ["loss", "precision_recall", "reliability", "roc", "validation"]
+
+
+class Page(HTMLParser):
+    """The text of each table cell, and a check that every element is closed in turn."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.cells = [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells[-1] += data
+
+
+def embedded(page):
+    return [base64.b64decode(text) for text in re.findall(r"base64,([^\"]+)", page)]
+
+
+def test_writes_the_pictures_and_a_page_that_holds_them(tmp_path, evaluation, history, images):
+    evaluations = {split: evaluation(split) for split in ("valid", "test")}
+    report = tmp_path / "b2" / "report"
+    summary = {"params": 4010110, "epoch": 2.0, "valid": {"ci95": {"accuracy": [0.111, 0.999]}}}
+    tables = {"Data": [["source", "npz"]]}
+    content = Content(history, evaluations, {"valid": images}, summary, tables)
+    index = write_report(report, content)
+    assert index == report / "index.html"
+    names = sorted(["index.html", "most_wrong.png", *(f"{name}.png" for name in PLOTS)])
+    assert sorted(path.name for path in report.iterdir()) == names  # no temporary file is left
+    page = index.read_text()
+    assert "http:" not in page and "https:" not in page and "<title>b2: report" in page
+    cells = Page(page).cells
+    assert f"{evaluations['test'].metrics['average_precision']:.4f}" in cells
+    assert "4,010,110" in cells and "npz" in cells
+    assert f"{evaluations['valid'].metrics['accuracy']:.2%} (11.10% to 99.90%)" in cells
+    pictures = embedded(page)
+    assert (report / "loss.png").read_bytes() in pictures
+    plots, tiles = pictures[: 2 * len(PLOTS)], pictures[2 * len(PLOTS) :]
+    assert all(Image.open(io.BytesIO(png)).width > 600 for png in plots)
+    assert tiles and all(Image.open(io.BytesIO(png)).size == (96, 96) for png in tiles)
+
+
+def test_confusion_counts_every_patch(tmp_path, evaluation):
+    seen = evaluation(n=200)
+    page = write_report(tmp_path, Content([], {"valid": seen}, {}, {})).read_text()
+    called = seen.probabilities >= 0.5
+    for label in (0, 1):
+        for decision in (False, True):
+            count = int(((seen.labels == label) & (called == decision)).sum())
+            share = count / (seen.labels == label).sum()
+            assert f"{count:,} ({share:.1%})" in Page(page).cells
+
+
+def test_a_second_report_replaces_the_first(tmp_path, history):
+    write_report(tmp_path, Content(history, {}, {}, {"step": 1111}))
+    index = write_report(tmp_path, Content(history, {}, {}, {"step": 2222}))
+    assert "2,222" in index.read_text() and "1,111" not in index.read_text()
+
+
+@pytest.mark.parametrize("lines", [0, 1, 10])
+def test_a_short_run_still_has_its_page(tmp_path, lines, history):
+    page = write_report(tmp_path, Content(history[:lines], {}, {}, {})).read_text()
+    assert len(embedded(page)) == 2 * len(PLOTS)
+
+
+def test_one_class_and_no_mistakes(tmp_path, images, history):
+    probabilities, labels = np.array([0.1, 0.2]), np.zeros(2, int)
+    seen = Evaluation(
+        "valid", np.array(["a", "b"]), labels, probabilities, binary_metrics(probabilities, labels)
+    )
+    index = write_report(tmp_path, Content(history, {"valid": seen}, {"valid": images}, {}))
+    assert "-" in Page(index.read_text()).cells
+
+
+def test_what_users_name_is_escaped(tmp_path, images):
+    evil = '"><script>alert(1)</script>'
+    ids = np.array([evil, evil])
+    probabilities, labels = np.array([0.9, 0.1]), np.array([0, 1])
+    figures = binary_metrics(probabilities, labels)
+    evaluations = {"valid": Evaluation("valid", ids, labels, probabilities, figures)}
+    folder = tmp_path / "<b>$x" / "report"
+    tables = {evil: [[evil, evil]]}
+    content = Content([], evaluations, {"valid": images}, {"mode": evil}, tables)
+    page = write_report(folder, content).read_text()
+    assert "<script" not in page and "<b>" not in page and 'patch "' not in page
+    assert Page(page).cells.count(evil) == 5

@@ -1,0 +1,146 @@
+"""The real command over what people have: a store, pictures, arrays."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from bef_jax import evaluate, predict, train
+from bef_jax.data import store
+from bef_jax.errors import UserError
+from bef_jax.scores import read_scores
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture
+def trained(workdir, small_config):
+    return train.train_and_evaluate(small_config(steps=4), workdir)
+
+
+def rows_of(workdir):
+    with open(workdir / "predictions.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("tta", [1, 8])
+def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, small_config):
+    config = small_config(**{"eval.tta": tta, "eval.batch_size": 5, "eval.threshold": 0.499})
+    path = store.store_path(config.data)
+    summary = predict.run(config, workdir, None, path, "valid")
+    rows = rows_of(workdir)
+    split = store.open_split(path, "valid")
+    assert [row["id"] for row in rows] == split.ids.tolist()
+    found = np.array([float(row["probability"]) for row in rows])
+    if tta == 1:
+        _, _, expected = read_scores(workdir / "scores_valid.csv")
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    block = evaluate.run(config, workdir, None, "valid")
+    assert np.mean((found >= 0.499) == split.labels) == pytest.approx(block["accuracy"])
+    assert [int(row["decision"]) for row in rows] == (found >= 0.499).astype(int).tolist()
+    assert (summary["n"], summary["positives"]) == (21, int((found >= 0.499).sum()))
+    assert summary["heatmaps"] == []
+
+
+def test_files_get_what_their_pixels_get_in_a_store(trained, workdir, small_config, tmp_path):
+    config = small_config()
+    path = store.store_path(config.data)
+    split = store.open_split(path, "test")
+    predict.run(config, workdir, None, path, "test")
+    expected = [row["probability"] for row in rows_of(workdir)]
+    for number, image in enumerate(split.images):
+        Image.fromarray(image).save(tmp_path / f"{number:02d}, \u00e4.png")
+    predict.run(config, workdir, None, tmp_path, None)
+    assert [row["probability"] for row in rows_of(workdir)] == expected
+    assert rows_of(workdir)[3]["id"] == "03, \u00e4.png"
+
+
+def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, small_config, tmp_path):
+    config = small_config(**{"predict.stride": 16})
+    split = store.open_split(store.store_path(config.data), "test")
+    Image.fromarray(np.concatenate(split.images[:2], axis=1)).save(tmp_path / "two.png")
+    summary = predict.run(config, workdir, None, tmp_path / "two.png", None)
+    rows = {row["id"]: float(row["probability"]) for row in rows_of(workdir)}
+    assert len(rows) == summary["n"] == 5 * 11
+    predict.run(config, workdir, None, store.store_path(config.data), "test")
+    alone = [float(row["probability"]) for row in rows_of(workdir)]
+    # The windows around the squares at (32, 32) and (32, 128) are the two patches.
+    assert rows["two.png:x=32:y=32"] == pytest.approx(alone[0], rel=1e-5)
+    assert rows["two.png:x=128:y=32"] == pytest.approx(alone[1], rel=1e-5)
+    (file,) = summary["heatmaps"]
+    assert min(Image.open(file).size) > 200
+
+
+def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, small_config, tmp_path):
+    config = small_config()
+    predict.run(config, workdir, None, store.store_path(config.data), "test")
+    before = (workdir / "predictions.csv").read_bytes()
+    images = np.zeros((20, 96, 96, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.npz"):
+        predict.run(config, workdir, None, tmp_path / "a.npz", None)
+    assert (workdir / "predictions.csv").read_bytes() == before
+    assert not list(workdir.glob(".predictions*"))
+
+
+def test_what_is_missing_is_said_before_a_checkpoint_is_looked_for(small_config, tmp_path):
+    with pytest.raises(UserError, match="--input is missing"):
+        predict.run(small_config(), tmp_path, None, None, None)
+    with pytest.raises(UserError, match="no such file"):
+        predict.run(small_config(), tmp_path, None, tmp_path / "nowhere", None)
+
+
+# Peak memory of the whole process, in MiB, after so many patches.
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from bef_jax import predict
+from tests.conftest import SHRUNK
+from configs import quickstart
+config = quickstart.get_config()
+config.update_from_flattened_dict({**SHRUNK, "eval.batch_size": 64, "data.dir": sys.argv[1]})
+predict.run(config, Path(sys.argv[2]), None, Path(sys.argv[3]), None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_patches(trained, workdir, small_config, tmp_path):
+    """16,000 more patches are 420 MiB of pixels; a list of them would show."""
+    peaks = []
+    for count in (1_000, 17_000):
+        path = tmp_path / f"{count}.h5"
+        with h5py.File(path, "w") as file:
+            shape, chunks = (count, 96, 96, 3), (64, 96, 96, 3)
+            x = file.create_dataset("x", shape, np.uint8, chunks=chunks, compression="gzip")
+            x[:] = np.arange(96, dtype=np.uint8)[None, :, None, None]
+        command = [sys.executable, "-c", MEASURE, small_config().data.dir, workdir, path]
+        result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        peaks.append(int(result.stdout.splitlines()[-1]))
+    assert peaks[1] - peaks[0] < 120
+
+
+@pytest.mark.slow
+def test_the_command_line(trained, workdir, small_config, tmp_path):
+    config = small_config()
+    image = store.open_split(store.store_path(config.data), "test").images[0]
+    Image.fromarray(image).save(tmp_path / "=one.png")
+    command = [
+        sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py", "--mode=predict",
+        f"--workdir={workdir}", f"--input={tmp_path}", "--config.rcc.eval_size=48",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((workdir / "predict_summary.json").read_text())
+    assert rows_of(workdir)[0]["id"] == "=one.png"
