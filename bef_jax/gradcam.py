@@ -33,8 +33,9 @@ def make_explainer(
 
     @jax.jit
     def explain(images: Array, signs: Array) -> Array:
-        maps = stage_maps(model, folded, augment.eval_view(images, config), signs, targets)
-        whole = [_spread(heat, config.rcc.eval_size) for heat in maps]
+        inputs = augment.eval_view(images, config)
+        maps = stage_maps(model, folded, inputs, signs, targets)
+        whole = [_spread(heat, inputs.shape[1]) for heat in maps]
         return sum(whole) / len(whole)
 
     def explain_all(images: np.ndarray, called: np.ndarray) -> np.ndarray:
@@ -49,10 +50,17 @@ def make_explainer(
 
 
 def fused_outputs(model: nn.Module) -> list[str]:
-    """The modules whose outputs are the features of the fused stages: attention, or last blocks."""
-    if model.attention != "none":
-        return [f"attention_{number}" for number in model.fused()]
-    return [f"block_{model.blocks(number)[-1]:02d}" for number in model.fused()]
+    """The modules whose outputs are the features of the fused stages: attention, or last blocks.
+
+    Without fusion, those of the last stage: the classifier sees no other.
+    """
+    last = (len(model.architecture.stages),)
+    return [
+        f"attention_{number}"
+        if model.attention != "none" and number in model.fused()
+        else f"block_{model.blocks(number)[-1]:02d}"
+        for number in (model.fused() if model.fusion else last)
+    ]
 
 
 def stage_maps(

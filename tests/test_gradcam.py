@@ -69,13 +69,24 @@ def test_a_patch_is_explained_alike_in_any_company(small_config, patches):
 
 
 @pytest.mark.parametrize(
-    ("name", "attention", "expected"),
+    ("name", "attention", "fusion", "expected"),
     [
-        ("efficientnet_b3", "none", ["block_04", "block_07", "block_17", "block_25"]),
-        ("efficientnet_b3", "cbam", ["attention_2", "attention_3", "attention_5", "attention_7"]),
-        ("resnet50", "none", ["block_02", "block_06", "block_12", "block_15"]),
+        ("efficientnet_b3", "none", True, ["block_04", "block_07", "block_17", "block_25"]),
+        ("efficientnet_b3", "cbam", True, [f"attention_{number}" for number in (2, 3, 5, 7)]),
+        ("resnet50", "none", True, ["block_02", "block_06", "block_12", "block_15"]),
+        ("efficientnet_b3", "none", False, ["block_25"]),
+        ("efficientnet_b3", "cbam", False, ["attention_7"]),
     ],
 )
-def test_the_fused_stages_are_the_papers(name, attention, expected, small_config):
-    config = small_config(**{"model.name": name, "model.attention": attention})
+def test_what_is_explained_are_the_stages_that_the_classifier_sees(
+    name, attention, fusion, expected, small_config
+):
+    fields = {"model.name": name, "model.attention": attention, "model.fusion": fusion}
+    config = small_config(**fields)
     assert gradcam.fused_outputs(create(config.model, folded=True)) == expected
+
+
+def test_without_cropping_a_map_covers_the_whole_patch(small_config, patches):
+    maps = explainer(small_config(**{"rcc.enabled": False}))(patches, np.arange(11) % 2 == 0)
+    rim = [maps[:, :20], maps[:, -20:], maps[:, :, :20], maps[:, :, -20:]]
+    assert all(part.sum() > 0 for part in rim)

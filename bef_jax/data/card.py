@@ -17,6 +17,17 @@ _SLIDES = {
     "npz": "not known: who made the files decided; if yes, a score is above what new slides give",
     "synthetic": "there are no slides: the patches are drawn, and a score says nothing of tissue",
 }
+_PCAM = "published scores on PCam, and not with those on RPCam, whose split shares slides"
+_SAME = "runs on the same files, and not with published scores"
+_COMPARABLE = {
+    "pcam_hdf5": _PCAM,
+    "tfds": _PCAM,
+    "rpcam": "scores on random splits of RPCam, of which this is one, and not with those on PCam",
+    "npz": _SAME,
+    "synthetic": "runs on the same synthetic patches",
+}
+# As TFDS's patch_camelyon 2.0.0 has them, before duplicates are dropped.
+_PCAM_COUNTS = {"train": 262_144, "valid": 32_768, "test": 32_768}
 
 
 def data_card(
@@ -25,15 +36,38 @@ def data_card(
     """Rows of name and value, of a store and its splits."""
     source, duplicates = manifest["source"], manifest["duplicates"]
     rows = [["source", source], ["do splits share slides?", _SLIDES[source]]]
+    rows.append(["a score can be compared with", _comparable(manifest)])
     for name, (negative, positive) in manifest["class_counts"].items():
         if negative + positive:
             rows.append([name, f"{negative:,} normal, {positive:,} with metastasis"])
     rows.append(["exact duplicates dropped", _dropped(duplicates)])
-    for name, count in near_duplicates.count(folder, dict(splits)).items():
-        share = count / len(splits[name])
-        text = f"{count:,} ({share:.1%}) look like a patch of train (difference hash, eight views)"
-        rows.append([f"near duplicates, {name}", text])
+    found = near_duplicates.across_splits(splits, folder, manifest["content"]["total"])
+    for pair, near in found.items():
+        first, second = pair.split("/")
+        share = near["patches"] / len(splits[second])
+        text = f"{near['patches']:,} ({share:.1%}) of {second}, turned or not"
+        rows.append([f"near duplicates, {second} and {first}", text])
     return rows
+
+
+def _comparable(manifest: Mapping[str, Any]) -> str:
+    comparable = _COMPARABLE[manifest["source"]]
+    if comparable is not _PCAM:
+        return comparable
+    missing = [name for name in _PCAM_COUNTS if _read_count(manifest, name) < _PCAM_COUNTS[name]]
+    if not missing:
+        return comparable
+    counts = (
+        f"{_read_count(manifest, name):,} of {_PCAM_COUNTS[name]:,} {name}" for name in missing
+    )
+    return f"{_SAME}: this is a part of PCam, {', '.join(counts)} patches"
+
+
+def _read_count(manifest: Mapping[str, Any], split: str) -> int:
+    """Patches of a split before duplicates were dropped."""
+    dropped = manifest["duplicates"]
+    where = ("dropped_within", "dropped_across")
+    return manifest["counts"][split] + sum(dropped[key][split] for key in where)
 
 
 def _dropped(duplicates: Mapping[str, Any]) -> str:

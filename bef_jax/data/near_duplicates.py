@@ -1,119 +1,154 @@
 """Patches of one split that look like patches of another: a score on them says less.
 
-The store drops what is equal to the last bit. Here a patch is a near duplicate of another if their
-difference hashes (dHash, N. Krawetz 2013) differ in at most `RADIUS` of 64 bits, under any of the
-eight flips and turns, which training shows as well. The hash bears another encoding, brightness
-and contrast; it does not see patches that overlap after a shift by more than a few pixels.
+The store drops what is equal to the last bit. Here two patches are near duplicates if, under any
+of the eight flips and turns, which training shows as well,
+
+1. their difference hashes (dHash: Krawetz, "Kind of like that", 2013) differ in at most `RADIUS`
+   of 64 bits, and
+2. their grids of mean luma, each less its mean, differ by at most `TOLERANCE` of the deviation of
+   the later one. The hash alone takes any two smooth slopes, such as bare glass, for the same.
+   Flat patches are left out: background is like any other.
+
+That finds a patch again in another encoding, brightness or turn. Patches that overlap after a
+shift of more than a few pixels are not found: a count of 0 does not say that slides are apart.
 """
 
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from bef_jax.data.chunk import ranges
 from bef_jax.data.store import Split
 from bef_jax.summary import write_json
 
 LOG = logging.getLogger(__name__)
 
-RADIUS = 3  # one bit fewer than there are bands, so that one band of two near hashes is equal
-_BANDS = 4  # of 16 bits each
-FILE = "near_duplicates.json"  # in the store's folder
-FLAT = 4.0  # grey levels: a patch of less deviation is background, and like any other
-_GRID = 9  # the hash compares neighbours on 9 x 9 means
-# Of red, green and blue, in ITU-R BT.601's luma.
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+RADIUS = 3  # bits
+TOLERANCE = 0.25  # 10% less contrast makes 0.1
+FLAT = 4.0  # grey levels: the deviation below which a patch is background
+FILE = "near_duplicates.json"
+VERSION = 1  # of what counts as a near duplicate: another one makes kept results stale
+LISTED = 100  # pairs of ids that a result names, for each pair of splits
+_PARTS = 9  # the hash compares neighbours among 9 x 9 means
+_SIDE = 10  # of such a part, in pixels; the patch's central 90 are read
+_CHUNK = 512  # patches read at once: 14 MB
+# BT.601's luma in whole 256ths: sums over 100 pixels stay below 2^24, so that float32 is exact
+# and every machine finds the same.
+_LUMA = (77, 150, 29)
 
 
-def count(folder: Path, splits: dict[str, Split]) -> dict[str, int]:
-    """Counts the patches of valid and test with a near duplicate in train, flat ones aside.
+def across_splits(splits: Mapping[str, Split], folder: Path, content: str) -> dict[str, dict]:
+    """Finds the near duplicates between all pairs of splits, or reads what was found before.
 
-    The counts are kept in the store's folder, since reading PCam for them takes a minute.
+    Takes some 10 s for PCam's 330,000 patches besides reading them, so the result is kept.
+
+    Args:
+        splits: by name, in the order train, valid, test.
+        folder: of the store, where the result is kept if it can be written.
+        content: the store's checksum; a kept result of another content is not used.
+
+    Returns:
+        By "train/valid" and the like: `patches`, how many patches of the later split have a near
+        duplicate in the earlier one, and `pairs` of their ids, the nearest first, at most `LISTED`.
     """
-    file, sizes = folder / FILE, {name: len(split) for name, split in splits.items()}
+    file, key = Path(folder) / FILE, {"version": VERSION, "content": content}
+    kept = _read(file)
+    if key.items() <= kept.items():
+        return kept["found"]
+    grids = {name: luma_grids(split.images) for name, split in splits.items()}
+    found = {}
+    for first, second in itertools.combinations(splits, 2):
+        pairs = near_pairs(grids[first], grids[second])
+        names = [[str(splits[first].ids[i]), str(splits[second].ids[j])] for i, j in pairs[:LISTED]]
+        found[f"{first}/{second}"] = {"patches": len(np.unique(pairs[:, 1])), "pairs": names}
+    try:
+        write_json(file, key | {"found": found})
+    except OSError as error:  # a store that others share may be read-only
+        LOG.warning("near duplicates are not kept, and will be looked for again: %s", error)
+    return found
+
+
+def _read(file: Path) -> dict:
     try:
         kept = json.loads(file.read_text())
-        if kept["sizes"] == sizes:
-            return kept["counts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # never counted, or of another store
-    train = _hashes(splits["train"], views=False)[0]
-    others = [name for name in ("valid", "test") if name in splits]
-    counts = {name: _count_near(splits[name], train) for name in others}
-    try:
-        write_json(file, {"sizes": sizes, "counts": counts})
-    except OSError as error:  # a store that others own
-        LOG.info("%s: not kept (%s)", file, error)
-    return counts
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
-def _count_near(split: Split, train: np.ndarray) -> int:
-    near = np.zeros(len(split), bool)
-    for view in _hashes(split, views=True):
-        near |= has_near(view, train) & (view != 0)
-    return int(near.sum())
+def luma_grids(images: np.ndarray) -> np.ndarray:
+    """Mean luma of 9 x 9 parts of each patch, float32 [N, 9, 9] in 0 .. 255, of uint8 patches."""
+    grids = np.empty((len(images), _PARTS, _PARTS), np.float32)
+    # [90 * 3, 9]: adds up the pixels and channels of a part's row.
+    columns = np.kron(np.eye(_PARTS), np.tile(_LUMA, _SIDE)[:, None]).astype(np.float32)
+    edge = (images.shape[1] - _PARTS * _SIDE) // 2
+    inside = slice(edge, edge + _PARTS * _SIDE)
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK, inside, inside]
+        # Rows first, in whole numbers: a tenth is left to convert.
+        rows = chunk.reshape(len(chunk), _PARTS, _SIDE, -1).sum(2, dtype=np.uint16)
+        grids[start : start + _CHUNK] = rows.astype(np.float32) @ columns
+    return grids / (256 * _SIDE**2)
 
 
-def _hashes(split: Split, views: bool) -> list[np.ndarray]:
-    """uint64 [N] for each of the eight views, or of the first; 0 where a patch is flat."""
-    chunks = [luma_grid(split.images[rows]) for rows in ranges(len(split))]
-    grid = np.concatenate(chunks)
-    flat = grid.std((1, 2)) < FLAT
-    turned = symmetries(grid) if views else [grid]
-    return [np.where(flat, np.uint64(0), difference_hashes(each)) for each in turned]
+def difference_hashes(grids: np.ndarray) -> np.ndarray:
+    """uint64 [N]: whether a part of each grid [N, 9, 9] is darker than the next, bit by bit.
+
+    32 comparisons go along rows and 32 along columns. With rows alone, as Krawetz has it, forty
+    times as many unrelated pairs of real patches lie within the radius.
+    """
+    across = grids[:, :8:2, :-1] < grids[:, :8:2, 1:]  # [N, 4, 8]
+    down = grids[:, :-1, :8:2] < grids[:, 1:, :8:2]  # [N, 8, 4]
+    bits = np.concatenate([part.reshape(len(grids), -1) for part in (across, down)], axis=1)
+    return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
 
-def symmetries(grid: np.ndarray) -> Iterator[np.ndarray]:
-    """The eight flips and turns of [N, S, S]."""
+def near_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The near duplicates among two splits' grids, [M, 9, 9] and [N, 9, 9], the nearest first.
+
+    Returns:
+        int [P, 2], rows of `first` and of `second`; each pair once.
+    """
+    hashes, best = difference_hashes(first), {}
+    for turned in _symmetries(second):
+        for i, j in _within_radius(hashes, difference_hashes(turned)):
+            gaps, spread = _deviation(first[i] - turned[j]), _deviation(turned[j])
+            for pair in np.flatnonzero((gaps <= TOLERANCE * spread) & (spread >= FLAT)):
+                key = int(i[pair]), int(j[pair])
+                best[key] = min(best.get(key, np.inf), float(gaps[pair]))
+    return np.array(sorted(best, key=lambda key: (best[key], key)), int).reshape(-1, 2)
+
+
+def _symmetries(grids: np.ndarray) -> Iterator[np.ndarray]:
     for turns in range(4):
-        turned = np.rot90(grid, turns, (1, 2))
+        turned = np.rot90(grids, turns, (1, 2))
         yield turned
         yield turned[:, :, ::-1]
 
 
-def luma_grid(images: np.ndarray) -> np.ndarray:
-    """Mean luma of 9 x 9 parts of each patch, float32 [N, 9, 9], of uint8 [N, H, W, 3]."""
-    edges = np.linspace(0, images.shape[1], _GRID + 1).round().astype(int)
-    sizes = np.diff(edges).astype(np.float32)
-    # Summed in whole numbers first: a quarter of the bytes, and the same on every machine.
-    rows = np.add.reduceat(images, edges[:-1], axis=1, dtype=np.uint32)
-    sums = np.add.reduceat(rows, edges[:-1], axis=2)
-    return sums @ _LUMA / np.outer(sizes, sizes)
+def _deviation(grids: np.ndarray) -> np.ndarray:
+    """Standard deviation of each of [P, 9, 9]: [P]."""
+    return grids.std((1, 2))
 
 
-def difference_hashes(grid: np.ndarray) -> np.ndarray:
-    """uint64 [N], of mean lumas [N, 9, 9]: bit by bit whether a part is darker than the next.
-
-    32 comparisons go along the rows and 32 along the columns, so that a transposed patch is as far
-    from others as an upright one.
-    """
-    across = (grid[:, ::2, :-1] < grid[:, ::2, 1:])[:, :4]
-    down = (grid[:, :-1, ::2] < grid[:, 1:, ::2])[:, :, :4]
-    bits = np.concatenate([part.reshape(len(grid), -1) for part in (across, down)], axis=1)
-    return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
-
-
-def has_near(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Whether each hash, uint64 [N], has one of `others`, uint64 [M], within RADIUS bits.
-
-    Exact, by the pigeonhole principle: of hashes that differ in three bits, one of four bands is
-    equal, so that only those with an equal band are compared.
-    """
-    near = np.zeros(len(hashes), bool)
-    for band in range(_BANDS):
-        own, theirs = (_band(values, band) for values in (hashes, others))
-        order = np.argsort(theirs, kind="stable")
-        sorted_bands, candidates = theirs[order], others[order]
-        first = np.searchsorted(sorted_bands, own, "left")
-        last = np.searchsorted(sorted_bands, own, "right")
-        for row in np.flatnonzero(~near & (first < last)):
-            differing = np.bitwise_count(candidates[first[row] : last[row]] ^ hashes[row])
-            near[row] = (differing <= RADIUS).any()
-    return near
-
-
-def _band(hashes: np.ndarray, band: int) -> np.ndarray:
-    return (hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)
+def _within_radius(
+    first: np.ndarray, second: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields rows (i, j) of hashes that differ in at most `RADIUS` bits; a pair may come again."""
+    # Of RADIUS + 1 bands of 16 bits one at least is the same, by the pigeonhole principle: sorting
+    # by a band finds all candidates, where 262,144 x 32,768 pairs would take minutes.
+    for band in range(RADIUS + 1):
+        keys, wanted = (hashes.view(np.uint16)[band::4] for hashes in (first, second))
+        order = np.argsort(keys, kind="stable")
+        start, stop = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
+        for rows in np.array_split(np.arange(len(second)), -(-(stop - start).sum() // 10**7) or 1):
+            counts = (stop - start)[rows]
+            j = np.repeat(rows, counts)
+            # 0, 1, 2, ... within each row's run of equal keys.
+            offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            i = order[np.repeat(start[rows], counts) + offsets]
+            near = np.bitwise_count(first[i] ^ second[j]) <= RADIUS
+            yield i[near], j[near]

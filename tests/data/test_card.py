@@ -1,6 +1,6 @@
 import pytest
 
-from bef_jax.data import store
+from bef_jax.data import near_duplicates, store
 from bef_jax.data.card import data_card
 
 
@@ -19,7 +19,7 @@ def test_says_what_the_store_holds(small_config):
     positive = int(valid.labels.sum())
     assert found["valid"] == f"{21 - positive} normal, {positive} with metastasis"
     assert "no slides" in found["do splits share slides?"]
-    assert found["near duplicates, test"].startswith("0 (0.0%)")
+    assert found["near duplicates, test and train"].startswith("0 (0.0%)")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,42 @@ def test_says_what_the_store_holds(small_config):
 )
 def test_a_random_split_is_not_passed_off_as_one_by_slides(source, word, small_config):
     assert card(small_config(), source=source)["do splits share slides?"].startswith(word)
+
+
+WHOLE = {"train": 262_144, "valid": 32_768, "test": 32_768}
+
+
+@pytest.mark.parametrize(
+    ("source", "counts", "expected"),
+    [
+        ("pcam_hdf5", WHOLE, "published scores on PCam"),
+        ("tfds", WHOLE | {"valid": 32_767}, "32,767 of 32,768 valid patches"),
+        ("pcam_hdf5", WHOLE | {"test": 0}, "not with published scores"),
+        ("rpcam", WHOLE, "not with those on PCam"),
+        ("npz", WHOLE, "the same files"),
+        ("synthetic", WHOLE, "the same synthetic patches"),
+    ],
+)
+def test_says_what_a_score_can_be_compared_with(source, counts, expected, small_config):
+    found = card(small_config(), source=source, counts=counts)
+    assert expected in found["a score can be compared with"]
+
+
+def test_dropped_duplicates_do_not_make_a_part_of_pcam(small_config):
+    dropped = {"train": 0, "valid": 1, "test": 0}
+    duplicates = {"dropped_within": dropped, "dropped_across": dropped, "conflicting_labels": 0}
+    changes = {"counts": WHOLE | {"valid": 32_766}, "duplicates": duplicates}
+    found = card(small_config(), source="pcam_hdf5", **changes)
+    assert found["a score can be compared with"].startswith("published scores")
+
+
+def test_near_duplicates_of_every_pair_of_splits_are_told(small_config, monkeypatch):
+    pairs = {"train/valid": {"patches": 7, "pairs": []}, "train/test": {"patches": 0, "pairs": []}}
+    pairs["valid/test"] = {"patches": 1, "pairs": []}
+    monkeypatch.setattr(near_duplicates, "across_splits", lambda *_: pairs)
+    found = card(small_config())
+    assert found["near duplicates, valid and train"] == "7 (33.3%) of valid, turned or not"
+    assert found["near duplicates, test and valid"] == "1 (7.7%) of test, turned or not"
 
 
 def test_duplicates_are_added_up(small_config):

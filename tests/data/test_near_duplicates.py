@@ -1,88 +1,121 @@
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bef_jax.data import near_duplicates as near
+from bef_jax.data import near_duplicates
+from bef_jax.data.near_duplicates import (
+    RADIUS,
+    TOLERANCE,
+    across_splits,
+    difference_hashes,
+    luma_grids,
+    near_pairs,
+)
 from bef_jax.data.store import Split
 
 
-def tissue(n, seed=0):
-    """Patches with structure: noise on a grid of 8, enlarged."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(60, 220, (n, 12, 12, 3)).astype(np.uint8)
-    return coarse.repeat(8, 1).repeat(8, 2)
+def patches(n, seed):
+    """Smooth random tissue: 12 x 12 colours, enlarged."""
+    colours = np.random.default_rng(seed).integers(0, 256, (n, 12, 12, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(c).resize((96, 96))) for c in colours])
 
 
 def split(name, images):
-    return Split(name, images, np.zeros(len(images), np.uint8), np.arange(len(images)).astype(str))
+    ids = np.array([f"{name}_{i}" for i in range(len(images))])
+    return Split(name, images, np.zeros(len(images), np.uint8), ids)
 
 
-def encoded(image, quality):
+def as_jpeg(image, quality=60):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer))
 
 
-def test_search_is_exact_by_brute_force():
+def test_grid_is_the_mean_luma_of_each_part():
+    images = patches(3, 0)
+    luma = images[:, 3:93, 3:93] @ np.array([77, 150, 29]) / 256
+    expected = [[luma[2, 10 * r : 10 * r + 10, 10 * c : 10 * c + 10].mean() for c in range(9)]
+                for r in range(9)]  # fmt: skip
+    np.testing.assert_allclose(luma_grids(images)[2], expected, rtol=1e-6)
+
+
+def brute_force(first, second):
+    """All pairs, one by one, under the eight symmetries."""
+    pairs = set()
+    for j, grid in enumerate(second):
+        for k in range(8):
+            turned = np.rot90(grid.T if k >= 4 else grid, k % 4)
+            gaps = first - turned
+            rms = np.sqrt(((gaps - gaps.mean((1, 2), keepdims=True)) ** 2).mean((1, 2)))
+            bits = difference_hashes(first) ^ difference_hashes(turned[None])
+            distance = np.array([int(x).bit_count() for x in bits])
+            near = (distance <= RADIUS) & (rms <= TOLERANCE * turned.std())
+            pairs |= {(int(i), j) for i in np.flatnonzero(near)}
+    return pairs
+
+
+def test_finds_what_brute_force_over_all_pairs_finds():
+    """Grids of little contrast: many lie within the radius, and many just outside."""
     rng = np.random.default_rng(0)
-    others = rng.integers(0, 2**64, 500, dtype=np.uint64)
-    flips = [sum(1 << int(b) for b in rng.choice(64, k, replace=False)) for k in range(8)] * 20
-    hashes = others[rng.integers(0, 500, len(flips))] ^ np.array(flips, np.uint64)
-    distance = np.bitwise_count(hashes[:, None] ^ others[None]).min(axis=1)
-    np.testing.assert_array_equal(near.has_near(hashes, others), distance <= near.RADIUS)
-    assert 0 < (distance <= near.RADIUS).sum() < len(hashes)
+    slope = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))
+    first, second = (slope + s * rng.normal(size=(n, 9, 9)) for n, s in ((150, 0.3), (120, 0.2)))
+    found = near_pairs(first, second)
+    expected = brute_force(first, second)
+    assert set(map(tuple, found.tolist())) == expected
+    assert len(found) == len(expected) > 50
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda x: x,
-        lambda x: np.rot90(x, 1),
-        lambda x: np.rot90(x, 3)[:, ::-1],
-        lambda x: x[::-1],
-        lambda x: encoded(x, 75),
-        lambda x: (x * 0.8 + 10).astype(np.uint8),
+        as_jpeg,
+        lambda x: np.rot90(x),
+        lambda x: x.transpose(1, 0, 2),
+        lambda x: (x * 0.9 + 12).astype(np.uint8),
     ],
+    ids=["equal", "jpeg", "turned", "transposed", "paler"],
 )
-def test_what_looks_alike_is_found(change, tmp_path):
-    train = tissue(200)
-    valid = np.concatenate([tissue(30, seed=1), np.stack([change(x) for x in train[:5]])])
-    found = near.count(tmp_path, {"train": split("train", train), "valid": split("valid", valid)})
-    assert found == {"valid": 5}
+def test_a_changed_patch_is_found_again(change):
+    train, valid = patches(40, 1), patches(20, 2)
+    valid[7] = change(train[31])
+    assert near_pairs(luma_grids(train), luma_grids(valid)).tolist() == [[31, 7]]
 
 
-def test_background_is_not_taken_for_a_duplicate(tmp_path):
-    blank = np.full((3, 96, 96, 3), 240, np.uint8)
-    train = np.concatenate([tissue(20), blank])
-    found = near.count(tmp_path, {"train": split("train", train), "valid": split("valid", blank)})
-    assert found == {"valid": 0}
+def test_smooth_slopes_of_other_steepness_are_no_duplicates():
+    slope = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))[None]
+    assert len(near_pairs(slope, 1.1 * slope)) == 1
+    assert len(near_pairs(slope, 5 * slope)) == 0
 
 
-def test_means_are_of_the_luma():
-    images = tissue(2)
-    expected = np.asarray(
-        Image.fromarray(images[0]).convert("L").resize((3, 3), Image.Resampling.BOX)
-    )
-    found = near.luma_grid(images)[0].reshape(3, 3, 3, 3).mean((1, 3))
-    np.testing.assert_allclose(found, expected, atol=1.5)
+def test_background_is_not_taken_for_a_duplicate():
+    blank = luma_grids(np.full((3, 96, 96, 3), 240, np.uint8))
+    assert len(near_pairs(blank, blank)) == 0
 
 
-def test_a_turned_patch_has_a_turned_grid():
-    image = tissue(1)
-    grid = near.luma_grid(image)
-    views = list(near.symmetries(grid))
-    assert len(views) == 8
-    turned = near.luma_grid(np.rot90(image, 1, (1, 2)))
-    np.testing.assert_allclose(views[2], turned, rtol=1e-6)
+def test_counts_patches_of_the_later_split_and_keeps_the_result(tmp_path, monkeypatch):
+    train, valid, test = patches(30, 1), patches(20, 2), patches(10, 3)
+    valid[[3, 5]], train[8] = train[4], train[4]  # two of valid, each twice in train
+    splits = {"train": split("train", train), "valid": split("valid", valid)}
+    splits["test"] = split("test", test)
+    found = across_splits(splits, tmp_path, "abc")
+    assert {name: seen["patches"] for name, seen in found.items()} == {
+        "train/valid": 2, "train/test": 0, "valid/test": 0,
+    }  # fmt: skip
+    assert ["train_4", "valid_3"] in found["train/valid"]["pairs"]
+    with monkeypatch.context() as patch:
+        patch.setattr(near_duplicates, "luma_grids", lambda _: pytest.fail("looked again"))
+        assert across_splits(splits, tmp_path, "abc") == found
+    (tmp_path / near_duplicates.FILE).write_text(json.dumps([1]))
+    assert across_splits(splits, tmp_path, "abc") == found
+    splits["valid"] = split("valid", patches(20, 2))
+    assert across_splits(splits, tmp_path, "other")["train/valid"]["patches"] == 0
 
 
-def test_counts_are_kept_for_the_same_splits(tmp_path):
-    splits = {"train": split("train", tissue(20)), "test": split("test", tissue(10))}
-    first = near.count(tmp_path, splits)
-    assert first == {"test": 10}
-    splits["train"].images[:] = 0  # would be noticed, were it read
-    assert near.count(tmp_path, splits) == first
-    fewer = splits | {"test": split("test", tissue(3))}
-    assert near.count(tmp_path, fewer) == {"test": 0}
+def test_a_store_that_cannot_be_written_is_looked_through_all_the_same(tmp_path):
+    splits = {name: split(name, patches(4, 1)) for name in ("train", "valid")}
+    found = across_splits(splits, tmp_path / "missing", "abc")
+    assert found["train/valid"]["patches"] == 4

@@ -1,34 +1,27 @@
-"""The report of a real run, in a real browser."""
+"""The report of a real run in a real browser, as it is: under its own policy, without scripts."""
 
-import functools
-import http.server
-import json
-import shutil
-import subprocess
-import threading
+import base64
+import io
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bef_jax import train
+from tests import chromium
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-# Written by a script that the test puts into a copy of the page: its own policy forbids scripts.
-PROBE = """<script>addEventListener("load", () => { const images = [...document.images];
-document.title = JSON.stringify({count: images.length,
-loaded: images.filter(x => x.complete && x.naturalWidth > 0).length,
-wide: document.documentElement.scrollWidth, seen: innerWidth,
-requests: performance.getEntriesByType("resource").filter(x => !x.name.startsWith("data:")).length,
-}) })</script>"""
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (apt install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(chromium.find() is None, reason="no chromium here (apt install chromium)"),
+]
+WIDTHS = (1280, 390)  # of a laptop and of a phone
+SIZES = "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))"
 
 
-def browse(url, tmp_path, *flags):
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-        f"--user-data-dir={tmp_path / 'profile'}", *flags, url,
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with chromium.open_tab(tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
 
 
 @pytest.fixture(scope="module")
@@ -38,42 +31,58 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def page(workdir, small_config):
+    """Trained once for all tests."""
     train.train_and_evaluate(small_config(), workdir)
     return workdir / "report" / "index.html"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 500])
-def test_every_picture_loads_and_nothing_is_asked_for(page, tmp_path, width):
-    policy = page.read_text().split('content="default-src', 1)
-    assert len(policy) == 2
-    probed = page.read_text().replace("style-src 'unsafe-inline'", "style-src 'unsafe-inline'; "
-                                      "script-src 'unsafe-inline'")  # fmt: skip
-    copy = tmp_path / "probed.html"
-    copy.write_text(probed.replace("</html>", f"{PROBE}</html>"))
-    result = browse(copy.as_uri(), tmp_path, "--dump-dom", f"--window-size={width},900")
-    title = result.stdout.split("<title>", 1)[1].split("</title>", 1)[0]
-    found = json.loads(title.replace("&quot;", '"'))
-    assert found["count"] == found["loaded"] > 10
-    assert found["requests"] == 0
-    assert found["wide"] <= found["seen"]  # no scrolling to the side
+def complaints(tab):
+    """What the browser or the page wrote to the console, policies violated included."""
+    logged = [event["entry"]["text"] for event in tab.told("Log.entryAdded")]
+    return logged + tab.told("Runtime.consoleAPICalled") + tab.told("Runtime.exceptionThrown")
 
 
-@pytest.mark.slow
-def test_the_console_stays_empty_and_the_server_is_asked_for_one_file(page, tmp_path):
-    asked = []
+def requests(tab):
+    """The addresses that were asked for; what the page carries inside itself is not asked for."""
+    urls = [event["request"]["url"] for event in tab.told("Network.requestWillBeSent")]
+    return {url for url in urls if not url.startswith("data:")}
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, form, *args):
-            asked.append(self.path)
 
-    serve = functools.partial(Handler, directory=page.parent)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/index.html"
-        result = browse(url, tmp_path, f"--screenshot={tmp_path / 'page.png'}")
-        server.shutdown()
-    assert "CONSOLE" not in result.stderr
-    # Browsers ask for an icon of their own accord.
-    assert [path for path in asked if path != "/favicon.ico"] == ["/index.html"]
-    assert (tmp_path / "page.png").stat().st_size > 10_000
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_picture_loads_in_silence_from_one_file(width, scheme, page, tab):
+    tab.events.clear()
+    tab.open(page, width, scheme)
+    sizes = tab.value(SIZES)
+    assert len(sizes) > 10 and min(sizes) >= 96
+    assert complaints(tab) == []
+    assert requests(tab) == {page.resolve().as_uri()}
+    wide, seen = tab.value("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= seen == width  # nothing to scroll to at the side
+
+
+def test_dark_screens_get_dark_pictures(page, tab, tmp_path):
+    brightness = {}
+    for scheme in ("light", "dark"):
+        tab.open(page, 1280, scheme)
+        tab.screenshot(tmp_path / "page.png")
+        brightness[scheme] = np.asarray(Image.open(tmp_path / "page.png").convert("L")).mean()
+        plot = tab.value("document.querySelector('.plots img').currentSrc").partition(",")[2]
+        pixels = Image.open(io.BytesIO(base64.b64decode(plot))).convert("L")
+        assert (np.asarray(pixels)[0, 0] > 128) == (scheme == "light")
+    assert brightness["dark"] < 80 < 180 < brightness["light"]
+
+
+def test_it_prints(page, tab, tmp_path):
+    tab.open(page, 1280, "dark")
+    tab.print(tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_page_that_asks_for_something_would_be_caught(tab, tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text("<script>console.error('x')</script><img src='gone.png'>")
+    tab.events.clear()
+    tab.open(bad, 1280)
+    assert len(complaints(tab)) == 2
+    assert requests(tab) == {bad.as_uri(), (tmp_path / "gone.png").as_uri()}
