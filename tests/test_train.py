@@ -23,6 +23,7 @@ KEYS = {
 EVAL_KEYS = {
     "split", "n", "loss", "accuracy", "auc", "auc_ci95", "sensitivity", "specificity", "f1",
     "brier", "ece", "threshold", "tta",
+    "average_precision", "ci95", "calibrated", "operating_point",
 }  # fmt: skip
 
 
