@@ -74,7 +74,9 @@ def _draw(pixels: np.ndarray, found: np.ndarray, name: str, threshold: float) ->
     layer = covered.imshow(found, cmap="cividis", vmin=0, vmax=1, alpha=0.6)
     if np.nanmax(found) >= threshold > np.nanmin(found):
         covered.contour(np.nan_to_num(found) >= threshold, levels=[0.5], colors="#D55E00")
-    plain.set_title(name, loc="left")
+    # A file's name is no formula, and need not even be text.
+    shown = name.encode(errors="replace").decode()
+    plain.set_title(shown, loc="left", parse_math=False)
     covered.set_title(f"largest probability {np.nanmax(found):.3f}", loc="left")
     figure.colorbar(layer, ax=covered, label="probability of a metastasis", shrink=0.8)
     return figure

@@ -97,7 +97,8 @@ def _replacing(file: Path) -> Iterator:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with open(temporary, "w", newline="", encoding="utf-8") as out:
+        # A file's name need not be text; what is none is written as it is escaped.
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
             yield csv.writer(out)
         os.replace(temporary, file)
     finally:

@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,3 +58,12 @@ def test_nothing_found_at_all_and_everything(tmp_path):
         squares = [(y, x, probability) for y in (0, 32, 64) for x in (0, 32, 64, 96)]
         write_heatmap(tmp_path / "out.png", tmp_path / "a.png", scores(*squares), 0.5)
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["$\\frac{1$.png", b"\xff.png"])
+def test_a_name_is_no_formula_and_need_not_be_text(name, tmp_path):
+    picture = tmp_path / os.fsdecode(name)
+    Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
+    shutil.copy(tmp_path / "a.png", picture)
+    file = write_heatmap(tmp_path / "out.png", picture, scores((0, 0, 0.5)), 0.5)
+    assert file.stat().st_size > 1000

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -136,6 +138,7 @@ def test_the_command_line(trained, workdir, small_config, tmp_path):
     config = small_config()
     image = store.open_split(store.store_path(config.data), "test").images[0]
     Image.fromarray(image).save(tmp_path / "=one.png")
+    shutil.copy(tmp_path / "=one.png", os.fsencode(tmp_path) + b"/\xff.png")  # no UTF-8
     command = [
         sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py", "--mode=predict",
         f"--workdir={workdir}", f"--input={tmp_path}", "--config.rcc.eval_size=48",
@@ -143,4 +146,4 @@ def test_the_command_line(trained, workdir, small_config, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == json.loads((workdir / "predict_summary.json").read_text())
-    assert rows_of(workdir)[0]["id"] == "=one.png"
+    assert [row["id"] for row in rows_of(workdir)] == ["=one.png", "\\udcff.png"]

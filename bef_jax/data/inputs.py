@@ -1,6 +1,7 @@
 """What is to be scored, whatever it lies in: pictures, folders of them, npz, HDF5 or stores."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -75,8 +76,14 @@ def read(path: Path, split: str | None, stride: int) -> Iterator[Patch]:
 
 
 def _of_split(split: store.Split) -> Iterator[Patch]:
-    for rows in ranges(len(split)):
-        yield from map(Patch, split.ids[rows].tolist(), split.images[rows])
+    images = split.images
+    # Read, not mapped: pages of a map stay in memory while there is room, and count as ours.
+    with open(images.filename, "rb") as file:
+        file.seek(images.offset)
+        for rows in ranges(len(split)):
+            shape = (rows.stop - rows.start, *images.shape[1:])
+            block = np.fromfile(file, np.uint8, math.prod(shape)).reshape(shape)
+            yield from map(Patch, split.ids[rows].tolist(), block)
 
 
 def _of_picture(file: Path, name: str, stride: int) -> Iterator[Patch]:
@@ -93,7 +100,7 @@ def _is_store(path: Path) -> bool:
 
 
 def _is_array_file(path: Path) -> bool:
-    return path.is_file() and path.name.endswith((".npz", ".h5", ".h5.gz"))
+    return path.is_file() and path.name.endswith((".npz", ".h5", ".hdf5", ".h5.gz"))
 
 
 def _splits(path: Path, split: str | None) -> list[str]:

@@ -42,10 +42,16 @@ def find(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    found = sorted(file for file in path.rglob("*") if _is_shown(file.relative_to(path)))
     if not found:
         raise UserError(f"{path}: holds no picture ({', '.join(SUFFIXES)}); name another --input")
     return found
+
+
+def _is_shown(name: Path) -> bool:
+    """Of what is hidden, nothing is a picture: macOS keeps its notes in ._NAME.png."""
+    hidden = any(part.startswith(".") for part in name.parts)
+    return name.suffix.lower() in SUFFIXES and not hidden
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -55,9 +61,12 @@ def size(path: Path) -> tuple[int, int]:
         UserError: it is no picture, of fewer than 96 pixels a side, or too large to be decoded.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a size that is checked here
-            height, width = image.height, image.width
+            with Image.open(path) as image:
+                height, width = image.height, image.width
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: above {LIMIT:,} pixels; cut it into parts") from error
     except Exception:  # damaged, or a TIFF that Pillow does not know
         height, width = _size_by_tifffile(path)
     if min(height, width) < PATCH:
@@ -75,7 +84,10 @@ def read(path: Path) -> np.ndarray:
     """
     size(path)
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(path)
+        with image:
             _check_depth(path, image.mode)
             return np.asarray(_on_white(image))
     except UserError:

@@ -68,8 +68,14 @@ def test_a_picture_of_gigabytes_is_refused_by_its_header(tmp_path):
     with tifffile.TiffWriter(tmp_path / "bomb.tif", bigtiff=True) as tif:
         tif.write(iter([b"x"]), shape=(100_000, 100_000, 3), dtype=np.uint8, photometric="rgb",
                   compression="zlib", tile=(100_000 // 16 * 16, 100_000 // 16 * 16))  # fmt: skip
-    with pytest.raises(UserError, match=r"100000x100000 pixels are above 100,000,000"):
+    with pytest.raises(UserError, match="above 100,000,000 pixels"):
         pictures.size(tmp_path / "bomb.tif")
+
+
+def test_a_png_bomb_is_refused_as_one(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match="above 100,000,000 pixels"):
+        pictures.size(tmp_path / "bomb.png")
 
 
 def test_a_truncated_picture_is_refused(tmp_path):
@@ -82,7 +88,7 @@ def test_a_truncated_picture_is_refused(tmp_path):
 
 def test_a_folder_is_searched_to_the_bottom_in_order(tmp_path):
     names = ["b.png", "a/z.TIF", "a/b/c.jpeg", "a b, \u00e4.png"]
-    for name in [*names, "notes.txt"]:
+    for name in [*names, "notes.txt", "._b.png", ".hidden/c.png"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert pictures.find(tmp_path) == sorted(tmp_path / name for name in names)
