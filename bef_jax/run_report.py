@@ -21,6 +21,7 @@ def report_run(
     workdir: Path,
     config: ConfigDict,
     splits: Mapping[str, Split],
+    manifest: Mapping[str, Any],
     history: list[dict[str, Any]],
     evaluations: Mapping[str, Evaluation],
     variables: dict,
@@ -30,12 +31,12 @@ def report_run(
 
     Args:
         splits: by name, of the run's store.
+        manifest: the store's; what is on disk may be gone by now.
         history: the lines of metrics.jsonl.
         evaluations: by split, of the best checkpoint.
         variables: {params, batch_stats} of the same.
         summary: of the run.
     """
-    folder = store.store_path(config.data)
     environment = [*versions().items(), ("device", hardware.describe())]
     content = Content(
         history=history,
@@ -43,7 +44,7 @@ def report_run(
         images={name: splits[name].images for name in evaluations},
         summary=summary,
         tables={
-            "Data": data_card(folder, store.read_manifest(folder), splits),
+            "Data": data_card(store.store_path(config.data), manifest, splits),
             "Environment": list(map(list, environment)),
             "Configuration": [[name, repr(value)] for name, value in flatten(config).items()],
         },

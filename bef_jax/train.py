@@ -357,7 +357,7 @@ def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Eva
     from bef_jax.run_report import report_run
 
     found = run.history.lines, evaluations, variables, summary
-    page = report_run(run.workdir, run.config, run.splits, *found)
+    page = report_run(run.workdir, run.config, run.splits, run.manifest, *found)
     LOG.info("open %s in a browser: figures, curves, the surest patches, the data", page)
     for name, seen in evaluations.items():
         write_scores(run.workdir / f"scores_{name}.csv", seen)
