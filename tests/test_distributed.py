@@ -211,10 +211,15 @@ def test_two_processes_train_and_evaluate_as_one_does(one_process, data_dir, tmp
     assert_same_run(tmp_path, one_process, steps=6)
     ours = json.loads(first)["valid"]
     expected = json.loads((one_process / "train_summary.json").read_text())["valid"]
-    assert ours.pop("split") == expected.pop("split")
-    numbers = [np.hstack([block[name] for name in sorted(block)]) for block in (ours, expected)]
-    np.testing.assert_allclose(*numbers, rtol=1e-5)
+    assert ours["split"] == expected["split"]
+    np.testing.assert_allclose(figures(ours), figures(expected), rtol=1e-5)
     assert not second
+
+
+def figures(block):
+    """The network's own, not those of a temperature, which a search finds to 1e-5 alone."""
+    own = [block[name] for name in sorted(block) if not isinstance(block[name], dict | str)]
+    return np.hstack(own)
 
 
 @pytest.mark.slow
