@@ -9,7 +9,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -71,15 +71,15 @@ def run(config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = 
         RunError: a run failed.
     """
     runs = plan_runs(config, workdir)
-    for run in runs:
-        _check_unchanged(run)
+    for planned in runs:
+        _check_unchanged(planned)
     if dry_run:
         n_train = prepare_with_progress(config.data)["counts"]["train"]
         return {"mode": "ablate", **estimate(runs, n_train)}
     with lock.held(workdir):
         prepare_with_progress(config.data)  # once, not by several runs at the same time
         _train(runs, argv, slots.find(config.ablation.jobs))
-        finished = [run for run in runs if run.summary()]
+        finished = [each for each in runs if each.summary()]
         summary = {"mode": "ablate", "runs": len(runs), "finished": len(finished)}
         if finished:
             table = tabulate(finished, config.eval.threshold)
@@ -138,18 +138,25 @@ def _train(runs: list[Run], argv: Sequence[str], places: list[Slot]) -> None:
     with Interrupt() as interrupt:
         try:
             while (missing or running) and not interrupt.requested:
-                for place in places:
-                    if missing and place not in running:
-                        running[place] = _start(missing.pop(0), argv, place)
+                for place in [place for place in places if place not in running][: len(missing)]:
+                    running[place] = _start(missing.pop(0), argv, place)
                 time.sleep(_POLL_SECONDS)
-                for place, (run, process) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[place]
-                        summary, ended = _result(run, process.returncode), ended + 1
-                        left = (time.monotonic() - started) / ended * (len(missing) + len(running))
-                        _say(run, summary, left)
+                for run, summary in _take_ended(running):
+                    ended += 1
+                    left = (time.monotonic() - started) / ended * (len(missing) + len(running))
+                    _say(run, summary, left)
         finally:
             _stop([process for _, process in running.values()])
+
+
+def _take_ended(
+    running: dict[Slot, tuple[Run, subprocess.Popen]],
+) -> Iterator[tuple[Run, dict]]:
+    """Takes the runs that have ended out of `running`, and yields them with their summaries."""
+    for place, (run, process) in list(running.items()):
+        if process.poll() is not None:
+            del running[place]
+            yield run, _result(run, process.returncode)
 
 
 def _start(run: Run, argv: Sequence[str], place: Slot) -> tuple[Run, subprocess.Popen]:

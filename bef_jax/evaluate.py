@@ -55,24 +55,25 @@ def run(
     counts = store.read_manifest(folder)["counts"]
     patches = store.open_split(folder, split or ("test" if counts.get("test") else "valid"))
     against = _network_of(other, config) if other else None
-    evaluation = _evaluate(path, config, patches)
-    valid = evaluation
+    evaluate = _evaluator(path, config)
+    evaluation = valid = evaluate(patches)
     if patches.name != "valid" and counts.get("valid"):
-        valid = _evaluate(path, config, store.open_split(folder, "valid"))
+        valid = evaluate(store.open_split(folder, "valid"))
     summary = {"mode": "eval", "checkpoint": str(path), **summarise(evaluation, config, valid)}
     if against:
         summary["comparison"] = _compare(evaluation, other, against, patches)
     return summary
 
 
-def _evaluate(path: Path, config: ConfigDict, patches: Split) -> Evaluation:
+def _evaluator(path: Path, config: ConfigDict) -> Callable[[Split], Evaluation]:
+    """Evaluates the checkpoint at `path`; read and compiled once, for several splits."""
     mesh = sharding.make_mesh()
     state = checkpoint.restore(path, abstract_state(config), sharding.replicated(mesh))
-    return make_evaluator(config, mesh)(state.eval_variables(), patches)
+    return functools.partial(make_evaluator(config, mesh), state.eval_variables())
 
 
 def _compare(evaluation: Evaluation, path: Path, config: ConfigDict, patches: Split) -> dict:
-    other = _evaluate(path, config, patches)
+    other = _evaluator(path, config)(patches)
     tests = paired_tests(
         evaluation.probabilities,
         other.probabilities,

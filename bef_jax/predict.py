@@ -95,6 +95,8 @@ def _check_flags(path: Path | None) -> None:
 def _replacing(file: Path) -> Iterator:
     """Gives a writer of CSV rows; the file appears, or is replaced, once all is written."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        LOG.warning("%s is there: what it holds will be replaced", file)
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         # A file's name need not be text; what is none is written as it is escaped.

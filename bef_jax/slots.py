@@ -5,6 +5,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from bef_jax.errors import RunError
+
 # JAX is asked in a process of its own: whoever asks takes the accelerators' memory, which is the
 # runs' to take.
 _ASK = "import jax; print(jax.default_backend(), jax.local_device_count())"
@@ -40,9 +42,14 @@ def find(jobs: int | None) -> list[Slot]:
     Args:
         jobs: how many; without it one per accelerator, and one on CPU. Never more than there are
             accelerators, or cores.
+
+    Raises:
+        RunError: JAX can't be started, such as where a GPU's driver is broken.
     """
     answer = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True)
-    backend, count = answer.stdout.split()[-2:] if answer.returncode == 0 else ("cpu", 1)
+    if answer.returncode:
+        raise RunError(f"JAX finds no device: {answer.stderr.strip().splitlines()[-1]}")
+    backend, count = answer.stdout.split()[-2:]
     if backend == "cpu":
         return _shares(jobs or 1)
     return _accelerators(backend, int(count))[:jobs]

@@ -20,6 +20,7 @@ from bef_jax.report import page, plots
 from bef_jax.report.gallery import Explain, Shown, show
 from bef_jax.report.plots import DARK, LIGHT, Theme
 
+_PER_ROW, _FRAME = 4, 3  # patches, and pixels of white around each, in most_wrong.png
 _CONTACT_ZOOM = 2  # of most_wrong.png, whose patches would be stamps on today's screens
 
 
@@ -62,8 +63,10 @@ def write_report(report_dir: Path, content: Content) -> Path:
     shown = [each for gallery in galleries.values() for each in gallery]
     if shown:
         _write(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
-    tiles = {split: [(each, _uri(_png(each.pixels))) for each in galleries[split]]
-             for split in galleries}  # fmt: skip
+    tiles = {
+        split: [(each, _uri(_png(each.pixels))) for each in gallery]
+        for split, gallery in galleries.items()
+    }
     title = report_dir.resolve().parent.name
     text = page.render(title, content.evaluations, content.summary, pictures, tiles, content.tables)
     _write(report_dir / "index.html", text.encode())
@@ -89,15 +92,12 @@ def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
 
 
 def contact_sheet(shown: list[Shown]) -> np.ndarray:
-    """The most wrong patches, uint8: a row for each kind of mistake in each split."""
+    """The most wrong patches side by side, uint8 [H, W, 3]; the surest, where none is wrong."""
     wrong = [each for each in shown if each.kind.startswith("false")] or shown
-    height, width, _ = wrong[0].pixels.shape
-    rows = []
-    for first in range(0, len(wrong), 4):
-        row = [each.pixels for each in wrong[first : first + 4]]
-        row += [np.full((height, width, 3), 255, np.uint8)] * (4 - len(row))
-        rows.append(np.hstack([np.pad(tile, [(3, 3), (3, 3), (0, 0)], constant_values=255)
-                               for tile in row]))  # fmt: skip
+    frame = [(_FRAME, _FRAME), (_FRAME, _FRAME), (0, 0)]
+    tiles = [np.pad(each.pixels, frame, constant_values=255) for each in wrong]
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % _PER_ROW)
+    rows = [np.hstack(tiles[i : i + _PER_ROW]) for i in range(0, len(tiles), _PER_ROW)]
     return np.vstack(rows).repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
 
 

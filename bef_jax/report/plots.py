@@ -43,9 +43,16 @@ DARK = Theme(
 )
 
 
-def _figure(theme: Theme, size: tuple[float, float] = _SIZE) -> Figure:
+def _figure(theme: Theme) -> Figure:
     # A Figure of its own, not pyplot's: no global state, no display.
-    return Figure(size, facecolor=theme.paper, layout="constrained")
+    return Figure(_SIZE, facecolor=theme.paper, layout="constrained")
+
+
+def _plot(theme: Theme, title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = _figure(theme)
+    axes = figure.subplots()
+    _style(axes, theme, title, x, y)
+    return figure, axes
 
 
 def _style(axes: Axes, theme: Theme, title: str, x: str, y: str) -> None:
@@ -66,9 +73,7 @@ def _legend(axes: Axes, theme: Theme, **kwargs: Any) -> None:
 
 def loss(history: list[dict[str, Any]], theme: Theme) -> Figure:
     """Training loss, faint and smoothed, and the loss on valid."""
-    figure = _figure(theme)
-    axes = figure.subplots()
-    _style(axes, theme, "Loss", "epoch", "cross-entropy, nats")
+    figure, axes = _plot(theme, "Loss", "epoch", "cross-entropy, nats")
     epoch, train = _series(history, "loss")
     axes.plot(epoch, train, color=theme.colour("train"), linewidth=0.8, alpha=0.4)
     axes.plot(epoch, _smoothed(train), color=theme.colour("train"), linewidth=2, label="train")
@@ -79,9 +84,7 @@ def loss(history: list[dict[str, Any]], theme: Theme) -> Figure:
 
 def validation(history: list[dict[str, Any]], theme: Theme) -> Figure:
     """AUC and accuracy on valid."""
-    figure = _figure(theme)
-    axes = figure.subplots()
-    _style(axes, theme, "Validation", "epoch", "")
+    figure, axes = _plot(theme, "Validation", "epoch", "")
     mark = _marked(theme)
     axes.plot(*_series(history, "valid_auc"), **mark, label="AUC")
     mark |= {"color": theme.ink, "marker": "s", "linestyle": "--", "linewidth": 1.4}
@@ -114,10 +117,8 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 def roc(evaluations: Mapping[str, Evaluation], theme: Theme) -> Figure:
     """The receiver operating characteristic; a dot where the threshold lies."""
-    figure = _figure(theme)
-    axes = figure.subplots()
     x, y = "1 - specificity (false positive rate)", "sensitivity (true positive rate)"
-    _style(axes, theme, "Receiver operating characteristic", x, y)
+    figure, axes = _plot(theme, "Receiver operating characteristic", x, y)
     axes.plot([0, 1], [0, 1], color=theme.ink, linewidth=0.8, linestyle=":")
     for evaluation in evaluations.values():
         _roc_line(axes, evaluation, theme)
@@ -148,10 +149,8 @@ def _line(evaluation: Evaluation, theme: Theme) -> dict[str, Any]:
 
 def precision_recall(evaluations: Mapping[str, Evaluation], theme: Theme) -> Figure:
     """Precision against recall; the dotted line is what guessing gives."""
-    figure = _figure(theme)
-    axes = figure.subplots()
     y = "precision (positive predictive value)"
-    _style(axes, theme, "Precision and recall", "recall (sensitivity)", y)
+    figure, axes = _plot(theme, "Precision and recall", "recall (sensitivity)", y)
     for evaluation in evaluations.values():
         _precision_recall_line(axes, evaluation, theme)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
