@@ -56,3 +56,17 @@ def small_config(data_dir: Path) -> Callable[..., ConfigDict]:
         return config
 
     return make
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of one module find the run of `trained`."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture
+def trained(workdir: Path, small_config: Callable[..., ConfigDict]) -> dict:
+    """The summary of a run of four steps, which the first test of a module trains."""
+    from bef_jax import train  # here: JAX reads the environment, set above, when it is imported
+
+    return train.train_and_evaluate(small_config(steps=4), workdir)

@@ -81,16 +81,6 @@ def approximately(figures):
     }
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tmp_path_factory.mktemp("run")
-
-
-@pytest.fixture
-def trained(workdir, small_config):
-    return train.train_and_evaluate(small_config(steps=4), workdir)
-
-
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_eval_mode_gives_what_training_reported(split, trained, workdir, small_config):
     config = small_config(steps=4, **{"eval.batch_size": 4})

@@ -12,20 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bef_jax import evaluate, predict, train
+from bef_jax import evaluate, predict
 from bef_jax.data import store
 from bef_jax.errors import UserError
 from bef_jax.scores import read_scores
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tmp_path_factory.mktemp("run")
-
-
-@pytest.fixture
-def trained(workdir, small_config):
-    return train.train_and_evaluate(small_config(steps=4), workdir)
 
 
 def rows_of(workdir):
