@@ -28,11 +28,12 @@ def make_explainer(
     """
     model = create(config.model, folded=True)
     # Off the devices, of which other processes have theirs: one alone explains.
-    folded = fold_batch_norm(jax.device_get(variables), config.model.bn_epsilon)
+    variables = jax.device_get(variables)
     targets = fused_outputs(model)
 
     @jax.jit
-    def explain(images: Array, signs: Array) -> Array:
+    def explain(variables: dict, images: Array, signs: Array) -> Array:
+        folded = fold_batch_norm(variables, config.model.bn_epsilon)
         inputs = augment.eval_view(images, config)
         maps = stage_maps(model, folded, inputs, signs, targets)
         whole = [_spread(heat, inputs.shape[1]) for heat in maps]
@@ -43,7 +44,7 @@ def make_explainer(
         found = []
         for first in range(0, len(images), _BATCH):
             rows = np.minimum(np.arange(first, first + _BATCH), len(images) - 1)
-            found.append(np.asarray(explain(images[rows], signs[rows])))
+            found.append(np.asarray(explain(variables, images[rows], signs[rows])))
         return np.concatenate(found)[: len(images)]
 
     return explain_all

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score
 
-from bef_jax.intervals import bootstrap, intervals, wilson
+from bef_jax.intervals import _average_precision, bootstrap, intervals, wilson
 from bef_jax.metrics import Evaluation, binary_metrics
 
 
@@ -43,6 +43,15 @@ def test_bootstrap_agrees_with_scipys():
     assert bootstrap(average_precision_score, *samples) == pytest.approx(expected, abs=0.1 * width)
 
 
+@pytest.mark.parametrize("digits", [1, 2, 17])
+def test_average_precision_is_scikit_learns(digits):
+    seen = evaluation()
+    positive, rounded = seen.labels == 1, seen.probabilities.round(digits)  # many tie
+    assert _average_precision(positive, rounded) == pytest.approx(
+        average_precision_score(positive, rounded), abs=1e-12
+    )
+
+
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
 def test_intervals_hold_their_figures(threshold):
     seen = evaluation(threshold=threshold)
@@ -69,5 +78,6 @@ def test_intervals_are_the_same_every_time():
 def test_a_class_that_is_missing_leaves_its_figures_without():
     found = intervals(evaluation(labels=np.zeros(50, int)))
     assert found["sensitivity"] is None
+    assert found["average_precision"] is None
     assert found["specificity"] == found["accuracy"]
     assert wilson(np.array([], bool)) is None
