@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 from configs import quickstart
 
 # Tests run what they compile a few times: optimising would not pay, and one session's runs of the
-# same program (a run and its resumption, say, in one process or two) share a cache of their own.
-CACHE = tempfile.TemporaryDirectory(prefix="bef_jax_tests_")
+# same program (a run and its resumption, say, in one process or two) share a cache of their own,
+# which pytest's workers inherit.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="bef_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 
 SHRUNK = {
     "batch_size": 8,

@@ -156,7 +156,7 @@ def test_without_a_run_the_time_is_not_guessed(small_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_saves_the_run_and_the_same_command_goes_on(tmp_path, data_dir):
-    fields = {"steps": 400, "ablation.rows": ("baseline",), "ablation.seeds": 1}
+    fields = {"steps": 100, "ablation.rows": ("baseline",), "ablation.seeds": 1}
     fields |= {"checkpoint.every_steps": 1000, "eval.every_epochs": 1000.0}
     log = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
     with open(tmp_path / "out", "w") as out:

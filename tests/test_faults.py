@@ -133,7 +133,8 @@ def test_a_store_that_is_cut_under_a_run_costs_no_checkpoint(tmp_path):
     with images.open("r+b") as file:
         file.truncate(4096)
     status, _, errors = ended(process, tmp_path)
-    assert status == -signal.SIGBUS, errors  # the system's word for it; Python gets none
+    # The system's word for it; Python gets none. Threads that die beside it may have the last one.
+    assert -status in (signal.SIGBUS, signal.SIGSEGV), errors
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 2
     assert "images.npy: 4096 bytes, its manifest says" in one_line(again.stderr)

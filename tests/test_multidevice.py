@@ -42,9 +42,7 @@ def one_device(tmp_path_factory, data_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("attention", "placement"), [("none", "host"), ("none", "device"), ("cbam", "device")]
-)
+@pytest.mark.parametrize(("attention", "placement"), [("none", "host"), ("cbam", "device")])
 def test_eight_devices_train_as_one_does(one_device, attention, placement, data_dir, tmp_path):
     expected_summary, expected = one_device(attention)
     fields = {"data.placement": placement, "model.attention": attention}

@@ -94,7 +94,7 @@ def test_what_is_missing_is_said_before_a_checkpoint_is_looked_for(small_config,
         predict.run(small_config(), tmp_path, None, tmp_path / "nowhere", None)
 
 
-# Peak memory of the whole process, in MiB, after so many patches.
+# Peak memory of the whole process, in MiB, after the patches of a file.
 MEASURE = """
 import resource, sys
 from pathlib import Path
@@ -102,8 +102,10 @@ from bef_jax import predict
 from tests.conftest import SHRUNK
 from configs import quickstart
 config = quickstart.get_config()
-config.update_from_flattened_dict({**SHRUNK, "eval.batch_size": 64, "data.dir": sys.argv[1]})
-predict.run(config, Path(sys.argv[2]), None, Path(sys.argv[3]), None)
+fields = {"eval.batch_size": 64, "rcc.eval_size": 32, "data.dir": sys.argv[1]}
+config.update_from_flattened_dict({**SHRUNK, **fields})
+found = predict.run(config, Path(sys.argv[2]), None, Path(sys.argv[3]), None)
+assert found["n"] == int(sys.argv[4])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
@@ -119,20 +121,28 @@ def write_alike(path, count):
             x.id.write_direct_chunk((first, 0, 0, 0), packed)
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_patches(trained, workdir, small_config, tmp_path):
-    """16,000 more patches are 420 MiB of pixels; a list of them would show."""
+def more_memory(few, many, folder, workdir, data_dir):
+    """How many MiB more the peak is with `many` patches than with `few`."""
+    fast = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # compiled once, used often
     peaks = []
-    for count in (1_000, 17_000):
-        path = tmp_path / f"{count}.h5"
-        write_alike(path, count)
-        command = [sys.executable, "-c", MEASURE, small_config().data.dir, workdir, path]
-        fast = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # compiled once, used often
-        result = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, env=fast
-        )
+    for count in (few, many):
+        write_alike(folder / "patches.h5", count)
+        words = (sys.executable, "-c", MEASURE, data_dir, workdir, folder / "patches.h5", count)
+        result = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=fast)
         peaks.append(int(result.stdout.splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 120
+    return peaks[1] - peaks[0]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_patches(trained, workdir, data_dir, tmp_path):
+    """16,000 more patches are 420 MiB of pixels; a list of them would show."""
+    assert more_memory(1_000, 17_000, tmp_path, workdir, data_dir) < 120
+
+
+@pytest.mark.long
+def test_a_million_patches_need_what_a_few_need(trained, workdir, data_dir, tmp_path):
+    """A GiB more at most: a thousandth of them is 26 MiB of pixels."""
+    assert more_memory(1_000, 1_000_000, tmp_path, workdir, data_dir) < 1024
 
 
 @pytest.mark.slow
