@@ -14,6 +14,8 @@ from configs import quickstart
 # same program (a run and its resumption, say, in one process or two) share a cache of their own,
 # which pytest's workers inherit.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's older code generator compiles a training step in half the time of the newer one.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="bef_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
@@ -32,6 +34,12 @@ SHRUNK = {
     "eval.every_epochs": 0.8,  # 4 steps
     "checkpoint.every_steps": 3,
 }
+
+
+def environment_of(devices: int) -> dict[str, str]:
+    """The environment of a process that has so many CPU devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from bef_jax import distributed
 from bef_jax.errors import UserError
 from configs import default
-from tests.conftest import SHRUNK
+from tests.conftest import SHRUNK, environment_of
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "16",
@@ -127,7 +127,6 @@ def start(workdir, data_dir, processes, devices, only=None, flags=(), **fields):
         place = {"coordinator": f"127.0.0.1:{free_port()}", "num_processes": processes}
         place = {"timeout_seconds": 60} | place
         fields = {f"distributed.{name}": value for name, value in place.items()} | fields
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [
         sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",
         f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items()),
@@ -136,7 +135,7 @@ def start(workdir, data_dir, processes, devices, only=None, flags=(), **fields):
     return [
         subprocess.Popen(
             command + ([f"--config.distributed.process_id={number}"] if processes > 1 else []),
-            env=environment,
+            env=environment_of(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -116,7 +116,8 @@ def ended(process, folder):
 
 @pytest.mark.slow
 def test_a_store_that_is_deleted_under_a_run_is_read_to_the_end(tmp_path):
-    words = command(tmp_path / "run", tmp_path / "data", steps=30)
+    fields = {"eval.every_epochs": 1000.0, "checkpoint.every_steps": 1000}  # at the end alone
+    words = command(tmp_path / "run", tmp_path / "data", steps=30, **fields)
     process = start_and_wait(words, tmp_path, 2)
     shutil.rmtree(tmp_path / "data")
     status, summary, errors = ended(process, tmp_path)

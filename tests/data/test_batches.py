@@ -1,5 +1,4 @@
 import itertools
-import os
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import pytest
 from bef_jax import sharding
 from bef_jax.data import batches
 from bef_jax.data.store import Split
+from tests.conftest import environment_of
 
 ROOT = Path(__file__).resolve().parents[2]
 N, BATCH = 22, 4  # 5 batches an epoch, 2 patches left over
@@ -260,8 +260,7 @@ print("as on one device")
 
 @pytest.mark.slow
 def test_eight_devices_gather_the_same_batches():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    environment = environment_of(devices=8) | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # they could bring collectives in
         "PYTHONPATH": str(ROOT),
