@@ -167,6 +167,8 @@ def _end_with(line: str) -> NoReturn:
 def _set_up_logging() -> None:
     """Lets the project speak, and of its libraries (Orbax is chatty, through absl) errors alone."""
     absl_logging.set_verbosity(absl_logging.ERROR)
+    # Of a damaged picture our own line says what it says in several.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     log = logging.getLogger("bef_jax")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)

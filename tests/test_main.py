@@ -77,6 +77,15 @@ def test_damaged_store_is_named(tmp_path):
     assert "train/images.npy" in refused(*flags)
 
 
+def test_of_a_damaged_picture_one_line_is_said(tmp_path):
+    (tmp_path / "far.tif").write_bytes(b"II*\x00\xff\xff\x00\x00")  # its first page lies nowhere
+    flags = ["--config=configs/b0.py", "--mode=predict", f"--input={tmp_path / 'far.tif'}"]
+    result = run_main(*flags, f"--workdir={tmp_path / 'run'}")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert line.startswith(f"error: {tmp_path / 'far.tif'}: cannot be read as a picture")
+
+
 def test_summary_is_the_only_line_on_stdout_and_is_written(tmp_path):
     flags = ["--config=configs/quickstart.py", "--mode=prepare", "--config.data.train_size=5",
              "--config.data.valid_size=4", "--config.data.test_size=3",

@@ -19,7 +19,7 @@ class Chunk(NamedTuple):
     Attributes:
         images: uint8 [n, 96, 96, 3], RGB.
         labels: uint8 [n], 0 or 1.
-        ids: str [n], unique within the source.
+        ids: str [n], unique within the split.
     """
 
     images: np.ndarray

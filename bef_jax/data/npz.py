@@ -138,4 +138,14 @@ def _read_ids(path: Path, prefix: str, count: int) -> np.ndarray:
     ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str)
     if ids.shape != (count,):
         raise UserError(f"{path} (ids): shape {list(ids.shape)} for {count} images; one id each")
+    _check_unique(ids, path)
     return ids
+
+
+def _check_unique(ids: np.ndarray, path: Path) -> None:
+    names, counts = np.unique(ids, return_counts=True)
+    if len(names) < len(ids):
+        raise UserError(
+            f"{path} (ids): {names[counts.argmax()]!s} names {counts.max()} patches; "
+            "give each its own id, or leave `ids` out"
+        )

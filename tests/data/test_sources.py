@@ -233,6 +233,10 @@ NPZ_MISTAKES = {
         {"images": np.asfortranarray(zeros(3, 96, 96, 3)), "labels": zeros(3)},
         "Fortran order",
     ),
+    "ids that repeat": (
+        {"images": zeros(3, 96, 96, 3), "labels": zeros(3), "ids": np.asarray(["a", "b", "b"])},
+        "train.npz (ids): b names 2 patches",
+    ),
     "ids": (
         {"images": zeros(3, 96, 96, 3), "labels": zeros(3), "ids": np.asarray(["a"])},
         "train.npz (ids): <U1 [1] for 3 images",

@@ -23,7 +23,7 @@ from PIL import Image
 from bef_jax import checkpoint, sharding
 from bef_jax.checkpoint import Checkpoints
 from bef_jax.config import flatten, validate
-from bef_jax.data import store
+from bef_jax.data import inputs, store
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.state import TrainState
@@ -128,6 +128,61 @@ def _rpcam(folder: Path, rng: random.Random) -> None:
     end, mark = rng.choice(["\n", "\r\n"]), rng.choice(["", "\ufeff"])
     text = mark + end.join(["id,label", *rows, ""])
     (folder / "train_labels.csv").write_bytes(text.encode())
+
+
+# ---- what is to be scored, through predict ------------------------------------------------------
+
+
+def _pictures(folder: Path, rng: random.Random) -> None:
+    """Patches and larger pictures in every format, mode and compression that Pillow writes."""
+    noise = np.random.default_rng(rng.randrange(2**32))
+    for number in range(rng.choice([1, 2, 4])):
+        shape = (rng.choice([1, 95, 96, 96, 96, 97, 130]), rng.choice([96, 96, 96, 200]), 4)
+        pixels = Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
+        suffix, modes, packings = rng.choice(_FORMATS)
+        mode = rng.choice(modes)
+        gray = pixels.convert("L") if mode[0] in "IF" else pixels  # the way to more than 8 bits
+        gray.convert(mode).save(folder / f"\u00e4 {number}{suffix}", **rng.choice(packings))
+
+
+_TIFF = [{}, *({"compression": name} for name in ("tiff_lzw", "tiff_deflate", "packbits"))]
+_FORMATS = [
+    (".png", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"], [{}]),
+    (".jpg", ["RGB", "L", "CMYK"], [{}, {"progressive": True}]),
+    (".tif", ["RGB", "RGBA", "L", "CMYK", "F", "I", "I;16"], _TIFF),
+]
+
+
+def _predict_arrays(folder: Path, rng: random.Random) -> None:
+    images, _ = patches(rng, 5)
+    ids = np.array([f"patch {row}" for row in range(len(images))])
+    images, ids = odd(images, rng), odd(ids, rng)
+    np.savez(folder / "patches.npz", images=images, **rng.choice([{}, {"ids": ids}]))
+    with h5py.File(folder / "patches.h5", "w") as file:
+        file["x"] = images.astype("S9") if images.dtype.kind == "U" else images
+
+
+def _read_arrays(folder: Path) -> None:
+    """Reads both; refuses if either is refused."""
+    refusals = []
+    for name in ("patches.npz", "patches.h5"):
+        try:
+            _read_input(folder / name)
+        except UserError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+
+
+def _read_input(path: Path) -> None:
+    inputs.check(path, split=None)
+    ids = set()
+    for patch in inputs.read(path, split=None, stride=32):
+        assert patch.pixels.shape == (96, 96, 3)
+        assert patch.pixels.dtype == np.uint8
+        assert patch.id not in ids
+        ids.add(patch.id)
+    assert ids
 
 
 # ---- what the program wrote itself --------------------------------------------------------------
@@ -270,6 +325,8 @@ ENTRIES = {
     "npz": Entry(_npz, functools.partial(_prepare, "npz")),
     "pcam_hdf5": Entry(_hdf5, functools.partial(_prepare, "pcam_hdf5")),
     "pcam_hdf5.gz": Entry(_hdf5_gz, functools.partial(_prepare, "pcam_hdf5")),
+    "pictures": Entry(_pictures, _read_input),
+    "arrays": Entry(_predict_arrays, _read_arrays),
     "rpcam": Entry(_rpcam, functools.partial(_prepare, "rpcam")),
     "store": Entry(lambda folder, _: _write(_good_store(), folder), _open_store),
     "checkpoint": Entry(lambda folder, _: _write(_good_checkpoint(), folder), _open_checkpoint),
