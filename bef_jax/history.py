@@ -2,11 +2,18 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 from bef_jax import distributed
+
+# tensorboardX imports torch where it is installed, for tensors that nobody gives it here: two
+# seconds of every start. An entry of None is what makes Python say that it is not.
+_torch = sys.modules.setdefault("torch", None)
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if _torch is None:
+    del sys.modules["torch"]
 
 
 class History:

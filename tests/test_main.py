@@ -104,6 +104,7 @@ def test_workdir_defaults_to_the_name_of_the_config(tmp_path):
     assert (tmp_path / "runs" / "quickstart" / "prepare_summary.json").exists()
 
 
-def test_training_imports_no_tensorflow():
-    code = "import sys, bef_jax.main; sys.exit('tensorflow' in sys.modules)"
+@pytest.mark.parametrize("package", ["tensorflow", "torch"])  # seconds of every start
+def test_training_imports_no_other_framework(package):
+    code = f"import sys, bef_jax.main; sys.exit({package!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

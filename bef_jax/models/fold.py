@@ -27,7 +27,9 @@ def fold_batch_norm(variables: dict, epsilon: float) -> dict:
     params = flatten_dict(variables["params"])
     statistics = flatten_dict(variables["batch_stats"])
     # A norm is what has statistics: biases elsewhere (squeeze-excite, the classifier) have none.
-    for norm in {path[:-1] for path in statistics}:
+    # Sorted, since a set of strings has another order in each process: a jitted caller would be
+    # another program each time, and compile although the cache has it.
+    for norm in sorted({path[:-1] for path in statistics}):
         kernel = _kernel_before(norm, params)
         if kernel is None:
             continue

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -58,3 +62,27 @@ def test_a_folded_network_does_not_train():
     folded = fold_batch_norm(make_variables(build("test")), EPSILON)
     with pytest.raises(ValueError, match="folded"):
         network.apply(folded, make_images(1), train=True)
+
+
+PROGRAM = """
+import hashlib, jax
+from bef_jax.models.fold import fold_batch_norm
+from tests.models.test_fold import build, make_variables
+text = jax.jit(fold_batch_norm).lower(make_variables(build("test")), 1e-3).as_text()
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_every_process_traces_the_same_program():
+    """Else the compilation cache would never have it."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] != ""
