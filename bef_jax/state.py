@@ -48,19 +48,21 @@ def create_state(config: ConfigDict, sharding: Sharding) -> TrainState:
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     # Jitted with their sharding, so that no device holds all first, and none has to send.
     init = functools.partial(_init_state, config)
-    return jax.jit(init, out_shardings=sharding, compiler_options=options)()
+    # The key is an argument, so that every seed finds the same program in the compilation cache.
+    key = jax.random.key(config.seed)
+    return jax.jit(init, out_shardings=sharding, compiler_options=options)(key)
 
 
 def abstract_state(config: ConfigDict) -> TrainState:
     """The shapes and dtypes of the state that `config` trains; nothing is computed."""
-    return jax.eval_shape(functools.partial(_init_state, config))
+    return jax.eval_shape(functools.partial(_init_state, config), jax.random.key(config.seed))
 
 
-def _init_state(config: ConfigDict) -> TrainState:
+def _init_state(config: ConfigDict, key: Array) -> TrainState:
     model = create(config.model, config.dtype, config.bn_groups)
     images = jnp.zeros((1, PATCH, PATCH, 3))
     # In inference, which needs neither a key for dropout nor a batch to take statistics from.
-    variables = model.init(jax.random.key(config.seed), images, train=False)
+    variables = model.init(key, images, train=False)
     tx = make_optimizer(config, lambda step: 0.0)  # its state does not depend on the schedule
     return TrainState(
         step=jnp.zeros((), jnp.int32),

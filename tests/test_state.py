@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import math
 
@@ -47,6 +48,19 @@ def test_a_fresh_state(created):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(created))
     sizes = [math.prod(shape) for shape, _ in describe(created.params).values()]
     assert state.count_params(created.params) == sum(sizes)
+
+
+def test_seeds_differ_in_their_numbers_and_share_one_program(created):
+    other = state.create_state(small_config(seed=1), created.step.sharding)
+    kernels = (each.params["stem"]["kernel"] for each in (created, other))
+    assert not np.array_equal(*kernels)
+    programs = {
+        jax.jit(functools.partial(state._init_state, small_config(seed=seed)))
+        .lower(jax.random.key(seed))
+        .as_text()
+        for seed in (0, 1)
+    }
+    assert len(programs) == 1
 
 
 def test_average_shares_no_memory_with_the_parameters(created):
