@@ -3,5 +3,5 @@
     python -m tests.fuzz --count=10000 --seed=0
 
 prints how many inputs each entry point accepted and refused, and keeps those that failed under
-tests/fuzz/corpus, which test_corpus.py runs.
+tests/fuzz/corpus, which test_fuzz.py runs.
 """

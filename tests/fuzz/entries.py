@@ -153,25 +153,17 @@ _FORMATS = [
 ]
 
 
-def _predict_arrays(folder: Path, rng: random.Random) -> None:
+def _npz_to_score(folder: Path, rng: random.Random) -> None:
     images, _ = patches(rng, 5)
     ids = np.array([f"patch {row}" for row in range(len(images))])
-    images, ids = odd(images, rng), odd(ids, rng)
-    np.savez(folder / "patches.npz", images=images, **rng.choice([{}, {"ids": ids}]))
+    named = {"ids": odd(ids, rng)} if rng.random() < 0.5 else {}
+    np.savez(folder / "patches.npz", images=odd(images, rng), **named)
+
+
+def _hdf5_to_score(folder: Path, rng: random.Random) -> None:
+    images = odd(patches(rng, 5)[0], rng)
     with h5py.File(folder / "patches.h5", "w") as file:
         file["x"] = images.astype("S9") if images.dtype.kind == "U" else images
-
-
-def _read_arrays(folder: Path) -> None:
-    """Reads both; refuses if either is refused."""
-    refusals = []
-    for name in ("patches.npz", "patches.h5"):
-        try:
-            _read_input(folder / name)
-        except UserError as error:
-            refusals.append(error)
-    if refusals:
-        raise refusals[0]
 
 
 def _read_input(path: Path) -> None:
@@ -326,7 +318,8 @@ ENTRIES = {
     "pcam_hdf5": Entry(_hdf5, functools.partial(_prepare, "pcam_hdf5")),
     "pcam_hdf5.gz": Entry(_hdf5_gz, functools.partial(_prepare, "pcam_hdf5")),
     "pictures": Entry(_pictures, _read_input),
-    "arrays": Entry(_predict_arrays, _read_arrays),
+    "npz_to_score": Entry(_npz_to_score, lambda folder: _read_input(folder / "patches.npz")),
+    "hdf5_to_score": Entry(_hdf5_to_score, lambda folder: _read_input(folder / "patches.h5")),
     "rpcam": Entry(_rpcam, functools.partial(_prepare, "rpcam")),
     "store": Entry(lambda folder, _: _write(_good_store(), folder), _open_store),
     "checkpoint": Entry(lambda folder, _: _write(_good_checkpoint(), folder), _open_checkpoint),
