@@ -138,6 +138,8 @@ def main(_: Sequence[str]) -> int:
     except (FloatingPointError, RunError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return distributed.leave(1)
+    # Orbax, JAX and gRPC each have their own kinds for a full disk and for a lost host; what
+    # is neither is a bug, and raised.
     except Exception as error:
         if any(sign in str(error) for sign in _DISK_FULL):
             _end_with(f"failed: {_one_line(error)}; {_FREE_SPACE}")
