@@ -204,10 +204,12 @@ def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
     compiled = compile_step(config, schedule, mesh, state)
     compile_seconds = time.perf_counter() - start
 
+    key = jax.random.key(config.seed)
+
     # The state goes round: its memory was given away, so that the same can't be used twice.
     def train():
         nonlocal state
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, key)
         return metrics
 
     def evaluate():

@@ -25,18 +25,21 @@ LOG = logging.getLogger(__name__)
 
 
 def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
-    """Returns `train_step(state, batch) -> (state, metrics)`, not jitted.
+    """Returns `train_step(state, batch, key) -> (state, metrics)`, not jitted.
 
-    All randomness comes from (config.seed, state.step): nothing is threaded from step to step.
+    All randomness comes from (key, state.step): nothing is threaded from step to step. The key is
+    that of the run, an argument so that every seed finds the same program in the compilation cache.
     metrics are float32 scalars: loss, accuracy, grad_norm, learning_rate.
     """
     model = create(config.model, config.dtype, config.bn_groups)
     tx = make_optimizer(config, schedule)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(
+        state: TrainState, batch: Batch, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
         # By the state's step, not by a count of the loop: a resumed run draws what it would have
         # drawn.
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(key, state.step)
         grads, batch_stats, metrics = _accumulate(model, config, state, batch, key)
         # With the parameters, which weight decay needs.
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -117,7 +120,7 @@ def compile_step(
     steps: int = 1,
     options: dict | None = None,
 ) -> jax.stages.Compiled:
-    """Compiles `call(state, batch) -> (state, metrics)` ahead of time.
+    """Compiles `call(state, batch, key) -> (state, metrics)` ahead of time.
 
     The state is donated: its memory becomes the next state's.
 
@@ -137,15 +140,18 @@ def compile_step(
     # Ahead of time, so that compiling is timed apart from the first step, and an input of another
     # shape is an error, not minutes of compiling again.
     compiled = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
-    return compiled.lower(state, _abstract_input(config, mesh, placed, steps)).compile(options)
+    inputs = _abstract_input(config, mesh, placed, steps), _abstract_key(mesh)
+    return compiled.lower(state, *inputs).compile(options)
 
 
 def make_call(train_step: Callable, mesh: Mesh) -> Callable:
-    """Returns `call(state, selection) -> (state, metrics [S])`: gathers and takes S steps."""
+    """Returns `call(state, selection, key) -> (state, metrics [S])`: gathers and takes S steps."""
 
-    def call(state: TrainState, selection: Selection) -> tuple[TrainState, dict[str, Array]]:
+    def call(
+        state: TrainState, selection: Selection, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
         def step(state, indices):
-            return train_step(state, gather(selection.split, indices, mesh))
+            return train_step(state, gather(selection.split, indices, mesh), key)
 
         if selection.steps > 1:
             return lax.scan(step, state, selection.indices)
@@ -167,6 +173,11 @@ def _abstract_input(
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows)
     return Batch(images, labels)
+
+
+def _abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -285,6 +285,7 @@ def _loop(
     """
     config, spans, train = run.config, run.durations, run.splits["train"]
     first = step = int(state.step)
+    key = jax.random.key(config.seed)
     log = StepLog(config, spans, train, run.history, run.clock, bar)
     while True:
         last = step >= spans.steps
@@ -299,7 +300,7 @@ def _loop(
             return state
         with run.clock.measure("wait"):
             batch = next(inputs)
-        state, metrics = programs[batch.steps](state, batch)
+        state, metrics = programs[batch.steps](state, batch, key)
         if step == first:
             _report_start(run, metrics, bar)
         step += batch.steps

@@ -18,6 +18,7 @@ STILL = (
     "model.dropout=0.0,optim.name=sgd,optim.momentum=0.0,optim.weight_decay=0.0,optim.clip_norm=0.0"
 )
 RATE = 0.5
+KEY = jax.random.key(0)
 
 
 class Tiny(nn.Module):
@@ -89,9 +90,9 @@ def compiled(fields=()):
     return jax.jit(step.make_train_step(config, lambda count: RATE * (count + 1)))
 
 
-def train(batch, at=None, **fields):
+def train(batch, at=None, seed=0, **fields):
     before = make_state() if at is None else make_state().replace(step=jnp.int32(at))
-    return compiled(tuple(fields.items()))(before, batch)
+    return compiled(tuple(fields.items()))(before, batch, jax.random.key(seed))
 
 
 def difference(after):
@@ -191,6 +192,13 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert float(train(batch, at=5, seed=1, **random)[1]["loss"]) not in losses
 
 
+def test_seeds_share_one_program():
+    programs = [compiled((("seed", seed),)) for seed in (0, 1)]
+    arguments = make_state(), make_batch(), KEY
+    first, second = (program.lower(*arguments).as_text() for program in programs)
+    assert first == second
+
+
 # ---- several steps in a call --------------------------------------------------------------------
 
 
@@ -201,10 +209,10 @@ def test_a_call_gathers_and_takes_the_steps_one_by_one(steps):
     train_step = step.make_train_step(config, lambda count: RATE * (count + 1))
     call, single = jax.jit(step.make_call(train_step, mesh)), jax.jit(train_step)
     rows = np.random.default_rng(2).integers(0, 20, (steps, 8), dtype=np.int32)
-    after, metrics = call(make_state(), Selection(split, jnp.asarray(rows)))
+    after, metrics = call(make_state(), Selection(split, jnp.asarray(rows)), KEY)
     expected, losses = make_state(), []
     for indices in rows:
-        expected, figures = single(expected, take(split, indices))
+        expected, figures = single(expected, take(split, indices), KEY)
         losses.append(figures["loss"])
     assert {value.shape for value in metrics.values()} == {(steps,)}
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)

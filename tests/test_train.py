@@ -49,10 +49,10 @@ def stop_before(monkeypatch, step, sign=signal.SIGTERM):
     def compile_step(*args):
         compiled = original(*args)
 
-        def step_fn(state, batch):
+        def step_fn(state, batch, key):
             if int(state.step) < step <= int(state.step) + batch.steps:
                 os.kill(os.getpid(), sign)
-            return compiled(state, batch)
+            return compiled(state, batch, key)
 
         step_fn.memory_analysis = compiled.memory_analysis
         return step_fn
