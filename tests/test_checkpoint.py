@@ -64,9 +64,8 @@ def test_where_no_checkpoint_is_one_is_asked_for(workdir, tmp_path):
 def test_another_shape_is_refused_in_one_line_that_says_why(saved):
     other = STATE.replace(params={"kernel": np.zeros(7, np.float32)})
     everywhere = sharding.replicated(sharding.make_mesh())
-    with pytest.raises(
-        UserError, match=r"3 can't be read: .*\(6,\).*\(7,\)|\(7,\).*\(6,\)"
-    ) as raised:
+    shapes = r"3 can't be read: .*\([67],\).*\([67],\)"
+    with pytest.raises(UserError, match=shapes) as raised:
         checkpoint.restore(saved, jax.eval_shape(lambda: other), everywhere)
     assert "\n" not in str(raised.value)
 
@@ -143,7 +142,11 @@ def test_a_step_is_saved_once(tmp_path):
 def test_what_a_killed_save_left_is_removed(saved):
     left = saved.parent / "4.orbax-checkpoint-tmp"
     (left / "state").mkdir(parents=True)
-    Checkpoints(saved.parents[1], 2).close()
+    checkpoints = Checkpoints(saved.parents[1], 2)
+    checkpoints.save(
+        5, STATE, {}, None
+    )  # waits for the removal, which Orbax does in the background
+    checkpoints.close()
     assert not left.exists()
     read(saved)
 
@@ -186,7 +189,7 @@ def test_another_network_or_another_optimisers_state_is_refused(saved, now):
 
 def test_all_fields_that_differ_are_named():
     with pytest.raises(UserError, match=r"model\.\w+ \(.*\), model\.\w+ \("):
-        check("model.name=efficientnet_b0,model.fusion=True", "model.fusion=False")
+        check("model.name=efficientnet_b1,model.fusion=True", "model.fusion=False")
 
 
 @pytest.mark.parametrize(
@@ -203,9 +206,7 @@ def test_what_decides_no_shape_is_logged_with_both_values(field, caplog):
         check(None, field)
     (said,) = caplog.messages
     assert said.startswith(f"config.{name} was ")
-    assert (
-        said.endswith(f" in runs/b2/checkpoints/5, is {value!r} now") or f"is {value} now" in said
-    )
+    assert re.search(rf" in runs/b2/checkpoints/5, is '?{value}'? now$", said)
 
 
 @pytest.mark.parametrize("field", ["seed=0", "distributed.num_processes=8"])
