@@ -129,7 +129,7 @@ def test_a_selection_holds_the_batches_of_its_steps(split, mesh):
 
 @pytest.mark.parametrize(("placement", "placed"), [("host", False), ("device", True)])
 def test_a_placement_decides_for_itself(placement, placed, split, monkeypatch):
-    monkeypatch.setattr(batches, "fits_devices", lambda _: not placed)
+    monkeypatch.setattr(batches, "fits_devices", lambda asked: asked is split and not placed)
     assert batches.is_placed(split, placement) == placed
     assert batches.is_placed(split, "auto") == (not placed)
 
@@ -139,16 +139,32 @@ def test_a_split_on_cpu_stays_where_it_is(split):
     assert not batches.fits_devices(split)
 
 
-@pytest.mark.parametrize(("limit", "fits"), [(1300 * 1024, True), (1100 * 1024, False)])
-def test_auto_leaves_half_of_the_accelerators_memory_free(limit, fits, split, monkeypatch):
+PLENTY, HALF = 1 << 40, 2 * 594 * 1024  # bytes; the split takes half of the latter
+
+
+@pytest.mark.parametrize(
+    ("backend", "limit", "devices", "fits"),
+    [
+        ("gpu", PLENTY, 1, True),
+        ("gpu", HALF, 1, True),
+        ("gpu", HALF - 1, 1, False),
+        ("tpu", HALF // 4, 4, True),
+        ("tpu", HALF // 4 - 1, 4, False),
+        ("gpu", None, 1, False),  # a back end that does not tell
+        ("cpu", PLENTY, 1, False),
+    ],
+)
+def test_auto_leaves_half_of_the_accelerators_memory_free(
+    backend, limit, devices, fits, split, monkeypatch
+):
     class Device:
         def memory_stats(self):
-            return {"bytes_limit": limit}
+            return limit and {"bytes_limit": limit}
 
-    assert split.images.nbytes == 594 * 1024
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert 2 * split.images.nbytes == HALF
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     assert batches.fits_devices(split) == fits
 
 
