@@ -51,6 +51,7 @@ class Run:
         """What the run ended with; None where it has not come to its end."""
         file = self.workdir / "train_summary.json"
         found = json.loads(file.read_text()) if file.exists() else None
+        # A run that a signal stopped leaves its summary too, without figures.
         return found if found and found["valid"] else None
 
 
@@ -71,14 +72,17 @@ def run(config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = 
         RunError: a run failed.
     """
     runs = plan_runs(config, workdir)
+    # Before any is trained, so that no run is spent on a table that is then refused.
     for planned in runs:
         _check_unchanged(planned)
     if dry_run:
+        # Nothing is trained, but only a store tells how many patches duplicates leave.
         n_train = prepare_with_progress(config.data)["counts"]["train"]
         return {"mode": "ablate", **estimate(runs, n_train)}
     with lock.held(workdir):
         prepare_with_progress(config.data)  # once, not by several runs at the same time
         _train(runs, argv, slots.find(config.ablation.jobs))
+        # After a signal, too: a table of as many runs as there are.
         finished = [each for each in runs if each.summary()]
         summary = {"mode": "ablate", "runs": len(runs), "finished": len(finished)}
         if finished:
@@ -107,6 +111,7 @@ def _plan_run(config: ConfigDict, workdir: Path, row: str, seed: int) -> Run:
     changes = BASELINE | ROWS[row] | {"seed": seed, "name": f"{config.name}_{row}_{seed}"}
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(changes)
+    # Here, not in the run's own process, whose turn may come hours later.
     validate(changed)
     return Run(row, seed, workdir / row / f"seed{seed}", changed, changes)
 
@@ -116,10 +121,12 @@ def _check_unchanged(run: Run) -> None:
     file = run.workdir / "config.json"
     if not file.exists():
         return
+    # Both through JSON, which makes lists of tuples: else they would differ from themselves.
     old = flatten(ConfigDict(json.loads(file.read_text())))
     new = flatten(ConfigDict(json.loads(run.config.to_json_best_effort())))
     for name in new:
         decides = not name.startswith(_DECIDE_NOTHING)
+        # A field that an older version's run did not have can't be compared.
         if decides and name in old and old[name] != new[name]:
             raise UserError(
                 f"{run.workdir} was begun with config.{name}={old[name]!r}, not {new[name]!r}: "
@@ -143,9 +150,11 @@ def _train(runs: list[Run], argv: Sequence[str], places: list[Slot]) -> None:
                 time.sleep(_POLL_SECONDS)
                 for run, summary in _take_ended(running):
                     ended += 1
+                    # Wall time over runs that ended: places that work side by side are in it.
                     left = (time.monotonic() - started) / ended * (len(missing) + len(running))
                     _say(run, summary, left)
         finally:
+            # Whatever ends the loop: where one run fails, the others save, and can go on later.
             _stop([process for _, process in running.values()])
 
 
@@ -166,6 +175,7 @@ def _start(run: Run, argv: Sequence[str], place: Slot) -> tuple[Run, subprocess.
     # Of a flag that is given twice, the last counts.
     flags = [*argv, *changes, "--mode=train", f"--workdir={run.workdir}"]
     LOG.info("%s, seed %d: training; %s", run.row, run.seed, _log(run))
+    # Appended: a run that goes on keeps what its earlier starts said.
     with open(_log(run), "a") as log:
         command = [sys.executable, "-m", "bef_jax.main", *flags]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=place.environment())
@@ -187,6 +197,7 @@ def _result(run: Run, status: int) -> dict:
     summary = run.summary()
     if status == 0 and summary:
         return summary
+    # A refusal is one such line; earlier starts may have left others, so the last one counts.
     lines = [line for line in _log(run).read_text().splitlines() if line.startswith("error: ")]
     if status == 2 and lines:
         raise UserError(f"{run.row}, seed {run.seed}: {lines[-1].removeprefix('error: ')}")
@@ -199,7 +210,10 @@ def _result(run: Run, status: int) -> dict:
 def _stop(processes: list[subprocess.Popen]) -> None:
     """Lets runs save and end."""
     for process in processes:
+        # SIGTERM: a Ctrl-C in the terminal has reached the runs already, and a second SIGINT would
+        # end them without a save.
         process.terminate()
+    # Only then waited for, so that all of them save at the same time.
     for process in processes:
         process.wait()
 

@@ -30,6 +30,7 @@ def estimate(runs: Sequence[Any], n_train: int) -> dict[str, Any]:
     by_row: dict[str, list] = {}
     for run in runs:
         by_row.setdefault(run.row, []).append(run)
+    # Both for all rows first: one without a finished run takes another's speed.
     rows = {name: _count(of_row, n_train) for name, of_row in by_row.items()}
     speeds = {name: _speed(of_row) for name, of_row in by_row.items()}
     for name, row in rows.items():
@@ -37,17 +38,21 @@ def estimate(runs: Sequence[Any], n_train: int) -> dict[str, Any]:
         LOG.info("%s", _line(name, row))
     seconds = [row["seconds"] for row in rows.values()]
     finished = sum(row["finished"] for row in rows.values())
+    # Not the sum of those that are known, which would be taken for the whole.
     total = None if None in seconds else sum(seconds)
     return {"runs": len(runs), "finished": finished, "seconds": total, "rows": rows}
 
 
 def _count(runs: list, n_train: int) -> dict[str, Any]:
+    # Seeds change nothing of what a row costs.
     config = runs[0].config
+    # A run that was stopped on its way counts whole: only its end is looked at.
     missing = [run for run in runs if not run.summary()]
     steps = durations(config, n_train).steps
     return {
         "runs": len(runs),
         "finished": len(runs) - len(missing),
+        # By shapes alone: no parameter is made.
         "params": count_params(abstract_state(config).params),
         "training_flops_per_image": training_flops(config),
         "images": len(missing) * steps * config.batch_size,
@@ -61,6 +66,7 @@ def _speed(runs: list) -> float | None:
         for run in runs
         if (summary := run.summary())
     ]
+    # One run on a busy machine would move a mean.
     return float(np.median(speeds)) if speeds else None
 
 
@@ -70,6 +76,7 @@ def _scaled(
     known = [name for name, speed in speeds.items() if speed]
     if not known:
         return None
+    # By arithmetic alone, while on accelerators memory bounds these networks: a rough guess.
     other = known[0]
     ratio = rows[other]["training_flops_per_image"] / row["training_flops_per_image"]
     return speeds[other] * ratio
@@ -77,6 +84,7 @@ def _scaled(
 
 def _seconds(row: dict, speed: float | None) -> float | None:
     if not row["images"]:
+        # Nothing is left, and that takes no time whether a speed is known or not.
         return 0.0
     return row["images"] / speed if speed else None
 

@@ -16,11 +16,14 @@ def draw(
         aucs: by row, of its runs.
         titles: by row, as people read them.
     """
+    # matplotlib counts upwards: reversed, the table's first row is on top.
     names = list(reversed(table["rows"]))
+    # No pyplot: no global state, no display. A row is as high, however many there are.
     figure = Figure((8, 1.2 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots()
     for height, name in enumerate(names):
         row = table["rows"][name]
+        # As in the report, Okabe and Ito's colours, which the colour-blind tell apart.
         axes.plot(aucs[name], [height] * len(aucs[name]), "o", color="#0072B2", alpha=0.6)
         if row["auc"] is not None:
             bar = {"fmt": "|", "color": "#D55E00", "markersize": 18, "capsize": 4}

@@ -24,6 +24,7 @@ TITLES = {
 }
 
 
+# Not `ablate.Run` itself, whose module imports this one.
 class Finished(Protocol):
     """A run that has come to its end."""
 
@@ -52,9 +53,11 @@ def tabulate(runs: Sequence[Finished], threshold: float) -> dict[str, Any]:
         auc, auc_std, accuracy, accuracy_std (over seeds, ddof=1; None for one) and `against`, the
         comparison with the baseline: None without one.
     """
+    # By seed, so that a row's run meets the baseline's of the same seed.
     by_row: dict[str, dict[int, Finished]] = {}
     for run in runs:
         by_row.setdefault(run.row, {})[run.seed] = run
+    # The first run's is everyone's: `ablate` lets no run of other data into the table.
     split = scored_block(runs[0].summary())["split"]
     baseline = by_row.get("baseline")
     rows = {}
@@ -70,9 +73,12 @@ def _averages(summaries: list[dict]) -> dict[str, Any]:
     figures = {}
     for name in ("auc", "accuracy"):
         values = [block[name] for block in blocks]
+        # No mean of those that have one: the row would be of fewer runs than it says.
         figures[name] = float(np.mean(values)) if None not in values else None
         several = len(values) > 1 and None not in values
+        # ddof=1: with 0 the deviation of three seeds would be 18 % smaller.
         figures[f"{name}_std"] = float(np.std(values, ddof=1)) if several else None
+    # Their median below: one run on a busy machine would move a mean.
     speeds = [summary["images_per_second"] for summary in summaries]
     return {
         "seeds": len(blocks),
@@ -91,13 +97,16 @@ def _against(
     of these patches? `delong_p` and `mcnemar_p`, of probabilities averaged over the seeds: would
     other patches?
     """
+    # Here: scipy.stats takes a while to import, and every mode imports this module.
     from scipy.stats import ttest_rel
 
+    # Pairs, since a seed decides the order of patches: its two runs see the same batches.
     seeds = [seed for seed in row if seed in baseline]
     if not seeds:
         return None
     ours, theirs = ([_auc(runs[seed]) for seed in seeds] for runs in (row, baseline))
     first, second, labels = _averaged_scores(row, baseline, seeds, split)
+    # Differences that are all alike have no deviation, by which the t-test would divide.
     differs = len(seeds) > 1 and None not in ours + theirs and np.ptp(np.subtract(ours, theirs)) > 0
     return {
         "seeds": len(seeds),
@@ -114,6 +123,7 @@ def _averaged_scores(
     row: Mapping[int, Finished], baseline: Mapping[int, Finished], seeds: list[int], split: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities of both rows, averaged over seeds, and the labels: [N] each."""
+    # [2][seeds] of ids, labels and scores, [N] each, in the order of the store that all share.
     read = [
         [read_scores(runs[seed].workdir / f"scores_{split}.csv") for seed in seeds]
         for runs in (row, baseline)
@@ -193,16 +203,20 @@ def _spread(mean: float | None, std: float | None, form: str) -> str:
 def _p_value(p: float | None) -> str:
     if p is None:
         return ""
+    # Four digits would make it 0, which no p is.
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def _flat_rows(table: Mapping[str, Any]) -> list[dict]:
     rows = []
     for name, row in table["rows"].items():
+        # The baseline, which has none, comes first and sets the columns' order: a difference stands
+        # before the ends of its interval.
         against = {"auc_difference": None, **(row["against"] or {})}
         low, high = against.pop("auc_difference_ci95", None) or (None, None)
         ends = {"auc_difference_low": low, "auc_difference_high": high}
         own = {key: value for key, value in row.items() if key != "against"}
+        # `seeds` once more, last: a comparison counts those alone that the baseline has, too.
         rows.append({"row": name, **own, **against, **ends, "seeds": row["seeds"]})
     return rows
 
@@ -221,7 +235,9 @@ def _flat_run(run: Finished) -> dict:
 
 
 def _csv(rows: list[dict]) -> str:
+    # Of all rows: the baseline lacks a comparison's columns, and leaves them empty.
     names = list(dict.fromkeys(name for row in rows for name in row))
+    # newline: csv ends its lines by itself.
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names)
     writer.writeheader()

@@ -24,6 +24,7 @@ def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
     cooled = binary_metrics(temper(evaluation.probabilities, temperature), evaluation.labels)
     at_point = binary_metrics(evaluation.probabilities, evaluation.labels, threshold)
     chosen_on = {"chosen_on": valid.split}
+    # Of the cooled figures those that change: a temperature keeps the order, and so the AUC.
     return {
         "calibrated": chosen_on
         | {"temperature": temperature}
@@ -44,11 +45,14 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     Returns:
         Above 1 for a network that is too sure; between exp(-5) and exp(5).
     """
+    # Here: the first training step need not wait for it.
     from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
         return binary_metrics(temper(probabilities, np.exp(log_temperature)), labels)["loss"]
 
+    # Over its logarithm, which keeps it above 0. Bounded, since where no patch is on the wrong side
+    # of 0.5 the loss falls for ever as the temperature does.
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 
 
@@ -56,6 +60,7 @@ def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities of class 1, [N], with their log-odds divided by `temperature`."""
     from scipy.special import expit, logit
 
+    # The upper end is the largest float64 below 1; towards 0 they reach much further.
     return expit(logit(np.clip(probabilities, _TINY, 1 - 2**-53)) / temperature)
 
 
@@ -69,6 +74,7 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float:
     if len(np.unique(labels)) < 2:
         return 0.5
     false_positive, true_positive, thresholds = roc_curve(labels, probabilities)
+    # Of equally good ones the highest: they come in falling order.
     best = np.argmax(true_positive - false_positive)
     # roc_curve's first threshold, at which nothing is positive, is infinite.
     return float(min(thresholds[best], 1.0))

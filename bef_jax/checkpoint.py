@@ -38,6 +38,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int):
         """Opens (or begins) <workdir>/checkpoints; `keep` newest are kept besides the best."""
         self.directory = Path(workdir).resolve() / "checkpoints"  # Orbax refuses relative paths
+        # Any: the best stays when newer ones have come. `BestN` would else keep every save between
+        # evaluations, as these have no score.
         keep_any = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
@@ -45,9 +47,10 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
+            # What is kept, the policy decides; but without a best_fn Orbax writes no metrics.
             best_fn=_auc,
             preservation_policy=keep_any,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=True,  # what a kill left half would stay for ever
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -62,7 +65,9 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Called in the background, when a save's files are complete and not yet renamed."""
+        # Each file is read once more, in Orbax's thread: the next save waits for it, no step does.
         for folder in self.directory.glob(f"*{_UNFINISHED}*") if distributed.is_first() else ():
+            # Of the items alone: to the file beside them Orbax adds the time of its commit.
             files = [file for item in folder.glob("*/") for file in item.rglob("*")]
             names = [file.relative_to(folder).as_posix() for file in files if file.is_file()]
             write_json(folder / CHECKSUMS, {name: sha256(folder / name) for name in names})
@@ -93,6 +98,7 @@ def _auc(metrics: dict) -> float:
 def saved_steps(workdir: Path) -> list[int]:
     """The steps that a workdir has checkpoints of, ascending."""
     directory = Path(workdir).resolve() / "checkpoints"
+    # Digits alone: what is being written has a suffix until it is whole.
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
@@ -102,9 +108,11 @@ def best(workdir: Path) -> Path:
     Raises:
         UserError: there is none, or a score is damaged.
     """
+    # Not by a manager, which would delete what a run that goes on has half written.
     directory, steps = Path(workdir).resolve() / "checkpoints", saved_steps(workdir)
     if not steps:
         raise UserError(f"{directory}: no checkpoint there; train first, or give --checkpoint")
+    # Of equal scores the later; that of a save between evaluations is below any AUC.
     return directory / str(max(steps, key=lambda step: (_score(directory / str(step)), step)))
 
 
@@ -129,6 +137,7 @@ def read_run(path: Path) -> dict:
 
 def complete(saved: dict) -> ConfigDict:
     """The configuration of a checkpoint, with defaults for fields that are newer than it."""
+    # Through JSON, as the saved one went: both have lists for tuples.
     config = ConfigDict(json.loads(default.get_config().to_json_best_effort()))
     config.update(saved)
     return config
@@ -140,6 +149,7 @@ def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
     Raises:
         UserError: it is not there, damaged, or of other shapes.
     """
+    # Tells Orbax where each array goes: to the devices of now, not to those that saved it.
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
     )
@@ -152,6 +162,7 @@ def _restore(path: Path, **items):
         raise UserError(f"{path}: no checkpoint there")
     _verify(path, items)
     try:
+        # No manager: this may be any folder, without the rest of its run.
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises many kinds; each means that this can't be used
@@ -170,7 +181,9 @@ def _verify(path: Path, items: Iterable[str]) -> None:
         expected = dict(json.loads((path / CHECKSUMS).read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"checkpoint {path} is damaged: {CHECKSUMS} can't be read") from error
+    # Whoever wants the configuration alone need not have the weights hashed.
     chosen = {name: value for name, value in expected.items() if name.split("/")[0] in items}
+    # A list that names none of them would let everything pass.
     damaged = first_damaged(path, chosen) if chosen else path / CHECKSUMS
     if damaged:
         raise UserError(f"checkpoint {path} is damaged: {damaged} is not what was saved")
@@ -186,6 +199,7 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     """
     now = json.loads(config.to_json_best_effort())
     old, new = flatten(complete(saved)), flatten(ConfigDict(now))
+    # Where processes meet may be elsewhere at every start.
     lasting = [name for name in new if not name.startswith("distributed.")]
     changed = [name for name in lasting if old[name] != new[name]]
     fatal = [name for name in changed if _decides_shapes(name, old, new)]
@@ -197,10 +211,12 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
 
 
 def _decides_shapes(name: str, old: dict, new: dict) -> bool:
+    # What counts of these is whether they are on: how large they are changes no array.
     off = {"ema_decay": 0, "optim.momentum": 0, "optim.clip_norm": 0, "optim.head_only_steps": 0}
     off |= {"optim.layer_decay": 1}
     if name in off:
         return (old[name] == off[name]) != (new[name] == off[name])
+    # Padding and bn_epsilon change no shape either, but what the weights mean.
     free = {"model.dropout", "model.drop_path", "model.bn_momentum", "model.depthwise"}
     return name in {"optim.name", "optim.freeze"} or (
         name.startswith("model.") and name not in free

@@ -33,6 +33,7 @@ def delong_test(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> di
     positive = np.asarray(labels) == 1
     if min(positive.sum(), (~positive).sum()) < 2:
         return dict.fromkeys(("auc_difference", "auc_difference_ci95", "delong_p"))
+    # [positives] and [negatives]: by how much the first model places each of them better.
     above, below = (
         np.subtract(*pair)
         for pair in zip(placements(first, positive), placements(second, positive), strict=True)
@@ -56,6 +57,8 @@ def mcnemar_test(first_right: np.ndarray, second_right: np.ndarray) -> dict:
     only_first = int(np.sum(first_right & ~second_right))
     only_second = int(np.sum(~first_right & second_right))
     differing = only_first + only_second
+    # Exact, not by chi-squared: two good models may differ on few patches. Of none at all there is
+    # nothing to test, and binomtest would refuse.
     return {
         "only_first_right": only_first,
         "only_second_right": only_second,

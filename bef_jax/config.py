@@ -28,7 +28,7 @@ CHOICES = {
 
 # Least and greatest value; None where there is none.
 RANGES = {
-    "seed": (0, 2**31 - 1),
+    "seed": (0, 2**31 - 1),  # of which JAX keeps 32 bits
     "batch_size": (1, None),
     "epochs": (0, None),
     "steps": (1, None),
@@ -43,7 +43,8 @@ RANGES = {
     "model.dropout": (0, 0.99),
     "model.drop_path": (0, 0.99),
     "model.bn_momentum": (0, 1),
-    "model.bn_epsilon": (1e-12, None),
+    "model.bn_epsilon": (1e-12, None),  # the variance of a constant channel is 0
+    # The center decides the label, so that no window is smaller.
     "rcc.min_size": (CENTER[1] - CENTER[0], PATCH),
     "rcc.max_size": (CENTER[1] - CENTER[0], PATCH),
     "rcc.eval_size": (CENTER[1] - CENTER[0], PATCH),
@@ -97,6 +98,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict:
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` at the first field that is unknown, missing, mistyped or impossible."""
+    # Fields first: what follows looks them up by their names.
     fields, known = flatten(config), flatten(default.get_config())
     _check_fields(fields, known)
     for name, choices in CHOICES.items():
@@ -106,6 +108,7 @@ def validate(config: ConfigDict) -> None:
     for name, (least, greatest) in RANGES.items():
         _check_range(name, fields[name], least, greatest)
     _check_combinations(config)
+    # Last, and only where asked for: tracing the network takes a second or two.
     if config.optim.freeze:
         _check_freeze(config.optim.freeze, parameter_paths(config.model))
 
@@ -121,8 +124,10 @@ def _check_fields(fields: dict, known: dict) -> None:
 
 def _check_type(name: str, value, example) -> None:
     """An integer passes for a float, and None only where the default is empty."""
+    # Lists, too: a saved configuration comes from JSON, which has no tuples.
     kinds = {float: (int, float), tuple: (tuple, list), type(None): (int, type(None))}
     allowed = kinds.get(type(example), (type(example),))
+    # To Python True is an int, and would pass for 1.
     is_flag = isinstance(value, bool) and not isinstance(example, bool)
     if is_flag or not isinstance(value, allowed):
         wanted = "int" if example is None else type(example).__name__
@@ -133,6 +138,7 @@ def _check_range(name: str, value, least, greatest) -> None:
     if value is None:
         return
     inside = value >= least and (greatest is None or value <= greatest)  # NaN is not
+    # Infinity is inside wherever there is no greatest value.
     if not inside or value == float("inf"):
         upper = "" if greatest is None else f" and at most {greatest}"
         raise UserError(f"config.{name}={value!r} is out of range: at least {least}{upper}")
@@ -144,6 +150,7 @@ def _check_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"config.rcc.min_size={rcc.min_size} is above rcc.max_size={rcc.max_size}: lower it"
         )
+    # 96 less an odd side leaves no two equal margins.
     if rcc.eval_size % 2:
         raise UserError(f"config.rcc.eval_size={rcc.eval_size} is odd: a center crop needs it even")
     if config.model.attention_kernel % 2 == 0:
@@ -154,11 +161,13 @@ def _check_combinations(config: ConfigDict) -> None:
         raise UserError("config.eval.every_epochs is 0: give a part of an epoch, such as 0.5")
     if batch % config.optim.accumulate:
         raise UserError(f"config.optim.accumulate must divide batch_size={batch}")
+    # Groups are of what passes through the network at once: a micro-batch.
     if batch // config.optim.accumulate % config.bn_groups:
         raise UserError("config.bn_groups must divide batch_size / optim.accumulate")
     for name in ("augment.mean", "augment.std"):
         _check_triple(name, config.augment[name.removeprefix("augment.")])
     _check_ratio(config.data.split_ratio)
+    # After the triples, which are numbers by now: text has no smallest one.
     if min(config.augment.std) <= 0:
         raise UserError("config.augment.std: give three numbers above 0, normalisation's divisors")
     _check_stages(config.model)
@@ -172,6 +181,7 @@ def _check_triple(name: str, values) -> None:
 
 def _check_stages(model: ConfigDict) -> None:
     stages = range(1, num_stages(model.name) + 1)
+    # Used or not: a wrong stage should not wait until fusion is switched on.
     for stage in model.fusion_stages:
         if stage not in stages:
             raise UserError(
@@ -206,12 +216,14 @@ def durations(config: ConfigDict, n_train: int) -> Durations:
     Raises:
         UserError: the training split does not fill one batch.
     """
+    # Whole batches: what is left over takes part in the next epoch's shuffle.
     steps_per_epoch = n_train // config.batch_size
     if not steps_per_epoch:
         raise UserError(
             f"config.batch_size={config.batch_size} exceeds the {n_train} training patches: "
             "lower it"
         )
+    # At least 1: the loop takes its step modulo eval_steps, and a run of none trains nothing.
     return Durations(
         steps=config.steps or max(1, round(config.epochs * steps_per_epoch)),
         steps_per_epoch=steps_per_epoch,

@@ -54,8 +54,11 @@ def run(
     folder = store.store_path(config.data)
     counts = store.read_manifest(folder)["counts"]
     patches = store.open_split(folder, split or ("test" if counts.get("test") else "valid"))
+    # Before the first evaluation: a wrong path is told at once, not in the end.
     against = _network_of(other, config) if other else None
     evaluate = _evaluator(path, config)
+    # Temperature and threshold are chosen on valid, which costs a pass of its own where another
+    # split was asked for.
     evaluation = valid = evaluate(patches)
     if patches.name != "valid" and counts.get("valid"):
         valid = evaluate(store.open_split(folder, "valid"))
@@ -93,6 +96,7 @@ def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
     Raises:
         UserError: `config` asks for another network, naming the fields.
     """
+    # Through JSON, as the saved one went: it makes lists of tuples, which would differ.
     given = ConfigDict(json.loads(config.to_json_best_effort()))
     saved = _network_of(path, given)
     given.model.update({field: saved.model[field] for field in _CONVENTION})
@@ -110,6 +114,7 @@ def _network_of(path: Path, given: ConfigDict) -> ConfigDict:
     saved.model.depthwise = given.model.depthwise
     saved.update(data=given.data, eval=given.eval)
     saved.rcc.eval_size = given.rcc.eval_size
+    # What is read from disk is checked like what a user gives.
     validate(saved)
     return saved
 
@@ -117,16 +122,19 @@ def _network_of(path: Path, given: ConfigDict) -> ConfigDict:
 def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
     """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once."""
     scorer = make_scorer(config, mesh)
+    # Up to a multiple of the devices: each gets as many rows.
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
 
     def evaluate(variables: dict, split: Split) -> Evaluation:
         score = scorer(variables)
+        # By generators, so that the host gathers a batch while the devices score the one before.
         scored = one_late(
             [score(images, view) for view in range(config.eval.tta)]
             for images in (
                 put_batch(split, mesh, rows).images for rows in padded_rows(len(split), batch_size)
             )
         )
+        # [tta, N], float32, less what filled the last batch up.
         views = np.concatenate([np.stack(parts) for parts in scored], axis=1)[:, : len(split)]
         # Log-odds, then float64: in float32 the surest patches would all be 1, and tie.
         by_view = expit(views.astype(np.float64))
@@ -144,6 +152,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Callable[[Ar
     [N, 96, 96, 3], uint8, sharded by rows, under view 0 .. config.eval.tta - 1. The network is
     folded: `scorer` puts batch normalisation into the convolutions, once for all batches.
     """
+    # Scores go to every device: figures need the whole split, and each process computes them.
     everywhere = sharding.replicated(mesh)
     model = create(config.model, config.dtype, folded=True)
     log_odds = jax.jit(functools.partial(_log_odds, model, config), out_shardings=everywhere)
@@ -151,6 +160,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Callable[[Ar
         functools.partial(fold_batch_norm, epsilon=config.model.bn_epsilon),
         out_shardings=everywhere,
     )
+    # Weights and view are arguments: one program serves every checkpoint and all eight views.
     return lambda variables: functools.partial(log_odds, fold(variables))
 
 
@@ -178,6 +188,7 @@ def _log_odds(
         augment.symmetry(images, jnp.full(len(images), view)) if config.eval.tta > 1 else images
     )
     logits = model.apply(variables, augment.eval_view(turned, config), train=False)
+    # The softmax of two classes is the sigmoid of this: 4 bytes a view leave the devices.
     return logits[:, 1] - logits[:, 0]
 
 

@@ -26,7 +26,7 @@ from bef_jax.models.fold import fold_batch_norm
 from bef_jax.state import abstract_state
 from bef_jax.summary import write_json
 
-PLATFORMS = ("cpu", "cuda", "tpu")
+PLATFORMS = ("cpu", "cuda", "tpu")  # in one file, each with its own form of depthwise convolution
 OUTPUTS = ("probability", "log_odds")
 TOLERANCE = 1e-5  # of probabilities, against the network as it was trained
 _CHECKED = 16  # patches that the files are compared on
@@ -57,6 +57,7 @@ def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None) -> dict
     variables = checkpoint.restore(path, abstract_state(config), everywhere).eval_variables()
     folder = workdir / "export"
     folder.mkdir(parents=True, exist_ok=True)
+    # Off the devices: they become constants of the files.
     files = _write_files(config, jax.device_get(variables), folder)
     summary = {"mode": "export", "checkpoint": str(path), **_describe(config), "files": files}
     write_json(folder / "export.json", summary)

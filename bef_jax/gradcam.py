@@ -33,6 +33,7 @@ def make_explainer(
 
     @jax.jit
     def explain(variables: dict, images: Array, signs: Array) -> Array:
+        # Within the program: by itself it would be another one to compile.
         folded = fold_batch_norm(variables, config.model.bn_epsilon)
         inputs = augment.eval_view(images, config)
         maps = stage_maps(model, folded, inputs, signs, targets)
@@ -43,6 +44,7 @@ def make_explainer(
         signs = np.where(called, 1, -1).astype(np.float32)
         found = []
         for first in range(0, len(images), _BATCH):
+            # The last call is filled up with its last patch, and has the shape of the others.
             rows = np.minimum(np.arange(first, first + _BATCH), len(images) - 1)
             found.append(np.asarray(explain(variables, images[rows], signs[rows])))
         return np.concatenate(found)[: len(images)]
@@ -90,8 +92,10 @@ def stage_maps(
 
         with nn.intercept_methods(intercept):
             logits = model.apply(variables, inputs, train=False)
+        # Patches do not mix in inference: the sum's gradient holds that of each by itself.
         return jnp.sum(signs * (logits[:, 1] - logits[:, 0])), features
 
+    # By shapes alone: the network is run once, for the gradient.
     shapes = jax.eval_shape(lambda: score({})[1])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     gradients, features = jax.grad(score, has_aux=True)(zeros)

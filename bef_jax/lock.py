@@ -20,9 +20,11 @@ def held(workdir: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it, or nothing can be written there.
     """
+    # The workdir is shared: the others would meet the lock of their own run.
     if not distributed.is_first():
         yield
         return
+    # No waiting: the other run may take days.
     lock, mend = FileLock(workdir / ".lock", timeout=0), "give another --workdir"
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ from bef_jax.errors import RunError, UserError
 from bef_jax.summary import write_summary
 
 FLAGS = flags.FLAGS
+# Locked: a field that default.py lacks is a mistake, not a new field.
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _MODE = flags.DEFINE_string(
     "mode",
@@ -163,6 +164,7 @@ def _end_with(line: str) -> NoReturn:
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.write(stderr, f"{line}\n".encode())
+    # Python's own end would wait for all threads that are not daemons.
     os._exit(1)
 
 
@@ -174,6 +176,7 @@ def _set_up_logging() -> None:
     log = logging.getLogger("bef_jax")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
+    # absl has a handler on the root logger, which would say every line again.
     log.propagate = False
 
 
@@ -191,11 +194,13 @@ def _run_mode() -> dict:
     mode, config = _MODE.value, _load_config()
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}")
+    # Before other hosts are waited for: a mistake is told at once.
     validate(config)
     compile_cache.enable(config.compile_cache)
     workdir = Path(_WORKDIR.value or f"runs/{config.name}").expanduser().resolve()
     with distributed.initialize(config.distributed):
         if not distributed.is_first():
+            # All say the same, and one is enough; what warns may be of this host alone.
             logging.getLogger("bef_jax").setLevel(logging.WARNING)
         summary = MODES[mode](config, workdir)
     if distributed.is_first():

@@ -74,6 +74,7 @@ class Graph:
     def constant(self, array: np.ndarray) -> str:
         """Adds a constant, equal ones once, and returns its name."""
         array = np.ascontiguousarray(array)
+        # By content: the keys hold every weight once more while the graph is built.
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._kept:
             self._kept[key] = f"constant_{len(self._kept)}"
@@ -111,6 +112,7 @@ def to_onnx(function: Callable, argument: jax.ShapeDtypeStruct, outputs: Sequenc
     closed = jax.make_jaxpr(function)(argument)
     graph, image = Graph(), Value("image", argument.shape)
     results = _run(graph, closed.jaxpr, list(map(_known, closed.consts)), [image])
+    # An Identity gives a result its name, which another node may have taken already.
     for value, name in zip(results, outputs, strict=True):
         graph.nodes.append(helper.make_node("Identity", [graph.whole(value)], [name], name))
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(argument.dtype))
@@ -120,6 +122,7 @@ def to_onnx(function: Callable, argument: jax.ShapeDtypeStruct, outputs: Sequenc
     content = helper.make_graph(graph.nodes, "bef_jax", given, made, graph.initializers)
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(content, opset_imports=opsets, ir_version=IR_VERSION)
+    # What is no ONNX fails here, not at a server.
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
@@ -146,10 +149,13 @@ def _equation(graph: Graph, equation: Any, inputs: list[Value]) -> list[Value]:
     name, shapes = equation.primitive.name, [var.aval.shape for var in equation.outvars]
     called = _called(equation)
     if called is not None:
+        # The first input of a cond says which branch; the branch itself takes the others.
         inputs = inputs[-len(called.jaxpr.invars) :] if name == "cond" else inputs
         return _run(graph, called.jaxpr, [_known(const) for const in called.consts], inputs)
     if name == "platform_index":
         return [_known(np.int32(0))]  # only asked which branch to take, and `_called` knows
+    # What depends on weights alone is computed now, and a constant. Not where the batch is in the
+    # shape: nobody knows its size yet.
     if all(value.constant is not None for value in inputs) and _is_concrete(shapes):
         results = equation.primitive.bind(*(v.constant for v in inputs), **equation.params)
         return [_known(x) for x in (results if equation.primitive.multiple_results else [results])]
@@ -177,11 +183,14 @@ def _is_concrete(shapes: list[tuple]) -> bool:
 
 
 def _elementwise(graph: Graph, operator: str, inputs: list[Value], shape: tuple) -> Value:
+    # One that is whole makes the result whole. Constants pass for narrow: at worst an Expand of
+    # what is whole already does nothing.
     narrow = all(value.narrow or value.constant is not None for value in inputs)
     return Value(graph.add(operator, map(graph.read, inputs)), shape, narrow=narrow)
 
 
 def _select(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
+    # JAX's cases come as false, true; ONNX's the other way round.
     which, false, true = map(graph.read, inputs)
     return Value(graph.add("Where", [which, true, false]), equation.outvars[0].aval.shape)
 
@@ -206,6 +215,8 @@ def _broadcast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
     (x,), shape = inputs[:1], equation.outvars[0].aval.shape
     places = equation.params["broadcast_dimensions"]
     new = [axis for axis in range(len(shape)) if axis not in places]
+    # Not filled up: in the file a constant would be as large as the map that it meets, and where
+    # the batch is in the shape its size is not known.
     if x.constant is not None:
         return Value("", shape, np.expand_dims(x.constant, new), narrow=True)
     name = graph.add("Unsqueeze", [graph.read(x), graph.integers(*new)]) if new else graph.read(x)
@@ -229,6 +240,7 @@ def _slice(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     params, shape = equation.params, inputs[0].shape
     axes = [axis for axis, size in enumerate(shape) if isinstance(size, int)]
     steps = params["strides"] or [1] * len(shape)
+    # Slice takes starts, ends, axes and steps; of a range, the entry of an axis is itself.
     parts = (
         graph.integers(*(values[axis] for axis in axes))
         for values in (params["start_indices"], params["limit_indices"], range(len(shape)), steps)
@@ -239,6 +251,7 @@ def _slice(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 def _reduce(operator: str) -> Callable:
     def add(graph: Graph, equation: Any, inputs: list[Value]) -> str:
         axes = graph.integers(*equation.params["axes"])
+        # Unless told, ONNX keeps reduced axes as 1.
         return graph.add(operator, [graph.whole(inputs[0]), axes], keepdims=0)
 
     return add
@@ -257,6 +270,7 @@ def _stack(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 def _matmul(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     (left, right), batched = equation.params["dimension_numbers"]
     x, kernel = inputs
+    # Features last times [in, out]: the form that MatMul takes without a transposition.
     if (left, right, batched) != ((len(x.shape) - 1,), (0,), ((), ())):
         raise NotImplementedError(f"a product of {x.shape} and {kernel.shape} over {left}, {right}")
     return graph.add("MatMul", [graph.whole(x), graph.whole(kernel)])
@@ -267,6 +281,8 @@ def _convolution(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     numbers = params["dimension_numbers"]
     if kernel.constant is None or set(params["lhs_dilation"]) != {1}:
         raise NotImplementedError("a convolution by a kernel that depends on the input, or dilated")
+    # The specs list JAX's axes in ONNX's order, [out, in, h, w] and [N, C, H, W]; argsort inverts
+    # them. Kernels are turned here, maps by the graph.
     weights = graph.constant(np.transpose(kernel.constant, numbers.rhs_spec))
     given = graph.add("Transpose", [graph.whole(x)], perm=numbers.lhs_spec)
     made = graph.add(
@@ -298,6 +314,7 @@ def _max_pool(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 
 
 def _sum_pool(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    # ONNX has no pool that sums. With the padding counted, a mean is of the whole window.
     mean = _pool(graph, equation, inputs[0], "AveragePool", count_include_pad=1)
     count = np.float32(np.prod(equation.params["window_dimensions"]))
     return graph.add("Mul", [mean, graph.constant(count)])

@@ -70,6 +70,7 @@ def run(
     file = workdir / "predictions.csv"
     with _replacing(file) as out:
         found = _write(out, _score(best, config, patches), threshold, workdir / "heatmaps")
+    # With reading and compiling, as whoever waits has it.
     seconds = time.perf_counter() - start
     return {
         "mode": "predict",
@@ -87,6 +88,7 @@ def run(
 def _check_flags(path: Path | None) -> None:
     if path is None:
         raise UserError("--input is missing: name a picture, a folder, a .npz, a .h5 or a store")
+    # Each process would read the whole input, and write the same file.
     if jax.process_count() > 1:
         raise UserError("--mode=predict runs in one process: give each host a part of the input")
 
@@ -124,11 +126,13 @@ def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
 def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator[Scored]:
     """Scores batch by batch: memory holds a few of them, however many patches come."""
     score, size = _make_score(path, config)
+    # What is asked for and not fetched: two batches at most, as scores come one late.
     waiting: deque[list[Patch]] = deque()
 
     def ask() -> Iterator[list[Array]]:
         # Not itertools.batched, which Python 3.11 lacks.
         while batch := list(itertools.islice(patches, size)):
+            # Without the pixels, 27 kB a patch, which are stacked below.
             waiting.append([patch._replace(pixels=None) for patch in batch])
             # Filled up with its last patch, so that one program serves all batches.
             rows = np.minimum(np.arange(size), len(batch) - 1)
@@ -165,6 +169,7 @@ def _write(out, scored: Iterator[Scored], threshold: float, folder: Path) -> dic
     n = positives = 0
     maps: list[str] = []
     out.writerow(_HEAD)
+    # The tiles of a picture come in a row, so that one map at a time is held.
     for picture, of_picture in itertools.groupby(scored, key=lambda each: each.patch.picture):
         tiles = Scores()
         for patch, probability in of_picture:
@@ -174,6 +179,7 @@ def _write(out, scored: Iterator[Scored], threshold: float, folder: Path) -> dic
             if picture:
                 tiles.add(patch.y, patch.x, probability)
         if picture:
+            # With its folders below the input: equal names in two of them do not meet.
             name = patch.id.rsplit(":x=", 1)[0]
             maps.append(str(write_heatmap(folder / f"{name}.png", picture, tiles, threshold)))
     return {"n": n, "positives": positives, "heatmaps": maps}

@@ -33,6 +33,7 @@ def run(config: ConfigDict, verify: bool) -> dict:
         "mode": "prepare",
         "store": str(store.store_path(config.data)),
         "counts": counts,
+        # A source may have no test split.
         "positive_fraction": {
             split: classes[split][1] / count if count else None for split, count in counts.items()
         },
@@ -54,11 +55,14 @@ def prepare_with_progress(data: ConfigDict) -> dict:
 
 
 def _prepare(data: ConfigDict) -> dict:
+    # A count, no bar: sources do not say beforehand how many patches they have.
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     tasks = {}
+    # On stderr: the summary is the only line on stdout.
     with Progress(*columns, console=Console(stderr=True, quiet=not distributed.is_first())) as bar:
 
         def show(split: str, count: int) -> None:
+            # A line once its split comes: there may be no test.
             if split not in tasks:
                 tasks[split] = bar.add_task("")
             bar.update(tasks[split], description=f"prepare {split}: {count:,} patches")

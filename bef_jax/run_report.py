@@ -41,11 +41,13 @@ def report_run(
     content = Content(
         history=history,
         evaluations=evaluations,
+        # Mapped files, of which the report reads the patches that it shows alone.
         images={name: splits[name].images for name in evaluations},
         summary=summary,
         tables={
             "Data": data_card(store.store_path(config.data), manifest, splits),
             "Environment": list(map(list, environment)),
+            # repr, which tells '' from None.
             "Configuration": [[name, repr(value)] for name, value in flatten(config).items()],
         },
         explain=make_explainer(config, variables),

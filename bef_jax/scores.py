@@ -17,8 +17,10 @@ def write_scores(file: Path, evaluation: Evaluation) -> None:
 
     Probabilities have all digits of their float64, so that other programs find the same figures.
     """
+    # In memory first, so that the file appears whole.
     text = io.StringIO(newline="")
     writer = csv.writer(text)
+    # Python's floats, whose repr csv writes: the shortest text that reads back as the same.
     columns = (evaluation.ids, evaluation.labels, evaluation.probabilities.tolist())
     writer.writerows([_HEAD, *zip(*columns, strict=True)])
     write_text(file, text.getvalue())

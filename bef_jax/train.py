@@ -95,7 +95,7 @@ def train_and_evaluate(
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
     mesh = sharding.make_mesh()
-    _check_batches(config, mesh)
+    _check_batches(config, mesh)  # before data are read
     if config.init_from and not checkpoint.saved_steps(workdir):
         pretrained.find(config.init_from)  # now: reading a data set can take an hour
     splits = _open_splits(config)
@@ -141,7 +141,7 @@ def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | N
         raise UserError(
             f"{workdir / 'train_summary.json'} is damaged: delete it and run again"
         ) from error
-    if summary["step"] < steps or summary["valid"] is None:
+    if summary["step"] < steps or summary["valid"] is None:  # stopped, or meant to be longer now
         return None
     newest = workdir / "checkpoints" / str(summary["step"])
     checkpoint.check_fits(checkpoint.read_run(newest)["config"], config, newest)
@@ -194,6 +194,7 @@ def _initial_state(run: Run) -> TrainState:
 def _resume(run: Run, newest: Path) -> TrainState:
     try:
         saved = checkpoint.read_run(newest)
+        # In its own shapes: what differs is then named by its field, not as Orbax's arrays.
         abstract = abstract_state(checkpoint.complete(saved["config"]))
         state = checkpoint.restore(newest, abstract, sharding.replicated(run.mesh))
     except UserError as error:
@@ -201,10 +202,10 @@ def _resume(run: Run, newest: Path) -> TrainState:
         mend = f"; to go on from {older.name}, move it away" if older else ""
         raise UserError(f"{error}{mend}") from error
     checkpoint.check_fits(saved["config"], run.config, newest)
-    if saved.get("content", run.content) != run.content:
+    if saved.get("content", run.content) != run.content:  # older and imported ones do not say
         LOG.warning("the store holds other patches than when %s was saved", newest)
     run.clock.restore(saved["clock"])
-    run.history.truncate(int(state.step))
+    run.history.truncate(int(state.step))  # a kill leaves lines of steps after the save
     LOG.info("resuming %s at step %d", run.workdir, int(state.step))
     return state
 
@@ -214,7 +215,7 @@ def _resume(run: Run, newest: Path) -> TrainState:
 
 def _train(run: Run) -> TrainState:
     """Returns the last state; a signal may have stopped the run before its end."""
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt:  # from here on: a signal while compiling saves, too
         state = _initial_state(run)
         _write_config(run)
         run.laps.mark("state")
@@ -222,7 +223,7 @@ def _train(run: Run) -> TrainState:
         with run.clock.measure("compile"):
             programs = _compile(run, state, placed)
         run.laps.mark("compile")
-        distributed.wait_for_all("compiled")
+        distributed.wait_for_all("compiled")  # a collective gives up after 30 s, by Gloo's limit
         inputs = _inputs(run, placed, first)
         with _progress(run, first) as bar, run.clock.measure("loop"):
             return _loop(run, programs, inputs, state, bar, interrupt)
@@ -285,20 +286,20 @@ def _loop(
     """
     config, spans, train = run.config, run.durations, run.splits["train"]
     first = step = int(state.step)
-    key = jax.random.key(config.seed)
+    key = jax.random.key(config.seed)  # each step folds its number in
     log = StepLog(config, spans, train, run.history, run.clock, bar)
     while True:
         last = step >= spans.steps
         ended = last or interrupt.stops_at(step)
         evaluates = step > first and (last or step % spans.eval_steps == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
-        log.flush(everything=saves)
+        log.flush(everything=saves)  # a save waits for all, and holds none that is not finite
         auc = _evaluate(run, state, step, bar) if evaluates else None
         if saves:
             _save(run, state, step, auc)
         if ended:
             return state
-        with run.clock.measure("wait"):
+        with run.clock.measure("wait"):  # what the step before did not hide
             batch = next(inputs)
         state, metrics = programs[batch.steps](state, batch, key)
         if step == first:
@@ -308,7 +309,7 @@ def _loop(
 
 
 def _report_start(run: Run, metrics: dict, bar: Progress) -> None:
-    jax.block_until_ready(metrics)
+    jax.block_until_ready(metrics)  # this once: later ones are read a step late
     run.laps.mark("step")
     bar.log(f"first step {run.laps}")
 
@@ -339,16 +340,17 @@ def _save(run: Run, state: TrainState, step: int, auc: float | None) -> None:
 
 def _finish(run: Run, state: TrainState) -> dict:
     """Evaluates the best checkpoint and writes the report, unless the run was interrupted."""
-    run.checkpoints.wait()
+    run.checkpoints.wait()  # the best is read from disk
     summary = _summary(run, state)
     if summary["step"] >= run.durations.steps:
+        # From disk also where the state at hand is the best: figures are of what others will load.
         path = checkpoint.best(run.workdir)
         variables = _best_variables(run, path)
         evaluations = _evaluate_best(run, variables)
         valid = evaluations["valid"]
         blocks = {name: summarise(seen, run.config, valid) for name, seen in evaluations.items()}
         summary |= {"best_step": int(path.name), **blocks}
-        if distributed.is_first():
+        if distributed.is_first():  # all have the figures, one writes
             _report(run, variables, summary, evaluations)
     return summary
 
@@ -362,13 +364,13 @@ def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Eva
     LOG.info("open %s in a browser: figures, curves, the surest patches, the data", page)
     for name, seen in evaluations.items():
         write_scores(run.workdir / f"scores_{name}.csv", seen)
-    write_summary(run.workdir, summary)
+    write_summary(run.workdir, summary)  # here, too, for who calls from Python
 
 
 def _summary(run: Run, state: TrainState) -> dict:
     """The summary without its evaluations."""
     clock, step = run.clock, int(state.step)
-    trained = max(clock.training_seconds(), 1e-9)
+    trained = max(clock.training_seconds(), 1e-9)  # a signal before the first step leaves none
     return {
         "mode": "train",
         "step": step,
@@ -379,7 +381,7 @@ def _summary(run: Run, state: TrainState) -> dict:
         "input_wait_fraction": min(clock.seconds("wait") / trained, 1.0),
         "params": count_params(state.params),
         "params_digest": params_digest(state.params, state.batch_stats),
-        "best_step": None,
+        "best_step": None,  # keys are stable: a run that was stopped has them, too
         "valid": None,
         "test": None,
     }

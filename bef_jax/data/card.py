@@ -38,9 +38,11 @@ def data_card(
     rows = [["source", source], ["do splits share slides?", _SLIDES[source]]]
     rows.append(["a score can be compared with", _comparable(manifest)])
     for name, (negative, positive) in manifest["class_counts"].items():
+        # A source may have no test split.
         if negative + positive:
             rows.append([name, f"{negative:,} normal, {positive:,} with metastasis"])
     rows.append(["exact duplicates dropped", _dropped(duplicates)])
+    # Some 10 s for all of PCam, besides reading it, and once: the store keeps what was found.
     found = near_duplicates.across_splits(splits, folder, manifest["content"]["total"])
     for pair, near in found.items():
         first, second = pair.split("/")
@@ -54,6 +56,7 @@ def _comparable(manifest: Mapping[str, Any]) -> str:
     comparable = _COMPARABLE[manifest["source"]]
     if comparable is not _PCAM:
         return comparable
+    # Published scores are on all of PCam, which is still whole when its duplicates are dropped.
     missing = [name for name in _PCAM_COUNTS if _read_count(manifest, name) < _PCAM_COUNTS[name]]
     if not missing:
         return comparable

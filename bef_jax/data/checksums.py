@@ -18,6 +18,7 @@ def first_damaged(folder: Path, expected: Mapping[str, str]) -> Path | None:
         folder: where the files lie.
         expected: sha256 by the file's path in `folder`, with forward slashes.
     """
+    # Sorted, so that every try names the same file; those after it are not read.
     for name in sorted(expected):
         file = folder / name
         if not file.is_file() or sha256(file) != expected[name]:

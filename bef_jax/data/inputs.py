@@ -45,6 +45,7 @@ def check(path: Path, split: str | None) -> None:
     if _is_store(path):
         for name in _splits(path, split):
             store.open_split(path, name)
+    # Pictures by their headers; the header of an array is looked at with its first patches.
     elif not _is_array_file(path):
         for file in pictures.find(path):
             pictures.size(file)
@@ -63,6 +64,7 @@ def read(path: Path, split: str | None, stride: int) -> Iterator[Patch]:
         UserError: something of it is damaged, or no patch.
     """
     if _is_store(path):
+        # A generator: a split is opened when its turn comes.
         opened = (store.open_split(path, name) for name in _splits(path, split))
         yield from itertools.chain.from_iterable(map(_of_split, opened))
     elif _is_array_file(path):
@@ -70,6 +72,7 @@ def read(path: Path, split: str | None, stride: int) -> Iterator[Patch]:
         for ids, images in stream(path):
             yield from map(Patch, ids.tolist(), images)
     else:
+        # Ids start below the input, with slashes: the same wherever the folder lies.
         root = path if path.is_dir() else path.parent
         for file in pictures.find(path):
             yield from _of_picture(file, file.relative_to(root).as_posix(), stride)
@@ -82,6 +85,7 @@ def _of_split(split: store.Split) -> Iterator[Patch]:
         file.seek(images.offset)
         for rows in ranges(len(split)):
             shape = (rows.stop - rows.start, *images.shape[1:])
+            # [n, 96, 96, 3], 13.5 MiB at most.
             block = np.fromfile(file, np.uint8, math.prod(shape)).reshape(shape)
             yield from map(Patch, split.ids[rows].tolist(), block)
 
@@ -92,6 +96,7 @@ def _of_picture(file: Path, name: str, stride: int) -> Iterator[Patch]:
         yield Patch(name, pixels)
         return
     for y, x, tile in pictures.tiles(pixels, stride):
+        # The path, not the pixels: a heat map reads the picture again, and none waits in memory.
         yield Patch(f"{name}:x={x}:y={y}", tile, file, y, x)
 
 
@@ -100,6 +105,7 @@ def _is_store(path: Path) -> bool:
 
 
 def _is_array_file(path: Path) -> bool:
+    # By the whole name: the suffix of .h5.gz is .gz alone.
     return path.is_file() and path.name.endswith((".npz", ".h5", ".hdf5", ".h5.gz"))
 
 

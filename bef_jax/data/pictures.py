@@ -65,6 +65,7 @@ def size(path: Path) -> tuple[int, int]:
             warnings.simplefilter("ignore")  # of a size that is checked here
             with Image.open(path) as image:
                 height, width = image.height, image.width
+    # Above 179 million pixels Pillow itself refuses to open.
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: above {LIMIT:,} pixels; cut it into parts") from error
     except Exception:  # damaged, or a TIFF that Pillow does not know
@@ -82,6 +83,7 @@ def read(path: Path) -> np.ndarray:
     Raises:
         UserError: it can't be decoded, or its pixels are not of 8 bits.
     """
+    # First: decoding what is too large would already take the memory.
     size(path)
     try:
         with warnings.catch_warnings():
@@ -109,6 +111,7 @@ def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
         pixels: uint8 [H, W, 3], H and W at least 96.
     """
     margins = [(_MARGIN, PATCH - CENTER[1])] * 2 + [(0, 0)]
+    # One copy of the picture, of which each tile is a view.
     padded = np.pad(pixels, margins, mode="reflect")
     for y in positions(len(pixels), stride):
         for x in positions(pixels.shape[1], stride):
@@ -130,6 +133,7 @@ def _check_depth(path: Path, mode: str) -> None:
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
+    # Without its alpha, a pixel would show whatever colour lies below.
     canvas = Image.new("RGBA", image.size, _WHITE)
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")
@@ -144,6 +148,7 @@ def _first_page(path: Path, ask: Callable[[tifffile.TiffPage], Any]) -> Any:
     """What `ask` says of the first page of a TIFF that Pillow could not read."""
     try:
         with tifffile.TiffFile(path) as tif:
+            # Further pages are smaller levels of a pyramid, or thumbnails, as a rule.
             return ask(tif.pages[0])
     except Exception as error:  # a damaged file can raise almost anything there
         raise UserError(f"{path}: cannot be read as a picture ({error})") from error

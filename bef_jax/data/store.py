@@ -26,7 +26,7 @@ from bef_jax.data.chunk import check_images
 from bef_jax.data.writer import SPLITS, StoreWriter
 from bef_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # a store of another one is refused, not guessed at
 MANIFEST = "manifest.json"
 
 
@@ -79,8 +79,10 @@ def prepare(data: ConfigDict, progress: Callable[[str, int], None] | None = None
     """
     sources.check(data)
     path = store_path(data)
+    # Written last, into a folder that is then renamed: where it is, the store is whole.
     if (path / MANIFEST).is_file():
         return _matching_manifest(path, data)
+    # An empty folder may stay: the rename takes its place.
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not a store; name another config.data.store")
     chunks = sources.read(data)
@@ -109,6 +111,7 @@ def read_manifest(path: Path) -> dict:
         _check_blocks(manifest)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no store there; run --mode=prepare first") from error
+    # All that damaged JSON, or JSON of another shape, raises; brackets by the thousand recurse.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged; delete {path} and run --mode=prepare again") from error
     if version != FORMAT_VERSION:
@@ -130,10 +133,13 @@ def open_split(path: Path, split: str) -> Split:
     if not manifest["counts"].get(split):
         there = ", ".join(name for name, count in manifest["counts"].items() if count)
         raise UserError(f"{path}: has no {split} split; it has {there}")
+    # By size, which costs nothing. Mapped, a file that was cut short would end the process with
+    # SIGBUS at the first page that it lacks.
     for name, entry in manifest["files"].items():
         if name.startswith(f"{split}/"):
             _check_size(path / name, entry["bytes"])
     try:
+        # No pickles: one in a store from elsewhere could run code.
         arrays = {
             name: np.load(path / split / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in ("images", "labels", "ids")
@@ -160,10 +166,12 @@ def _check_blocks(manifest: dict) -> None:
     numbers += [entry["bytes"] for entry in manifest["files"].values()]
     texts = [entry["sha256"] for entry in manifest["files"].values()]
     texts += [manifest["content"]["total"]]
+    # By type, since isinstance takes True for an int.
     if not all(type(number) is int for number in numbers):
         raise ValueError("a count that is no whole number")
     if not all(type(text) is str for text in texts):
         raise ValueError("a checksum that is no text")
+    # Tried as they will be used: what is of another kind raises.
     for pair in manifest["class_counts"].values():
         sum(pair)
     manifest["config"].items()
@@ -200,6 +208,7 @@ def _check_size(file: Path, expected: int) -> None:
 def _fields(data: ConfigDict) -> dict:
     """Returns the fields of config.data that decide what a store holds."""
     fields = {"source": data.source, "rectify": data.rectify}
+    # Drawn from sizes and seed: no folder decides.
     if data.source == "synthetic":
         return (
             fields
@@ -208,6 +217,7 @@ def _fields(data: ConfigDict) -> dict:
         )
     fields |= {"dir": str(Path(data.dir).expanduser().resolve())}
     fields |= {f"{split}_size": data[f"{split}_size"] for split in SPLITS}
+    # Here alone: a field that changes no patch must not make the store another one.
     if data.source == "rpcam":
         fields["split_ratio"] = list(data.split_ratio)
     return fields
@@ -248,10 +258,13 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
 @contextlib.contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
     """Makes a folder beside `path`, and removes it in the end if it is still there."""
+    # Of host and process: on a shared disk others may be writing theirs. Beside the store, as a
+    # rename is atomic within one file system only.
     prefix = f"{path.name}.tmp-{platform.node()}-"
     folder = path.with_name(f"{prefix}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # What killed processes of this host left, each of up to a store's size.
         for stale in path.parent.glob(f"{prefix}*"):
             if _is_dead(stale.name.removeprefix(prefix)):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -271,6 +284,7 @@ def _is_dead(pid: str) -> bool:
     if int(pid) == os.getpid():  # ours is not made yet: an earlier process had our number
         return True
     try:
+        # Signal 0 asks, and does nothing. PermissionError: it lives, and is another user's.
         os.kill(int(pid), 0)
     except OSError as error:
         return isinstance(error, ProcessLookupError)

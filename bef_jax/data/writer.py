@@ -28,6 +28,7 @@ class StoreWriter:
         self.rectify = rectify
         self.read_counts: Counter[str] = Counter()
         self._writers: dict[str, _SplitWriter] = {}
+        # Of every patch, as labels, ids and digests are: a few hundred bytes that memory grows by.
         self._first: dict[bytes, tuple[str, int, str]] = {}  # digest -> split, label, id
         self._dropped_within: Counter[str] = Counter()
         self._dropped_across: Counter[str] = Counter()
@@ -49,6 +50,7 @@ class StoreWriter:
         if first is here:
             return True
         dropped = self._dropped_within if split == first_split else self._dropped_across
+        # Without rectify nothing is dropped; contradicting labels are told all the same.
         dropped[split] += self.rectify
         if label != first_label:
             self._conflicts.append([first_name, name])
@@ -60,6 +62,7 @@ class StoreWriter:
         Raises:
             UserError: train or valid holds no patch, or a split of the source kept none.
         """
+        # Training can do without a test split.
         for split in {"train", "valid", *self._writers}:
             if split not in self._writers or not self._writers[split].labels:
                 raise UserError(
@@ -98,6 +101,7 @@ class StoreWriter:
         }
 
     def _files(self) -> dict[str, dict]:
+        # Read back, 7.5 GiB of PCam: a hash made in passing would lack the header, written last.
         return {
             file.relative_to(self.folder).as_posix(): {
                 "bytes": file.stat().st_size,
@@ -135,6 +139,7 @@ class _SplitWriter:
             if self._write_header() != self._header_bytes:
                 raise RuntimeError(f"{self._images.name}: the header of {len(self.ids)} grew")
         np.save(self.folder / "labels.npy", np.asarray(self.labels, np.uint8))
+        # Of fixed width, 4 bytes a character of the longest: an array of objects would be a pickle.
         np.save(self.folder / "ids.npy", np.asarray(self.ids, str))
 
     def _write_header(self) -> int:

@@ -73,6 +73,7 @@ def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _native_gradients(x: Array, kernel: Array, cotangent: Array, stride: int, padding: Padding):
+    # The convolution itself, which nobody takes here, is left out by XLA.
     _, pullback = jax.vjp(lambda x, kernel: _native(x, kernel, stride, padding), x, kernel)
     return pullback(cotangent)
 
@@ -84,6 +85,7 @@ def _shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     k = kernel.shape[0]
     phases = lax.optimization_barrier(_padded_phases(x, stride, padding))
     taps = _taps(phases, _output_size(x, k, stride, padding))
+    # k * k views of the phases, each [N, H', W', C].
     return sum(taps(i, j) * kernel[i, j, 0] for i in range(k) for j in range(k))
 
 
@@ -179,6 +181,7 @@ def _interleave(phases: list[Array], axis: int) -> Array:
     """a, b -> a0, b0, a1, b1, ... along `axis`."""
     if len(phases) == 1:
         return phases[0]
+    # [..., n, stride, ...], and then [..., n * stride, ...].
     shape = phases[0].shape
     return jnp.stack(phases, axis + 1).reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
@@ -192,12 +195,14 @@ def _kernel_gradient(phases: list[list[Array]], kernel: Array, cotangent: Array)
     elementwise, so it vectorises along channels; what is left is summed by a matrix product.
     """
     k, channels, n = kernel.shape[0], kernel.shape[-1], len(cotangent)
+    # The largest divisor: a batch of a prime number above _GROUP has groups of 1.
     group = next(size for size in range(min(_GROUP, n), 0, -1) if n % size == 0)
     taps = _taps(phases, cotangent.shape[1:3])
     grouped = functools.partial(_split, group=group)
     upstream = grouped(cotangent)
 
     def reduce(tap: Array) -> Array:
+        # [N / group, H', W', C], then [positions, C].
         products = sum(a * b for a, b in zip(grouped(tap), upstream, strict=True))
         products = lax.optimization_barrier(products.reshape(-1, channels))
         ones = jnp.ones((1, len(products)), products.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from bef_jax.models.densenet import DENSENET121
 from bef_jax.models.resnet import RESNET50
 
+# A norm's scale is a `weight` there as well; the module before it tells the two apart.
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -78,5 +79,6 @@ def densenet_key(key: str) -> str:
 
 def _places(stages: Sequence) -> dict[str, tuple[int, int]]:
     """{'block_00': (1, 0), ...}: the stage, from 1, and the place in it, from 0, of every block."""
+    # Ours are numbered through the whole network, torchvision's anew in each stage.
     places = [(number, i) for number, stage in enumerate(stages, 1) for i in range(stage.repeats)]
     return {f"block_{index:02d}": place for index, place in enumerate(places)}

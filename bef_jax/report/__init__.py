@@ -63,17 +63,20 @@ def write_report(report_dir: Path, content: Content) -> Path:
     shown = [each for gallery in galleries.values() for each in gallery]
     if shown:
         _write(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
+    # In base64, a third larger than as files: what one file that can be mailed costs.
     tiles = {
         split: [(each, _uri(_png(each.pixels))) for each in gallery]
         for split, gallery in galleries.items()
     }
     title = report_dir.resolve().parent.name
     text = page.render(title, content.evaluations, content.summary, pictures, tiles, content.tables)
+    # Last: who reloads sees the old page, or all of the new one.
     _write(report_dir / "index.html", text.encode())
     return report_dir / "index.html"
 
 
 def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
+    # Functions, as each plot is drawn twice, in the colours of both themes.
     history, evaluations = content.history, content.evaluations
     return {
         "loss": lambda theme: plots.loss(history, theme),
@@ -96,13 +99,16 @@ def contact_sheet(shown: list[Shown]) -> np.ndarray:
     wrong = [each for each in shown if each.kind.startswith("false")] or shown
     frame = [(_FRAME, _FRAME), (_FRAME, _FRAME), (0, 0)]
     tiles = [np.pad(each.pixels, frame, constant_values=255) for each in wrong]
+    # White ones fill the last row up.
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % _PER_ROW)
     rows = [np.hstack(tiles[i : i + _PER_ROW]) for i in range(0, len(tiles), _PER_ROW)]
+    # By a whole factor, without smoothing: else the square's line is thicker here than there.
     return np.vstack(rows).repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
 
 
 def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
+    # optimize: the page carries every tile, so bytes count for more than the time to pack them.
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 

@@ -51,6 +51,7 @@ def pick(evaluation: Evaluation) -> dict[str, np.ndarray]:
 
 
 def _top(indices: np.ndarray, sureness: np.ndarray) -> np.ndarray:
+    # Stable: of ties the first of the split, so that every report shows the same.
     return indices[np.argsort(-sureness[indices], kind="stable")[:SHOWN]]
 
 
@@ -84,6 +85,7 @@ def _tile(patch: np.ndarray, heat: np.ndarray | None) -> tuple[np.ndarray, float
 
 def covered(patch: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """A patch under its heat map, uint8: the hotter, the more it is covered."""
+    # By each map's own peak, as a wide map of the same sum would hardly show. Of 0, 0 stays.
     level = heat / max(float(heat.max()), np.finfo(np.float32).tiny)
     colour = matplotlib.colormaps["viridis"](level)[..., :3] * 255
     opacity = (_COVER * level)[..., None]

@@ -57,6 +57,7 @@ def render(
     """
     files = resources.files("bef_jax.report")
     template = Template(files.joinpath("page.html").read_text(encoding="utf-8"))
+    # Not safe_substitute: a place of the page that nothing fills is an error.
     return template.substitute(
         title=escape(title),
         style=files.joinpath("page.css").read_text(encoding="utf-8"),
@@ -75,6 +76,7 @@ def render(
 
 def _headline(evaluations: Mapping[str, Evaluation], summary: Mapping[str, Any]) -> str:
     """A row for each figure, a column for each split: it fits a narrow screen."""
+    # The summary's block besides: it has the intervals.
     blocks = {split: seen.metrics | _block(summary, split) for split, seen in evaluations.items()}
     rows = [["", *blocks]]
     for key, (name, form) in _COLUMNS.items():
@@ -91,6 +93,7 @@ def _figure(block: Mapping[str, Any], key: str, form: str) -> str:
     value = block.get(key)
     if value is None:
         return "-"
+    # The AUC's has a key of its own, a stable one; the others are together in ci95.
     interval = block.get(f"{key}_ci95") or (block.get("ci95") or {}).get(key)
     ends = f" ({form.format(interval[0])} to {form.format(interval[1])})" if interval else ""
     return form.format(value) + ends
@@ -103,6 +106,8 @@ def _tuned(summary: Mapping[str, Any]) -> str:
         for block, chosen in (("calibrated", "temperature"), ("operating_point", "threshold")):
             found = _block(summary, split).get(block)
             if found:
+                # A dash where a block lacks a figure: a temperature moves no decision at 0.5, a
+                # threshold no probability.
                 cells = [_figure(found, key, _COLUMNS[key][1]) for key in _TUNED]
                 rows.append([split, chosen, f"{found[chosen]:.4g}", *cells])
     return table(rows) if len(rows) > 1 else ""
@@ -125,6 +130,7 @@ def _confusion(seen: Evaluation) -> str:
 
 
 def _facts(summary: Mapping[str, Any]) -> str:
+    # Blocks by split have tables of their own.
     scalars = {k: v for k, v in summary.items() if isinstance(v, str | int | float)}
     return table([["", "this run"], *([_fact_name(k), _fact(k, v)] for k, v in scalars.items())])
 
@@ -147,6 +153,7 @@ def _fact(key: str, value: str | int | float) -> str:
 
 
 def _picture(name: str, light: str, dark: str) -> str:
+    # For screens alone: paper gets the light picture, whatever the reader's system prefers.
     return (
         f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img alt="{_ALT[name]}" src="{light}"></picture>'
@@ -163,6 +170,7 @@ def _group(kind: str, tiles: list[tuple[Shown, str]]) -> str:
     shares = [each.in_centre for each, _ in tiles if each.in_centre is not None]
     mean = f"; {np.mean(shares):.0%} of the attribution in the square" if shares else ""
     figures = "".join(_tile(each, uri) for each, uri in tiles)
+    # Six digits: with the caption's three, the surest may all be 1.000.
     rows = [["id", "probability"], *([each.id, f"{each.probability:.6f}"] for each, _ in tiles)]
     return (
         f"<h4>{_KINDS[kind]} <small>{kind}{mean}</small></h4><div class=tiles>{figures}</div>"
@@ -190,6 +198,7 @@ def table(rows: Iterable[list[Any]]) -> str:
     cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in body)
     names = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
     lines = "".join(f"<tr>{row}</tr>" for row in cells)
+    # In a box that scrolls: on a phone a wide table must not make the whole page scroll aside.
     return (
         f"<div class=scroll><table><thead><tr>{names}</tr></thead>"
         f"<tbody>{lines}</tbody></table></div>"

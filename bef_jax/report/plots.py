@@ -38,6 +38,7 @@ class Theme:
 LIGHT = Theme(
     "#ffffff", "#24292f", "#d8dee4", {"train": "#0072B2", "valid": "#D55E00", "test": "#009E73"}
 )
+# Their lighter blue and orange, with about twice the contrast of LIGHT's on dark paper.
 DARK = Theme(
     "#161b22", "#d8dee4", "#30363d", {"train": "#56B4E9", "valid": "#E69F00", "test": "#009E73"}
 )
@@ -67,6 +68,7 @@ def _style(axes: Axes, theme: Theme, title: str, x: str, y: str) -> None:
 
 
 def _legend(axes: Axes, theme: Theme, **kwargs: Any) -> None:
+    # matplotlib warns of a legend without entries.
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9, **kwargs)
 
@@ -109,6 +111,8 @@ def _series(history: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.nda
 def _smoothed(values: np.ndarray) -> np.ndarray:
     """Mean over a window around each point that is a fortieth of the curve, shorter at the ends."""
     half = len(values) // 80
+    # Differences of one running sum, whatever the window. A NaN would reach all points after it; a
+    # run ends before it logs one.
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
@@ -122,6 +126,7 @@ def roc(evaluations: Mapping[str, Evaluation], theme: Theme) -> Figure:
     axes.plot([0, 1], [0, 1], color=theme.ink, linewidth=0.8, linestyle=":")
     for evaluation in evaluations.values():
         _roc_line(axes, evaluation, theme)
+    # A little past the ends: else half of a line that runs along them is cut off.
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     _legend(axes, theme, loc="lower right")
     return figure
@@ -130,6 +135,7 @@ def roc(evaluations: Mapping[str, Evaluation], theme: Theme) -> Figure:
 def _roc_line(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
     figures, line = evaluation.metrics, _line(evaluation, theme)
     if figures["auc"] is None:
+        # An empty line: the legend says why there is none.
         axes.plot([], [], **line, label=f"{evaluation.split}: one class only, no curve")
         return
     label = f"{evaluation.split}: AUC {figures['auc']:.4f}"
@@ -166,6 +172,8 @@ def _precision_recall_line(axes: Axes, evaluation: Evaluation, theme: Theme) -> 
     labels, probabilities = evaluation.labels, evaluation.probabilities
     precision, recall, _ = precision_recall_curve(labels, probabilities)
     label = f"{evaluation.split}: average precision {average:.4f}"
+    # In steps: between two thresholds precision is not linear in recall (Davis & Goadrich 2006),
+    # and the area below steps is the average precision.
     axes.plot(recall, precision, drawstyle="steps-post", **line, label=label)
     axes.axhline(np.mean(labels), color=theme.ink, linewidth=0.8, linestyle=":")
 
@@ -190,10 +198,12 @@ def reliability(evaluations: Mapping[str, Evaluation], theme: Theme) -> Figure:
 
 def bins(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean probability and share of positives of each bin, NaN where it is empty, and its count."""
+    # A probability of 1 belongs to the last bin.
     which = np.minimum(
         (evaluation.probabilities * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1
     )
     count = np.bincount(which, minlength=RELIABILITY_BINS)
+    # 0 / 0 is meant: the NaN of an empty bin leaves a gap in the line.
     with np.errstate(invalid="ignore"):
         mean, share = (
             np.bincount(which, weights=weights, minlength=RELIABILITY_BINS) / count
