@@ -28,7 +28,10 @@ from configs.ablation import BASELINE, ROWS
 
 LOG = logging.getLogger(__name__)
 # Fields that change no figure of a run.
-_DECIDE_NOTHING = ("ablation.", "benchmark.", "checkpoint.", "compile_cache", "distributed.")
+_DECIDE_NOTHING = (
+    "ablation.", "benchmark.", "checkpoint.", "compile_cache", "distributed.", "log_every",
+    "predict.",
+)  # fmt: skip
 _POLL_SECONDS = 0.2  # between two looks at whether a signal came
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bef_jax.compare import paired_tests
+from bef_jax.errors import UserError
 from bef_jax.scores import read_scores
 from bef_jax.summary import write_text
 
@@ -128,7 +129,13 @@ def _averaged_scores(
         [read_scores(runs[seed].workdir / f"scores_{split}.csv") for seed in seeds]
         for runs in (row, baseline)
     ]
-    _, labels, _ = read[0][0]
+    ids, labels, _ = read[0][0]
+    # Rows are averaged by their places: a store that was prepared anew may have others.
+    if not all(np.array_equal(ids, other) for of_runs in read for other, _, _ in of_runs):
+        raise UserError(
+            "the runs of the table were scored on different patches, or in another order: give "
+            "another --workdir"
+        )
     first, second = (np.mean([scores for _, _, scores in of_runs], axis=0) for of_runs in read)
     return first, second, labels
 

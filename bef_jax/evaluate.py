@@ -114,8 +114,12 @@ def _network_of(path: Path, given: ConfigDict) -> ConfigDict:
     saved.model.depthwise = given.model.depthwise
     saved.update(data=given.data, eval=given.eval)
     saved.rcc.eval_size = given.rcc.eval_size
-    # What is read from disk is checked like what a user gives.
-    validate(saved)
+    # What is read from disk is checked like what a user gives: an older version's may have a field
+    # that is gone.
+    try:
+        validate(saved)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
     return saved
 
 

@@ -192,7 +192,9 @@ def _elementwise(graph: Graph, operator: str, inputs: list[Value], shape: tuple)
 def _select(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
     # JAX's cases come as false, true; ONNX's the other way round.
     which, false, true = map(graph.read, inputs)
-    return Value(graph.add("Where", [which, true, false]), equation.outvars[0].aval.shape)
+    narrow = all(value.narrow or value.constant is not None for value in inputs)
+    shape = equation.outvars[0].aval.shape
+    return Value(graph.add("Where", [which, true, false]), shape, narrow=narrow)
 
 
 def _rsqrt(graph: Graph, _: Any, inputs: list[Value]) -> str:

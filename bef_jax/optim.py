@@ -71,13 +71,14 @@ def _descent(optim: ConfigDict, schedule: Callable) -> list[optax.GradientTransf
         decay = {"weight_decay": optim.weight_decay, "mask": decay_mask}
         return [clip, optax.adamw(schedule, **decay)]
     decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
+    # 0 would keep a trace as large as the parameters, for nothing.
+    momentum = optim.momentum or None
     if optim.name == "rmsprop":
         # epsilon within the root, as TensorFlow has it; its moments begin at 1, optax's at 0, so
         # that the first steps are larger here: one more reason for a warm-up.
-        tx = optax.rmsprop(schedule, decay=0.9, eps=1e-3, momentum=optim.momentum)
+        tx = optax.rmsprop(schedule, decay=0.9, eps=1e-3, momentum=momentum)
     else:
-        # 0 would keep a trace as large as the parameters, for nothing.
-        tx = optax.sgd(schedule, momentum=optim.momentum or None)
+        tx = optax.sgd(schedule, momentum=momentum)
     return [clip, decay, tx]
 
 

@@ -38,7 +38,7 @@ from bef_jax.scores import write_scores
 from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
 from bef_jax.step import compile_step, describe
 from bef_jax.steplog import StepLog
-from bef_jax.summary import write_summary
+from bef_jax.summary import write_summary, write_text
 
 LOG = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def _write_config(run: Run) -> None:
     file = run.workdir / "config.json"
     with distributed.first_alone("config.json"):
         if distributed.is_first():
-            file.write_text(run.config.to_json_best_effort(indent=2) + "\n")
+            write_text(file, run.config.to_json_best_effort(indent=2) + "\n")
         elif not file.exists():
             raise UserError(f"{run.workdir}: not shared by all hosts, and --workdir must be")
 

@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from bef_jax.ablation_table import tabulate, write_table
 from bef_jax.compare import delong_test
+from bef_jax.errors import UserError
 from bef_jax.metrics import Evaluation, binary_metrics
 from bef_jax.scores import write_scores
 
@@ -63,6 +64,16 @@ def test_means_deviations_and_both_tests(tmp_path):
     assert {name: against[name] for name in expected} == expected
     assert table["rows"]["baseline"]["against"] is None
     assert table["rows"]["all"]["images_per_second"] == 11.0
+
+
+@pytest.mark.parametrize("change", [np.flip, lambda ids: np.char.add(ids, "x")])
+def test_runs_of_other_patches_or_of_another_order_are_refused(change, tmp_path):
+    finished, labels = runs(tmp_path)
+    ids = change(np.arange(len(labels)).astype(str))
+    scores = Evaluation("valid", ids, labels, scores_of(finished[-1]), {})
+    write_scores(finished[-1].workdir / "scores_valid.csv", scores)
+    with pytest.raises(UserError, match="scored on different patches, or in another order"):
+        tabulate(finished, 0.5)
 
 
 def test_one_seed_has_no_deviation(tmp_path):

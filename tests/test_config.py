@@ -1,5 +1,7 @@
 import importlib
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -290,6 +292,24 @@ def test_what_validates_builds():
 
 
 # ---- derived ------------------------------------------------------------------------------------
+
+
+def test_validation_starts_no_device():
+    """Several processes validate before they meet, and JAX has to meet before it has devices."""
+    code = """
+import jax
+from bef_jax.config import validate
+from configs import default
+
+validate(default.get_config("optim.freeze=stem"))
+jax.config.update("jax_platforms", "none_such")  # too late for devices that have been started
+try:
+    jax.devices()
+except RuntimeError:
+    print("none started")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "none started", done.stderr
 
 
 def test_flatten_names_every_field():

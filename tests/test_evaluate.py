@@ -135,6 +135,21 @@ def test_eval_refuses_another_network(trained, workdir, small_config):
         evaluate.run(small_config(**{"model.fusion": False}), workdir, None, None)
 
 
+def test_a_field_that_is_gone_is_told_with_its_checkpoint(
+    trained, workdir, small_config, monkeypatch
+):
+    read = checkpoint.read_run
+
+    def read_run(path):
+        run = read(path)
+        run["config"]["model"]["gone"] = 1
+        return run
+
+    monkeypatch.setattr(checkpoint, "read_run", read_run)
+    with pytest.raises(UserError, match=r"^checkpoint \S*/3: config\.model\.gone"):
+        evaluate.run(small_config(), workdir, workdir / "checkpoints" / "3", None)
+
+
 def test_eval_needs_a_checkpoint(small_config, tmp_path):
     with pytest.raises(UserError, match="no checkpoint there; train first"):
         evaluate.run(small_config(), tmp_path, None, None)

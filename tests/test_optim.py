@@ -133,6 +133,14 @@ def test_sgd(momentum):
     assert_steps(make_config("sgd", weight_decay=0.3, momentum=momentum), GRADIENTS, step)
 
 
+@pytest.mark.parametrize(("name", "moments"), [("sgd", 0), ("rmsprop", 1)])
+def test_momentum_of_0_keeps_no_trace(name, moments):
+    tx = optim.make_optimizer(make_config(name, momentum=0.0), lambda _: RATE)
+    params = jax.tree.map(jnp.float32, make_tree(0))
+    arrays = [leaf for leaf in jax.tree.leaves(tx.init(params)) if leaf.ndim]
+    assert len(arrays) == moments * len(jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_rmsprop(momentum):
     def step(w, g, decay, memory):

@@ -108,7 +108,8 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(file.read_text())
         version = manifest["format_version"]
-        _check_blocks(manifest)
+        if version == FORMAT_VERSION:  # another one may well have other blocks
+            _check_blocks(manifest)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no store there; run --mode=prepare first") from error
     # All that damaged JSON, or JSON of another shape, raises; brackets by the thousand recurse.

@@ -63,7 +63,7 @@ class StoreWriter:
             UserError: train or valid holds no patch, or a split of the source kept none.
         """
         # Training can do without a test split.
-        for split in {"train", "valid", *self._writers}:
+        for split in dict.fromkeys(["train", "valid", *self._writers]):
             if split not in self._writers or not self._writers[split].labels:
                 raise UserError(
                     f"config.data: no patch is left in the {split} split, of "

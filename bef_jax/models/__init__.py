@@ -69,7 +69,9 @@ def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
         params = network.init(key, jnp.zeros((1, 32, 32, 3)))["params"]
         paths.extend(flatten_dict(params, sep="/"))
 
-    jax.eval_shape(init, jax.random.key(0))
+    # Of the key, too, the shape alone: a real one would start the devices, and several processes
+    # have to meet before any of them does.
+    jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
     return tuple(paths)
 
 

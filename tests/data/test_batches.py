@@ -134,8 +134,9 @@ def test_a_placement_decides_for_itself(placement, placed, split, monkeypatch):
     assert batches.is_placed(split, "auto") == (not placed)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the default backend is not the CPU")
 def test_a_split_on_cpu_stays_where_it_is(split):
+    if jax.default_backend() != "cpu":
+        pytest.skip("the default backend is not the CPU")
     assert not batches.fits_devices(split)
 
 

@@ -312,6 +312,13 @@ def test_damaged_manifest_is_refused(text, npz_data):
         expect_error(str(path), function, argument)
 
 
+def test_another_format_is_named_whatever_its_manifest_holds(npz_data):
+    store.prepare(npz_data)
+    path = store.store_path(npz_data)
+    (path / store.MANIFEST).write_text('{"format_version": 7, "shards": 4}')
+    expect_error("store format 7, this version reads 1", store.read_manifest, path)
+
+
 def test_progress_counts_every_patch_read(npz_data):
     seen = []
     store.prepare(npz_data, lambda *args: seen.append(args))
