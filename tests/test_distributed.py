@@ -261,9 +261,9 @@ def test_two_processes_of_four_devices_train_on_real_patches_as_one_of_eight(
     fields = real_patches | {"steps": 20, "data.placement": placement}
     with running(tmp_path / "pair", data_dir, processes=2, devices=4, **fields) as pair:
         (ours, _), _ = finish(pair)
-    # To the last digit, sums have to be of the same order: over devices that of Gloo, which a single
-    # process uses only where it has a coordinator, and within products that of NPROC threads, of
-    # which a process else has as many as devices.
+    # To the last digit, sums have to be of the same order: over devices that of Gloo, which a
+    # single process uses only where it has a coordinator, and within products that of NPROC
+    # threads, of which a process else has as many as devices.
     fields |= {
         "distributed.coordinator": f"127.0.0.1:{free_port()}",
         "distributed.num_processes": 1,
