@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from bef_jax.metrics import Evaluation
 from bef_jax.report import page, plots
 from bef_jax.report.gallery import Explain, Shown, show
 from bef_jax.report.plots import DARK, LIGHT, Theme
 
-_PER_ROW, _FRAME = 4, 3  # patches, and pixels of white around each, in most_wrong.png
+_PER_ROW, _FRAME = 4, 6  # patches, and pixels of white around each, in most_wrong.png
 _CONTACT_ZOOM = 2  # of most_wrong.png, whose patches would be stamps on today's screens
+_TEXT, _LINE = 15, 22  # pixels: of a caption's letters, and of the line that they stand in
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,22 @@ def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
 def contact_sheet(shown: list[Shown]) -> np.ndarray:
     """The most wrong patches side by side, uint8 [H, W, 3]; the surest, where none is wrong."""
     wrong = [each for each in shown if each.kind.startswith("false")] or shown
-    frame = [(_FRAME, _FRAME), (_FRAME, _FRAME), (0, 0)]
-    tiles = [np.pad(each.pixels, frame, constant_values=255) for each in wrong]
+    tiles = [_captioned(each) for each in wrong]
     # White ones fill the last row up.
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % _PER_ROW)
     rows = [np.hstack(tiles[i : i + _PER_ROW]) for i in range(0, len(tiles), _PER_ROW)]
+    return np.vstack(rows)
+
+
+def _captioned(each: Shown) -> np.ndarray:
+    """A tile over what it is and its probability of a metastasis, on white."""
     # By a whole factor, without smoothing: else the square's line is thicker here than there.
-    return np.vstack(rows).repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
+    pixels = each.pixels.repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
+    frame = [(_FRAME, _LINE), (_FRAME, _FRAME), (0, 0)]
+    image = Image.fromarray(np.pad(pixels, frame, constant_values=255))
+    place, text = (_FRAME, _FRAME + len(pixels)), f"{each.kind[:-1]}, p = {each.probability:.3f}"
+    ImageDraw.Draw(image).text(place, text, fill="black", font=ImageFont.load_default(_TEXT))
+    return np.asarray(image)
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -1,5 +1,6 @@
 import base64
 import io
+import itertools
 import re
 from html.parser import HTMLParser
 
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 from bef_jax.metrics import Evaluation, binary_metrics
-from bef_jax.report import Content, write_report
+from bef_jax.report import Content, contact_sheet, write_report
+from bef_jax.report.gallery import Shown
 
 VOID = {"meta", "img", "source"}
 PLOTS = ["loss", "precision_recall", "reliability", "roc", "validation"]
@@ -62,6 +64,21 @@ def test_writes_the_pictures_and_a_page_that_holds_them(tmp_path, evaluation, hi
     plots, tiles = pictures[: 2 * len(PLOTS)], pictures[2 * len(PLOTS) :]
     assert all(Image.open(io.BytesIO(png)).width > 600 for png in plots)
     assert tiles and all(Image.open(io.BytesIO(png)).size == (96, 96) for png in tiles)
+
+
+def test_every_tile_of_the_contact_sheet_has_its_own_caption():
+    tile, kinds = np.full((96, 96, 3), 200, np.uint8), ["false positives", "false negatives"]
+    shown = [
+        Shown(kind, "id", p, tile, None) for kind, p in zip(kinds * 2, (9, 1, 8, 2), strict=True)
+    ]
+    shown = [*shown[:3], Shown("true positives", "id", 1.0, tile, None)]
+    sheet = contact_sheet(shown)
+    assert sheet.shape[1] % 4 == 0  # four in a row, of which the one that is right is left white
+    tiles = np.split(sheet, 4, axis=1)
+    captions = [tile[-22:] for tile in tiles]
+    assert [(tile[6:198, 6:198] == 200).all() for tile in tiles] == [True] * 3 + [False]
+    assert (captions[3] == 255).all()
+    assert all((a != b).any() for a, b in itertools.combinations(captions, 2))
 
 
 def test_confusion_counts_every_patch(tmp_path, evaluation):
