@@ -180,7 +180,7 @@ def apply_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
             config.update_from_flattened_dict({key.strip(): _literal(text.strip())})
         except KeyError as error:
             raise ValueError(f"config argument {pair!r}: no such field in default.py") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             reason = " ".join(str(error).split())  # a ConfigDict's text ends with a new line
             raise ValueError(f"config argument {pair!r}: {reason}") from error
     return config
