@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 from sklearn import metrics as sklearn_metrics
 
-from bef_jax.metrics import binary_metrics, delong_interval
+from bef_jax.metrics import binary_metrics, delong_interval, placements
 
 
 def predictions(n=400, seed=0, decimals=None):
@@ -67,6 +67,7 @@ def test_interval_covers_the_true_auc():
 def test_interval_is_clipped_and_widens_with_its_level():
     probabilities, labels = np.array([0.1, 0.6, 0.4, 0.9]), np.array([0, 0, 1, 1])
     assert delong_interval(probabilities, labels)[1] == 1.0
+    assert delong_interval(probabilities, 1 - labels)[0] == 0.0
     probabilities, labels = predictions()
     narrow, wide = (delong_interval(probabilities, labels, level) for level in (0.5, 0.99))
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
@@ -107,9 +108,23 @@ def test_what_one_class_leaves_undefined_is_none(label):
     assert found["accuracy"] == pytest.approx(1 / 3 if label else 2 / 3)
 
 
-def test_no_interval_for_a_class_of_one():
-    found = binary_metrics([0.2, 0.3, 0.9], [0, 0, 1])
+@pytest.mark.parametrize("labels", [[0, 0, 1], [0, 1, 1]])
+def test_no_interval_for_a_class_of_one(labels):
+    found = binary_metrics([0.2, 0.3, 0.9], labels)
     assert (found["auc"], found["auc_ci95"]) == (1.0, None)
+
+
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_both_classes_placements_have_the_auc_as_their_mean(decimals):
+    probabilities, labels = predictions(decimals=decimals)
+    for placed in placements(probabilities, labels == 1):
+        assert placed.mean() == pytest.approx(sklearn_metrics.roc_auc_score(labels, probabilities))
+
+
+def test_a_float32_is_scored_as_the_number_that_it_is():
+    probabilities, labels = predictions()
+    narrow = probabilities.astype(np.float32)
+    assert binary_metrics(narrow, labels) == binary_metrics(narrow.astype(np.float64), labels)
 
 
 def test_figures_are_json_numbers():
