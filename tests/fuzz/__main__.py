@@ -19,7 +19,8 @@ def main() -> int:
     for name in names:  # what is made once, before memory is limited
         try_seed(name, arguments.seed)
     limit_memory()
-    failures = sum(fuzz(name, arguments.count // len(names), arguments.seed) for name in names)
+    each = -(-arguments.count // len(names))  # at least as many as were asked for
+    failures = sum(fuzz(name, each, arguments.seed) for name in names)
     return 1 if failures else 0
 
 
