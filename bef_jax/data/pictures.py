@@ -140,8 +140,8 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _size_by_tifffile(path: Path) -> tuple[int, int]:
-    # Within `ask`: a damaged page may have no shape.
-    return _first_page(path, lambda page: (page.shape[0], page.shape[1]))
+    # Within `ask`: a damaged page may have no shape, or tuples for sides.
+    return _first_page(path, lambda page: (int(page.shape[0]), int(page.shape[1])))
 
 
 def _first_page(path: Path, ask: Callable[[tifffile.TiffPage], Any]) -> Any:
