@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sets up an environment, once, and starts training or the tests in it:
 #
-#   bash launch/local.sh train [flags for bef_jax.main]   --config= defaults to the quickstart
-#   bash launch/local.sh test [flags for pytest]
+#   bash launch/local.sh [--dry-run] train [flags for bef_jax.main]   --config= defaults to the quickstart
+#   bash launch/local.sh [--dry-run] test [flags for pytest]
 #
+# --dry-run prints the commands, those of the set-up where it is due, and runs none.
 # The environment goes to .venv, or to $BEF_VENV. Set-up speaks on stderr only: the summary that
 # training prints is all of stdout.
 set -euo pipefail
@@ -18,6 +19,21 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 say() {
   echo "launch/local.sh: $*" >&2
+}
+
+print() {
+  printf '%q ' "$@"
+  echo
+}
+
+# Both run a command, or print it. The set-up's speaks on stderr; what is started takes this
+# script's place, so that signals reach Python itself, which saves and stops.
+prepare() {
+  if [[ $dry_run ]]; then print "$@"; else "$@" >&2; fi
+}
+
+start() {
+  if [[ $dry_run ]]; then print "$@"; else exec "$@"; fi
 }
 
 # Prints the first Python that serves. 3.11 comes first, since constraints.txt was tested with it.
@@ -45,23 +61,32 @@ is_ready() {
   [[ "$(cat "$venv/stamp$1" 2>/dev/null)" == "$(recipe "$1")" ]] && "$venv/bin/python" -c '' 2>&-
 }
 
+make_environment() {
+  local python
+  python=$(find_python)
+  prepare "$python" -m venv ${2:+--clear} "$venv"
+  prepare "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
+    --constraint "$root/constraints.txt" --editable "$root$1"
+}
+
 # $venv.setup has content while a set-up is under way: found so, the last one was cut short, and
 # what it left is not to be trusted.
 install() {
-  local python clear=
-  python=$(find_python)
+  local clear=
   [[ -s "$venv.setup" ]] && clear=yes
-  say "setting up $venv with $python: minutes, the first time only"
+  say "setting up $venv: minutes, the first time only"
   echo "under way" >"$venv.setup"
-  "$python" -m venv ${clear:+--clear} "$venv" >&2
-  "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
-    --constraint "$root/constraints.txt" --editable "$root$1" >&2
+  make_environment "$1" "$clear"
   recipe "$1" >"$venv/stamp$1"
   : >"$venv.setup"
 }
 
 # Two that start at once must not install at once; where there is no flock, that is not guarded.
 set_up() {
+  if [[ $dry_run ]]; then
+    is_ready "$1" || make_environment "$1"
+    return
+  fi
   mkdir -p "$(dirname "$venv")"
   (
     if command -v flock >/dev/null; then flock 9; fi
@@ -75,10 +100,14 @@ train() {
     case $flag in -config | --config | -config=* | --config=*) config= ;; esac
   done
   # -P: the package is this one, also where the current folder holds another copy of it.
-  exec "$venv/bin/python" -P -m bef_jax.main ${config:+"$config"} "$@"
+  start "$venv/bin/python" -P -m bef_jax.main ${config:+"$config"} "$@"
 }
 
-# exec: signals reach Python itself, which saves and stops.
+dry_run=
+if [[ ${1:-} == --dry-run ]]; then
+  dry_run=yes
+  shift
+fi
 case ${1:-} in
   train)
     set_up ""
@@ -86,11 +115,11 @@ case ${1:-} in
     ;;
   test)
     set_up "[dev]"
-    cd "$root"
-    exec "$venv/bin/python" -m pytest "${@:2}"
+    prepare cd "$root"
+    start "$venv/bin/python" -m pytest "${@:2}"
     ;;
   *)
-    say "usage: bash launch/local.sh train [flags for main] | test [flags for pytest]"
+    say "usage: bash launch/local.sh [--dry-run] train [flags for main] | test [flags for pytest]"
     exit 2
     ;;
 esac

@@ -48,6 +48,33 @@ def bash(script, *arguments):
     return ["bash", str(LAUNCH / script), *arguments]
 
 
+# ---- this machine -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "last"),
+    [
+        (
+            ["train", "--config.name=a b"],
+            "-P -m bef_jax.main --config={quickstart} '--config.name=a b'",
+        ),
+        (["train", "--config=configs/b2.py"], "-P -m bef_jax.main --config=configs/b2.py"),
+        (["test", "-k", "store"], "-m pytest -k store"),
+    ],
+)
+def test_local_dry_run_prints_the_set_up_and_the_command_and_makes_nothing(
+    mode, last, run, tmp_path
+):
+    venv = tmp_path / "new" / "venv"
+    printed, _ = run(bash("local.sh", "--dry-run", *mode), BEF_VENV=str(venv))
+    lines = [shlex.split(line) for line in printed.splitlines()]
+    assert lines[0][1:] == ["-m", "venv", str(venv)]
+    assert lines[1][:4] == [str(venv / "bin" / "python"), "-m", "pip", "install"]
+    quickstart = LAUNCH.parent / "configs" / "quickstart.py"
+    assert lines[-1][1:] == shlex.split(last.format(quickstart=quickstart))
+    assert not venv.parent.exists()
+
+
 # ---- Cloud TPU ----------------------------------------------------------------------------------
 
 TPU_STEPS = [
