@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = 
         RunError: a run failed.
     """
     runs = plan_runs(config, workdir)
-    # Before any is trained, so that no run is spent on a table that is then refused.
+    # Before any is trained: what can be told now should cost no run.
     for planned in runs:
         _check_unchanged(planned)
     if dry_run:

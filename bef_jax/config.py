@@ -28,7 +28,7 @@ CHOICES = {
 
 # Least and greatest value; None where there is none.
 RANGES = {
-    "seed": (0, 2**31 - 1),  # of which JAX keeps 32 bits
+    "seed": (0, 2**31 - 1),  # JAX keeps 32 bits: 2**32 would be 0 again
     "batch_size": (1, None),
     "epochs": (0, None),
     "steps": (1, None),
@@ -167,7 +167,7 @@ def _check_combinations(config: ConfigDict) -> None:
     for name in ("augment.mean", "augment.std"):
         _check_triple(name, config.augment[name.removeprefix("augment.")])
     _check_ratio(config.data.split_ratio)
-    # After the triples, which are numbers by now: text has no smallest one.
+    # After the triples, which are numbers by now: text can not be compared with 0.
     if min(config.augment.std) <= 0:
         raise UserError("config.augment.std: give three numbers above 0, normalisation's divisors")
     _check_stages(config.model)

@@ -26,7 +26,7 @@ from bef_jax.models.fold import fold_batch_norm
 from bef_jax.state import abstract_state
 from bef_jax.summary import write_json
 
-PLATFORMS = ("cpu", "cuda", "tpu")  # in one file, each with its own form of depthwise convolution
+PLATFORMS = ("cpu", "cuda", "tpu")  # in one file; depthwise convolution in its form or the native
 OUTPUTS = ("probability", "log_odds")
 TOLERANCE = 1e-5  # of probabilities, against the network as it was trained
 _CHECKED = 16  # patches that the files are compared on

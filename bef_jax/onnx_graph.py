@@ -112,7 +112,7 @@ def to_onnx(function: Callable, argument: jax.ShapeDtypeStruct, outputs: Sequenc
     closed = jax.make_jaxpr(function)(argument)
     graph, image = Graph(), Value("image", argument.shape)
     results = _run(graph, closed.jaxpr, list(map(_known, closed.consts)), [image])
-    # An Identity gives a result its name, which another node may have taken already.
+    # An Identity gives a result its public name: its tensor has that of its node.
     for value, name in zip(results, outputs, strict=True):
         graph.nodes.append(helper.make_node("Identity", [graph.whole(value)], [name], name))
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(argument.dtype))

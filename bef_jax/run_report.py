@@ -41,7 +41,7 @@ def report_run(
     content = Content(
         history=history,
         evaluations=evaluations,
-        # Mapped files, of which the report reads the patches that it shows alone.
+        # Mapped files, of which the gallery reads the patches that it shows alone.
         images={name: splits[name].images for name in evaluations},
         summary=summary,
         tables={

@@ -263,7 +263,7 @@ def test_two_processes_of_four_devices_train_on_real_patches_as_one_of_eight(
         (ours, _), _ = finish(pair)
     # To the last digit, sums have to be of the same order: over devices that of Gloo, which a
     # single process uses only where it has a coordinator, and within products that of NPROC
-    # threads, of which a process else has as many as devices.
+    # threads, of which a process else has as many as cores, or devices where these are more.
     fields |= {
         "distributed.coordinator": f"127.0.0.1:{free_port()}",
         "distributed.num_processes": 1,

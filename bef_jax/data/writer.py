@@ -101,7 +101,8 @@ class StoreWriter:
         }
 
     def _files(self) -> dict[str, dict]:
-        # Read back, 7.5 GiB of PCam: a hash made in passing would lack the header, written last.
+        # Read back, up to 8.4 GiB of PCam: a hash made in passing would have the header before its
+        # last change.
         return {
             file.relative_to(self.folder).as_posix(): {
                 "bytes": file.stat().st_size,
