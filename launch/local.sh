@@ -84,7 +84,9 @@ install() {
 # Two that start at once must not install at once; where there is no flock, that is not guarded.
 set_up() {
   if [[ $dry_run ]]; then
-    is_ready "$1" || make_environment "$1"
+    local clear=
+    if [[ -s "$venv.setup" ]]; then clear=yes; fi
+    is_ready "$1" || make_environment "$1" "$clear"
     return
   fi
   mkdir -p "$(dirname "$venv")"
