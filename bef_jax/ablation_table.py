@@ -217,8 +217,8 @@ def _p_value(p: float | None) -> str:
 def _flat_rows(table: Mapping[str, Any]) -> list[dict]:
     rows = []
     for name, row in table["rows"].items():
-        # The baseline, which has none, comes first and sets the columns' order: a difference stands
-        # before the ends of its interval.
+        # The baseline, which has none, comes first by default and sets the columns' order: a
+        # difference stands before the ends of its interval.
         against = {"auc_difference": None, **(row["against"] or {})}
         low, high = against.pop("auc_difference_ci95", None) or (None, None)
         ends = {"auc_difference_low": low, "auc_difference_high": high}

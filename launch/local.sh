@@ -33,7 +33,11 @@ prepare() {
 }
 
 start() {
-  if [[ $dry_run ]]; then print "$@"; else exec "$@"; fi
+  if [[ $dry_run ]]; then print env GLIBC_TUNABLES="$GLIBC_TUNABLES" "$@"; else exec "$@"; fi
+}
+
+write() {
+  if [[ ! $dry_run ]]; then printf '%s' "$1" >"$2"; fi
 }
 
 # Prints the first Python that serves. 3.11 comes first, since constraints.txt was tested with it.
@@ -61,32 +65,25 @@ is_ready() {
   [[ "$(cat "$venv/stamp$1" 2>/dev/null)" == "$(recipe "$1")" ]] && "$venv/bin/python" -c '' 2>&-
 }
 
-make_environment() {
-  local python
-  python=$(find_python)
-  prepare "$python" -m venv ${2:+--clear} "$venv"
-  prepare "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
-    --constraint "$root/constraints.txt" --editable "$root$1"
-}
-
 # $venv.setup has content while a set-up is under way: found so, the last one was cut short, and
 # what it left is not to be trusted.
 install() {
-  local clear=
+  local python clear=
+  python=$(find_python)
   [[ -s "$venv.setup" ]] && clear=yes
-  say "setting up $venv: minutes, the first time only"
-  echo "under way" >"$venv.setup"
-  make_environment "$1" "$clear"
-  recipe "$1" >"$venv/stamp$1"
-  : >"$venv.setup"
+  [[ $dry_run ]] || say "setting up $venv with $python: minutes, the first time only"
+  write "under way" "$venv.setup"
+  prepare "$python" -m venv ${clear:+--clear} "$venv"
+  prepare "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
+    --constraint "$root/constraints.txt" --editable "$root$1"
+  write "$(recipe "$1")" "$venv/stamp$1"
+  write "" "$venv.setup"
 }
 
 # Two that start at once must not install at once; where there is no flock, that is not guarded.
 set_up() {
   if [[ $dry_run ]]; then
-    local clear=
-    if [[ -s "$venv.setup" ]]; then clear=yes; fi
-    is_ready "$1" || make_environment "$1" "$clear"
+    is_ready "$1" || install "$1"
     return
   fi
   mkdir -p "$(dirname "$venv")"

@@ -143,9 +143,8 @@ def test_what_a_killed_save_left_is_removed(saved):
     left = saved.parent / "4.orbax-checkpoint-tmp"
     (left / "state").mkdir(parents=True)
     checkpoints = Checkpoints(saved.parents[1], 2)
-    checkpoints.save(
-        5, STATE, {}, None
-    )  # waits for the removal, which Orbax does in the background
+    # The save waits for the removal, which Orbax does in the background.
+    checkpoints.save(5, STATE, {}, None)
     checkpoints.close()
     assert not left.exists()
     read(saved)

@@ -71,8 +71,18 @@ def test_local_dry_run_prints_the_set_up_and_the_command_and_makes_nothing(
     assert lines[0][1:] == ["-m", "venv", str(venv)]
     assert lines[1][:4] == [str(venv / "bin" / "python"), "-m", "pip", "install"]
     quickstart = LAUNCH.parent / "configs" / "quickstart.py"
-    assert lines[-1][1:] == shlex.split(last.format(quickstart=quickstart))
+    environment, huge_pages, python, *flags = lines[-1]
+    assert [environment, python] == ["env", str(venv / "bin" / "python")]
+    assert huge_pages == "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+    assert flags == shlex.split(last.format(quickstart=quickstart))
     assert not venv.parent.exists()
+
+
+def test_local_makes_anew_what_a_set_up_that_was_cut_short_left(run, tmp_path):
+    (tmp_path / "venv.setup").write_text("under way")
+    printed, _ = run(bash("local.sh", "--dry-run", "test"), BEF_VENV=str(tmp_path / "venv"))
+    assert shlex.split(printed.splitlines()[0])[1:4] == ["-m", "venv", "--clear"]
+    assert (tmp_path / "venv.setup").read_text() == "under way"
 
 
 # ---- Cloud TPU ----------------------------------------------------------------------------------

@@ -106,13 +106,13 @@ def contact_sheet(shown: list[Shown]) -> np.ndarray:
 
 
 def _captioned(each: Shown) -> np.ndarray:
-    """A tile over what it is and its probability of a metastasis, on white."""
+    """A tile over its caption, on white, uint8 [H, W, 3]."""
     # By a whole factor, without smoothing: else the square's line is thicker here than there.
     pixels = each.pixels.repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
     frame = [(_FRAME, _LINE), (_FRAME, _FRAME), (0, 0)]
     image = Image.fromarray(np.pad(pixels, frame, constant_values=255))
-    place, text = (_FRAME, _FRAME + len(pixels)), f"{each.kind[:-1]}, p = {each.probability:.3f}"
-    ImageDraw.Draw(image).text(place, text, fill="black", font=ImageFont.load_default(_TEXT))
+    place, font = (_FRAME, _FRAME + len(pixels)), ImageFont.load_default(_TEXT)
+    ImageDraw.Draw(image).text(place, each.caption, fill="black", font=font)
     return np.asarray(image)
 
 

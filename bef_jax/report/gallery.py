@@ -36,6 +36,11 @@ class Shown:
     pixels: np.ndarray
     in_centre: float | None
 
+    @property
+    def caption(self) -> str:
+        """What it is, and its probability of a metastasis."""
+        return f"{self.kind.removesuffix('s')}, p = {self.probability:.3f}"
+
 
 def pick(evaluation: Evaluation) -> dict[str, np.ndarray]:
     """Indices of the surest patches by kind, the surest first."""

@@ -67,12 +67,12 @@ def test_writes_the_pictures_and_a_page_that_holds_them(tmp_path, evaluation, hi
 
 
 def test_every_tile_of_the_contact_sheet_has_its_own_caption():
-    tile, kinds = np.full((96, 96, 3), 200, np.uint8), ["false positives", "false negatives"]
-    shown = [
-        Shown(kind, "id", p, tile, None) for kind, p in zip(kinds * 2, (9, 1, 8, 2), strict=True)
-    ]
-    shown = [*shown[:3], Shown("true positives", "id", 1.0, tile, None)]
-    sheet = contact_sheet(shown)
+    tile = np.full((96, 96, 3), 200, np.uint8)
+    chosen = {0.935: "false positives", 0.8: "false positives", 0.1: "false negatives"}
+    shown = [Shown(kind, "id", p, tile, None) for p, kind in chosen.items()]
+    assert shown[0].caption == "false positive, p = 0.935"
+    assert shown[2].caption == "false negative, p = 0.100"
+    sheet = contact_sheet([*shown, Shown("true positives", "id", 1.0, tile, None)])
     assert sheet.shape[1] % 4 == 0  # four in a row, of which the one that is right is left white
     tiles = np.split(sheet, 4, axis=1)
     captions = [tile[-22:] for tile in tiles]
