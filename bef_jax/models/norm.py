@@ -39,12 +39,10 @@ def batch_norm(
 
 
 def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation: str):
-    # [groups, N / groups, H, W, C]. XLA fuses the cast into the passes that read x.
-    parts = x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
-    axes = tuple(range(1, parts.ndim - 1))
-    # [groups, 1, 1, 1, C], as `square` and `var`. Both sums in one pass; the mean first and then
-    # the deviations would be two. The difference loses some mean^2 / 2^24: little, where means are
-    # of the size of deviations.
+    parts, axes = _parts(x.astype(jnp.float32), groups)  # XLA fuses the cast into what reads x
+    # [groups, 1, 1, 1, C] or [1, 1, 1, C], as `square` and `var`. Both sums in one pass; the mean
+    # first and then the deviations would be two. The difference loses some mean^2 / 2^24: little,
+    # where means are of the size of deviations.
     mean = jnp.mean(parts, axes, keepdims=True)
     square = jnp.mean(parts * parts, axes, keepdims=True)
     # Rounding can leave a constant channel's difference below 0, and a negative root is NaN.
@@ -60,11 +58,10 @@ def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation:
 def _batch_norm_backward(groups: int, epsilon: float, activation: str, residuals, cotangents):
     x, scale, bias, mean, var = residuals
     x = lax.optimization_barrier(x)  # or XLA would keep the forward pass's sigmoid in memory
-    # As forwards: [groups, N / groups, H, W, C], and reductions [groups, 1, 1, 1, C].
-    parts = x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
+    # As forwards; reductions have the shape of mean and var.
+    parts, axes = _parts(x.astype(jnp.float32), groups)
     # Those of mean and var are left out: running statistics are no part of the loss.
     upstream = cotangents[0].reshape(parts.shape).astype(jnp.float32)
-    axes = tuple(range(1, parts.ndim - 1))
     inverse = lax.rsqrt(var + epsilon)
     activated = (parts - mean) * (inverse * scale) + bias
     upstream = upstream * _SLOPES[activation](activated)
@@ -168,6 +165,17 @@ pointwise_batch_norm.defvjp(_pointwise_forward, _pointwise_backward)
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _exact = functools.partial(_product, precision=lax.Precision.HIGHEST)  # small, and decide the rest
+
+
+def _parts(x: Array, groups: int) -> tuple[Array, tuple[int, ...]]:
+    """Returns [groups, N / groups, ..., C], and the axes that statistics are taken over.
+
+    One group is x itself. A reshape to [1, N, ..., C] moves nothing, but behind it XLA's CPU
+    compiler computes x once more for each reader, all taps of a depthwise convolution with it.
+    """
+    if groups > 1:
+        x = x.reshape(groups, -1, *x.shape[1:])
+    return x, tuple(range(int(groups > 1), x.ndim - 1))
 
 
 def _positions(parts: Array) -> int:
