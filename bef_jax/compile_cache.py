@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from bef_jax import hardware
+
 LOG = logging.getLogger(__name__)
 
 # JAX keeps what took a second. Reading an entry back takes milliseconds, and the many small
@@ -22,7 +24,9 @@ def enable(setting: str) -> None:
 
     A home folder that unlike machines share is safe: the key of an entry holds, besides the program
     and jaxlib's version, a fingerprint of the devices, and for a CPU that covers the instructions
-    it has. So no other machine's code is loaded.
+    it has. So no other machine's code is loaded. The key leaves out how many cores there are, by
+    which loops are cut into parts, hence a folder for each number: compiled for one core, a program
+    would stay on one.
 
     Args:
         setting: `config.compile_cache`: auto, a folder, or empty for none.
@@ -32,6 +36,7 @@ def enable(setting: str) -> None:
         return
     try:
         folder = _default_folder() if setting == "auto" else Path(setting).expanduser()
+        folder /= f"cores_{hardware.cores()}"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell: quota, read-only
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home

@@ -37,8 +37,8 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 def describe() -> str:
     """Names all devices: "AMD EPYC, 2 cores" on CPU, else "NVIDIA L4" or "8 x TPU v5 lite"."""
     if jax.default_backend() == "cpu":
-        cores = _cores()
-        return f"{cpu_model()}, {cores} core{'s' if cores > 1 else ''}"
+        available = cores()
+        return f"{cpu_model()}, {available} core{'s' if available > 1 else ''}"
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     return kind if count == 1 else f"{count} x {kind}"
 
@@ -55,7 +55,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return next(filter(None, names), platform.machine())
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use: a container, or taskset, can allow it fewer than exist."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))

@@ -1,3 +1,4 @@
+import functools
 import os
 import platform
 import re
@@ -24,21 +25,22 @@ print(time.perf_counter() - start)
 """
 
 
-def compile_in_a_process(setting, home, **environment):
-    """Runs PROGRAM; returns the seconds that it compiled for, and its stderr."""
+def compile_in_a_process(setting, home, cores=None, **environment):
+    """Runs PROGRAM, on `cores` if given; returns the seconds that compiling took, and stderr."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(setting)],
         env=inherited | {"HOME": str(home), "XDG_CACHE_HOME": ""} | environment,
         capture_output=True,
         text=True,
+        preexec_fn=cores and functools.partial(os.sched_setaffinity, 0, cores),
     )
     assert result.returncode == 0, result.stderr
     return float(result.stdout), result.stderr
 
 
 def entries(folder):
-    return sorted(path.name for path in folder.glob("*slow_to_compile*"))
+    return sorted(path.name for path in folder.rglob("*slow_to_compile*"))
 
 
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
@@ -57,7 +59,7 @@ def test_auto_respects_xdg(tmp_path):
     assert not (tmp_path / ".cache").exists()
 
 
-def test_a_folder_is_used_as_it_is(tmp_path):
+def test_a_folder_is_used_instead(tmp_path):
     compile_in_a_process(tmp_path / "mine", tmp_path)
     assert entries(tmp_path / "mine")
 
@@ -83,6 +85,16 @@ def test_a_folder_that_cannot_be_written_is_one_line_of_warning(setting, tmp_pat
     (line,) = stderr.splitlines()
     assert "config.compile_cache" in line
     assert str(tmp_path / "file") in line
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="macOS lets nobody choose cores")
+def test_what_one_core_compiled_is_not_given_to_two(tmp_path):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 1:
+        pytest.skip("one core alone")
+    for count in (1, 2, 1):
+        compile_in_a_process("auto", tmp_path, set(cores[:count]))
+    assert len(entries(tmp_path)) == 2
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")

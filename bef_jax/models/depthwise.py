@@ -160,30 +160,24 @@ def _input_gradient(padded: Array, kernel: Array, stride: int, spans: list[_Span
     """Each phase of the input gets the taps that fell on it: a correlation of its own.
 
     Dilating the cotangent with zeros instead would multiply stride^2 times as much, mostly by zero.
+    All phases are one loop over [N, a, phase, b, phase, C], a broadcast of the cotangent: put
+    together from stride^2 arrays, every element would look up which one it comes from.
     """
-    reach = -(-kernel.shape[0] // stride) - 1
+    k, channels = kernel.shape[0], kernel.shape[-1]
+    reach = -(-k // stride)  # taps of the phase that has most
+    # [i, phase, j, phase, C], with zeros where a phase has a tap less.
+    rest = (0, reach * stride - k)
+    taps = jnp.pad(kernel[:, :, 0], (rest, rest, (0, 0)))
+    taps = taps.reshape(reach, stride, reach, stride, channels)
     size = tuple(span.length for span in spans)
-
-    def phase(p: int, q: int) -> Array:
-        taps = kernel[p::stride, q::stride, 0]
-        return sum(
-            _crop(padded, (reach - i, reach - j), size) * taps[i, j]
-            for i in range(taps.shape[0])
-            for j in range(taps.shape[1])
-        )
-
-    rows = [[phase(p, q) for q in range(stride)] for p in range(stride)]
-    whole = _interleave([_interleave(row, 2) for row in rows], 1)
+    whole = sum(
+        _crop(padded, (reach - 1 - i, reach - 1 - j), size)[:, :, None, :, None]
+        * taps[i, :, None, j]
+        for i in range(reach)
+        for j in range(reach)
+    )
+    whole = whole.reshape(len(padded), stride * size[0], stride * size[1], channels)
     return _crop(whole, [span.start for span in spans], tuple(span.side for span in spans))
-
-
-def _interleave(phases: list[Array], axis: int) -> Array:
-    """a, b -> a0, b0, a1, b1, ... along `axis`."""
-    if len(phases) == 1:
-        return phases[0]
-    # [..., n, stride, ...], and then [..., n * stride, ...].
-    shape = phases[0].shape
-    return jnp.stack(phases, axis + 1).reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
 
 def _kernel_gradient(phases: list[list[Array]], kernel: Array, cotangent: Array) -> Array:
