@@ -32,6 +32,19 @@ def test_pointwise_multiplies_every_position():
 
 
 @pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize(("narrow", "wide"), [(3, 8), (8, 3), (5, 5)])
+def test_pointwise_has_the_gradients_of_a_product(narrow, wide):
+    x, kernel = normal(2, 3, 4, narrow), normal(narrow, wide, seed=1)
+    cotangent = normal(2, 3, 4, wide, seed=2)
+    _, pullback = jax.vjp(pointwise.pointwise, x, kernel)
+    by_x, by_kernel = pullback(cotangent)
+    exact = cotangent.astype(np.float64)
+    np.testing.assert_allclose(by_x, exact @ kernel.T, rtol=1e-5, atol=1e-5)
+    expected = np.einsum("nhwk,nhwc->kc", x, exact)
+    np.testing.assert_allclose(by_kernel, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("platform")
 def test_grouped_pointwise_takes_each_group_s_kernel():
     x, kernel = normal(2, 3, 4, 5, 6), normal(2, 6, 7, seed=1)
     expected = np.stack([a.astype(np.float64) @ k for a, k in zip(x, kernel, strict=True)])
