@@ -217,7 +217,7 @@ def _decides_shapes(name: str, old: dict, new: dict) -> bool:
     if name in off:
         return (old[name] == off[name]) != (new[name] == off[name])
     # Padding and bn_epsilon change no shape either, but what the weights mean.
-    free = {"model.dropout", "model.drop_path", "model.bn_momentum", "model.depthwise"}
+    free = {"dropout", "drop_path", "bn_momentum", "depthwise", "remat"}
     return name in {"optim.name", "optim.freeze"} or (
-        name.startswith("model.") and name not in free
+        name.startswith("model.") and name.removeprefix("model.") not in free
     )

@@ -18,6 +18,7 @@ CHOICES = {
     "model.total_stride": (32, 16, 8),
     "model.attention": ("none", "cbam"),
     "model.depthwise": ("auto", "native", "shift"),
+    "model.remat": ("none", "block"),
     "model.padding": ("same", "symmetric"),
     "rcc.fill": ("mean", "white"),
     "data.source": ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic"),

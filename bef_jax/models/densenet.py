@@ -108,5 +108,5 @@ class DenseNet(Network):
             x = Transition(stage.stride, self.dtype, input_norm, name=name)(x, train)
         for index in self.blocks(number):
             layers = (self.architecture.growth, self.dtype, input_norm, self.norm())
-            x = DenseLayer(*layers, name=f"block_{index:02d}")(x, train)
+            x = self.block(DenseLayer)(*layers, name=f"block_{index:02d}")(x, train)
         return x

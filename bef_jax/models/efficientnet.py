@@ -193,6 +193,6 @@ class EfficientNet(Network):
             stride = stage.stride if index == self.blocks(number)[0] else 1
             layers = (self.drop_rate(index), self.dtype, depthwise, self.norm())
             # A name without the stride: weights of total stride 32 fit 16 and 8.
-            block = MBConv(stage, stride, *layers, *switches, name=f"block_{index:02d}")
+            block = self.block(MBConv)(stage, stride, *layers, *switches, name=f"block_{index:02d}")
             x = block(x, train)
         return x

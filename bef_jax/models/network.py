@@ -27,6 +27,8 @@ class Network(nn.Module):
         padding: where stride 2 pads: `same` (TensorFlow) or `symmetric` (torch).
         depthwise: the form of the depthwise convolution (`depthwise.depthwise_conv`), where the
             network has any.
+        remat: `block`: of every block its input alone is kept for the gradient, and the rest is
+            computed again; or `none`.
         bn_groups: parts of the batch with statistics of their own (`layers.BatchNorm`).
         folded: for inference, with the variables that `fold.fold_batch_norm` makes.
     """
@@ -44,6 +46,7 @@ class Network(nn.Module):
     drop_path: float = 0.2
     padding: str = "same"
     depthwise: str = "auto"
+    remat: str = "none"
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-3
     bn_groups: int = 1
@@ -95,6 +98,11 @@ class Network(nn.Module):
             self.attention_reduction, self.attention_kernel, name=f"attention_{number}"
         )
         return cbam(x)
+
+    def block(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """The class of a block, called as `block(x, train)`; with `remat` it keeps x alone."""
+        # `train` (0 is self, 1 is x) decides what is traced. Draws and statistics are the same.
+        return nn.remat(kind, static_argnums=(2,)) if self.remat == "block" else kind
 
     def blocks(self, number: int) -> range:
         """The indices of the blocks of stage `number`, over the whole network from 0."""

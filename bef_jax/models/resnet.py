@@ -93,6 +93,8 @@ class ResNet(Network):
         for index in self.blocks(number):
             stride = stage.stride if index == self.blocks(number)[0] else 1
             layers = (self.drop_rate(index), self.padding, self.dtype, self.norm())
-            block = Bottleneck(stage.channels, stride, *layers, name=f"block_{index:02d}")
+            block = self.block(Bottleneck)(
+                stage.channels, stride, *layers, name=f"block_{index:02d}"
+            )
             x = block(x, train)
         return x

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from bef_jax.models import densenet, resnet
 from bef_jax.models.densenet import DenseNet
+from bef_jax.models.efficientnet import TEST, EfficientNet
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.models.resnet import ResNet
 from tests.models.test_efficientnet import (
@@ -52,6 +53,36 @@ def test_total_stride_decides_the_last_map(family, padding, pixels, total_stride
         return captured["intermediates"][LAST[family]]["__call__"][0]
 
     assert jax.eval_shape(last, shapes_of(network, pixels)).shape[1:3] == (side, side)
+
+
+def loss_of(network, variables, images):
+    """params -> mean squared logit, and what a training pass gives besides."""
+
+    def loss(params):
+        logits, batch_stats = train(network, variables | {"params": params}, images)
+        return jnp.mean(jnp.square(logits)), (logits, batch_stats)
+
+    return loss
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "efficientnet"])
+def test_remat_keeps_less_and_changes_nothing(family):
+    """Dropout and drop_path are on: what is computed again must draw as before."""
+    make = FAMILIES.get(family) or functools.partial(EfficientNet, TEST, num_classes=2)
+    variables, images = make_variables(make()), make_images(8, 64)
+    losses = [loss_of(make(remat=remat), variables, images) for remat in ("none", "block")]
+    plain, again = (jax.jit(jax.grad(f, has_aux=True))(variables["params"]) for f in losses)
+    # A bias before a norm has gradient 0, but for rounding.
+    atol = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
+    for a, b in zip(*map(jax.tree.leaves, (plain, again)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=atol)
+    # What the gradient keeps of the forward pass: its pullback is a pytree of that.
+    kept = [
+        jax.eval_shape(lambda params, f=f: jax.vjp(f, params, has_aux=True)[1], variables["params"])
+        for f in losses
+    ]
+    all_of_it, inputs = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in kept)
+    assert inputs < 0.6 * all_of_it
 
 
 @every_family
