@@ -13,12 +13,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${BEF_VENV:-$root/.venv}
 venv=${venv%/}
 
-# Huge pages for the arrays: on CPU every step clears gigabytes of fresh memory, and with small pages
-# that alone takes longer than the arithmetic. Training also keeps what it had (one heap, nothing
-# below 16 GiB mapped by itself or given back), so that from its second step on little is fresh; it
-# costs up to half as much memory again. Tests, many networks in one process, give theirs back.
-huge_pages=glibc.malloc.hugetlb=1
-keep=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=$((16 << 30)):glibc.malloc.trim_threshold=$((16 << 30))
+# Huge pages for the arrays: on CPU every step maps and clears gigabytes, and with small pages that
+# alone takes longer than the arithmetic.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 say() {
   echo "launch/local.sh: $*" >&2
@@ -101,7 +98,6 @@ train() {
   for flag in "$@"; do
     case $flag in -config | --config | -config=* | --config=*) config= ;; esac
   done
-  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$huge_pages:$keep}
   # -P: the package is this one, also where the current folder holds another copy of it.
   start "$venv/bin/python" -P -m bef_jax.main ${config:+"$config"} "$@"
 }
@@ -119,7 +115,6 @@ case ${1:-} in
   test)
     set_up "[dev]"
     prepare cd "$root"
-    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$huge_pages}
     start "$venv/bin/python" -m pytest "${@:2}"
     ;;
   *)
