@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.epochs = 4.0
     config.ema_decay = 0.99  # the run is short
     config.model.name = "efficientnet_lite0"
-    # On 19,171 patches of PCam two epochs of this reach a valid AUC of 0.9586.
+    # On 19,171 patches of PCam this reaches a valid AUC of 0.9651, and 0.9666 with eval.tta=8.
     config.model.total_stride = 16
     config.model.padding = "same"  # as the weights were trained, as is the next line
     config.model.bn_epsilon = 1e-3
