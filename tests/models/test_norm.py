@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bef_jax.models.depthwise import depthwise_conv
 from bef_jax.models.layers import BatchNorm
-from bef_jax.models.norm import pointwise_batch_norm
+from bef_jax.models.norm import batch_norm, pointwise_batch_norm
 
 EPSILON = 1e-3
 
@@ -95,3 +96,16 @@ def test_bfloat16_is_near_float32():
     assert rough[0].dtype == jnp.bfloat16
     assert rough[1].dtype == rough[2].dtype == jnp.float32
     np.testing.assert_allclose(np.float32(rough[0]), exact, atol=0.05 * np.abs(exact).max())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="CPU's form of the convolution")
+def test_a_depthwise_convolution_is_computed_once_for_all_that_read_it():
+    """XLA may fuse its 25 taps into statistics and output alike: three readers, one computation."""
+
+    def layer(x, kernel, scale, bias):
+        y = depthwise_conv(x, kernel, 1, ((2, 2), (2, 2)))
+        return batch_norm(y, scale, bias, 1, 1e-3, "silu")
+
+    arguments = (np.ones(s, np.float32) for s in [(8, 12, 12, 32), (5, 5, 1, 32), (32,), (32,)])
+    program = jax.jit(layer).lower(*arguments).compile().as_text()
+    assert 25 <= program.count(" multiply(") < 2 * 25
