@@ -13,9 +13,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${BEF_VENV:-$root/.venv}
 venv=${venv%/}
 
-# Huge pages for the arrays: on CPU every step maps and clears gigabytes, and with small pages that
-# alone takes longer than the arithmetic.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+# Memory of arrays on CPU. Huge pages: a step clears gigabytes that are new to it, which with small
+# pages takes longer than the arithmetic. One heap, which keeps what is below 1 GiB from one step to
+# the next, so that nothing is new; above, keeping it would take three times the memory.
+malloc=glibc.malloc
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$malloc.hugetlb=1:$malloc.arena_max=1:$malloc.mmap_threshold=$((1 << 30)):$malloc.trim_threshold=$((1 << 30))}
 
 say() {
   echo "launch/local.sh: $*" >&2

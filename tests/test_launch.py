@@ -71,9 +71,9 @@ def test_local_dry_run_prints_the_set_up_and_the_command_and_makes_nothing(
     assert lines[0][1:] == ["-m", "venv", str(venv)]
     assert lines[1][:4] == [str(venv / "bin" / "python"), "-m", "pip", "install"]
     quickstart = LAUNCH.parent / "configs" / "quickstart.py"
-    environment, huge_pages, python, *flags = lines[-1]
+    environment, memory, python, *flags = lines[-1]
     assert [environment, python] == ["env", str(venv / "bin" / "python")]
-    assert huge_pages == "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+    assert memory.startswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1:")
     assert flags == shlex.split(last.format(quickstart=quickstart))
     assert not venv.parent.exists()
 
