@@ -1,6 +1,7 @@
 """Networks with imported weights, against the packages that the weights come from."""
 
 import copy
+import dataclasses
 import functools
 import logging
 import pickle
@@ -96,10 +97,25 @@ def check_parity(network, model, file, n=16, pixels=96):
     original(images.double())
     state = {key: x.numpy() for key, x in original.state_dict().items()}
     check_tree("batch_stats", train(ours, variables, x)[1], state, file, model)
+    if "lite" in model.name:
+        network, ours = smoothed(network, ours)
     x, images = make_images(n, pixels)
     network(images.double()).square().mean().backward()
     gradients = {key: p.grad.numpy() for key, p in network.named_parameters()}
     check_tree("params", train(ours, variables, x)[0], gradients, file, model)
+
+
+def smoothed(network, ours):
+    """Both with SiLU for ReLU6: at its corners float32 may take the other side.
+
+    torch's own gradients of Lite2 to Lite4 in float32 and float64 differ by up to 0.3 for that. The
+    slope of ReLU6 is compared where it is defined (`test_layers`).
+    """
+    for part in (network, *network._blocks):
+        part._swish = torch.nn.SiLU()
+    return network, ours.clone(
+        architecture=dataclasses.replace(ours.architecture, activation="silu")
+    )
 
 
 def make_images(n, pixels):
@@ -142,16 +158,11 @@ def save(network, folder):
     return path
 
 
-# ReLU6 has corners: in a larger batch float32 takes some activation to the other side of one, and
-# torch's own gradients in float32 and float64 differ by 1e-2. In this one they agree to 2e-4.
-CORNERS = {"n": 4, "pixels": 64}
-
-
 @pytest.mark.slow
 def test_lite0_with_its_imagenet_weights_is_the_original():
     network, file = lite(0), weights.resolve(LITE0)
     network.load_state_dict(torch.load(file, weights_only=True))
-    check_parity(network, make_model("efficientnet_lite0"), file, **CORNERS)
+    check_parity(network, make_model("efficientnet_lite0"), file)
 
 
 @pytest.mark.parity
@@ -159,7 +170,7 @@ def test_lite0_with_its_imagenet_weights_is_the_original():
 def test_lite1_to_lite4_are_efficientnet_lite_pytorch_s(variant, tmp_path):
     network = lite(variant)
     model = make_model(f"efficientnet_lite{variant}")
-    check_parity(network, model, save(network, tmp_path), **CORNERS)
+    check_parity(network, model, save(network, tmp_path))
 
 
 @pytest.mark.slow
