@@ -66,7 +66,10 @@ def torchvision(name):
 
 
 def randomised(network):
-    """Random norms, with statistics near those of images: any others let the signal die out."""
+    """Random norms, with statistics near those of images: others let the signal die out or grow.
+
+    Five times as far, and torch itself is off by 2e-3 (B1) to 2e-1 (B3) in float32, from float64.
+    """
     norms = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     momentum = norms[0].momentum
     for norm in norms:
@@ -77,8 +80,8 @@ def randomised(network):
         network.train()(make_images(16, 96)[1])
     for norm in norms:
         norm.momentum = momentum
-        norm.running_mean += torch.randn_like(norm.running_mean) * norm.running_var.sqrt() / 10
-        norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.8, 1.2)
+        norm.running_mean += torch.randn_like(norm.running_mean) * norm.running_var.sqrt() / 50
+        norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.95, 1.05)
     return network
 
 
