@@ -16,8 +16,8 @@ venv=${venv%/}
 # Memory of arrays on CPU. Huge pages: a step clears gigabytes that are new to it, which with small
 # pages takes longer than the arithmetic. One heap, which keeps what is below 1 GiB from one step to
 # the next, so that nothing is new; above, keeping it would take three times the memory.
-malloc=glibc.malloc
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$malloc.hugetlb=1:$malloc.arena_max=1:$malloc.mmap_threshold=$((1 << 30)):$malloc.trim_threshold=$((1 << 30))}
+memory=hugetlb=1:arena_max=1:mmap_threshold=$((1 << 30)):trim_threshold=$((1 << 30))
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.${memory//:/:glibc.malloc.}}
 
 say() {
   echo "launch/local.sh: $*" >&2

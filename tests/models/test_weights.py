@@ -111,7 +111,7 @@ def check_parity(network, model, file, n=16, pixels=96):
 def smoothed(network, ours):
     """Both with SiLU for ReLU6: at its corners float32 may take the other side.
 
-    torch's own gradients of Lite2 to Lite4 in float32 and float64 differ by up to 0.3 for that. The
+    torch's own gradients of Lite1 to Lite4 in float32 and float64 differ by up to 0.3 for that. The
     slope of ReLU6 is compared where it is defined (`test_layers`).
     """
     for part in (network, *network._blocks):
