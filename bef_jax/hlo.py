@@ -9,7 +9,13 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "al
 _BITS = {"pred": 8}  # the other types have theirs in their names: f32, bf16, u8, s4
 # Text is the one public form of a compiled program; what changes in it between versions of XLA is
 # in these patterns.
-_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+# Type, shape, and, of a TPU's layout, the memory where it is not the main one: bf16[8,2]{1,0:S(1)}.
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
+_OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
+# What only gives a name, or runs what is counted by itself.
+_FREE = re.compile(
+    "parameter|constant|tuple|get-tuple-element|bitcast|opt-barrier|while|conditional|call|.*-done"
+)
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -33,11 +39,57 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     """
     bodies, entry = _computations(text)
     found: dict[str, dict[str, int]] = {}
-    for kind, size, times in _walk(bodies, entry, 1):
-        sums = found.setdefault(kind, {"count": 0, "bytes": 0})
-        sums["count"] += times
-        sums["bytes"] += times * size
+    for line, _, times in _walk(bodies, entry, 1, fused=True):
+        match = _COLLECTIVE.search(line)
+        if match:
+            sums = found.setdefault(match[1], {"count": 0, "bytes": 0})
+            sums["count"] += times
+            # What stands between ` = ` and the operation's name is the type of its result.
+            shape = line[: match.start()].partition(" = ")[2]
+            sums["bytes"] += times * _result_bytes(shape, bool(match[2]), match[1])
     return dict(sorted(found.items()))
+
+
+def hbm_bytes(text: str) -> int:
+    """Bytes that one run of a TPU program moves from and to a device's main memory.
+
+    XLA's own count has what operations read and write in on-chip memory, too, and the copies
+    there and back as both: of B3 on v5e it is four times this. What an operation reads of an
+    array counts as all of it.
+
+    Args:
+        text: an optimised HLO module, scheduled, so that its layouts name the memory.
+    """
+    bodies, entry = _computations(text)
+    types = {name: _types(lines) for name, lines in bodies.items()}
+    lines = _walk(bodies, entry, 1, fused=False)
+    return sum(times * _moved(line, types[name]) for line, name, times in lines)
+
+
+def _types(lines: list[str]) -> dict[str, str]:
+    """The type of each operation's result, by the operation's name."""
+    matches = (_OPERATION.match(line) for line in lines)
+    return {match[1]: match[2] for match in matches if match}
+
+
+def _moved(line: str, types: dict[str, str]) -> int:
+    """Bytes that an operation itself moves from and to main memory."""
+    match = _OPERATION.match(line)
+    if not match or _FREE.fullmatch(match[3]):
+        return 0
+    _, result, kind, rest = match.groups()
+    operands = set(re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
+    if kind in ("copy-start", "slice-start"):
+        # ((source), destination) or (destination, source): what is smaller is what is copied.
+        sides = [array for array in _ARRAY.findall(result) if array[1]]
+        copied = min((_bytes(*array) for array in sides), default=0)
+        return copied * sum(not array[2] for array in sides)
+    arrays = [result, *(types.get(name, "") for name in operands)]
+    return sum(_main_memory_bytes(array) for array in arrays)
+
+
+def _main_memory_bytes(shape: str) -> int:
+    return sum(_bytes(*array) for array in _ARRAY.findall(shape) if not array[2])
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -53,20 +105,23 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _walk(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int, int]]:
-    """Yields (kind, bytes, times) of each collective that `name` and what it calls contain."""
+def _walk(
+    bodies: dict[str, list[str]], name: str, times: int, fused: bool
+) -> Iterator[tuple[str, str, int]]:
+    """Yields each line that `name` and what it calls run, its computation, and how often it runs.
+
+    Args:
+        fused: also what a fusion does in one go, without memory between.
+    """
     for line in bodies[name]:
-        match = _COLLECTIVE.search(line)
-        if match:
-            # What stands between ` = ` and the operation's name is the type of its result.
-            shape = line[: match.start()].partition(" = ")[2]
-            yield match[1], _result_bytes(shape, bool(match[2]), match[1]), times
-            continue  # what it applies adds two numbers up
+        yield line, name, times
+        if _COLLECTIVE.search(line) or (not fused and " fusion(" in line):
+            continue  # what a collective applies adds two numbers up
         # In the loop's own line, where XLA found the count.
         trips = _TRIPS.search(line)
         inner = times * int(trips[1]) if trips else times
         for called in _called(line):
-            yield from _walk(bodies, called, inner)
+            yield from _walk(bodies, called, inner, fused)
 
 
 def _called(line: str) -> list[str]:
@@ -84,12 +139,12 @@ def _result_bytes(shape: str, started: bool, kind: str) -> int:
     """
     arrays = _ARRAY.findall(shape)
     if started and kind != "all-reduce":
-        arrays = [array for array in arrays if array != ("u32", "")]
+        arrays = [array for array in arrays if array[:2] != ("u32", "")]
         arrays = arrays[len(arrays) // 2 :]
     return sum(_bytes(*array) for array in arrays)
 
 
-def _bytes(dtype: str, dims: str) -> int:
+def _bytes(dtype: str, dims: str, memory: str = "") -> int:
     count = math.prod(int(size) for size in dims.split(",") if size)
     bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
     return count * bits // 8

@@ -56,6 +56,7 @@ class Figures:
     Attributes:
         flops: floating-point operations, those of the augmentation and the optimiser too.
         bytes_accessed: that its operations read and write, on-chip memory counted like the other.
+        hbm_traffic: bytes that cross between main memory and the chip (`hlo.hbm_bytes`).
         hbm_bytes: memory that it needs.
         collectives: as `hlo.collectives` counts them.
         seconds: that compiling took.
@@ -64,6 +65,7 @@ class Figures:
 
     flops: float | None
     bytes_accessed: float | None
+    hbm_traffic: float | None
     hbm_bytes: int | None
     collectives: dict[str, dict[str, int]] | None
     seconds: float
@@ -124,6 +126,7 @@ def summarise(config: ConfigDict, mesh: Mesh, place: Topology, figures: Figures)
         # The network's own arithmetic; the compiled figure has augmentation and optimiser besides.
         "model_flops_per_image": training_flops(config),
         "bytes_accessed_per_device": figures.bytes_accessed,
+        "hbm_traffic_per_device": figures.hbm_traffic,
         "hbm_bytes_per_device": figures.hbm_bytes,
         "hbm_capacity_bytes": _known(chip.hbm_bytes) and int(chip.hbm_bytes),
         "fits": fits,
@@ -165,17 +168,20 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - start
-        return Figures(None, None, bytes_wanted(str(error)), None, seconds, refused=True)
+        return Figures(None, None, None, bytes_wanted(str(error)), None, seconds, refused=True)
     seconds = time.perf_counter() - start
     memory = _memory(compiled)
     LOG.info("compiled in %.0f s; memory per device: %s", seconds, _shown(memory, "GB", 1e9))
     # Of a loop, as accumulation is, XLA counts one turn: that is no step's figure.
     costs = (compiled.cost_analysis() or {}) if config.optim.accumulate == 1 else {}
+    accessed, text = _positive(costs.get("bytes accessed")), compiled.as_text()
     return Figures(
         flops=_positive(costs.get("flops")),
-        bytes_accessed=_positive(costs.get("bytes accessed")),
+        bytes_accessed=accessed,
+        # Less by XLA's count where an operation reads a part of an array, as a gather does.
+        hbm_traffic=_known(accessed) and min(accessed, hlo.hbm_bytes(text)),
         hbm_bytes=memory,
-        collectives=hlo.collectives(compiled.as_text()),
+        collectives=hlo.collectives(text),
         seconds=seconds,
     )
 
@@ -244,9 +250,9 @@ def roofline(figures: Figures, chip: Chip, n: int) -> tuple[float | None, str | 
         Seconds and compute, memory or interconnect; None twice where something is not known.
     """
     peak = hardware.peak_flops(chip.kind, "bfloat16")  # no floating-point type has a higher one
-    if _known(peak, figures.flops, figures.bytes_accessed, figures.collectives) is None:
+    if _known(peak, figures.flops, figures.hbm_traffic, figures.collectives) is None:
         return None, None
-    times = {"compute": figures.flops / peak, "memory": figures.bytes_accessed / chip.hbm_bandwidth}
+    times = {"compute": figures.flops / peak, "memory": figures.hbm_traffic / chip.hbm_bandwidth}
     if figures.collectives and chip.link_bandwidth:
         sent = sum(_WIRE[kind](n) * sums["bytes"] for kind, sums in figures.collectives.items())
         times["interconnect"] = sent / chip.link_bandwidth
@@ -346,7 +352,7 @@ def _rows(summary: dict) -> list[tuple[str, str]]:
         ("largest batch per device", _shown(summary["largest_batch_per_device"])),
         ("arithmetic per image, compiled", _shown(summary["flops_per_image"], "GFLOP", 1e9)),
         ("the network's alone", _shown(summary["model_flops_per_image"], "GFLOP", 1e9)),
-        ("bytes moved per device", _shown(summary["bytes_accessed_per_device"], "GB", 1e9)),
+        ("bytes moved per device", _shown(summary["hbm_traffic_per_device"], "GB", 1e9)),
         ("parameters", _shown(summary["parameter_bytes"], "MB", 1e6)),
         *_collective_rows(summary["collectives"]),
         ("a step, at least", _shown(summary["roofline_step_ms"], "ms", 1)),

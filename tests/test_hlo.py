@@ -91,3 +91,53 @@ def test_loops_count_each_turn_and_names_are_no_calls():
 
 def test_a_program_of_one_device_has_none():
     assert hlo.collectives(module("ROOT %y = f32[8]{0} copy(%p)")) == {}
+
+
+# ---- bytes of main memory -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # 32 in, 16 out; what fused computations do stays on the chip.
+        (["%f = bf16[4,2]{1,0:T(8,128)(2,1)} fusion(%p, %p), kind=kLoop, calls=%add"], 32 + 16),
+        (["%f = f32[64]{0:T(256)S(1)} fusion(%p), kind=kLoop, calls=%add"], 32),
+        (
+            [
+                "%f = (f32[2]{0:S(1)}, f32[4]{0:T(256)}) fusion(%p), calls=%add",
+                "%g = f32[2]{0:S(1)} get-tuple-element(%f), index=0",
+                "%h = f32[4]{0} get-tuple-element(%f), index=1",
+                "ROOT %r = f32[4]{0} add(%g, %h)",
+            ],
+            32 + 16 + 16 + 16,
+        ),
+        (  # once over the wire, and its end is the same copy
+            [
+                "%s = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%p)",
+                "%d = f32[8]{0:S(1)} copy-done(%s)",
+            ],
+            32,
+        ),
+        (["%s = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%p)"], 2 * 32),
+        (["%s = (f32[]{:S(1)}, f32[], u32[]{:S(2)}) copy-start(%p)"], 0),
+        (  # two of eight
+            ["%s = ((f32[8]{0}), f32[2]{0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2]}"],
+            8,
+        ),
+    ],
+)
+def test_what_main_memory_moves(lines, expected):
+    assert hlo.hbm_bytes(module(*lines)) == expected
+
+
+def test_loops_move_their_bytes_each_turn():
+    loop = """%body (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} negate(%a)
+}
+
+"""
+    line = (
+        '%w = f32[8]{0} while(%p), condition=%c, body=%body, known={"known_trip_count":{"n":"3"}}'
+    )
+    assert hlo.hbm_bytes(loop + module(line)) == 3 * 64

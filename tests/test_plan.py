@@ -16,8 +16,8 @@ from tests.conftest import SHRUNK
 V5E = topology.CHIPS["v5e"]
 
 
-def figures(flops=0.0, bytes_accessed=0.0, collectives=None):
-    return Figures(flops, bytes_accessed, 0, collectives or {}, 0.0)
+def figures(flops=0.0, hbm_traffic=0.0, collectives=None):
+    return Figures(flops, hbm_traffic and 9 * hbm_traffic, hbm_traffic, 0, collectives or {}, 0.0)
 
 
 # ---- what it comes to ---------------------------------------------------------------------------
@@ -184,6 +184,9 @@ def test_a_tpu_slice(tmp_path):
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
     assert summary["fits"] and summary["roofline_images_per_second"] > 0
+    # The optimiser reads and writes the state; most of the rest stays on the chip.
+    moved = summary["hbm_traffic_per_device"]
+    assert summary["state_bytes"] < moved < summary["bytes_accessed_per_device"]
     assert sum(sums["count"] for sums in summary["collectives"].values()) <= 4
 
 
