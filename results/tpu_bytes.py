@@ -1,0 +1,100 @@
+"""What one training step of EfficientNet-B3 moves on a TPU v5e, compiled, not run.
+
+    pip install -e .[plan]
+    python results/tpu_bytes.py plain | none | block
+
+`none` and `block` are values of `config.model.remat`. `plain` is what one would write first: batch
+normalisation, its activation and every convolution with the gradients that JAX derives.
+"""
+
+import argparse
+import re
+
+import jax.numpy as jnp
+from jax import Array, lax
+from ml_collections import ConfigDict
+
+from bef_jax import hlo, plan, topology
+from bef_jax.models import depthwise, layers, norm
+from bef_jax.models.depthwise import Padding
+from bef_jax.optim import make_schedule
+from bef_jax.state import abstract_state
+from bef_jax.step import compile_step
+from configs.default import get_config
+
+IMAGES = 256  # per chip
+
+
+def main() -> None:
+    """Compiles one version and prints its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("version", choices=("plain", "none", "block"))
+    version = parser.parse_args().version
+    if version == "plain":
+        make_plain()
+    place = topology.parse("v5e:2x2")
+    mesh = topology.make_mesh(place)
+    config = make_config(mesh.size, "none" if version == "plain" else version)
+    state = plan._place(abstract_state(config), mesh)
+    step = compile_step(config, make_schedule(config, 10_000, 1_000), mesh, state, None)
+    text, costs = step.as_text(), step.cost_analysis()
+    cycles = sum(int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', text))
+    print(f"{version}, per image: {costs['bytes accessed'] / IMAGES / 1e6:.1f} MB by XLA's count")
+    print(f"of main memory: {hlo.hbm_bytes(text) / IMAGES / 1e6:.1f} MB")
+    print(f"arithmetic: {costs['flops'] / IMAGES / 1e9:.2f} GFLOP")
+    print(f"memory per chip: {plan._memory(step) / 1e9:.2f} GB")
+    print(f"XLA's estimate of a step: {cycles / 1e6:.1f} M cycles")
+
+
+def make_config(devices: int, remat: str) -> ConfigDict:
+    """B3 without boosts, as timm has it."""
+    config = get_config()
+    config.dtype, config.bn_groups, config.batch_size = "bfloat16", devices, devices * IMAGES
+    config.rcc.enabled = False
+    config.model.update(
+        name="efficientnet_b3", total_stride=32, attention="none", fusion=False, remat=remat
+    )
+    return config
+
+
+def make_plain() -> None:
+    """Puts what is below in the place of the network's own layers."""
+    layers.batch_norm, layers.pointwise_batch_norm = batch_norm, pointwise_batch_norm
+    layers.pointwise, layers.depthwise_conv = pointwise, depthwise_conv
+
+
+def batch_norm(
+    x: Array, scale: Array, bias: Array, groups: int, epsilon: float, activation: str = "none"
+) -> tuple[Array, Array, Array]:
+    """Statistics in one pass, as `norm.batch_norm` has them."""
+    parts, axes = norm._parts(x.astype(jnp.float32), groups)
+    mean = jnp.mean(parts, axes, keepdims=True)
+    var = jnp.mean(parts * parts, axes, keepdims=True) - mean * mean
+    y = (parts - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
+    y = norm.ACTIVATIONS[activation](y.astype(x.dtype)).reshape(x.shape)
+    mean, var = (lax.stop_gradient(statistic.reshape(groups, -1)) for statistic in (mean, var))
+    return y, mean, var
+
+
+def pointwise_batch_norm(x: Array, kernel: Array, *rest) -> tuple[Array, Array, Array]:
+    """The product first."""
+    return batch_norm(pointwise(x, kernel), *rest)
+
+
+def pointwise(x: Array, kernel: Array | None) -> Array:
+    """A 1 x 1 convolution; without a kernel x itself."""
+    if kernel is None:
+        return x
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel[None, None], (1, 1), "VALID", dimension_numbers=layout
+    )
+
+
+def depthwise_conv(x: Array, kernel: Array, stride: int, padding: Padding, form: str) -> Array:
+    """The native form, with its own gradient."""
+    return depthwise._native(x, kernel, stride, padding)
+
+
+if __name__ == "__main__":
+    main()
