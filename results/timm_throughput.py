@@ -1,10 +1,11 @@
 """Images per second of timm on PyTorch: the peer that README's table of speed is measured against.
 
     python -m venv peer && peer/bin/pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31
-    peer/bin/python results/timm_throughput.py efficientnet_b3 train [--total-stride=16]
+    peer/bin/python results/timm_throughput.py efficientnet_b3 train [--total-stride=16] [--compile]
 
 Run it in turn with `--mode=benchmark` and compare neighbours: on a shared machine nothing else
-means anything. Eager, float32, channels_last (PyTorch's fastest layout on CPU), fused AdamW.
+means anything. Eager unless told, float32, channels_last (PyTorch's fastest layout on CPU), fused
+AdamW.
 """
 
 import argparse
@@ -26,6 +27,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--size", type=int, default=96, help="side of the images, in pixels")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile; needs a C++ compiler"
+    )
     return parser.parse_args()
 
 
@@ -35,6 +39,8 @@ def make_step(arguments: argparse.Namespace) -> Callable[[], None]:
     if arguments.total_stride == 16:
         model.conv_stem.stride = (1, 1)
     model = model.to(memory_format=torch.channels_last).train(arguments.work == "train")
+    if arguments.compile:
+        model = torch.compile(model)
     shape = (arguments.batch_size, 3, arguments.size, arguments.size)
     images = torch.randn(shape).to(memory_format=torch.channels_last)
     labels = torch.arange(arguments.batch_size) % 2
