@@ -14,9 +14,12 @@ venv=${BEF_VENV:-$root/.venv}
 venv=${venv%/}
 
 # Memory of arrays on CPU. Huge pages: a step clears gigabytes that are new to it, which with small
-# pages takes longer than the arithmetic. One heap, which keeps what is below 1 GiB from one step to
-# the next, so that nothing is new; above, keeping it would take three times the memory.
-memory=hugetlb=1:arena_max=1:mmap_threshold=$((1 << 30)):trim_threshold=$((1 << 30))
+# pages takes longer than the arithmetic. Few heaps, which keep what is below 1 GiB from one step to
+# the next, so that less is new; above, keeping it would take three times the memory. Not one heap:
+# what the compiler leaves behind lies between the arrays, and a run that compiled would take half
+# as long again.
+heaps=$(($(getconf _NPROCESSORS_ONLN) + 1))
+memory=hugetlb=1:arena_max=$heaps:mmap_threshold=$((1 << 30)):trim_threshold=$((1 << 30))
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.${memory//:/:glibc.malloc.}}
 
 say() {
