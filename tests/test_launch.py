@@ -74,6 +74,7 @@ def test_local_dry_run_prints_the_set_up_and_the_command_and_makes_nothing(
     environment, memory, python, *flags = lines[-1]
     assert [environment, python] == ["env", str(venv / "bin" / "python")]
     assert memory.startswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1:")
+    assert f":glibc.malloc.arena_max={os.cpu_count() + 1}:" in memory
     assert flags == shlex.split(last.format(quickstart=quickstart))
     assert not venv.parent.exists()
 
