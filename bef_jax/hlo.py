@@ -54,8 +54,8 @@ def hbm_bytes(text: str) -> int:
     """Bytes that one run of a TPU program moves from and to a device's main memory.
 
     XLA's own count has what operations read and write in on-chip memory, too, and the copies
-    there and back as both: of B3 on v5e it is four times this. What an operation reads of an
-    array counts as all of it.
+    there and back as both: of B3 on v5e it is four times this. An array that an operation reads in
+    part counts as a whole, and of branches all count, although one runs: this may be too much.
 
     Args:
         text: an optimised HLO module, scheduled, so that its layouts name the memory.
@@ -73,7 +73,11 @@ def _types(lines: list[str]) -> dict[str, str]:
 
 
 def _moved(line: str, types: dict[str, str]) -> int:
-    """Bytes that an operation itself moves from and to main memory."""
+    """Bytes that the operation of a line itself moves from and to main memory.
+
+    Args:
+        types: of the results of its computation's operations, its operands among them.
+    """
     match = _OPERATION.match(line)
     if not match or _FREE.fullmatch(match[3]):
         return 0
@@ -111,12 +115,13 @@ def _walk(
     """Yields each line that `name` and what it calls run, its computation, and how often it runs.
 
     Args:
-        fused: also what a fusion does in one go, without memory between.
+        fused: also the lines of a fusion, between which nothing goes to memory.
     """
     for line in bodies[name]:
         yield line, name, times
+        # What a collective calls adds two numbers up.
         if _COLLECTIVE.search(line) or (not fused and " fusion(" in line):
-            continue  # what a collective applies adds two numbers up
+            continue
         # In the loop's own line, where XLA found the count.
         trips = _TRIPS.search(line)
         inner = times * int(trips[1]) if trips else times

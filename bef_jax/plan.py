@@ -352,7 +352,7 @@ def _rows(summary: dict) -> list[tuple[str, str]]:
         ("largest batch per device", _shown(summary["largest_batch_per_device"])),
         ("arithmetic per image, compiled", _shown(summary["flops_per_image"], "GFLOP", 1e9)),
         ("the network's alone", _shown(summary["model_flops_per_image"], "GFLOP", 1e9)),
-        ("bytes moved per device", _shown(summary["hbm_traffic_per_device"], "GB", 1e9)),
+        ("from and to memory per device", _shown(summary["hbm_traffic_per_device"], "GB", 1e9)),
         ("parameters", _shown(summary["parameter_bytes"], "MB", 1e6)),
         *_collective_rows(summary["collectives"]),
         ("a step, at least", _shown(summary["roofline_step_ms"], "ms", 1)),

@@ -78,7 +78,7 @@ def randomised(network):
         layer.bias.data.normal_(0, 0.1)
         layer.momentum = 1.0
     with torch.no_grad():
-        network.train()(make_images(16, 96)[1])
+        network.train()(make_images(96)[1])
     for layer in layers:
         layer.momentum = momentum
         layer.running_mean += torch.randn_like(layer.running_mean) * layer.running_var.sqrt() / 50
@@ -86,11 +86,11 @@ def randomised(network):
     return network
 
 
-def check_parity(network, model, file, n=16, pixels=96):
-    """Logits and statistics of 16 images, gradients of n."""
+def check_parity(network, model, file, pixels=96):
+    """Logits and statistics of 16 images of 96 pixels, gradients of 16 of `pixels`."""
     model.update({k: v for k, v in weights.convention(file, model).items() if k != "source"})
     variables, ours = weights.import_weights(file, model), models.create(model)
-    x, images = make_images(16, 96)
+    x, images = make_images(96)
     with torch.no_grad():
         expected = network.eval()(images).numpy()
     assert expected.std(axis=0).mean() > 0.01 * np.abs(expected).max()  # it sees the images
@@ -101,7 +101,7 @@ def check_parity(network, model, file, n=16, pixels=96):
     original(images.double())
     state = {key: x.numpy() for key, x in original.state_dict().items()}
     check_tree("batch_stats", train(ours, variables, x)[1], state, file, model)
-    x, images = make_images(n, pixels)
+    x, images = make_images(pixels)
     with smooth() if cornered(model.name) else contextlib.nullcontext():
         network(images.double()).square().mean().backward()
         gradients = train(ours, variables, x)[0]
@@ -137,9 +137,9 @@ def smooth():
     jax.clear_caches()
 
 
-def make_images(n, pixels):
-    """For us and for torch."""
-    x = np.random.default_rng(0).normal(size=(n, pixels, pixels, 3)).astype(np.float32)
+def make_images(pixels):
+    """16 of them, for us and for torch."""
+    x = np.random.default_rng(0).normal(size=(16, pixels, pixels, 3)).astype(np.float32)
     return x, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
