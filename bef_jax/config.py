@@ -18,6 +18,7 @@ CHOICES = {
     "model.total_stride": (32, 16, 8),
     "model.attention": ("none", "cbam"),
     "model.depthwise": ("auto", "native", "shift"),
+    "model.mbconv": ("layers", "pallas"),
     "model.remat": ("none", "block"),
     "model.padding": ("same", "symmetric"),
     "rcc.fill": ("mean", "white"),

@@ -141,7 +141,9 @@ def compile_step(
     # shape is an error, not minutes of compiling again.
     compiled = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
     inputs = _abstract_input(config, mesh, placed, steps), _abstract_key(mesh)
-    return compiled.lower(state, *inputs).compile(options)
+    # Known while it is traced: kernels of our own say on which devices they run.
+    with jax.set_mesh(mesh):
+        return compiled.lower(state, *inputs).compile(options)
 
 
 def make_call(train_step: Callable, mesh: Mesh) -> Callable:

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from bef_jax.models import mbconv
+from bef_jax.models import mbconv_kernels as kernels
 from bef_jax.models.layers import (
     Conv,
     DepthwiseConv,
@@ -15,6 +17,7 @@ from bef_jax.models.layers import (
     PointwiseKernel,
     SqueezeExcite,
     global_pool,
+    padding_of,
 )
 from bef_jax.models.network import Network
 
@@ -141,31 +144,59 @@ class MBConv(nn.Module):
     norm: functools.partial
     activation: str = "silu"
     squeeze_excite: bool = True
+    form: str = "layers"
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        stage, inputs = self.stage, x
-        conv = functools.partial(Conv, kernel=1, dtype=self.dtype)
+        inputs = x
+        # Layers make the parameters, and the one form has those of the other.
+        block = self._kernel_block(x.shape) if train and not self.is_initializing() else None
+        x = self._by_layers(x, train) if block is None else self._by_kernels(x, block)
+        # No activation: on few channels it would lose what it sets to 0 (Sandler et al. 2018,
+        # section 3.2).
+        x = self.norm(name="project_norm")(x, train)
+        # No block of stride 2 keeps its channels, so shapes tell where there is a residual.
+        if x.shape != inputs.shape:
+            return x
+        return DropPath(self.drop_path)(x, train) + inputs
+
+    def _by_layers(self, x: Array, train: bool) -> Array:
+        stage, inputs = self.stage, x.shape[-1]
         active = functools.partial(self.norm, activation=self.activation)
-        hidden = inputs.shape[-1] * stage.expand
         if stage.expand != 1:
             # The kernel, not its product: where positions are many the norm takes its statistics
             # from the narrow input, and saves passes over the hidden maps, the network's largest.
-            kernel = PointwiseKernel(hidden, self.dtype, name="expand_conv")(inputs.shape[-1])
+            kernel = PointwiseKernel(inputs * stage.expand, self.dtype, name="expand_conv")(inputs)
             x = active(name="expand_norm")(x, train, kernel)
         # [N, H', W', hidden] from here to the projection.
         x = self.depthwise(stage.kernel, self.stride, name="depthwise_conv")(x)
         x = active(name="depthwise_norm")(x, train)
         if self.squeeze_excite:
             # A quarter of the block's input, not of its hidden features: as in the paper's code.
-            x = SqueezeExcite(max(inputs.shape[-1] // 4, 1), name="squeeze_excite")(x)
-        # No activation: on few channels it would lose what it sets to 0 (Sandler et al. 2018,
-        # section 3.2).
-        x = self.norm(name="project_norm")(conv(stage.channels, name="project_conv")(x), train)
-        # No block of stride 2 keeps its channels, so shapes tell where there is a residual.
-        if x.shape != inputs.shape:
-            return x
-        return DropPath(self.drop_path)(x, train) + inputs
+            x = SqueezeExcite(max(inputs // 4, 1), name="squeeze_excite")(x)
+        return Conv(stage.channels, kernel=1, dtype=self.dtype, name="project_conv")(x)
+
+    def _by_kernels(self, x: Array, block: mbconv.Block) -> Array:
+        params = self.variables["params"]
+        names = [name for name in params if name != "project_norm"]
+        x, statistics = mbconv.mbconv(x, {name: params[name] for name in names}, block)
+        for name, moments in statistics.items():
+            self.norm(name=name).record(*moments)
+        return x
+
+    def _kernel_block(self, shape: tuple[int, ...]) -> mbconv.Block | None:
+        """What the kernels have to know; None where there are none for the block."""
+        stage, norm = self.stage, self.norm(parent=None)
+        if self.form == "layers" or stage.expand == 1 or shape[0] % (norm.groups * kernels.LANES):
+            return None
+        padding = padding_of(
+            stage.kernel, self.stride, shape[1:3], self.depthwise.keywords["padding"]
+        )
+        window = kernels.Window(shape[1:3], stage.kernel, self.stride, padding)
+        channels = shape[-1], shape[-1] * stage.expand, stage.channels
+        size = kernels.channel_block(window, *channels, jnp.dtype(self.dtype).itemsize)
+        fixed = norm.groups, norm.epsilon, self.activation
+        return mbconv.Block(window, size, *fixed) if size else None
 
 
 class EfficientNet(Network):
@@ -188,7 +219,7 @@ class EfficientNet(Network):
         depthwise = functools.partial(
             DepthwiseConv, padding=self.padding, form=self.depthwise, dtype=self.dtype
         )
-        switches = self.architecture.activation, self.architecture.squeeze_excite
+        switches = self.architecture.activation, self.architecture.squeeze_excite, self.mbconv
         for index in self.blocks(number):
             stride = stage.stride if index == self.blocks(number)[0] else 1
             layers = (self.drop_rate(index), self.dtype, depthwise, self.norm())

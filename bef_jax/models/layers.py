@@ -124,13 +124,18 @@ class BatchNorm(nn.Module):
         y, batch_mean, batch_var = self._normalise(x, kernel, scale, bias)
         # An init with train=True has seen one batch without meaning: statistics stay 0 and 1.
         if not self.is_initializing():
-            keep = self.momentum
-            # [groups, C] -> [C]. The biased variance, as in Flax; torch's running one is n / (n -
-            # 1) times it. With groups it is the mean of theirs, by which training normalises; how
-            # far the groups' means lie apart does not enter.
-            mean.value = keep * mean.value + (1 - keep) * batch_mean.mean(0)
-            var.value = keep * var.value + (1 - keep) * batch_var.mean(0)
+            self.record(batch_mean, batch_var)
         return y.astype(self.dtype)
+
+    def record(self, batch_mean: Array, batch_var: Array) -> None:
+        """Puts a batch's statistics, [groups, C], into the running ones."""
+        # The biased variance, as in Flax; torch's running one is n / (n - 1) times it. With groups
+        # it is the mean of theirs, by which training normalises; how far the groups' means lie
+        # apart does not enter.
+        for name, batch in (("mean", batch_mean), ("var", batch_var)):
+            running = self.get_variable("batch_stats", name)
+            running = self.momentum * running + (1 - self.momentum) * batch.mean(0)
+            self.put_variable("batch_stats", name, running)
 
     def _normalise(self, x: Array, kernel: Array | None, scale: Array, bias: Array):
         options = (self.groups, self.epsilon, self.activation)

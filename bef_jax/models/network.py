@@ -27,6 +27,7 @@ class Network(nn.Module):
         padding: where stride 2 pads: `same` (TensorFlow) or `symmetric` (torch).
         depthwise: the form of the depthwise convolution (`depthwise.depthwise_conv`), where the
             network has any.
+        mbconv: how EfficientNet's blocks are trained: `layers`, or `pallas`, kernels for TPU.
         remat: `block`: of every block its input alone is kept for the gradient, and the rest is
             computed again; or `none`.
         bn_groups: parts of the batch with statistics of their own (`layers.BatchNorm`).
@@ -46,6 +47,7 @@ class Network(nn.Module):
     drop_path: float = 0.2
     padding: str = "same"
     depthwise: str = "auto"
+    mbconv: str = "layers"
     remat: str = "none"
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-3

@@ -64,7 +64,7 @@ def _batch_norm_backward(groups: int, epsilon: float, activation: str, residuals
     upstream = cotangents[0].reshape(parts.shape).astype(jnp.float32)
     inverse = lax.rsqrt(var + epsilon)
     activated = (parts - mean) * (inverse * scale) + bias
-    upstream = upstream * _SLOPES[activation](activated)
+    upstream = upstream * SLOPES[activation](activated)
     by_bias = jnp.sum(upstream, axes, keepdims=True)
     # sum(upstream * normalised), by sums over x itself: one pass gives both.
     by_scale = (jnp.sum(upstream * parts, axes, keepdims=True) - mean * by_bias) * inverse
@@ -135,7 +135,7 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     x, kernel, scale, product, shift, spread, var = residuals
     parts = x.reshape(groups, -1, *x.shape[1:])
     product = lax.optimization_barrier(product)  # as in _batch_norm_backward
-    upstream = cotangents[0].reshape(product.shape) * _SLOPES[activation](product + shift)
+    upstream = cotangents[0].reshape(product.shape) * SLOPES[activation](product + shift)
     # Rounded before the products, as the forward pass rounds its factors.
     upstream = upstream.astype(x.dtype)
     _, centered = _centered(parts)
@@ -200,7 +200,7 @@ def _silu_slope(x: Array) -> Array:
 
 
 # With respect to what is activated. At a corner it is 0, as torch has it.
-_SLOPES = {
+SLOPES = {
     "none": jnp.ones_like,
     "silu": _silu_slope,
     "relu": lambda x: (x > 0).astype(x.dtype),
