@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from bef_jax.models import mbconv
-from bef_jax.models import mbconv_kernels as kernels
 from bef_jax.models.layers import (
     Conv,
     DepthwiseConv,
@@ -19,6 +18,7 @@ from bef_jax.models.layers import (
     global_pool,
     padding_of,
 )
+from bef_jax.models.mbconv_grid import LANES, Window, channel_block
 from bef_jax.models.network import Network
 
 
@@ -187,14 +187,14 @@ class MBConv(nn.Module):
     def _kernel_block(self, shape: tuple[int, ...]) -> mbconv.Block | None:
         """What the kernels have to know; None where there are none for the block."""
         stage, norm = self.stage, self.norm(parent=None)
-        if self.form == "layers" or stage.expand == 1 or shape[0] % (norm.groups * kernels.LANES):
+        if self.form == "layers" or shape[0] % (norm.groups * LANES):
             return None
         padding = padding_of(
             stage.kernel, self.stride, shape[1:3], self.depthwise.keywords["padding"]
         )
-        window = kernels.Window(shape[1:3], stage.kernel, self.stride, padding)
+        window = Window(shape[1:3], stage.kernel, self.stride, padding)
         channels = shape[-1], shape[-1] * stage.expand, stage.channels
-        size = kernels.channel_block(window, *channels, jnp.dtype(self.dtype).itemsize)
+        size = channel_block(window, *channels, jnp.dtype(self.dtype).itemsize)
         fixed = norm.groups, norm.epsilon, self.activation
         return mbconv.Block(window, size, *fixed) if size else None
 

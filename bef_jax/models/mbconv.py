@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from bef_jax import sharding
 from bef_jax.models import mbconv_kernels as kernels
-from bef_jax.models.norm import ACTIVATIONS
+from bef_jax.models.mbconv_grid import Window
 
 Params = dict[str, Any]
 
@@ -34,13 +34,13 @@ class Block:
 
     Attributes:
         window: of its depthwise convolution.
-        channels: that the kernels take at a time (`kernels.channel_block`).
+        channels: that the kernels take at a time (`mbconv_grid.channel_block`).
         groups: parts of the batch with statistics of their own.
         epsilon: added to variances.
         activation: of `norm.ACTIVATIONS`.
     """
 
-    window: kernels.Window
+    window: Window
     channels: int
     groups: int
     epsilon: float
@@ -53,12 +53,13 @@ def mbconv(x: Array, params: Params, block: Block) -> tuple[Array, Params]:
 
     Args:
         x: [N, H, W, K]; N a multiple of 128 * groups.
-        params: of these layers, by their names in `efficientnet.MBConv`; squeeze_excite may lack.
+        params: of these layers, by their names in `efficientnet.MBConv`; without expand_conv and
+            expand_norm x is not expanded, without squeeze_excite there is no gate.
 
     Returns:
         y: [N, H', W', M], of x's dtype, before the projection's norm.
-        statistics: {expand_norm, depthwise_norm: (mean, variance)}, [groups, E] each, float32,
-            through which no gradient flows.
+        statistics: {norm's name: (mean, variance)}, [groups, E] each, float32, through which no
+            gradient flows.
     """
     return _forward(x, params, block)[0]
 
@@ -135,17 +136,16 @@ class Norm:
 def _group_forward(block: Block, x: Array, params: Params):
     """[n, H, W, K] -> y [n, H', W', M], the norms' statistics, and what the gradient needs."""
     x = x.transpose(1, 2, 3, 0)
-    expand, statistics = _expansion(x, params, block.epsilon)
     taps, project = _weights(params, x.dtype)
-    options = block.window, block.channels, block.activation
-    d, moments = kernels.spread(x, expand.weights.T, expand.shift[:, None], taps, *options)
+    expand, statistics = _expansion(x, params, block.epsilon)
+    options = block.channels, block.activation
+    d, moments = kernels.spread(x, *_factors(expand), taps, block.window, *options)
     norm, variance = _norm(moments, params["depthwise_norm"], d, block.epsilon)
-    activated = d * norm.factor[:, None] + norm.offset[:, None]
-    activated = ACTIVATIONS[block.activation](activated)
-    pooled = jnp.mean(activated, (0, 1))
+    columns = jnp.stack([norm.factor, norm.offset])[..., None]
+    pooled = kernels.pool(d, columns, *options) / math.prod(d.shape[:2])
     gate = _excite(params.get("squeeze_excite"), pooled)
-    y = _product("hwen,em->hwmn", (activated * gate).astype(x.dtype), project).astype(x.dtype)
-    statistics = {"expand_norm": statistics, "depthwise_norm": (norm.mean, variance)}
+    y = kernels.project(d, columns, gate, project, *options)
+    statistics["depthwise_norm"] = norm.mean, variance
     return y.transpose(3, 0, 1, 2), statistics, (expand, norm, pooled, d)
 
 
@@ -157,12 +157,12 @@ def _group_backward(block: Block, part, params: Params) -> tuple[Array, Params]:
     gate, excite_gradient = jax.vjp(_excite, params.get("squeeze_excite"), pooled)
     columns = jnp.stack([norm.factor, norm.offset])[..., None]
     options = block.channels, block.activation
-    sums, by_project = kernels.project_gradients(d, by_y, project, columns, gate, *options)
+    sums, by_project = kernels.project_gradients(d, by_y, columns, gate, project, *options)
     by_excite, by_pooled = excite_gradient(sums[0])
     pull = by_pooled / math.prod(d.shape[:2])  # of the mean, on each position
     by_norm, columns = _norm_gradient(norm, sums, gate, pull, d)
-    columns = jnp.stack([expand.shift, norm.factor, norm.offset, *columns])[..., None]
-    weights = expand.weights.T, taps, project, columns
+    weight, shift = _factors(expand)
+    weights = weight, taps, project, _columns(shift, norm, columns)
     images = jnp.stack([gate, pull])
     sums = kernels.spread_gradients(x, d, by_y, weights, images, block.window, *options)
     by_x, by_expansion = _expansion_gradient(x, expand, params, *sums[:3])
@@ -171,10 +171,20 @@ def _group_backward(block: Block, part, params: Params) -> tuple[Array, Params]:
         "depthwise_conv": _like(params["depthwise_conv"], sums[3].sum(0)),
         "depthwise_norm": by_norm,
         "project_conv": _like(params["project_conv"], by_project.sum(0)),
+        "squeeze_excite": by_excite,
     }
-    if by_excite is not None:
-        by_params["squeeze_excite"] = by_excite
-    return by_x.astype(x.dtype).transpose(3, 0, 1, 2), by_params
+    return by_x.transpose(3, 0, 1, 2), {name: by_params[name] for name in params}
+
+
+def _factors(expand: Expansion | None) -> tuple[Array | None, Array | None]:
+    """Weights [E, K] and shift [E, 1] of an expansion, as the kernels take them."""
+    return (None, None) if expand is None else (expand.weights.T, expand.shift[:, None])
+
+
+def _columns(shift: Array | None, norm: Norm, gradient: tuple[Array, Array]) -> Array:
+    """[5, E, 1], as `kernels.spread_gradients` takes them."""
+    shift = jnp.zeros_like(norm.factor) if shift is None else shift[:, 0]
+    return jnp.stack([shift, norm.factor, norm.offset, *gradient])[..., None]
 
 
 def _weights(params: Params, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -196,11 +206,13 @@ def _excite(params: Params | None, pooled: Array) -> Array:
     return nn.sigmoid(hidden @ expand["kernel"] + expand["bias"]).T
 
 
-def _expansion(x: Array, params: Params, epsilon: float):
-    """Its kernel with the norm in it, and the statistics (mean, variance).
+def _expansion(x: Array, params: Params, epsilon: float) -> tuple[Expansion | None, Params]:
+    """The expansion with its norm in it, and the norm's statistics; None and {} where none is.
 
     As in `norm.pointwise_batch_norm`: the product's statistics by those of x.
     """
+    if "expand_conv" not in params:
+        return None, {}
     kernel, norm = params["expand_conv"]["kernel"][0, 0], params["expand_norm"]
     center, centered = _centered(x)
     covariance = _product("hwkn,hwln->kl", centered, centered) / (x.size // len(center))
@@ -209,16 +221,23 @@ def _expansion(x: Array, params: Params, epsilon: float):
     inverse = lax.rsqrt(var + epsilon)
     weights = (kernel * norm["scale"] * inverse).astype(x.dtype)
     shift = norm["bias"] - _exact("k,ke->e", center, weights)
-    return Expansion(weights, shift, center, spread, inverse), (mean, var)
+    return Expansion(weights, shift, center, spread, inverse), {"expand_norm": (mean, var)}
 
 
 def _expansion_gradient(
-    x: Array, expand: Expansion, params: Params, by_x: Array, by_expand: Array, by_shift: Array
+    x: Array,
+    expand: Expansion | None,
+    params: Params,
+    by_x: Array,
+    by_expand: Array | None,
+    by_shift: Array | None,
 ) -> tuple[Array, Params]:
     """The gradients of x [H, W, K, n] and of the convolution and its norm, from the kernels' sums.
 
     As in `norm.pointwise_batch_norm`: what statistics add to the gradient of x is linear in x.
     """
+    if expand is None:
+        return by_x, {}
     kernel, count = params["expand_conv"]["kernel"][0, 0], x.size // len(expand.center)
     factor = params["expand_norm"]["scale"] * expand.inverse
     by_bias = by_shift.sum(-1)
@@ -229,12 +248,13 @@ def _expansion_gradient(
     constant = _exact("ke,e->k", kernel * factor, by_bias) / count
     _, centered = _centered(x)
     by_x = by_x - _product("hwkn,kl->hwln", centered, correction.astype(x.dtype))
+    by_x = (by_x - constant[:, None]).astype(x.dtype)
     by_kernel = factor * (by_kernel - expand.spread * pull)
     by_params = {
         "expand_conv": _like(params["expand_conv"], by_kernel),
         "expand_norm": {"scale": by_scale, "bias": by_bias},
     }
-    return by_x - constant[:, None], by_params
+    return by_x, by_params
 
 
 def _centered(x: Array) -> tuple[Array, Array]:

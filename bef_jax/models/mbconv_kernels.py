@@ -1,109 +1,45 @@
-"""EfficientNet's block on TPU, as three Pallas kernels that never write its expanded maps.
+"""EfficientNet's block on TPU, as Pallas kernels that never write its expanded maps.
 
 XLA puts each convolution, norm and activation of a block, forwards and backwards, through memory
 one after the other: about 19 passes over maps of 6 times the block's input. Here the expansion is
 multiplied again wherever it is wanted, from the narrow input, and of the wide maps the depthwise
-convolution's result alone is kept: written once, and read once by each of two kernels backwards.
+convolution's result d alone is kept. It is written once and read four times: by `pool` and
+`project`, and by each of the two kernels of the backward pass.
 
-Maps are [H, W, C, N] here: channels along a vector register's sublanes, images along its lanes. So
-the taps of a depthwise convolution are other registers, not shifted ones, and no channel is padded.
-A kernel runs over blocks of 128 images and of some of the E channels; a block's maps stay on chip.
+Maps are [H, W, C, N] (`mbconv_grid`). K, E and M are the channels of the block's input, of its
+hidden maps and of its output. A block without expansion has no `expand`: x has E channels, already
+activated.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from bef_jax.models.depthwise import Padding
+from bef_jax.models import mbconv_grid as grid
+from bef_jax.models.mbconv_grid import LANES, Window
 from bef_jax.models.norm import ACTIVATIONS, SLOPES
 
-LANES = 128  # images of a block
-_SUBLANES = 16  # of bfloat16; a block's channels are a multiple of them
-_MOST_CHANNELS = 96  # of a block
-_VMEM = 100 * 2**20  # of the 128 MiB on v5e and v6e; XLA keeps the rest
 _REGISTERS = 24  # of 64, that hold the sums of one row's positions
 
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """The geometry of a depthwise convolution.
-
-    A map that it reads is kept padded and split into its phases, [A, stride, B, stride, C, N]:
-    padded position (stride * a + p, stride * b + q) is element [a, p, b, q]. So a row of taps is
-    consecutive at stride 2, too.
-    """
-
-    size: tuple[int, int]
-    kernel: int
-    stride: int
-    padding: Padding
-
-    @property
-    def outputs(self) -> tuple[int, int]:
-        """H', W'."""
-        sides = zip(self.size, self.padding, strict=True)
-        height, width = ((n + sum(pad) - self.kernel) // self.stride + 1 for n, pad in sides)
-        return height, width
-
-    @property
-    def margin(self) -> int:
-        """Zeros before a padded cotangent: how far a tap reaches within its phase."""
-        return (self.kernel - 1) // self.stride
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        """A, B: as many as inputs or taps reach."""
-        sides = zip(self.size, self.padding, self.outputs, strict=True)
-        a, b = (max((n + pad[0] - 1) // self.stride + 1, m + self.margin) for n, pad, m in sides)
-        return a, b
-
-    @property
-    def phases(self) -> tuple[int, int, int, int]:
-        """The shape of a padded map, without its channels and images."""
-        return self.padded[0], self.stride, self.padded[1], self.stride
-
-    @property
-    def taps(self) -> list[tuple[int, int]]:
-        """All (i, j), in the order in which a kernel's taps lie."""
-        return [(i, j) for i in range(self.kernel) for j in range(self.kernel)]
-
-    def inside(self, axis: int, phase: int) -> tuple[int, int]:
-        """The elements of a phase along an axis that are inputs, not padding: [first, last)."""
-        before = self.padding[axis][0] - phase
-        return -(-before // self.stride), (before + self.size[axis] - 1) // self.stride + 1
+_floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
-def channel_block(window: Window, inputs: int, hidden: int, outputs: int, itemsize: int) -> int:
-    """How many of a block's channels the kernels take at a time; 0 where none fit on the chip.
-
-    Args:
-        inputs, hidden, outputs: K, E and M.
-        itemsize: bytes of the activations' dtype.
-    """
-    positions, results = math.prod(window.size), math.prod(window.outputs)
-    cotangents = math.prod(side + window.margin for side in window.padded)
-    # What `spread_gradients` holds, the largest: whole maps once, and of a block's channels the
-    # padded maps once, what is loaded while the last block runs twice.
-    whole = positions * inputs * (itemsize + 4) + results * outputs * itemsize
-    each = math.prod(window.phases) * (4 + itemsize) + cotangents * 4 + results * 2 * itemsize
-    each += window.kernel**2 * 4 + 64
-    most = min(_MOST_CHANNELS, (_VMEM // LANES - whole) // each)
-    blocks = range(_SUBLANES, most + 1, _SUBLANES)
-    return max((block for block in blocks if hidden % block == 0), default=0)
-
-
-# ---- what the block calls -----------------------------------------------------------------------
+# ---- forwards -----------------------------------------------------------------------------------
 
 
 def spread(
-    x: Array, expand: Array, shift: Array, taps: Array, window: Window, block: int, activation: str
+    x: Array,
+    expand: Array | None,
+    shift: Array | None,
+    taps: Array,
+    window: Window,
+    block: int,
+    activation: str,
 ) -> tuple[Array, Array]:
     """Expansion, activation and depthwise convolution, with the sums for the norm that follows.
 
@@ -112,173 +48,37 @@ def spread(
         expand: [E, K], of x's dtype.
         shift: [E, 1], float32.
         taps: [k * k, E, 1], float32.
-        block: from `channel_block`.
+        block: channels at a time, from `channel_block`.
 
     Returns:
         d: [H', W', E, N], of x's dtype: depthwise(activation(expand @ x + shift)).
         moments: [2, E, N], float32, the sums over positions of d and of d^2.
     """
     kernel = functools.partial(_spread, window=window, activation=ACTIVATIONS[activation])
-    hidden, images = len(expand), x.shape[-1]
-    inputs = [(x, _whole), (expand, _rows), (shift, _rows), (taps, _rows)]
-    outputs = [
-        (jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype), _maps),
-        (jax.ShapeDtypeStruct((2, hidden, images), jnp.float32), _maps),
-    ]
-    products = x.size * hidden + math.prod(window.outputs) * hidden * images * len(taps)
-    padded = [((*window.phases, block, LANES), jnp.float32)]
-    return _run(kernel, inputs, outputs, padded, block, products)
-
-
-def project_gradients(
-    d: Array, by_y: Array, project: Array, norm: Array, gate: Array, block: int, activation: str
-) -> tuple[Array, Array]:
-    """What the gradients of squeeze-excite, of its norm and of the projection sum over positions.
-
-    With u = project @ by_y, the gradient of the gated maps, a = activation(z) and its slope s, at z
-    = norm[0] * d + norm[1].
-
-    Args:
-        d: [H', W', E, N], from `spread`.
-        by_y: [H', W', M, N], of d's dtype, the gradient of the projection.
-        project: [E, M], of d's dtype.
-        norm: [2, E, 1], float32.
-        gate: [E, N], float32.
-
-    Returns:
-        sums: [5, E, N], float32, the sums over positions of u a, u s, u s d, s and s d.
-        by_project: [N / 128, E, M], float32, its gradient by images.
-    """
-    functions = ACTIVATIONS[activation], SLOPES[activation]
-    kernel = functools.partial(_project_gradients, functions=functions)
-    hidden, images, features = d.shape[-2], d.shape[-1], project.shape[1]
-    inputs = [(d, _maps), (by_y, _whole), (project, _rows), (norm, _rows), (gate, _maps)]
-    outputs = [
-        (jax.ShapeDtypeStruct((5, hidden, images), jnp.float32), _maps),
-        (jax.ShapeDtypeStruct((images // LANES, hidden, features), jnp.float32), _parts),
-    ]
-    return _run(kernel, inputs, outputs, [], block, 2 * d.size * features)
-
-
-def spread_gradients(
-    x: Array,
-    d: Array,
-    by_y: Array,
-    weights: Sequence[Array],
-    images: Array,
-    window: Window,
-    block: int,
-    activation: str,
-) -> tuple[Array, Array, Array, Array]:
-    """The gradients of `spread`, from that of the projection.
-
-    Args:
-        x, d, by_y: as above.
-        weights: expand [E, K], taps [k * k, E, 1], project [E, M] and columns [5, E, 1], float32:
-            shift; factor and offset of the norm behind d; and factor and offset of d in its
-            gradient, which is columns[1] * (gradient of z) + columns[3] * d + columns[4].
-        images: [2, E, N], float32, gate g and pull p: the gradient of z is (u g + p) s.
-
-    Returns:
-        by_x: [H, W, K, N], float32, expand^T times the gradient of expand @ x.
-        by_expand: [N / 128, E, K], by_shift [E, N], by_taps [N / 128, k * k, E, 1], float32.
-    """
-    functions = ACTIVATIONS[activation], SLOPES[activation]
-    kernel = functools.partial(_spread_gradients, window=window, functions=functions)
-    (hidden, width), count, taps = weights[0].shape, x.shape[-1], window.kernel**2
-    inputs = [(x, _whole), (d, _maps), (by_y, _whole), *((array, _rows) for array in weights)]
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    outputs = [
-        (shape(x.shape), _whole),
-        (shape((count // LANES, hidden, width)), _parts),
-        (shape((hidden, count)), _maps),
-        (shape((count // LANES, taps, hidden, 1)), _parts),
-    ]
-    phases, upstream = window.phases, (side + window.margin for side in window.padded)
-    scratch = [
-        ((*phases, block, LANES), jnp.float32),
-        ((*phases, block, LANES), x.dtype),
-        ((*upstream, block, LANES), jnp.float32),
-        ((taps, block, LANES), jnp.float32),
-    ]
-    products = 3 * x.size * hidden + d.size * (by_y.shape[-2] + 2 * taps)
-    return _run(kernel, [*inputs, (images, _maps)], outputs, scratch, block, products)
-
-
-def _run(kernel: Callable, inputs, outputs, scratch, block: int, products: int):
-    """Calls a kernel for every block: of images, and within them of channels.
-
-    Args:
-        inputs, outputs: (array, or its shape; how it is cut into blocks).
-        scratch: shapes and dtypes of what a block keeps on the chip.
-        products: multiplications, each with an addition, for XLA's account of costs.
-    """
-    arrays, shapes = [array for array, _ in inputs], [shape for shape, _ in outputs]
-    (hidden, images), (maps, _) = shapes[0].shape[-2:], inputs[0]
-    hidden = next(array.shape[-2] for array, cut in (*inputs, *outputs) if cut is _maps)
-    images = maps.shape[-1]
-    moved = sum(math.prod(array.shape) * array.dtype.itemsize for array in (*arrays, *shapes))
-    call = functools.partial(
-        pl.pallas_call,
-        kernel,
-        out_shape=shapes,
-        grid=(images // LANES, hidden // block),
-        in_specs=[cut(array.shape, block) for array, cut in inputs],
-        out_specs=[cut(shape.shape, block) for shape, cut in outputs],
-        scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
-        ),
-        cost_estimate=pl.CostEstimate(flops=2 * products, bytes_accessed=moved, transcendentals=0),
-    )
-    # Interpreted elsewhere: the same arithmetic, slowly, for tests.
-    return lax.platform_dependent(
-        *arrays, tpu=lambda *args: call()(*args), default=lambda *args: call(interpret=True)(*args)
-    )
-
-
-def _whole(shape: Sequence[int], block: int) -> pl.BlockSpec:
-    """Maps [H, W, C, N] of few channels: all of them stay on the chip for all blocks of images'."""
-    # One buffer, not two: the next images' are loaded when these are done.
-    return pl.BlockSpec(
-        (*shape[:-1], LANES), lambda n, e: (0, 0, 0, n), pipeline_mode=pl.Buffered(1)
-    )
-
-
-def _maps(shape: Sequence[int], block: int) -> pl.BlockSpec:
-    """[..., E, N]."""
-    rest = len(shape) - 2
-    return pl.BlockSpec((*shape[:-2], block, LANES), lambda n, e: (*(0,) * rest, e, n))
-
-
-def _rows(shape: Sequence[int], block: int) -> pl.BlockSpec:
-    """[..., E, K], for all images."""
-    rest = len(shape) - 2
-    return pl.BlockSpec((*shape[:-2], block, shape[-1]), lambda n, e: (*(0,) * rest, e, 0))
-
-
-def _parts(shape: Sequence[int], block: int) -> pl.BlockSpec:
-    """[N / 128, ..., E, K]: what each block of images adds."""
-    rest = len(shape) - 3
-    size = (None, *shape[1:-2], block, shape[-1])
-    return pl.BlockSpec(size, lambda n, e: (n, *(0,) * rest, e, 0))
-
-
-# ---- the kernels --------------------------------------------------------------------------------
+    hidden, images = taps.shape[1], x.shape[-1]
+    cut = grid.maps if expand is None else grid.whole
+    inputs = [(x, cut), (expand, grid.rows), (shift, grid.rows), (taps, grid.rows)]
+    result = jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype)
+    outputs = [(result, grid.maps), (_floats((2, hidden, images)), grid.maps)]
+    scratch = [((*window.phases, block, LANES), jnp.float32)]
+    expanded = 0 if expand is None else math.prod(window.size) * hidden * images
+    products = expanded * x.shape[-2] + result.size * len(taps)
+    return grid.run(kernel, inputs, outputs, scratch, block, products, expanded)
 
 
 def _spread(x, expand, shift, taps, d, moments, padded, *, window: Window, activation: Callable):
     @pl.when(pl.program_id(1) == 0)
     def _():
-        padded[...] = jnp.zeros_like(padded)  # the margins stay so; the rest is written each time
+        # The margins stay so; the rest is written for each block.
+        padded[...] = jnp.zeros_like(padded)
 
     moments[...] = jnp.zeros_like(moments)
 
     def fill(position, z):
-        padded[position] = activation(z)
+        padded[position] = z if expand is None else activation(z)
 
     def convolve(row, _):
-        for start, count in _pieces(window.outputs[1], len(expand)):
+        for start, count in _pieces(window.outputs[1], taps.shape[1]):
             taken = (_tap(padded, row, start, count, i, j, window.stride) for i, j in window.taps)
             total = sum(part * taps[index] for index, part in enumerate(taken))
             d[row, pl.ds(start, count)] = total.astype(d.dtype)
@@ -289,55 +89,256 @@ def _spread(x, expand, shift, taps, d, moments, padded, *, window: Window, activ
     lax.fori_loop(0, window.outputs[0], convolve, None)
 
 
+def pool(d: Array, norm: Array, block: int, activation: str) -> Array:
+    """The sums over positions of activation(norm[0] * d + norm[1]), [E, N], float32.
+
+    Args:
+        d: [H', W', E, N], from `spread`.
+        norm: [2, E, 1], float32.
+    """
+    kernel = functools.partial(_pool, activation=ACTIVATIONS[activation])
+    inputs, outputs = [(d, grid.maps), (norm, grid.rows)], [(_floats(d.shape[2:]), grid.maps)]
+    return grid.run(kernel, inputs, outputs, [], block, d.size, d.size)[0]
+
+
+def _pool(d, norm, pooled, *, activation: Callable):
+    pooled[...] = jnp.zeros_like(pooled)
+
+    def add(row, _):
+        for start, count in _pieces(d.shape[1], d.shape[2]):
+            value = d[row, pl.ds(start, count)].astype(jnp.float32)
+            pooled[...] += activation(value * norm[0] + norm[1]).sum(0)
+
+    lax.fori_loop(0, d.shape[0], add, None)
+
+
+def project(
+    d: Array, norm: Array, gate: Array, weights: Array, block: int, activation: str
+) -> Array:
+    """weights^T @ (activation(norm[0] * d + norm[1]) * gate), [H', W', M, N], of d's dtype.
+
+    Args:
+        d, norm: as in `pool`.
+        gate: [E, N], float32.
+        weights: [E, M], of d's dtype.
+    """
+    kernel = functools.partial(_project, activation=ACTIVATIONS[activation])
+    shape = (*d.shape[:2], weights.shape[1], d.shape[3])
+    inputs = [(d, grid.maps), (norm, grid.rows), (gate, grid.maps), (weights, grid.rows)]
+    outputs = [(jax.ShapeDtypeStruct(shape, d.dtype), grid.whole)]
+    scratch = [((*shape[:3], LANES), jnp.float32)]
+    products = d.size * weights.shape[1]
+    return grid.run(kernel, inputs, outputs, scratch, block, products, d.size)[0]
+
+
+def _project(d, norm, gate, weights, y, total, *, activation: Callable):
+    def add(row, _):
+        for column in range(d.shape[1]):
+            value = d[row, column].astype(jnp.float32)
+            gated = activation(value * norm[0] + norm[1]) * gate[...]
+            total[row, column] += _dot(weights[...], gated.astype(d.dtype), over=0)
+
+    _accumulate(total, y, lambda: lax.fori_loop(0, d.shape[0], add, None))
+
+
+# ---- backwards ----------------------------------------------------------------------------------
+
+
+def project_gradients(
+    d: Array, by_y: Array, norm: Array, gate: Array, weights: Array, block: int, activation: str
+) -> tuple[Array, Array]:
+    """The gradient of `project`'s weights, and the sums that those of gate and norm are made of.
+
+    With u = weights @ by_y, the gradient of the gated maps, a = activation(z) and its slope s, at z
+    = norm[0] * d + norm[1].
+
+    Args:
+        by_y: [H', W', M, N], of d's dtype, the gradient of what `project` gives.
+        d, norm, gate, weights: as there.
+
+    Returns:
+        sums: [5, E, N], float32, the sums over positions of u a, u s, u s d, s and s d.
+        by_weights: [N / 128, E, M], float32, by blocks of images.
+    """
+    functions = ACTIVATIONS[activation], SLOPES[activation]
+    kernel = functools.partial(_project_gradients, functions=functions)
+    (hidden, features), images = weights.shape, d.shape[-1]
+    inputs = [(d, grid.maps), (by_y, grid.whole), (norm, grid.rows), (gate, grid.maps)]
+    outputs = [
+        (_floats((5, hidden, images)), grid.maps),
+        (_floats((images // LANES, hidden, features)), grid.parts),
+    ]
+    inputs.append((weights, grid.rows))
+    return grid.run(kernel, inputs, outputs, [], block, 2 * d.size * features, 2 * d.size)
+
+
 def _project_gradients(
-    d, by_y, project, norm, gate, sums, by_project, *, functions: tuple[Callable, Callable]
+    d, by_y, norm, gate, weights, sums, by_weights, *, functions: tuple[Callable, Callable]
 ):
     activation, slope_of = functions
     sums[...] = jnp.zeros_like(sums)
-    by_project[...] = jnp.zeros_like(by_project)
+    by_weights[...] = jnp.zeros_like(by_weights)
 
     def add(row, _):
         for column in range(d.shape[1]):
             cotangent, value = by_y[row, column], d[row, column].astype(jnp.float32)
             z = value * norm[0] + norm[1]
             activated, slope = activation(z), slope_of(z)
-            upstream = _dot(project[...], cotangent)
+            upstream = _dot(weights[...], cotangent)
             terms = upstream * activated, upstream * slope, upstream * slope * value
             for index, term in enumerate((*terms, slope, slope * value)):
                 sums[index] += term
-            by_project[...] += _dot((activated * gate[...]).astype(d.dtype), cotangent, over=1)
+            by_weights[...] += _dot((activated * gate[...]).astype(d.dtype), cotangent, over=1)
 
     lax.fori_loop(0, d.shape[0], add, None)
 
 
+def spread_gradients(
+    x: Array,
+    d: Array,
+    by_y: Array,
+    weights: tuple[Array | None, Array, Array, Array],
+    images: Array,
+    window: Window,
+    block: int,
+    activation: str,
+) -> tuple[Array, Array | None, Array | None, Array]:
+    """The gradients of `spread`, from that of what `project` gives.
+
+    Args:
+        x, d, by_y: as above.
+        weights: expand [E, K]; taps [k * k, E, 1]; those of `project` [E, M]; and columns [5, E,
+            1], float32: shift, norm[0], norm[1], and c and o, by which the gradient of d is norm[0]
+            * (gradient of z) + c * d + o.
+        images: [2, E, N], float32, gate g and pull p: the gradient of z is (u g + p) s.
+
+    Returns:
+        by_x: [H, W, K, N], of x's dtype, expand^T times the gradient of expand @ x.
+        by_expand: [N / 128, E, K], float32, by blocks of images.
+        by_shift: [E, N], float32.
+        by_taps: [N / 128, k * k, E, 1], float32.
+    """
+    functions = ACTIVATIONS[activation], SLOPES[activation]
+    kernel = functools.partial(_spread_gradients, window=window, functions=functions)
+    (hidden, features), count, taps = weights[2].shape, x.shape[-1], len(weights[1])
+    expands, parts = weights[0] is not None, count // LANES
+    cut, width = grid.whole if expands else grid.maps, x.shape[-2]
+    inputs = [(x, cut), (d, grid.maps), (by_y, grid.whole)]
+    inputs += [*((array, grid.rows) for array in weights), (images, grid.maps)]
+    outputs = [
+        (jax.ShapeDtypeStruct(x.shape, x.dtype), cut),
+        (_floats((parts, hidden, width)) if expands else None, grid.parts),
+        (_floats((hidden, count)) if expands else None, grid.maps),
+        (_floats((parts, taps, hidden, 1)), grid.parts),
+    ]
+    padded, cotangent = window.phases, (side + window.margin for side in window.padded)
+    scratch = [
+        ((*padded, block, LANES), jnp.float32),
+        ((*padded, block, LANES), x.dtype) if expands else None,
+        ((*cotangent, block, LANES), jnp.float32),
+        ((taps, block, LANES), jnp.float32),
+        ((*x.shape[:3], LANES), jnp.float32) if expands else None,
+    ]
+    expanded = math.prod(window.size) * hidden * count if expands else 0
+    products = 3 * expanded * width + d.size * (features + 2 * taps)
+    return grid.run(kernel, inputs, outputs, scratch, block, products, 2 * expanded + d.size)
+
+
 def _spread_gradients(
-    x, d, by_y, expand, taps, project, columns, images, by_x, by_expand, by_shift, by_taps,
-    padded, slopes, upstream, sums, *, window: Window, functions: tuple[Callable, Callable],
+    x, d, by_y, expand, taps, weights, columns, images, by_x, by_expand, by_shift, by_taps,
+    padded, slopes, cotangent, sums, total, *, window: Window, functions: tuple[Callable, Callable],
 ):  # fmt: skip
     activation, slope_of = functions
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        for ref in (padded, upstream, by_x):
-            ref[...] = jnp.zeros_like(ref)
+        padded[...] = jnp.zeros_like(padded)
+        cotangent[...] = jnp.zeros_like(cotangent)
 
     for ref in (sums, by_expand, by_shift):
-        ref[...] = jnp.zeros_like(ref)
+        if ref is not None:
+            ref[...] = jnp.zeros_like(ref)
 
     def fill(position, z):
-        padded[position] = activation(z)
-        slopes[position] = slope_of(z).astype(slopes.dtype)
+        padded[position] = z if expand is None else activation(z)
+        if expand is not None:
+            slopes[position] = slope_of(z).astype(slopes.dtype)
+
+    def back():
+        for phase in range(window.stride):
+            row = functools.partial(rows, phase)
+            lax.fori_loop(*window.inside(0, phase), row, None)
+
+    def rows(phase, a, _):
+        for position, by_z in _input_gradient(cotangent, taps, slopes, by_shift, phase, a, window):
+            if expand is None:
+                by_x[position] = by_z.astype(x.dtype)
+            else:
+                by_z = by_z.astype(x.dtype)
+                total[position] += _dot(expand[...], by_z, over=0)
+                by_expand[...] += _dot(by_z, x[position], over=1)
 
     _expand(x, expand, columns.at[0], window, fill)
-    _depthwise_cotangent(d, by_y, project, columns, images, upstream, window.margin, slope_of)
-    _taps_gradient(padded, upstream, sums, window)
+    _depthwise_cotangent(d, by_y, weights, columns, images, cotangent, window.margin, slope_of)
+    _taps_gradient(padded, cotangent, sums, window)
     by_taps[...] = sums[...].sum(-1, keepdims=True)
-    for phase in range(window.stride):
-        back = functools.partial(
-            _row_gradient, phase, x, expand, taps, slopes, upstream, by_x, by_expand, by_shift,
-            window=window,
-        )  # fmt: skip
-        lax.fori_loop(*window.inside(0, phase), back, None)
+    if expand is None:
+        back()
+    else:
+        _accumulate(total, by_x, back)
+
+
+def _depthwise_cotangent(d, by_y, weights, columns, images, cotangent, margin, slope_of) -> None:
+    """Writes the gradient of d into the padded `cotangent`."""
+
+    def row(r, _):
+        for w in range(d.shape[1]):
+            value = d[r, w].astype(jnp.float32)
+            gated = _dot(weights[...], by_y[r, w]) * images[0] + images[1]
+            by_z = gated * slope_of(value * columns[1] + columns[2])
+            result = by_z * columns[1] + value * columns[3] + columns[4]
+            cotangent[r + margin, w + margin] = result
+
+    lax.fori_loop(0, d.shape[0], row, None)
+
+
+def _taps_gradient(padded, cotangent, sums, window: Window) -> None:
+    """Adds each tap's products with the cotangent, [k * k, C, 128]: images stay apart."""
+    margin, (rows, width) = window.margin, window.outputs
+
+    def row(r, _):
+        for index, (i, j) in enumerate(window.taps):
+            for start, count in _pieces(width, sums.shape[1]):
+                part = _tap(padded, r, start, count, i, j, window.stride)
+                factor = cotangent[r + margin, pl.ds(start + margin, count)]
+                sums[index] += (part * factor).sum(0)
+
+    lax.fori_loop(0, rows, row, None)
+
+
+def _input_gradient(cotangent, taps, slopes, by_shift, phase: int, a, window: Window):
+    """Yields (position, gradient [C, 128] of what was activated there) of row a of a phase."""
+    stride, margin, (top, left) = window.stride, window.margin, (pad[0] for pad in window.padding)
+    for q in range(stride):
+        first, last = window.inside(1, q)
+        for start, count in _pieces(last - first, taps.shape[1]):
+            b = first + start
+            # The taps that fell on this phase.
+            total = sum(
+                cotangent[a - i // stride + margin, pl.ds(b - j // stride + margin, count)]
+                * taps[index]
+                for index, (i, j) in enumerate(window.taps)
+                if (i % stride, j % stride) == (phase, q)
+            )
+            if slopes is not None:
+                total *= slopes[a, phase, pl.ds(b, count), q]
+                by_shift[...] += total.sum(0)
+            for offset in range(count):
+                position = stride * a + phase - top, stride * (b + offset) + q - left
+                yield position, total[offset]
+
+
+# ---- both ways ----------------------------------------------------------------------------------
 
 
 def _expand(x, expand, shift, window: Window, use: Callable) -> None:
@@ -348,61 +349,26 @@ def _expand(x, expand, shift, window: Window, use: Callable) -> None:
         a, p = lax.div(h + top, window.stride), lax.rem(h + top, window.stride)
         for w in range(window.size[1]):
             b, q = divmod(w + left, window.stride)
-            use((a, p, b, q), _dot(expand[...], x[h, w]) + shift[...])
+            if expand is None:
+                use((a, p, b, q), x[h, w].astype(jnp.float32))
+            else:
+                use((a, p, b, q), _dot(expand[...], x[h, w]) + shift[...])
 
     lax.fori_loop(0, window.size[0], row, None)
 
 
-def _depthwise_cotangent(d, by_y, project, columns, images, upstream, margin, slope_of) -> None:
-    """Writes the gradient of d into the padded `upstream`."""
+def _accumulate(total, result, add: Callable[[], None]) -> None:
+    """Sums over the blocks of channels: `add` adds to `total`, and the last one's is the result."""
 
-    def row(r, _):
-        for w in range(d.shape[1]):
-            value = d[r, w].astype(jnp.float32)
-            gated = _dot(project[...], by_y[r, w]) * images[0] + images[1]
-            by_z = gated * slope_of(value * columns[1] + columns[2])
-            total = by_z * columns[1] + value * columns[3] + columns[4]
-            upstream[r + margin, w + margin] = total
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
 
-    lax.fori_loop(0, d.shape[0], row, None)
+    add()
 
-
-def _taps_gradient(padded, upstream, sums, window: Window) -> None:
-    """Adds each tap's products with the cotangent, [k * k, C, 128]: images stay apart."""
-    margin, (rows, width) = window.margin, window.outputs
-
-    def row(r, _):
-        for index, (i, j) in enumerate(window.taps):
-            for start, count in _pieces(width, sums.shape[1]):
-                part = _tap(padded, r, start, count, i, j, window.stride)
-                cotangent = upstream[r + margin, pl.ds(start + margin, count)]
-                sums[index] += (part * cotangent).sum(0)
-
-    lax.fori_loop(0, rows, row, None)
-
-
-def _row_gradient(
-    phase, x, expand, taps, slopes, upstream, by_x, by_expand, by_shift, a, _, *, window: Window
-) -> None:
-    """Row a of a phase: the taps that fell on its inputs, and from there to the block's input."""
-    stride, margin, (top, left) = window.stride, window.margin, (pad[0] for pad in window.padding)
-    for q in range(stride):
-        first, last = window.inside(1, q)
-        for start, count in _pieces(last - first, len(expand)):
-            b = first + start
-            total = sum(
-                upstream[a - i // stride + margin, pl.ds(b - j // stride + margin, count)]
-                * taps[index]
-                for index, (i, j) in enumerate(window.taps)
-                if (i % stride, j % stride) == (phase, q)
-            )
-            total *= slopes[a, phase, pl.ds(b, count), q]
-            by_shift[...] += total.sum(0)
-            for offset in range(count):
-                position = stride * a + phase - top, stride * (b + offset) + q - left
-                by_z = total[offset].astype(x.dtype)
-                by_x[position] += _dot(expand[...], by_z, over=0)
-                by_expand[...] += _dot(by_z, x[position], over=1)
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    def _():
+        result[...] = total[...].astype(result.dtype)
 
 
 def _tap(padded, row, start: int, count: int, i: int, j: int, stride: int) -> Array:

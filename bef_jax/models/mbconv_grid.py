@@ -1,0 +1,162 @@
+"""How the kernels of `mbconv_kernels` cut maps into what stays on a TPU's chip.
+
+Maps are [H, W, C, N]: channels along a vector register's sublanes, images along its lanes. So the
+taps of a depthwise convolution are other registers, not shifted ones, and little is padded. A
+kernel runs over blocks of 128 images and, within them, over blocks of the E hidden channels.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from bef_jax.models.depthwise import Padding
+
+LANES = 128  # images of a block
+_SUBLANES = 8  # a block's channels are a multiple of them
+_MOST_CHANNELS = 96  # of a block
+_VMEM = 112 * 2**20  # of the 128 MiB on v5e and v6e; XLA keeps the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The geometry of a depthwise convolution.
+
+    A map that it reads is kept padded and split into its phases, [A, stride, B, stride, C, N]:
+    padded position (stride * a + p, stride * b + q) is element [a, p, b, q]. So a row of taps is
+    consecutive at stride 2, too.
+    """
+
+    size: tuple[int, int]
+    kernel: int
+    stride: int
+    padding: Padding
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """H', W'."""
+        sides = zip(self.size, self.padding, strict=True)
+        height, width = ((n + sum(pad) - self.kernel) // self.stride + 1 for n, pad in sides)
+        return height, width
+
+    @property
+    def margin(self) -> int:
+        """Zeros before a padded cotangent: how far a tap reaches within its phase."""
+        return (self.kernel - 1) // self.stride
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """A, B: as many as inputs or taps reach."""
+        sides = zip(self.size, self.padding, self.outputs, strict=True)
+        a, b = (max((n + pad[0] - 1) // self.stride + 1, m + self.margin) for n, pad, m in sides)
+        return a, b
+
+    @property
+    def phases(self) -> tuple[int, int, int, int]:
+        """The shape of a padded map, without its channels and images."""
+        return self.padded[0], self.stride, self.padded[1], self.stride
+
+    @property
+    def taps(self) -> list[tuple[int, int]]:
+        """All (i, j), in the order in which a kernel's taps lie."""
+        return [(i, j) for i in range(self.kernel) for j in range(self.kernel)]
+
+    def inside(self, axis: int, phase: int) -> tuple[int, int]:
+        """The elements of a phase along an axis that are inputs, not padding: [first, last)."""
+        before = self.padding[axis][0] - phase
+        return -(-before // self.stride), (before + self.size[axis] - 1) // self.stride + 1
+
+
+def channel_block(window: Window, inputs: int, hidden: int, outputs: int, itemsize: int) -> int:
+    """How many of a block's channels the kernels take at a time; 0 where none fit on the chip.
+
+    Args:
+        inputs, hidden, outputs: channels K, E and M; there is no expansion if K is E.
+        itemsize: bytes of the activations' dtype.
+    """
+    size, result = math.prod(window.size), math.prod(window.outputs)
+    padded = math.prod(window.phases)
+    cotangent = math.prod(side + window.margin for side in window.padded)
+    # Bytes per image: of whole maps, which are there once; and per channel of a block, where what
+    # is loaded or written while another block runs is there twice.
+    projected = result * outputs * (itemsize + 4), result * 2 * itemsize
+    whole, each = result * outputs * itemsize, (padded + cotangent) * 4 + result * 2 * itemsize
+    if inputs == hidden:
+        each += size * 4 * itemsize
+    else:
+        whole, each = whole + size * inputs * (2 * itemsize + 4), each + padded * itemsize
+    budget = _VMEM // LANES
+    most = min((budget - whole) // each, (budget - projected[0]) // projected[1], _MOST_CHANNELS)
+    blocks = range(_SUBLANES, most + 1, _SUBLANES)
+    return max((block for block in blocks if hidden % block == 0), default=0)
+
+
+def run(kernel: Callable, inputs, outputs, scratch, block: int, products: int, activations: int):
+    """Calls a kernel for every block: of images, and within them of channels.
+
+    Args:
+        inputs, outputs: (array, or its shape, or None; how it is cut into blocks).
+        scratch: (shape, dtype), or None, of what a block keeps on the chip.
+        products: multiplications, each with an addition, and
+        activations: evaluations of an activation or its slope, for XLA's account of costs.
+    """
+    arrays, shapes = [array for array, _ in inputs], [shape for shape, _ in outputs]
+    given = [(array, cut) for array, cut in (*inputs, *outputs) if array is not None]
+    *_, hidden, images = next(array.shape for array, cut in given if cut is maps)
+    moved = sum(math.prod(array.shape) * array.dtype.itemsize for array, _ in given)
+
+    def call(*arrays: Array, interpret: bool):
+        return pl.pallas_call(
+            kernel,
+            out_shape=shapes,
+            grid=(images // LANES, hidden // block),
+            in_specs=[_spec(array, cut, block) for array, cut in inputs],
+            out_specs=[_spec(shape, cut, block) for shape, cut in outputs],
+            scratch_shapes=[pltpu.VMEM(*kept) if kept else None for kept in scratch],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * products, transcendentals=activations, bytes_accessed=moved
+            ),
+            interpret=interpret,
+        )(*arrays)
+
+    # Elsewhere interpreted: the same arithmetic, slowly, for tests.
+    on_tpu, elsewhere = (functools.partial(call, interpret=flag) for flag in (False, True))
+    return lax.platform_dependent(*arrays, tpu=on_tpu, default=elsewhere)
+
+
+def _spec(array, cut: Callable, block: int) -> pl.BlockSpec | None:
+    return None if array is None else cut(array.shape, block)
+
+
+def whole(shape: Sequence[int], block: int) -> pl.BlockSpec:
+    """Maps [H, W, C, N] of few channels: all of them stay on the chip for all blocks of images'."""
+    # One buffer, not two: the next images' are loaded when these are done.
+    return pl.BlockSpec(
+        (*shape[:-1], LANES), lambda n, e: (0, 0, 0, n), pipeline_mode=pl.Buffered(1)
+    )
+
+
+def maps(shape: Sequence[int], block: int) -> pl.BlockSpec:
+    """[..., E, N]."""
+    rest = len(shape) - 2
+    return pl.BlockSpec((*shape[:-2], block, LANES), lambda n, e: (*(0,) * rest, e, n))
+
+
+def rows(shape: Sequence[int], block: int) -> pl.BlockSpec:
+    """[..., E, K], for all images."""
+    rest = len(shape) - 2
+    return pl.BlockSpec((*shape[:-2], block, shape[-1]), lambda n, e: (*(0,) * rest, e, 0))
+
+
+def parts(shape: Sequence[int], block: int) -> pl.BlockSpec:
+    """[N / 128, ..., E, K]: what each block of images adds."""
+    rest = len(shape) - 3
+    size = (None, *shape[1:-2], block, shape[-1])
+    return pl.BlockSpec(size, lambda n, e: (n, *(0,) * rest, e, 0))
