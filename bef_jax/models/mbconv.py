@@ -141,7 +141,7 @@ def _group_forward(block: Block, x: Array, params: Params):
     options = block.channels, block.activation
     d, moments = kernels.spread(x, *_factors(expand), taps, block.window, *options)
     norm, variance = _norm(moments, params["depthwise_norm"], d, block.epsilon)
-    columns = jnp.stack([norm.factor, norm.offset])[..., None]
+    columns = jnp.stack([norm.factor, norm.offset], 1)
     pooled = kernels.pool(d, columns, *options) / math.prod(d.shape[:2])
     gate = _excite(params.get("squeeze_excite"), pooled)
     y = kernels.project(d, columns, gate, project, *options)
@@ -155,20 +155,22 @@ def _group_backward(block: Block, part, params: Params) -> tuple[Array, Params]:
     x, by_y = (maps.transpose(1, 2, 3, 0) for maps in (x, by_y))
     taps, project = _weights(params, x.dtype)
     gate, excite_gradient = jax.vjp(_excite, params.get("squeeze_excite"), pooled)
-    columns = jnp.stack([norm.factor, norm.offset])[..., None]
+    columns = jnp.stack([norm.factor, norm.offset], 1)
     options = block.channels, block.activation
     sums, by_project = kernels.project_gradients(d, by_y, columns, gate, project, *options)
     by_excite, by_pooled = excite_gradient(sums[0])
     pull = by_pooled / math.prod(d.shape[:2])  # of the mean, on each position
-    by_norm, columns = _norm_gradient(norm, sums, gate, pull, d)
+    by_norm, by_d = _norm_gradient(norm, sums, gate, pull, d)
     weight, shift = _factors(expand)
-    weights = weight, taps, project, _columns(shift, norm, columns)
+    shift = jnp.zeros_like(norm.factor) if shift is None else shift[:, 0]
+    columns = jnp.stack([norm.factor, norm.offset, *by_d, shift], 1)
+    weights = weight, taps, project, columns
     images = jnp.stack([gate, pull])
     sums = kernels.spread_gradients(x, d, by_y, weights, images, block.window, *options)
     by_x, by_expansion = _expansion_gradient(x, expand, params, *sums[:3])
     by_params = {
         **by_expansion,
-        "depthwise_conv": _like(params["depthwise_conv"], sums[3].sum(0)),
+        "depthwise_conv": _like(params["depthwise_conv"], sums[3].sum(0).T),
         "depthwise_norm": by_norm,
         "project_conv": _like(params["project_conv"], by_project.sum(0)),
         "squeeze_excite": by_excite,
@@ -181,16 +183,10 @@ def _factors(expand: Expansion | None) -> tuple[Array | None, Array | None]:
     return (None, None) if expand is None else (expand.weights.T, expand.shift[:, None])
 
 
-def _columns(shift: Array | None, norm: Norm, gradient: tuple[Array, Array]) -> Array:
-    """[5, E, 1], as `kernels.spread_gradients` takes them."""
-    shift = jnp.zeros_like(norm.factor) if shift is None else shift[:, 0]
-    return jnp.stack([shift, norm.factor, norm.offset, *gradient])[..., None]
-
-
 def _weights(params: Params, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """The depthwise taps [k * k, E, 1] and the projection [E, M], as the kernels take them."""
+    """The depthwise taps [E, k * k] and the projection [E, M], as the kernels take them."""
     taps, project = params["depthwise_conv"]["kernel"], params["project_conv"]["kernel"]
-    return taps.reshape(-1, taps.shape[-1], 1), project[0, 0].astype(dtype)
+    return taps.reshape(-1, taps.shape[-1]).T, project[0, 0].astype(dtype)
 
 
 def _like(params: Params, gradient: Array) -> Params:

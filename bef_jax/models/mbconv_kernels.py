@@ -24,7 +24,8 @@ from bef_jax.models import mbconv_grid as grid
 from bef_jax.models.mbconv_grid import LANES, Window
 from bef_jax.models.norm import ACTIVATIONS, SLOPES
 
-_REGISTERS = 24  # of 64, that hold the sums of one row's positions
+_REGISTERS = 24  # of 64, that hold sums of a row's positions
+_SUBLANES = 8  # channels of a register
 
 _floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
@@ -47,7 +48,7 @@ def spread(
         x: [H, W, K, N], floating; N a multiple of 128.
         expand: [E, K], of x's dtype.
         shift: [E, 1], float32.
-        taps: [k * k, E, 1], float32.
+        taps: [E, k * k], float32.
         block: channels at a time, from `channel_block`.
 
     Returns:
@@ -55,22 +56,21 @@ def spread(
         moments: [2, E, N], float32, the sums over positions of d and of d^2.
     """
     kernel = functools.partial(_spread, window=window, activation=ACTIVATIONS[activation])
-    hidden, images = taps.shape[1], x.shape[-1]
+    (hidden, count), images = taps.shape, x.shape[-1]
     cut = grid.maps if expand is None else grid.whole
     inputs = [(x, cut), (expand, grid.rows), (shift, grid.rows), (taps, grid.rows)]
     result = jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype)
     outputs = [(result, grid.maps), (_floats((2, hidden, images)), grid.maps)]
     scratch = [((*window.phases, block, LANES), jnp.float32)]
     expanded = 0 if expand is None else math.prod(window.size) * hidden * images
-    products = expanded * x.shape[-2] + result.size * len(taps)
+    products = expanded * x.shape[-2] + result.size * count
     return grid.run(kernel, inputs, outputs, scratch, block, products, expanded)
 
 
 def _spread(x, expand, shift, taps, d, moments, padded, *, window: Window, activation: Callable):
     @pl.when(pl.program_id(1) == 0)
     def _():
-        # The margins stay so; the rest is written for each block.
-        padded[...] = jnp.zeros_like(padded)
+        _clear(padded)  # the margins stay so; the rest is written for each block
 
     moments[...] = jnp.zeros_like(moments)
 
@@ -78,23 +78,26 @@ def _spread(x, expand, shift, taps, d, moments, padded, *, window: Window, activ
         padded[position] = z if expand is None else activation(z)
 
     def convolve(row, _):
-        for start, count in _pieces(window.outputs[1], taps.shape[1]):
-            taken = (_tap(padded, row, start, count, i, j, window.stride) for i, j in window.taps)
-            total = sum(part * taps[index] for index, part in enumerate(taken))
-            d[row, pl.ds(start, count)] = total.astype(d.dtype)
-            moments[0] += total.sum(0)
-            moments[1] += (total * total).sum(0)
+        for columns, channels in _pieces(window.outputs[1], len(taps)):
+            total = sum(
+                _tap(padded, row, columns, channels, i, j, window.stride)
+                * _column(taps, index, channels)
+                for index, (i, j) in enumerate(window.taps)
+            )
+            d[row, columns, channels] = total.astype(d.dtype)
+            moments[0, channels] += total.sum(0)
+            moments[1, channels] += (total * total).sum(0)
 
     _expand(x, expand, shift, window, fill)
     lax.fori_loop(0, window.outputs[0], convolve, None)
 
 
 def pool(d: Array, norm: Array, block: int, activation: str) -> Array:
-    """The sums over positions of activation(norm[0] * d + norm[1]), [E, N], float32.
+    """The sums over positions of activation(d * norm[0] + norm[1]), [E, N], float32.
 
     Args:
         d: [H', W', E, N], from `spread`.
-        norm: [2, E, 1], float32.
+        norm: [E, 2], float32, factor and offset.
     """
     kernel = functools.partial(_pool, activation=ACTIVATIONS[activation])
     inputs, outputs = [(d, grid.maps), (norm, grid.rows)], [(_floats(d.shape[2:]), grid.maps)]
@@ -105,9 +108,8 @@ def _pool(d, norm, pooled, *, activation: Callable):
     pooled[...] = jnp.zeros_like(pooled)
 
     def add(row, _):
-        for start, count in _pieces(d.shape[1], d.shape[2]):
-            value = d[row, pl.ds(start, count)].astype(jnp.float32)
-            pooled[...] += activation(value * norm[0] + norm[1]).sum(0)
+        for column in range(d.shape[1]):
+            pooled[...] += activation(_affine(d[row, column].astype(jnp.float32), norm))
 
     lax.fori_loop(0, d.shape[0], add, None)
 
@@ -115,7 +117,7 @@ def _pool(d, norm, pooled, *, activation: Callable):
 def project(
     d: Array, norm: Array, gate: Array, weights: Array, block: int, activation: str
 ) -> Array:
-    """weights^T @ (activation(norm[0] * d + norm[1]) * gate), [H', W', M, N], of d's dtype.
+    """weights^T @ (activation(d * norm[0] + norm[1]) * gate), [H', W', M, N], of d's dtype.
 
     Args:
         d, norm: as in `pool`.
@@ -135,7 +137,7 @@ def _project(d, norm, gate, weights, y, total, *, activation: Callable):
     def add(row, _):
         for column in range(d.shape[1]):
             value = d[row, column].astype(jnp.float32)
-            gated = activation(value * norm[0] + norm[1]) * gate[...]
+            gated = activation(_affine(value, norm)) * gate[...]
             total[row, column] += _dot(weights[...], gated.astype(d.dtype), over=0)
 
     _accumulate(total, y, lambda: lax.fori_loop(0, d.shape[0], add, None))
@@ -150,7 +152,7 @@ def project_gradients(
     """The gradient of `project`'s weights, and the sums that those of gate and norm are made of.
 
     With u = weights @ by_y, the gradient of the gated maps, a = activation(z) and its slope s, at z
-    = norm[0] * d + norm[1].
+    = d * norm[0] + norm[1].
 
     Args:
         by_y: [H', W', M, N], of d's dtype, the gradient of what `project` gives.
@@ -182,7 +184,7 @@ def _project_gradients(
     def add(row, _):
         for column in range(d.shape[1]):
             cotangent, value = by_y[row, column], d[row, column].astype(jnp.float32)
-            z = value * norm[0] + norm[1]
+            z = _affine(value, norm)
             activated, slope = activation(z), slope_of(z)
             upstream = _dot(weights[...], cotangent)
             terms = upstream * activated, upstream * slope, upstream * slope * value
@@ -207,20 +209,20 @@ def spread_gradients(
 
     Args:
         x, d, by_y: as above.
-        weights: expand [E, K]; taps [k * k, E, 1]; those of `project` [E, M]; and columns [5, E,
-            1], float32: shift, norm[0], norm[1], and c and o, by which the gradient of d is norm[0]
-            * (gradient of z) + c * d + o.
+        weights: expand [E, K]; taps [E, k * k]; those of `project` [E, M]; and columns [E, 5],
+            float32: norm[0], norm[1], c and o, by which the gradient of d is (gradient of z) *
+            norm[0] + d * c + o; and shift.
         images: [2, E, N], float32, gate g and pull p: the gradient of z is (u g + p) s.
 
     Returns:
         by_x: [H, W, K, N], of x's dtype, expand^T times the gradient of expand @ x.
         by_expand: [N / 128, E, K], float32, by blocks of images.
         by_shift: [E, N], float32.
-        by_taps: [N / 128, k * k, E, 1], float32.
+        by_taps: [N / 128, E, k * k], float32.
     """
     functions = ACTIVATIONS[activation], SLOPES[activation]
     kernel = functools.partial(_spread_gradients, window=window, functions=functions)
-    (hidden, features), count, taps = weights[2].shape, x.shape[-1], len(weights[1])
+    (hidden, features), count, taps = weights[2].shape, x.shape[-1], window.kernel**2
     expands, parts = weights[0] is not None, count // LANES
     cut, width = grid.whole if expands else grid.maps, x.shape[-2]
     inputs = [(x, cut), (d, grid.maps), (by_y, grid.whole)]
@@ -229,13 +231,14 @@ def spread_gradients(
         (jax.ShapeDtypeStruct(x.shape, x.dtype), cut),
         (_floats((parts, hidden, width)) if expands else None, grid.parts),
         (_floats((hidden, count)) if expands else None, grid.maps),
-        (_floats((parts, taps, hidden, 1)), grid.parts),
+        (_floats((parts, hidden, taps)), grid.parts),
     ]
     padded, cotangent = window.phases, (side + window.margin for side in window.padded)
     scratch = [
         ((*padded, block, LANES), jnp.float32),
         ((*padded, block, LANES), x.dtype) if expands else None,
         ((*cotangent, block, LANES), jnp.float32),
+        ((window.padded[1], block, LANES), x.dtype),
         ((taps, block, LANES), jnp.float32),
         ((*x.shape[:3], LANES), jnp.float32) if expands else None,
     ]
@@ -246,14 +249,14 @@ def spread_gradients(
 
 def _spread_gradients(
     x, d, by_y, expand, taps, weights, columns, images, by_x, by_expand, by_shift, by_taps,
-    padded, slopes, cotangent, sums, total, *, window: Window, functions: tuple[Callable, Callable],
+    padded, slopes, cotangent, gradients, sums, total, *, window: Window, functions: tuple[Callable, Callable],
 ):  # fmt: skip
     activation, slope_of = functions
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        padded[...] = jnp.zeros_like(padded)
-        cotangent[...] = jnp.zeros_like(cotangent)
+        _clear(padded)
+        _clear(cotangent)
 
     for ref in (sums, by_expand, by_shift):
         if ref is not None:
@@ -270,18 +273,20 @@ def _spread_gradients(
             lax.fori_loop(*window.inside(0, phase), row, None)
 
     def rows(phase, a, _):
-        for position, by_z in _input_gradient(cotangent, taps, slopes, by_shift, phase, a, window):
+        for position, by_z in _input_gradient(
+            cotangent, taps, slopes, gradients, by_shift, phase, a, window
+        ):
             if expand is None:
-                by_x[position] = by_z.astype(x.dtype)
+                by_x[position] = by_z
             else:
-                by_z = by_z.astype(x.dtype)
                 total[position] += _dot(expand[...], by_z, over=0)
                 by_expand[...] += _dot(by_z, x[position], over=1)
 
-    _expand(x, expand, columns.at[0], window, fill)
+    _expand(x, expand, columns.at[:, pl.ds(4, 1)], window, fill)
     _depthwise_cotangent(d, by_y, weights, columns, images, cotangent, window.margin, slope_of)
     _taps_gradient(padded, cotangent, sums, window)
-    by_taps[...] = sums[...].sum(-1, keepdims=True)
+    for index in range(len(window.taps)):
+        by_taps[:, pl.ds(index, 1)] = sums[index].sum(-1, keepdims=True)
     if expand is None:
         back()
     else:
@@ -295,8 +300,8 @@ def _depthwise_cotangent(d, by_y, weights, columns, images, cotangent, margin, s
         for w in range(d.shape[1]):
             value = d[r, w].astype(jnp.float32)
             gated = _dot(weights[...], by_y[r, w]) * images[0] + images[1]
-            by_z = gated * slope_of(value * columns[1] + columns[2])
-            result = by_z * columns[1] + value * columns[3] + columns[4]
+            by_z = gated * slope_of(_affine(value, columns))
+            result = by_z * _column(columns, 0) + _affine(value, columns, 2)
             cotangent[r + margin, w + margin] = result
 
     lax.fori_loop(0, d.shape[0], row, None)
@@ -308,34 +313,37 @@ def _taps_gradient(padded, cotangent, sums, window: Window) -> None:
 
     def row(r, _):
         for index, (i, j) in enumerate(window.taps):
-            for start, count in _pieces(width, sums.shape[1]):
-                part = _tap(padded, r, start, count, i, j, window.stride)
-                factor = cotangent[r + margin, pl.ds(start + margin, count)]
-                sums[index] += (part * factor).sum(0)
+            for columns, channels in _pieces(width, sums.shape[1]):
+                part = _tap(padded, r, columns, channels, i, j, window.stride)
+                factor = cotangent[r + margin, _shifted(columns, margin), channels]
+                sums[index, channels] += (part * factor).sum(0)
 
     lax.fori_loop(0, rows, row, None)
 
 
-def _input_gradient(cotangent, taps, slopes, by_shift, phase: int, a, window: Window):
+def _input_gradient(cotangent, taps, slopes, gradients, by_shift, phase: int, a, window: Window):
     """Yields (position, gradient [C, 128] of what was activated there) of row a of a phase."""
     stride, margin, (top, left) = window.stride, window.margin, (pad[0] for pad in window.padding)
     for q in range(stride):
         first, last = window.inside(1, q)
-        for start, count in _pieces(last - first, taps.shape[1]):
-            b = first + start
+        for columns, channels in _pieces(last - first, len(taps)):
             # The taps that fell on this phase.
             total = sum(
-                cotangent[a - i // stride + margin, pl.ds(b - j // stride + margin, count)]
-                * taps[index]
+                cotangent[
+                    a - i // stride + margin,
+                    _shifted(columns, first - j // stride + margin),
+                    channels,
+                ]
+                * _column(taps, index, channels)
                 for index, (i, j) in enumerate(window.taps)
                 if (i % stride, j % stride) == (phase, q)
             )
             if slopes is not None:
-                total *= slopes[a, phase, pl.ds(b, count), q]
-                by_shift[...] += total.sum(0)
-            for offset in range(count):
-                position = stride * a + phase - top, stride * (b + offset) + q - left
-                yield position, total[offset]
+                total *= slopes[a, phase, _shifted(columns, first), q, channels]
+                by_shift[channels] += total.sum(0)
+            gradients[_shifted(columns, first), channels] = total.astype(gradients.dtype)
+        for b in range(first, last):
+            yield (stride * a + phase - top, stride * b + q - left), gradients[b]
 
 
 # ---- both ways ----------------------------------------------------------------------------------
@@ -362,24 +370,54 @@ def _accumulate(total, result, add: Callable[[], None]) -> None:
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        total[...] = jnp.zeros_like(total)
+        _clear(total)
 
     add()
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _():
-        result[...] = total[...].astype(result.dtype)
+        def copy(row, _):
+            result[row] = total[row].astype(result.dtype)
+
+        lax.fori_loop(0, len(total), copy, None)
 
 
-def _tap(padded, row, start: int, count: int, i: int, j: int, stride: int) -> Array:
-    """What tap (i, j) reads for outputs [row, start : start + count]."""
-    return padded[row + i // stride, i % stride, pl.ds(start + j // stride, count), j % stride]
+def _clear(ref) -> None:
+    """Zeros, by rows: a loop, where one assignment would be as many instructions as registers."""
+
+    def row(index, _):
+        ref[index] = jnp.zeros(ref.shape[1:], ref.dtype)
+
+    lax.fori_loop(0, len(ref), row, None)
 
 
-def _pieces(positions: int, channels: int) -> list[tuple[int, int]]:
-    """(start, count) of pieces of a row whose sums fit into registers, each of 8 x 128 numbers."""
-    count = max(1, _REGISTERS * 8 // channels)
-    return [(start, min(count, positions - start)) for start in range(0, positions, count)]
+def _column(ref, index: int, channels: pl.Slice | slice = slice(None)) -> Array:
+    """[C, 1] of [C, n]."""
+    return ref[channels, pl.ds(index, 1)]
+
+
+def _affine(x: Array, columns, first: int = 0) -> Array:
+    """By channel x * factor + offset, two of the columns."""
+    return x * _column(columns, first) + _column(columns, first + 1)
+
+
+def _tap(padded, row, columns, channels, i: int, j: int, stride: int) -> Array:
+    """What tap (i, j) reads for outputs [row, columns, channels]."""
+    columns = _shifted(columns, j // stride)
+    return padded[row + i // stride, i % stride, columns, j % stride, channels]
+
+
+def _pieces(positions: int, channels: int) -> list[tuple[pl.Slice, pl.Slice]]:
+    """(columns, channels) of pieces of a row, of 8 channels, whose sums fit into registers."""
+    return [
+        (pl.ds(start, min(_REGISTERS, positions - start)), pl.ds(channel, _SUBLANES))
+        for channel in range(0, channels, _SUBLANES)
+        for start in range(0, positions, _REGISTERS)
+    ]
+
+
+def _shifted(columns: pl.Slice, offset: int) -> pl.Slice:
+    return pl.ds(columns.start + offset, columns.size)
 
 
 def _dot(a: Array, b: Array, over: int | None = None) -> Array:
