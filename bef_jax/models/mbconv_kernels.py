@@ -30,6 +30,11 @@ _SUBLANES = 8  # channels of a register
 _floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
+def _wide(count: int, block: int) -> tuple[tuple[int, ...], jnp.dtype]:
+    """What `_widen` fills."""
+    return (count, block, LANES), jnp.float32
+
+
 # ---- forwards -----------------------------------------------------------------------------------
 
 
@@ -61,18 +66,21 @@ def spread(
     inputs = [(x, cut), (expand, grid.rows), (shift, grid.rows), (taps, grid.rows)]
     result = jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype)
     outputs = [(result, grid.maps), (_floats((2, hidden, images)), grid.maps)]
-    scratch = [((*window.phases, block, LANES), jnp.float32)]
+    scratch = [((*window.phases, block, LANES), jnp.float32), _wide(count, block)]
     expanded = 0 if expand is None else math.prod(window.size) * hidden * images
     products = expanded * x.shape[-2] + result.size * count
     return grid.run(kernel, inputs, outputs, scratch, block, products, expanded)
 
 
-def _spread(x, expand, shift, taps, d, moments, padded, *, window: Window, activation: Callable):
+def _spread(
+    x, expand, shift, taps, d, moments, padded, wide, *, window: Window, activation: Callable
+):
     @pl.when(pl.program_id(1) == 0)
     def _():
         _clear(padded)  # the margins stay so; the rest is written for each block
 
     moments[...] = jnp.zeros_like(moments)
+    _widen(taps, wide)
 
     def fill(position, z):
         padded[position] = z if expand is None else activation(z)
@@ -80,8 +88,7 @@ def _spread(x, expand, shift, taps, d, moments, padded, *, window: Window, activ
     def convolve(row, _):
         for columns, channels in _pieces(window.outputs[1], len(taps)):
             total = sum(
-                _tap(padded, row, columns, channels, i, j, window.stride)
-                * _column(taps, index, channels)
+                _tap(padded, row, columns, channels, i, j, window.stride) * wide[index, channels]
                 for index, (i, j) in enumerate(window.taps)
             )
             d[row, columns, channels] = total.astype(d.dtype)
@@ -101,15 +108,16 @@ def pool(d: Array, norm: Array, block: int, activation: str) -> Array:
     """
     kernel = functools.partial(_pool, activation=ACTIVATIONS[activation])
     inputs, outputs = [(d, grid.maps), (norm, grid.rows)], [(_floats(d.shape[2:]), grid.maps)]
-    return grid.run(kernel, inputs, outputs, [], block, d.size, d.size)[0]
+    return grid.run(kernel, inputs, outputs, [_wide(2, block)], block, d.size, d.size)[0]
 
 
-def _pool(d, norm, pooled, *, activation: Callable):
+def _pool(d, norm, pooled, wide, *, activation: Callable):
     pooled[...] = jnp.zeros_like(pooled)
+    _widen(norm, wide)
 
     def add(row, _):
         for column in range(d.shape[1]):
-            pooled[...] += activation(_affine(d[row, column].astype(jnp.float32), norm))
+            pooled[...] += activation(_affine(d[row, column].astype(jnp.float32), wide))
 
     lax.fori_loop(0, d.shape[0], add, None)
 
@@ -128,16 +136,18 @@ def project(
     shape = (*d.shape[:2], weights.shape[1], d.shape[3])
     inputs = [(d, grid.maps), (norm, grid.rows), (gate, grid.maps), (weights, grid.rows)]
     outputs = [(jax.ShapeDtypeStruct(shape, d.dtype), grid.whole)]
-    scratch = [((*shape[:3], LANES), jnp.float32)]
+    scratch = [((*shape[:3], LANES), jnp.float32), _wide(2, block)]
     products = d.size * weights.shape[1]
     return grid.run(kernel, inputs, outputs, scratch, block, products, d.size)[0]
 
 
-def _project(d, norm, gate, weights, y, total, *, activation: Callable):
+def _project(d, norm, gate, weights, y, total, wide, *, activation: Callable):
+    _widen(norm, wide)
+
     def add(row, _):
         for column in range(d.shape[1]):
             value = d[row, column].astype(jnp.float32)
-            gated = activation(_affine(value, norm)) * gate[...]
+            gated = activation(_affine(value, wide)) * gate[...]
             total[row, column] += _dot(weights[...], gated.astype(d.dtype), over=0)
 
     _accumulate(total, y, lambda: lax.fori_loop(0, d.shape[0], add, None))
@@ -171,20 +181,22 @@ def project_gradients(
         (_floats((images // LANES, hidden, features)), grid.parts),
     ]
     inputs.append((weights, grid.rows))
-    return grid.run(kernel, inputs, outputs, [], block, 2 * d.size * features, 2 * d.size)
+    scratch, products = [_wide(2, block)], 2 * d.size * features
+    return grid.run(kernel, inputs, outputs, scratch, block, products, 2 * d.size)
 
 
 def _project_gradients(
-    d, by_y, norm, gate, weights, sums, by_weights, *, functions: tuple[Callable, Callable]
+    d, by_y, norm, gate, weights, sums, by_weights, wide, *, functions: tuple[Callable, Callable]
 ):
     activation, slope_of = functions
     sums[...] = jnp.zeros_like(sums)
     by_weights[...] = jnp.zeros_like(by_weights)
+    _widen(norm, wide)
 
     def add(row, _):
         for column in range(d.shape[1]):
             cotangent, value = by_y[row, column], d[row, column].astype(jnp.float32)
-            z = _affine(value, norm)
+            z = _affine(value, wide)
             activated, slope = activation(z), slope_of(z)
             upstream = _dot(weights[...], cotangent)
             terms = upstream * activated, upstream * slope, upstream * slope * value
@@ -239,6 +251,8 @@ def spread_gradients(
         ((*padded, block, LANES), x.dtype) if expands else None,
         ((*cotangent, block, LANES), jnp.float32),
         ((window.padded[1], block, LANES), x.dtype),
+        _wide(taps, block),
+        _wide(5, block),
         ((taps, block, LANES), jnp.float32),
         ((*x.shape[:3], LANES), jnp.float32) if expands else None,
     ]
@@ -249,7 +263,8 @@ def spread_gradients(
 
 def _spread_gradients(
     x, d, by_y, expand, taps, weights, columns, images, by_x, by_expand, by_shift, by_taps,
-    padded, slopes, cotangent, gradients, sums, total, *, window: Window, functions: tuple[Callable, Callable],
+    padded, slopes, cotangent, gradients, wide_taps, wide, sums, total,
+    *, window: Window, functions: tuple[Callable, Callable],
 ):  # fmt: skip
     activation, slope_of = functions
 
@@ -261,6 +276,8 @@ def _spread_gradients(
     for ref in (sums, by_expand, by_shift):
         if ref is not None:
             ref[...] = jnp.zeros_like(ref)
+    _widen(taps, wide_taps)
+    _widen(columns, wide)
 
     def fill(position, z):
         padded[position] = z if expand is None else activation(z)
@@ -274,7 +291,7 @@ def _spread_gradients(
 
     def rows(phase, a, _):
         for position, by_z in _input_gradient(
-            cotangent, taps, slopes, gradients, by_shift, phase, a, window
+            cotangent, wide_taps, slopes, gradients, by_shift, phase, a, window
         ):
             if expand is None:
                 by_x[position] = by_z
@@ -282,8 +299,8 @@ def _spread_gradients(
                 total[position] += _dot(expand[...], by_z, over=0)
                 by_expand[...] += _dot(by_z, x[position], over=1)
 
-    _expand(x, expand, columns.at[:, pl.ds(4, 1)], window, fill)
-    _depthwise_cotangent(d, by_y, weights, columns, images, cotangent, window.margin, slope_of)
+    _expand(x, expand, wide.at[4], window, fill)
+    _depthwise_cotangent(d, by_y, weights, wide, images, cotangent, window.margin, slope_of)
     _taps_gradient(padded, cotangent, sums, window)
     for index in range(len(window.taps)):
         by_taps[:, pl.ds(index, 1)] = sums[index].sum(-1, keepdims=True)
@@ -293,15 +310,15 @@ def _spread_gradients(
         _accumulate(total, by_x, back)
 
 
-def _depthwise_cotangent(d, by_y, weights, columns, images, cotangent, margin, slope_of) -> None:
+def _depthwise_cotangent(d, by_y, weights, wide, images, cotangent, margin, slope_of) -> None:
     """Writes the gradient of d into the padded `cotangent`."""
 
     def row(r, _):
         for w in range(d.shape[1]):
             value = d[r, w].astype(jnp.float32)
             gated = _dot(weights[...], by_y[r, w]) * images[0] + images[1]
-            by_z = gated * slope_of(_affine(value, columns))
-            result = by_z * _column(columns, 0) + _affine(value, columns, 2)
+            by_z = gated * slope_of(_affine(value, wide))
+            result = by_z * wide[0] + _affine(value, wide, 2)
             cotangent[r + margin, w + margin] = result
 
     lax.fori_loop(0, d.shape[0], row, None)
@@ -326,7 +343,7 @@ def _input_gradient(cotangent, taps, slopes, gradients, by_shift, phase: int, a,
     stride, margin, (top, left) = window.stride, window.margin, (pad[0] for pad in window.padding)
     for q in range(stride):
         first, last = window.inside(1, q)
-        for columns, channels in _pieces(last - first, len(taps)):
+        for columns, channels in _pieces(last - first, taps.shape[1]):
             # The taps that fell on this phase.
             total = sum(
                 cotangent[
@@ -334,7 +351,7 @@ def _input_gradient(cotangent, taps, slopes, gradients, by_shift, phase: int, a,
                     _shifted(columns, first - j // stride + margin),
                     channels,
                 ]
-                * _column(taps, index, channels)
+                * taps[index, channels]
                 for index, (i, j) in enumerate(window.taps)
                 if (i % stride, j % stride) == (phase, q)
             )
@@ -391,14 +408,15 @@ def _clear(ref) -> None:
     lax.fori_loop(0, len(ref), row, None)
 
 
-def _column(ref, index: int, channels: pl.Slice | slice = slice(None)) -> Array:
-    """[C, 1] of [C, n]."""
-    return ref[channels, pl.ds(index, 1)]
+def _widen(columns, wide) -> None:
+    """[C, n] -> [n, C, 128]: each number for all lanes, once, not wherever it is wanted."""
+    for index in range(len(wide)):
+        wide[index] = jnp.broadcast_to(columns[:, pl.ds(index, 1)], wide.shape[1:])
 
 
-def _affine(x: Array, columns, first: int = 0) -> Array:
-    """By channel x * factor + offset, two of the columns."""
-    return x * _column(columns, first) + _column(columns, first + 1)
+def _affine(x: Array, wide, first: int = 0) -> Array:
+    """By channel x * factor + offset, two of the widened columns."""
+    return x * wide[first] + wide[first + 1]
 
 
 def _tap(padded, row, columns, channels, i: int, j: int, stride: int) -> Array:
