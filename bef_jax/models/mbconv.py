@@ -243,7 +243,7 @@ def _expansion_gradient(
     correction = _exact("ke,le->kl", kernel * factor * pull, kernel) / count
     constant = _exact("ke,e->k", kernel * factor, by_bias) / count
     _, centered = _centered(x)
-    by_x = by_x - _product("hwkn,kl->hwln", centered, correction.astype(x.dtype))
+    by_x = by_x - jnp.einsum("hwkn,kl->hwln", centered, correction.astype(x.dtype))
     by_x = (by_x - constant[:, None]).astype(x.dtype)
     by_kernel = factor * (by_kernel - expand.spread * pull)
     by_params = {

@@ -1,0 +1,106 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from bef_jax.models import mbconv_grid
+from bef_jax.models.layers import padding_of
+from bef_jax.models.mbconv import Block, mbconv
+from bef_jax.models.mbconv_grid import LANES, Window, channel_block
+from tests.models.test_mbconv import make_params
+
+CASES = [(3, 1, (4, 5)), (3, 2, (6, 5)), (5, 1, (5, 4)), (5, 2, (7, 6)), (3, 2, (1, 2))]
+conventions = pytest.mark.parametrize("convention", ["same", "symmetric"])
+
+
+def make_window(kernel, stride, size, convention):
+    return Window(size, kernel, stride, padding_of(kernel, stride, size, convention))
+
+
+@conventions
+@pytest.mark.parametrize(("kernel", "stride", "size"), CASES)
+def test_phases_hold_what_every_tap_reads(kernel, stride, size, convention):
+    window = make_window(kernel, stride, size, convention)
+    x = np.arange(1, 1 + math.prod(size)).reshape(size)
+    padded = np.pad(x, [(before, after + 2 * stride) for before, after in window.padding])
+    phases, (top, left) = np.zeros(window.phases, int), (pad[0] for pad in window.padding)
+    for h, w in np.ndindex(size):
+        (a, p), (b, q) = divmod(h + top, stride), divmod(w + left, stride)
+        phases[a, p, b, q] = x[h, w]
+    for row, column in np.ndindex(window.outputs):
+        for i, j in window.taps:
+            found = phases[row + i // stride, i % stride, column + j // stride, j % stride]
+            assert found == padded[row * stride + i, column * stride + j]
+
+
+@conventions
+@pytest.mark.parametrize(("kernel", "stride", "size"), CASES)
+def test_inside_is_every_input_once(kernel, stride, size, convention):
+    window = make_window(kernel, stride, size, convention)
+    for axis in (0, 1):
+        before = window.padding[axis][0]
+        found = [
+            stride * a + phase - before
+            for phase in range(stride)
+            for a in range(*window.inside(axis, phase))
+        ]
+        assert sorted(found) == list(range(size[axis]))
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "channels", "fits"),
+    [
+        ((48, 48), 3, 1, (40, 40, 24), True),  # B3's first block, total stride 32
+        ((48, 48), 3, 2, (24, 144, 32), True),
+        ((3, 3), 3, 1, (384, 2304, 384), True),  # and its last
+        ((6, 6), 5, 1, (112, 672, 112), True),
+        ((96, 96), 3, 1, (40, 40, 24), False),  # the first at total stride 16
+        ((6, 6), 3, 1, (10, 60, 10), False),  # no multiple of 8 divides 60
+    ],
+)
+def test_a_block_divides_the_channels_or_there_is_none(size, kernel, stride, channels, fits):
+    window = make_window(kernel, stride, size, "same")
+    block = channel_block(window, *channels, itemsize=2)
+    assert (block > 0) == fits
+    assert block % 8 == 0
+    assert not fits or channels[1] % block == 0
+
+
+@pytest.mark.parametrize("channels", [(32, 192, 48), (40, 40, 24)])
+@pytest.mark.parametrize(("kernel", "stride", "side"), [(3, 1, 24), (5, 2, 24), (3, 1, 48)])
+def test_what_the_kernels_ask_for_fits_on_the_chip(kernel, stride, side, channels, monkeypatch):
+    """Counts the buffers of each call: two of what is loaded or written block by block."""
+    asked = []
+
+    def pallas_call(_, *, in_specs, out_specs, scratch_shapes, out_shape, **__):
+        def call(*arrays):
+            kept = [memory.inner_aval for memory in scratch_shapes if memory is not None]
+            total = sum(array.size * array.dtype.itemsize for array in kept)
+            for spec, array in zip((*in_specs, *out_specs), (*arrays, *out_shape), strict=True):
+                if spec is not None:
+                    elements = math.prod(length or 1 for length in spec.block_shape)
+                    total += elements * array.dtype.itemsize * (1 if spec.pipeline_mode else 2)
+            asked.append(total)
+            return [shape and jnp.zeros(shape.shape, shape.dtype) for shape in out_shape]
+
+        return call
+
+    monkeypatch.setattr(pl, "pallas_call", pallas_call)
+    window = make_window(kernel, stride, (side, side), "same")
+    block = channel_block(window, *channels, itemsize=2)
+    if not block:
+        assert (side, channels[0]) == (48, 32)  # what does not fit is not tried
+        return
+    params = make_params(channels, kernel)
+
+    def loss(x, params):
+        return mbconv(x, params, Block(window, block, 1, 1e-3, "silu"))[0].sum()
+
+    x = jnp.zeros((LANES, side, side, channels[0]), jnp.bfloat16)
+    jax.eval_shape(jax.grad(loss, argnums=(0, 1)), x, params)
+    # Five kernels, for TPU and for elsewhere.
+    assert len(asked) == 10
+    assert 0.3 * mbconv_grid._VMEM < max(asked) < mbconv_grid._VMEM
