@@ -82,8 +82,7 @@ def run(config: ConfigDict, compare: str | None, folder: Path | None, argv: Sequ
     if compare not in (None, *COMPARISONS):
         raise UserError(f"--compare={compare} is unknown: choose {' or '.join(COMPARISONS)}")
     mesh, machine = sharding.make_mesh(), hardware.describe()
-    micro_batch = config.batch_size // config.optim.accumulate
-    sharding.check_divisible("batch_size", micro_batch, mesh)
+    sharding.check_batch(config, mesh)
     # Named before anything is measured: a folder that can't be written costs no minutes.
     file = results.results_file(folder, machine) if folder else None
     LOG.info("benchmark of %s on %s", config.model.name, machine)

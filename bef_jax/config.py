@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from bef_jax.data.augment import CENTER, PATCH
 from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, num_stages, parameter_paths
+from bef_jax.models.mbconv_grid import LANES
 from bef_jax.optim import is_frozen
 from configs import default
 
@@ -166,6 +167,8 @@ def _check_combinations(config: ConfigDict) -> None:
     # Groups are of what passes through the network at once: a micro-batch.
     if batch // config.optim.accumulate % config.bn_groups:
         raise UserError("config.bn_groups must divide batch_size / optim.accumulate")
+    if config.model.mbconv == "pallas":
+        _check_kernels(config)
     for name in ("augment.mean", "augment.std"):
         _check_triple(name, config.augment[name.removeprefix("augment.")])
     _check_ratio(config.data.split_ratio)
@@ -173,6 +176,16 @@ def _check_combinations(config: ConfigDict) -> None:
     if min(config.augment.std) <= 0:
         raise UserError("config.augment.std: give three numbers above 0, normalisation's divisors")
     _check_stages(config.model)
+
+
+def _check_kernels(config: ConfigDict) -> None:
+    if not config.model.name.startswith("efficientnet"):
+        raise UserError("config.model.mbconv=pallas is for EfficientNets: choose layers")
+    if config.batch_size % (LANES * config.optim.accumulate * config.bn_groups):
+        raise UserError(
+            f"config.model.mbconv=pallas takes {LANES} images at a time: choose a batch_size that "
+            f"is a multiple of {LANES} * optim.accumulate * bn_groups"
+        )
 
 
 def _check_triple(name: str, values) -> None:

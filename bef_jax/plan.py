@@ -24,6 +24,7 @@ from bef_jax.data.augment import PATCH
 from bef_jax.data.batches import Batch, fits_memory
 from bef_jax.errors import UserError
 from bef_jax.flops import training_flops
+from bef_jax.models.mbconv_grid import LANES
 from bef_jax.optim import make_schedule
 from bef_jax.state import TrainState, abstract_state
 from bef_jax.step import compile_step
@@ -91,8 +92,7 @@ def run(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
     # Before anything asks JAX for devices: a plan is made with the CPU alone.
     place = topology.parse(name)
     mesh = topology.make_mesh(place)
-    micro_batch = config.batch_size // config.optim.accumulate
-    sharding.check_divisible("batch_size", micro_batch, mesh)
+    sharding.check_batch(config, mesh)
     LOG.info("compiling %s for %d x %s", config.model.name, mesh.size, place.chip.kind)
     figures = measure(config, mesh, place.chip)
     summary = summarise(config, mesh, place, figures)
@@ -265,7 +265,8 @@ def _largest(config: ConfigDict, mesh: Mesh, chip: Chip, figures: Figures) -> in
     if chip.hbm_bytes is None:
         return None
     # Each micro-batch splits over the devices and over the groups of batch normalisation.
-    rows = config.optim.accumulate * math.lcm(config.bn_groups, mesh.size)
+    group = LANES if config.model.mbconv == "pallas" else 1
+    rows = config.optim.accumulate * math.lcm(group * config.bn_groups, mesh.size)
     unit = math.lcm(rows // mesh.size, BATCH_UNIT)
 
     def memory(batch: int) -> int | None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from bef_jax.errors import UserError
 
@@ -41,8 +42,15 @@ def put_everywhere(array: np.ndarray, mesh: Mesh) -> Array:
     return jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])
 
 
-def check_divisible(field: str, value: int, mesh: Mesh) -> None:
-    """Raises `UserError` unless every device gets the same number of `value` rows."""
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises `UserError` unless every device gets its part of a batch, and whole groups of it."""
+    _check_divisible("batch_size", config.batch_size // config.optim.accumulate, mesh)
+    # A kernel sees one group at a time, and takes its statistics on the device that has it.
+    if config.model.mbconv == "pallas":
+        _check_divisible("bn_groups", config.bn_groups, mesh)
+
+
+def _check_divisible(field: str, value: int, mesh: Mesh) -> None:
     if value % mesh.size:
         raise UserError(
             f"config.{field}={value} can't be split over {mesh.size} devices: "

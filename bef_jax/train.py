@@ -95,7 +95,7 @@ def train_and_evaluate(
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
     mesh = sharding.make_mesh()
-    _check_batches(config, mesh)  # before data are read
+    sharding.check_batch(config, mesh)  # before data are read
     if config.init_from and not checkpoint.saved_steps(workdir):
         pretrained.find(config.init_from)  # now: reading a data set can take an hour
     splits = _open_splits(config)
@@ -118,10 +118,6 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 
 
 # ---- before the first step ----------------------------------------------------------------------
-
-
-def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
-    sharding.check_divisible("batch_size", config.batch_size // config.optim.accumulate, mesh)
 
 
 def _open_splits(config: ConfigDict) -> dict[str, Split]:

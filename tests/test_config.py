@@ -244,6 +244,9 @@ def test_every_number_has_a_range_or_choices():
         ({"batch_size": 64, "optim.accumulate": 3}, "config.optim.accumulate"),
         ({"batch_size": 64, "bn_groups": 3}, "config.bn_groups"),
         ({"batch_size": 64, "optim.accumulate": 16, "bn_groups": 8}, "config.bn_groups"),
+        ({"model.mbconv": "pallas", "batch_size": 192}, "multiple of 128"),
+        ({"model.mbconv": "pallas", "batch_size": 256, "bn_groups": 4}, "multiple of 128"),
+        ({"model.mbconv": "pallas", "batch_size": 128, "model.name": "resnet50"}, "EfficientNets"),
         ({"augment.mean": (0.5, 0.5)}, "config.augment.mean"),
         ({"augment.std": (0.5, 0.5, "x")}, "config.augment.std"),
         ({"augment.std": (0.5, 0.0, 0.5)}, "config.augment.std"),
@@ -272,6 +275,7 @@ def test_impossible_combinations_are_named(fields, part):
         {"batch_size": 64, "optim.accumulate": 16, "bn_groups": 4},
         {"rcc.min_size": 32, "rcc.max_size": 32, "rcc.eval_size": 32},
         {"data.split_ratio": (8, 1, 1)},
+        {"model.mbconv": "pallas", "batch_size": 512, "bn_groups": 2, "optim.accumulate": 2},
         {"optim.freeze": "stem|block_0[0-2]", "model.name": "efficientnet_test"},
     ],
 )

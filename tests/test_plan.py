@@ -168,6 +168,13 @@ def test_a_batch_that_the_topology_cannot_share_is_refused(tmp_path):
     assert "config.batch_size=12 can't be split over 8 devices" in result.stderr
 
 
+def test_kernels_need_whole_groups_on_every_device(tmp_path):
+    flags = ["--config.model.mbconv=pallas", "--config.batch_size=1024", "--config.bn_groups=4"]
+    result = run_plan("cpu:8", tmp_path, *flags)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "config.bn_groups=4 can't be split over 8 devices" in result.stderr
+
+
 # ---- by the compilers of other hardware ---------------------------------------------------------
 
 
@@ -188,6 +195,23 @@ def test_a_tpu_slice(tmp_path):
     moved = summary["hbm_traffic_per_device"]
     assert summary["state_bytes"] < moved < summary["bytes_accessed_per_device"]
     assert sum(sums["count"] for sums in summary["collectives"].values()) <= 4
+
+
+@pytest.mark.compilers
+def test_kernels_move_less_on_a_tpu_slice(tmp_path):
+    require("libtpu")
+    flags = ["--config.bn_groups=8", "--config.batch_size=1024", "--nolargest_batch"]
+    flags += ["--config.dtype=bfloat16", "--config.data.placement=host"]
+    plans = {}
+    for form in ("layers", "pallas"):
+        result = run_plan("v5e:2x4", tmp_path / form, *flags, f"--config.model.mbconv={form}")
+        assert result.returncode == 0, result.stderr
+        plans[form] = json.loads(result.stdout)
+    layers, kernels = (plans[form] for form in ("layers", "pallas"))
+    for key in ("bytes_accessed_per_device", "hbm_traffic_per_device", "hbm_bytes_per_device"):
+        assert kernels[key] < 0.9 * layers[key]
+    # Nothing is brought together for a kernel.
+    assert kernels["collectives"].keys() == layers["collectives"].keys()
 
 
 @pytest.mark.compilers

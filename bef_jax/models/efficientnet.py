@@ -185,10 +185,14 @@ class MBConv(nn.Module):
         return x
 
     def _kernel_block(self, shape: tuple[int, ...]) -> mbconv.Block | None:
-        """What the kernels have to know; None where there are none for the block."""
+        """What the kernels have to know; None where layers run, since they fit into no chip."""
         stage, norm = self.stage, self.norm(parent=None)
-        if self.form == "layers" or shape[0] % (norm.groups * LANES):
+        if self.form == "layers":
             return None
+        if shape[0] % (norm.groups * LANES):
+            raise ValueError(
+                f"kernels take {LANES} images at a time, of each of {norm.groups} groups"
+            )
         padding = padding_of(
             stage.kernel, self.stride, shape[1:3], self.depthwise.keywords["padding"]
         )

@@ -236,6 +236,55 @@ def test_bfloat16_is_near_float32():
     np.testing.assert_allclose(rough, exact, atol=0.1 * np.abs(exact).max())
 
 
+def test_kernels_train_the_network_that_layers_do():
+    """Drop path is on: both forms draw alike, and have the same parameters and statistics."""
+    # 16 channels at the stem, 8 x 8 positions: no block is too large for the kernels.
+    layers, kernels = (build("test", mbconv=form, bn_groups=2) for form in ("layers", "pallas"))
+    variables, images = make_variables(layers), make_images(256, 16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(network, params):
+        def loss(params):
+            logits, batch_stats = train(network, variables | {"params": params}, images)
+            return jnp.mean(jnp.square(logits)), (logits, batch_stats)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    expected, actual = (everything(network, variables["params"]) for network in (layers, kernels))
+    atol = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-3, atol=atol)
+
+
+def count_kernels(network, images, **options):
+    """How many there are in the program of a pass."""
+    variables = shapes_of(network)
+
+    def run(variables):
+        return network.apply(
+            variables,
+            images,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+            **options,
+        )
+
+    return str(jax.make_jaxpr(run)(variables)).count("pallas_call[")
+
+
+def test_kernels_are_for_training_and_for_maps_that_fit():
+    images = jnp.zeros((128, 96, 96, 3))
+    assert count_kernels(build("test"), images, train=True) == 0
+    assert count_kernels(build("test", mbconv="pallas"), images, train=False) == 0
+    # Three kernels of each of five blocks, for TPU and for elsewhere.
+    assert count_kernels(build("test", mbconv="pallas"), images, train=True) == 30
+
+
+def test_kernels_refuse_a_part_of_128_images():
+    with pytest.raises(ValueError, match="128 images"):
+        count_kernels(build("test", mbconv="pallas"), jnp.zeros((64, 32, 32, 3)), train=True)
+
+
 def test_batch_statistics_move_in_training_only():
     network = build("test", **STILL)
     variables, images = make_variables(network), make_images(2)
