@@ -24,7 +24,7 @@ from bef_jax.data.augment import PATCH
 from bef_jax.data.batches import Batch, fits_memory
 from bef_jax.errors import UserError
 from bef_jax.flops import training_flops
-from bef_jax.models.mbconv_grid import LANES
+from bef_jax.models.mbconv.grid import LANES
 from bef_jax.optim import make_schedule
 from bef_jax.state import TrainState, abstract_state
 from bef_jax.step import compile_step

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from bef_jax.models import mbconv
 from bef_jax.models.layers import (
     Conv,
     DepthwiseConv,
@@ -18,7 +17,8 @@ from bef_jax.models.layers import (
     global_pool,
     padding_of,
 )
-from bef_jax.models.mbconv_grid import LANES, Window, channel_block
+from bef_jax.models.mbconv.block import Block, mbconv
+from bef_jax.models.mbconv.grid import LANES, Window, strips
 from bef_jax.models.network import Network
 
 
@@ -176,15 +176,15 @@ class MBConv(nn.Module):
             x = SqueezeExcite(max(inputs // 4, 1), name="squeeze_excite")(x)
         return Conv(stage.channels, kernel=1, dtype=self.dtype, name="project_conv")(x)
 
-    def _by_kernels(self, x: Array, block: mbconv.Block) -> Array:
+    def _by_kernels(self, x: Array, block: Block) -> Array:
         params = self.variables["params"]
         names = [name for name in params if name != "project_norm"]
-        x, statistics = mbconv.mbconv(x, {name: params[name] for name in names}, block)
+        x, statistics = mbconv(x, {name: params[name] for name in names}, block)
         for name, moments in statistics.items():
             self.norm(name=name).record(*moments)
         return x
 
-    def _kernel_block(self, shape: tuple[int, ...]) -> mbconv.Block | None:
+    def _kernel_block(self, shape: tuple[int, ...]) -> Block | None:
         """What the kernels have to know; None where layers run, since they fit into no chip."""
         stage, norm = self.stage, self.norm(parent=None)
         if self.form == "layers":
@@ -198,9 +198,9 @@ class MBConv(nn.Module):
         )
         window = Window(shape[1:3], stage.kernel, self.stride, padding)
         channels = shape[-1], shape[-1] * stage.expand, stage.channels
-        size = channel_block(window, *channels, jnp.dtype(self.dtype).itemsize)
+        cut = strips(window, *channels, jnp.dtype(self.dtype).itemsize)
         fixed = norm.groups, norm.epsilon, self.activation
-        return mbconv.Block(window, size, *fixed) if size else None
+        return Block(cut, *fixed) if cut else None
 
 
 class EfficientNet(Network):

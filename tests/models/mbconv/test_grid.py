@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import jax
@@ -6,11 +7,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from bef_jax.models import mbconv_grid
 from bef_jax.models.layers import padding_of
-from bef_jax.models.mbconv import Block, mbconv
-from bef_jax.models.mbconv_grid import LANES, Window, channel_block
-from tests.models.test_mbconv import make_params
+from bef_jax.models.mbconv import grid
+from bef_jax.models.mbconv.block import Block, mbconv
+from bef_jax.models.mbconv.grid import LANES, Window, channel_block, strips
+from tests.models.mbconv.test_block import make_params
 
 CASES = [(3, 1, (4, 5)), (3, 2, (6, 5)), (5, 1, (5, 4)), (5, 2, (7, 6)), (3, 2, (1, 2))]
 conventions = pytest.mark.parametrize("convention", ["same", "symmetric"])
@@ -69,8 +70,37 @@ def test_a_block_divides_the_channels_or_there_is_none(size, kernel, stride, cha
     assert not fits or channels[1] % block == 0
 
 
+@conventions
+@pytest.mark.parametrize(("kernel", "stride", "size"), CASES)
+def test_strips_read_what_their_outputs_are_made_of(kernel, stride, size, convention, monkeypatch):
+    # As if two rows of the output fitted on the chip, and no more.
+    monkeypatch.setattr(grid, "channel_block", lambda part, *_: 8 * (part.outputs[0] <= 2))
+    window = make_window(kernel, stride, size, convention)
+    cut = strips(window, 1, 8, 1, 4)
+    assert len(cut) == -(-window.outputs[0] // 2)
+    x = np.random.default_rng(0).normal(size=size)
+    expected = correlate(x, window)
+    parts = [correlate(x[slice(*strip.inputs)], strip.window) for strip in cut]
+    assert [strip.outputs for strip in cut] == list(
+        itertools.pairwise([0, *np.cumsum([len(part) for part in parts])])
+    )
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def correlate(x, window):
+    """A depthwise convolution by taps 1, 2, 3, ..."""
+    padded, (rows, columns), k = np.pad(x, window.padding), window.outputs, window.kernel
+    taps, s = np.arange(1, k * k + 1).reshape(k, k), window.stride
+    return np.array(
+        [
+            [(padded[r * s : r * s + k, c * s : c * s + k] * taps).sum() for c in range(columns)]
+            for r in range(rows)
+        ]
+    )
+
+
 @pytest.mark.parametrize("channels", [(32, 192, 48), (40, 40, 24)])
-@pytest.mark.parametrize(("kernel", "stride", "side"), [(3, 1, 24), (5, 2, 24), (3, 1, 48)])
+@pytest.mark.parametrize(("kernel", "stride", "side"), [(3, 1, 24), (5, 2, 24), (3, 1, 96)])
 def test_what_the_kernels_ask_for_fits_on_the_chip(kernel, stride, side, channels, monkeypatch):
     """Counts the buffers of each call: two of what is loaded or written block by block."""
     asked = []
@@ -90,17 +120,14 @@ def test_what_the_kernels_ask_for_fits_on_the_chip(kernel, stride, side, channel
 
     monkeypatch.setattr(pl, "pallas_call", pallas_call)
     window = make_window(kernel, stride, (side, side), "same")
-    block = channel_block(window, *channels, itemsize=2)
-    if not block:
-        assert (side, channels[0]) == (48, 32)  # what does not fit is not tried
-        return
+    cut = strips(window, *channels, itemsize=2)
     params = make_params(channels, kernel)
 
     def loss(x, params):
-        return mbconv(x, params, Block(window, block, 1, 1e-3, "silu"))[0].sum()
+        return mbconv(x, params, Block(cut, 1, 1e-3, "silu"))[0].sum()
 
     x = jnp.zeros((LANES, side, side, channels[0]), jnp.bfloat16)
     jax.eval_shape(jax.grad(loss, argnums=(0, 1)), x, params)
-    # Five kernels, for TPU and for elsewhere.
-    assert len(asked) == 10
-    assert 0.3 * mbconv_grid._VMEM < max(asked) < mbconv_grid._VMEM
+    # Five kernels of each strip, for TPU and for elsewhere.
+    assert len(asked) == 10 * len(cut)
+    assert 0.3 * grid._VMEM < max(asked) < grid._VMEM

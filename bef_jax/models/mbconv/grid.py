@@ -1,4 +1,4 @@
-"""How the kernels of `mbconv_kernels` cut maps into what stays on a TPU's chip.
+"""How the kernels cut maps into what stays on a TPU's chip.
 
 Maps are [H, W, C, N]: channels along a vector register's sublanes, images along its lanes. So the
 taps of a depthwise convolution are other registers, not shifted ones, and little is padded. A
@@ -7,6 +7,7 @@ kernel runs over blocks of 128 images and, within them, over blocks of the E hid
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -69,6 +70,49 @@ class Window:
         """The elements of a phase along an axis that are inputs, not padding: [first, last)."""
         before = self.padding[axis][0] - phase
         return -(-before // self.stride), (before + self.size[axis] - 1) // self.stride + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """Rows of a block's maps that the kernels take at once, for all columns.
+
+    Attributes:
+        inputs: [first, last) of the rows of x, with those that neighbours read, too.
+        outputs: [first, last) of the rows of d and y.
+        window: of these rows: where they end within the map they are not padded.
+        channels: hidden channels at a time.
+    """
+
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    window: Window
+    channels: int
+
+
+def strips(
+    window: Window, inputs: int, hidden: int, outputs: int, itemsize: int
+) -> tuple[Strip, ...]:
+    """Cuts maps into as few strips of rows as fit on the chip; none if even one row does not.
+
+    Arguments are those of `channel_block`.
+    """
+    channels = inputs, hidden, outputs, itemsize
+    for count in range(1, window.outputs[0] + 1):
+        ends = [window.outputs[0] * i // count for i in range(count + 1)]
+        found = tuple(_strip(window, *rows, *channels) for rows in itertools.pairwise(ends))
+        if all(strip.channels for strip in found):
+            return found
+    return ()
+
+
+def _strip(window: Window, first: int, last: int, *channels: int) -> Strip:
+    (top, _), columns = window.padding
+    start = first * window.stride - top  # of the padded rows that the strip's taps reach
+    stop = (last - 1) * window.stride + window.kernel - top
+    rows = max(start, 0), min(stop, window.size[0])
+    padding = (rows[0] - start, stop - rows[1]), columns
+    part = Window((rows[1] - rows[0], window.size[1]), window.kernel, window.stride, padding)
+    return Strip(rows, (first, last), part, channel_block(part, *channels))
 
 
 def channel_block(window: Window, inputs: int, hidden: int, outputs: int, itemsize: int) -> int:

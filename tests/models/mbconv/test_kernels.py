@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bef_jax.models import mbconv_kernels as kernels
 from bef_jax.models.layers import padding_of
-from bef_jax.models.mbconv_grid import Window
-from tests.models.test_mbconv import as_on_tpu  # noqa: F401, a fixture
+from bef_jax.models.mbconv import backward, forward
+from bef_jax.models.mbconv.grid import Strip, Window
+from tests.models.mbconv.test_block import as_on_tpu  # noqa: F401, a fixture
 
 INPUTS, HIDDEN, OUTPUTS = 8, 16, 24
 IMAGES, BLOCK = 256, 8  # two blocks of images, two of channels
@@ -26,6 +26,11 @@ def normal(*shape, seed=0):
 
 def make_window(kernel, stride, convention):
     return Window(SIZE, kernel, stride, padding_of(kernel, stride, SIZE, convention))
+
+
+def whole(window):
+    """A strip of all rows."""
+    return Strip((0, SIZE[0]), (0, window.outputs[0]), window, BLOCK)
 
 
 def single(*arrays):
@@ -78,7 +83,7 @@ def windows_of(window):
 def test_spread(expands, kernel, stride, convention):
     window = make_window(kernel, stride, convention)
     inputs = make_inputs(window, expands)
-    d, moments = kernels.spread(*single(*inputs), window, BLOCK, "silu")
+    d, moments = forward.spread(*single(*inputs), whole(window), "silu")
     *narrow, taps = inputs
     hidden = padded_of(hidden_of(*narrow)[1], window)
     expected = np.zeros((*window.outputs, HIDDEN, IMAGES))
@@ -102,20 +107,20 @@ def normed(d, norm):
 
 def test_pool():
     d, norm, *_ = make_maps()
-    check(kernels.pool(*single(d, norm), BLOCK, "silu"), silu(normed(d, norm)).sum((0, 1)))
+    check(forward.pool(*single(d, norm), BLOCK, "silu"), silu(normed(d, norm)).sum((0, 1)))
 
 
 def test_project():
     d, norm, gate, weights = make_maps()
     expected = np.einsum("hwen,em->hwmn", silu(normed(d, norm)) * gate, weights)
-    check(kernels.project(*single(d, norm, gate, weights), BLOCK, "silu"), expected)
+    check(forward.project(*single(d, norm, gate, weights), BLOCK, "silu"), expected)
 
 
 def test_project_gradients():
     d, norm, gate, weights = make_maps()
     by_y = normal(*SIZE, OUTPUTS, IMAGES, seed=8)
     inputs = single(d, by_y, norm, gate, weights)
-    sums, by_weights = kernels.project_gradients(*inputs, BLOCK, "silu")
+    sums, by_weights = backward.project_gradients(*inputs, BLOCK, "silu")
     z, u = normed(d, norm), np.einsum("em,hwmn->hwen", weights, by_y)
     terms = [u * silu(z), u * slope(z), u * slope(z) * d, slope(z), slope(z) * d]
     check(sums, np.stack([term.sum((0, 1)) for term in terms]))
@@ -135,7 +140,7 @@ def test_spread_gradients(expands, kernel, stride, convention):
     if expands:
         columns[:, 4:] = shift
     arrays = single(x, d, by_y), single(expand, taps, weights, columns), single(images)
-    actual = kernels.spread_gradients(*arrays[0], arrays[1], *arrays[2], window, BLOCK, "silu")
+    actual = backward.spread_gradients(*arrays[0], arrays[1], *arrays[2], whole(window), "silu")
 
     gated = np.einsum("em,hwmn->hwen", weights, by_y) * images[0] + images[1]
     factor, offset, by_d, rest = (columns[:, i : i + 1] for i in range(4))

@@ -1,5 +1,7 @@
 """The block of kernels against the block of layers, which other tests hold against torch."""
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -13,8 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bef_jax.models.depthwise import depthwise_conv
 from bef_jax.models.layers import SqueezeExcite, padding_of
-from bef_jax.models.mbconv import Block, mbconv
-from bef_jax.models.mbconv_grid import Window
+from bef_jax.models.mbconv.block import Block, mbconv
+from bef_jax.models.mbconv.grid import Window
+from bef_jax.models.mbconv.grid import _strip as strip_of
 from bef_jax.models.norm import batch_norm
 from tests.conftest import environment_of
 
@@ -62,9 +65,21 @@ def make_params(channels, kernel, squeeze_excite=True):
     return params
 
 
-def make_block(kernel, stride, groups=1, convention="same", activation="silu"):
+def make_block(kernel, stride, groups=1, convention="same", activation="silu", ends=()):
+    """Of one strip, or of those that end at these rows of the output."""
     padding = padding_of(kernel, stride, (SIDE, SIDE), convention)
-    return Block(Window((SIDE, SIDE), kernel, stride, padding), 8, groups, EPSILON, activation)
+    window = Window((SIDE, SIDE), kernel, stride, padding)
+    rows = itertools.pairwise((0, *ends, window.outputs[0]))
+    strips = (strip_of(window, *pair, *CHANNELS, 4) for pair in rows)
+    strips = tuple(dataclasses.replace(strip, channels=8) for strip in strips)
+    return Block(strips, groups, EPSILON, activation)
+
+
+def window_of(block):
+    """Of the whole map."""
+    first, last = block.strips[0].window, block.strips[-1].window
+    rows = first.padding[0][0], last.padding[0][1]
+    return dataclasses.replace(first, size=(SIDE, SIDE), padding=(rows, first.padding[1]))
 
 
 def make_images(count, channels=CHANNELS[0], dtype=jnp.float32):
@@ -75,7 +90,7 @@ def make_images(count, channels=CHANNELS[0], dtype=jnp.float32):
 
 def by_layers(x, params, block):
     """`efficientnet.MBConv._by_layers`, without its module."""
-    options, statistics, window = (block.groups, EPSILON, block.activation), {}, block.window
+    options, statistics, window = (block.groups, EPSILON, block.activation), {}, window_of(block)
     if "expand_conv" in params:
         x = x @ params["expand_conv"]["kernel"][0, 0].astype(x.dtype)
         x, *statistics["expand_norm"] = batch_norm(x, **params["expand_norm"], **named(options))
@@ -116,6 +131,12 @@ def errors(actual, expected):
     return jax.tree.leaves(jax.tree.map(error, actual, expected))
 
 
+IDS = (
+    "3x3", "5x5, two groups", "stride 2, symmetric", "5x5, stride 2", "lite", "no expansion",
+    "three strips", "stride 2, two strips", "no expansion, two strips",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("block", "images", "channels", "squeeze_excite"),
     [
@@ -125,11 +146,14 @@ def errors(actual, expected):
         (make_block(5, 2), 128, CHANNELS, True),
         (make_block(3, 2, activation="relu6"), 128, CHANNELS, False),
         (make_block(3, 1), 128, (16, 16, 8), True),
+        (make_block(3, 1, ends=(2, 3)), 128, CHANNELS, True),
+        (make_block(5, 2, ends=(1,), convention="symmetric"), 128, CHANNELS, True),
+        (make_block(3, 1, ends=(3,)), 128, (16, 16, 8), True),
     ],
-    ids=["3x3", "5x5, two groups", "stride 2, symmetric", "5x5, stride 2", "lite", "no expansion"],
+    ids=IDS,
 )
 def test_all_is_as_by_layers(block, images, channels, squeeze_excite):
-    params = make_params(channels, block.window.kernel, squeeze_excite)
+    params = make_params(channels, block.strips[0].window.kernel, squeeze_excite)
     x = make_images(images, channels[0])
     actual = everything(mbconv, x, params, block)
     expected = everything(by_layers, x, params, block)
@@ -160,8 +184,8 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType
 from bef_jax import sharding
-from bef_jax.models.mbconv import mbconv
-from tests.models.test_mbconv import *
+from bef_jax.models.mbconv.block import mbconv
+from tests.models.mbconv.test_block import *
 
 block, params, x = make_block(3, 1, groups=8), make_params(CHANNELS, 3), make_images(8 * 128)
 one = everything(mbconv, x, params, block)

@@ -1,0 +1,147 @@
+"""The algebra between the kernels: norms and squeeze-excite, from sums and back.
+
+Of one group of the batch. Maps are [H, W, C, n]; K, E and M are the channels of a block's input, of
+its hidden maps and of its output.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class Expansion:
+    """The 1 x 1 convolution with its norm in it: weights^T x + shift, as in `norm`.
+
+    Attributes:
+        weights: [K, E], of the activations' dtype, the kernel times the norm's factor.
+        shift: [E].
+        center: [K], the mean of x.
+        spread: [K, E], cov(x) @ kernel.
+        inverse: [E], 1 / deviation of kernel^T x.
+    """
+
+    weights: Array
+    shift: Array
+    center: Array
+    spread: Array
+    inverse: Array
+
+
+@struct.dataclass
+class Norm:
+    """The norm behind the depthwise convolution: [E] each."""
+
+    mean: Array
+    inverse: Array  # 1 / deviation
+    factor: Array  # the norm is factor * d + offset
+    offset: Array
+
+
+def like(params: Params, gradient: Array) -> Params:
+    """A kernel's gradient, whatever its axes are, as the kernel is kept."""
+    return {"kernel": gradient.reshape(params["kernel"].shape)}
+
+
+def excite(params: Params | None, pooled: Array) -> Array:
+    """`layers.SqueezeExcite`'s gate of the pooled features, [E, n] both; without parameters 1."""
+    if params is None:
+        return jnp.ones_like(pooled)
+    reduce, expand = params["reduce"], params["expand"]
+    hidden = nn.silu(pooled.T @ reduce["kernel"] + reduce["bias"])
+    return nn.sigmoid(hidden @ expand["kernel"] + expand["bias"]).T
+
+
+def expansion(x: Array, params: Params, epsilon: float) -> tuple[Expansion | None, Params]:
+    """The expansion with its norm in it, and the norm's statistics; None and {} where none is.
+
+    As in `norm.pointwise_batch_norm`: the product's statistics by those of x.
+    """
+    if "expand_conv" not in params:
+        return None, {}
+    kernel, norm = params["expand_conv"]["kernel"][0, 0], params["expand_norm"]
+    center, centered = _centered(x)
+    covariance = _product("hwkn,hwln->kl", centered, centered) / (x.size // len(center))
+    mean, spread = _exact("k,ke->e", center, kernel), _exact("kl,le->ke", covariance, kernel)
+    var = jnp.maximum(jnp.sum(kernel * spread, 0), 0.0)
+    inverse = lax.rsqrt(var + epsilon)
+    weights = (kernel * norm["scale"] * inverse).astype(x.dtype)
+    shift = norm["bias"] - _exact("k,ke->e", center, weights)
+    return Expansion(weights, shift, center, spread, inverse), {"expand_norm": (mean, var)}
+
+
+def expansion_gradient(
+    x: Array,
+    expand: Expansion | None,
+    params: Params,
+    by_x: Array,
+    by_expand: Array | None,
+    by_shift: Array | None,
+) -> tuple[Array, Params]:
+    """The gradients of x [H, W, K, n] and of the convolution and its norm, from the kernels' sums.
+
+    As in `norm.pointwise_batch_norm`: what statistics add to the gradient of x is linear in x.
+    """
+    if expand is None:
+        return by_x, {}
+    kernel, count = params["expand_conv"]["kernel"][0, 0], x.size // len(expand.center)
+    factor = params["expand_norm"]["scale"] * expand.inverse
+    by_bias = by_shift.sum(-1)
+    by_kernel = by_expand.sum(0).T - expand.center[:, None] * by_bias
+    by_scale = expand.inverse * jnp.sum(kernel * by_kernel, 0)
+    pull = expand.inverse * by_scale
+    correction = _exact("ke,le->kl", kernel * factor * pull, kernel) / count
+    constant = _exact("ke,e->k", kernel * factor, by_bias) / count
+    _, centered = _centered(x)
+    by_x = by_x - jnp.einsum("hwkn,kl->hwln", centered, correction.astype(x.dtype))
+    by_x = (by_x - constant[:, None]).astype(x.dtype)
+    by_kernel = factor * (by_kernel - expand.spread * pull)
+    by_params = {
+        "expand_conv": like(params["expand_conv"], by_kernel),
+        "expand_norm": {"scale": by_scale, "bias": by_bias},
+    }
+    return by_x, by_params
+
+
+def _centered(x: Array) -> tuple[Array, Array]:
+    """The mean [K], float32, and x less it, of its own dtype."""
+    center = jnp.mean(x, (0, 1, 3), dtype=jnp.float32)
+    return center, (x - center[:, None]).astype(x.dtype)
+
+
+def norm(moments: Array, params: Params, positions: int, epsilon: float) -> tuple[Norm, Array]:
+    """The norm of d [H', W', E, n] and its variance [E], from the sums of d and d^2."""
+    mean, square = moments.sum(-1) / (positions * moments.shape[-1])
+    var = jnp.maximum(square - mean * mean, 0.0)
+    inverse = lax.rsqrt(var + epsilon)
+    factor = params["scale"] * inverse
+    return Norm(mean, inverse, factor, params["bias"] - mean * factor), var
+
+
+def norm_gradient(
+    norm: Norm, sums: Array, gate: Array, pull: Array, positions: int
+) -> tuple[Params, tuple[Array, Array]]:
+    """The gradients of scale and bias, and factor and offset of d in its own gradient.
+
+    Args:
+        sums: [5, E, n], from `kernels.project_gradients`.
+        gate, pull: [E, n]; the gradient of the activated maps is (gradient of gated) gate + pull.
+    """
+    count = positions * gate.shape[-1]
+    by_bias = jnp.sum(gate * sums[1] + pull * sums[3], -1)
+    by_scale = jnp.sum(gate * sums[2] + pull * sums[4], -1)
+    by_scale = (by_scale - norm.mean * by_bias) * norm.inverse
+    # Ioffe & Szegedy 2015, section 3, sorted by d.
+    factor = -norm.factor * norm.inverse * by_scale / count
+    offset = -norm.factor * by_bias / count - factor * norm.mean
+    return {"scale": by_scale, "bias": by_bias}, (factor, offset)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_exact = functools.partial(_product, precision=lax.Precision.HIGHEST)  # small, and decide the rest
