@@ -14,6 +14,7 @@ from bef_jax.errors import UserError
 
 # Every accelerator holds the state of these networks whole, so the batch alone is cut.
 AXIS = "data"
+_SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")  # 16 MiB of vector memory
 
 
 def make_mesh() -> Mesh:
@@ -45,9 +46,15 @@ def put_everywhere(array: np.ndarray, mesh: Mesh) -> Array:
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:
     """Raises `UserError` unless every device gets its part of a batch, and whole groups of it."""
     _check_divisible("batch_size", config.batch_size // config.optim.accumulate, mesh)
-    # A kernel sees one group at a time, and takes its statistics on the device that has it.
     if config.model.mbconv == "pallas":
+        # A kernel sees one group at a time, and takes its statistics on the device that has it.
         _check_divisible("bn_groups", config.bn_groups, mesh)
+        kind = mesh.devices.flat[0].device_kind
+        if kind in _SMALL_CHIPS:
+            raise UserError(
+                f"config.model.mbconv=pallas needs 64 MiB on the chip, more than {kind} has: "
+                "choose layers"
+            )
 
 
 def _check_divisible(field: str, value: int, mesh: Mesh) -> None:

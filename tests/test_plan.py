@@ -198,6 +198,15 @@ def test_a_tpu_slice(tmp_path):
 
 
 @pytest.mark.compilers
+def test_kernels_are_too_large_for_a_v4(tmp_path):
+    require("libtpu")
+    flags = ["--config.model.mbconv=pallas", "--config.batch_size=512", "--config.bn_groups=4"]
+    result = run_plan("v4:2x2x1", tmp_path, *flags)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "more than TPU v4 has: choose layers" in result.stderr
+
+
+@pytest.mark.compilers
 def test_kernels_move_less_on_a_tpu_slice(tmp_path):
     require("libtpu")
     flags = ["--config.bn_groups=8", "--config.batch_size=1024", "--nolargest_batch"]

@@ -54,11 +54,11 @@ def test_inside_is_every_input_once(kernel, stride, size, convention):
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "channels", "fits"),
     [
-        ((48, 48), 3, 1, (40, 40, 24), True),  # B3's first block, total stride 32
-        ((48, 48), 3, 2, (24, 144, 32), True),
+        ((24, 48), 3, 1, (40, 40, 24), True),  # half of the maps of B3's first block
+        ((24, 24), 3, 1, (32, 192, 32), True),
         ((3, 3), 3, 1, (384, 2304, 384), True),  # and its last
         ((6, 6), 5, 1, (112, 672, 112), True),
-        ((96, 96), 3, 1, (40, 40, 24), False),  # the first at total stride 16
+        ((48, 48), 3, 1, (40, 40, 24), False),  # the first, whole
         ((6, 6), 3, 1, (10, 60, 10), False),  # no multiple of 8 divides 60
     ],
 )
@@ -130,4 +130,4 @@ def test_what_the_kernels_ask_for_fits_on_the_chip(kernel, stride, side, channel
     jax.eval_shape(jax.grad(loss, argnums=(0, 1)), x, params)
     # Five kernels of each strip, for TPU and for elsewhere.
     assert len(asked) == 10 * len(cut)
-    assert 0.3 * grid._VMEM < max(asked) < grid._VMEM
+    assert 0.2 * grid._VMEM < max(asked) < grid._VMEM
