@@ -1,10 +1,11 @@
 """What one training step of EfficientNet-B3 moves on a TPU v5e, compiled, not run.
 
     pip install -e .[plan]
-    python results/tpu_bytes.py plain | none | block
+    python results/tpu_bytes.py plain | none | block | pallas [--total_stride=32]
 
-`none` and `block` are values of `config.model.remat`. `plain` is what one would write first: batch
-normalisation, its activation and every convolution with the gradients that JAX derives.
+`none` and `block` are values of `config.model.remat`, `pallas` one of `config.model.mbconv`;
+`plain` is what one would write first: batch normalisation, its activation and every convolution
+with the gradients that JAX derives. XLA estimates no cycles of kernels: `tpu_kernels.py` has those.
 """
 
 import argparse
@@ -28,13 +29,15 @@ IMAGES = 256  # per chip
 def main() -> None:
     """Compiles one version and prints its figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("version", choices=("plain", "none", "block"))
-    version = parser.parse_args().version
+    parser.add_argument("version", choices=("plain", "none", "block", "pallas"))
+    parser.add_argument("--total_stride", type=int, default=32)
+    options = parser.parse_args()
+    version = options.version
     if version == "plain":
         make_plain()
     place = topology.parse("v5e:2x2")
     mesh = topology.make_mesh(place)
-    config = make_config(mesh.size, "none" if version == "plain" else version)
+    config = make_config(mesh.size, version, options.total_stride)
     state = plan._place(abstract_state(config), mesh)
     step = compile_step(config, make_schedule(config, 10_000, 1_000), mesh, state, None)
     text, costs = step.as_text(), step.cost_analysis()
@@ -54,14 +57,16 @@ def estimated_cycles(text: str, name: str = "") -> int:
     return sum(int(n) for line in lines for n in re.findall(r'"estimated_cycles":"(\d+)"', line))
 
 
-def make_config(devices: int, remat: str) -> ConfigDict:
+def make_config(devices: int, version: str, total_stride: int) -> ConfigDict:
     """B3 without boosts, as timm has it."""
     config = get_config()
     config.dtype, config.bn_groups, config.batch_size = "bfloat16", devices, devices * IMAGES
     config.rcc.enabled = False
     config.model.update(
-        name="efficientnet_b3", total_stride=32, attention="none", fusion=False, remat=remat
+        name="efficientnet_b3", total_stride=total_stride, attention="none", fusion=False
     )
+    config.model.remat = "block" if version == "block" else "none"
+    config.model.mbconv = "pallas" if version == "pallas" else "layers"
     return config
 
 

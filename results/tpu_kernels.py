@@ -1,0 +1,185 @@
+"""Cycles of the block's kernels on a TPU v5e, by the compiler's own schedule, not run.
+
+    pip install -e .[plan]
+    python results/tpu_kernels.py [--total_stride=32]
+
+Each kernel of each different block of EfficientNet-B3 is compiled in a process of its own, for 256
+images, and libtpu asked for the instructions that it made: it bundles what a core does in a cycle.
+Their number, times the turns of the loops that they are in, is what a kernel takes if nothing
+waits: memory is not in it, nor is what XLA does between kernels.
+"""
+
+import argparse
+import collections
+import dataclasses
+import glob
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bef_jax import topology
+from bef_jax.models import boosted
+from bef_jax.models.efficientnet import scaled
+from bef_jax.models.layers import padding_of
+from bef_jax.models.mbconv import backward, forward, grid
+
+IMAGES = 256
+KERNELS = ("spread", "pool", "project", "project_gradients", "spread_gradients")
+# A line of the program: its address, LB where a loop begins, and a > for each loop around it.
+BUNDLE = re.compile(r"\s*(?:\d+:\s*)?0x[0-9a-f]+\s+(LB|[A-Z]{2})?\s*:\s?(>*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A block: side of its input, channels K, E and M, kernel, stride."""
+
+    side: int
+    inputs: int
+    hidden: int
+    outputs: int
+    kernel: int
+    stride: int
+
+    def strips(self) -> tuple[grid.Strip, ...]:
+        """As the network cuts it, in bfloat16."""
+        size = (self.side, self.side)
+        padding = padding_of(self.kernel, self.stride, size, "same")
+        window = grid.Window(size, self.kernel, self.stride, padding)
+        return grid.strips(window, self.inputs, self.hidden, self.outputs, itemsize=2)
+
+
+def main() -> None:
+    """Prints a line per block and the sum; or compiles one kernel, for the process that counts."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--total_stride", type=int, default=32)
+    parser.add_argument("--compile", nargs=8, metavar="X", help="for itself")
+    options = parser.parse_args()
+    if options.compile:
+        name, strip, *numbers = options.compile
+        shape = Shape(*map(int, numbers))
+        compile_kernel(name, shape, shape.strips()[int(strip)])
+        return
+    total = 0
+    for shape, blocks in shapes_of_b3(options.total_stride).items():
+        cycles = sum(
+            kernel_cycles(name, shape, index)
+            for index in range(len(shape.strips()))
+            for name in KERNELS
+        )
+        total += blocks * cycles
+        print(f"{blocks} x {shape}, {len(shape.strips())} strips: {cycles / 1e6:.3f} M", flush=True)
+    print(f"all: {total / 1e6:.1f} M cycles for {IMAGES} images")
+
+
+def shapes_of_b3(total_stride: int) -> dict[Shape, int]:
+    """How many blocks of B3 have each shape, for images of 96 x 96."""
+    architecture, counts = scaled("b3"), collections.Counter()
+    stem, stages = boosted.reduce_downsampling(2, architecture.stages, total_stride)
+    side, channels = 96 // stem, architecture.stem
+    for stage in stages:
+        for index in range(stage.repeats):
+            stride = 1 if index else stage.stride
+            hidden = channels * stage.expand
+            counts[Shape(side, channels, hidden, stage.channels, stage.kernel, stride)] += 1
+            side, channels = -(-side // stride), stage.channels
+    return dict(counts)
+
+
+def kernel_cycles(name: str, shape: Shape, index: int) -> int:
+    """The scheduled cycles of one kernel of one strip."""
+    strip = shape.strips()[index]
+    numbers = map(str, (name, index, *dataclasses.astuple(shape)))
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        command = [sys.executable, __file__, "--compile", *numbers]
+        environment = os.environ | {"LIBTPU_INIT_ARGS": flags}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        files = glob.glob(f"{folder}/*final_bundles.txt")
+        programs = [file for file in files if "schedule" not in file]
+        outside, loops = count_bundles(max(programs, key=os.path.getsize))
+    turns = turns_of(name, shape, strip)
+    if len(loops) != len(turns):
+        raise RuntimeError(f"{name} of {shape} has {len(loops)} loops, not {len(turns)}")
+    blocks = shape.hidden // strip.channels
+    inside = sum(bundles * turn for bundles, turn in zip(loops, turns, strict=True))
+    return IMAGES // grid.LANES * (blocks * outside + inside)
+
+
+def count_bundles(file: str) -> tuple[int, list[int]]:
+    """Bundles of one turn of the grid outside of loops, and of each loop within it."""
+    outside, loops, within = 0, [], False
+    with open(file) as lines:
+        for match in filter(None, map(BUNDLE.match, lines)):
+            depth = len(match[2])
+            if depth > 1 and (match[1] == "LB" or not within):
+                loops.append(0)
+            if depth > 1:
+                loops[-1] += 1
+            outside += depth == 1
+            within = depth > 1
+    # A branch that is not taken on most turns looks like a loop of a few bundles.
+    return outside + sum(n for n in loops if n < 20), [n for n in loops if n >= 20]
+
+
+def turns_of(name: str, shape: Shape, strip: grid.Strip) -> list[int]:
+    """How often each loop turns for a block of images, in the order of the program."""
+    window, expands = strip.window, shape.inputs != shape.hidden
+    blocks = shape.hidden // strip.channels
+    rows, height, padded = window.size[0], window.outputs[0], window.padded[0]
+    if name == "spread":  # clears, expands, convolves
+        return [padded, blocks * rows, blocks * height]
+    if name == "project":  # clears, adds up, copies
+        return [height, blocks * height, height]
+    if name != "spread_gradients":
+        return [blocks * height]
+    phases = (window.inside(0, phase) for phase in range(window.stride))
+    back = [blocks * (last - first) for first, last in phases]
+    ends = [rows] if expands else []
+    first = [padded, padded + window.margin, blocks * rows, blocks * height, blocks * height]
+    return [*first, *ends, *back, *ends]
+
+
+def compile_kernel(name: str, shape: Shape, strip: grid.Strip) -> None:
+    """Compiles one kernel for a v5e."""
+    devices = topology.make_mesh(topology.parse("v5e:2x2")).devices[:1]
+    everywhere = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec())
+
+    def array(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=everywhere)
+
+    maps = lambda size, channels: array(*size, channels, IMAGES, dtype=jnp.bfloat16)  # noqa: E731
+    matrix = lambda *sizes: array(*sizes, dtype=jnp.bfloat16)  # noqa: E731
+    hidden, window = shape.hidden, strip.window
+    x, d = maps(window.size, shape.inputs), maps(window.outputs, hidden)
+    by_y, weights = maps(window.outputs, shape.outputs), matrix(hidden, shape.outputs)
+    expand, shift = matrix(hidden, shape.inputs), array(hidden, 1)
+    if shape.inputs == hidden:
+        expand = shift = None
+    taps, norm, gate = array(hidden, window.kernel**2), array(hidden, 2), array(hidden, IMAGES)
+    block = strip.channels
+    calls = {
+        "spread": (lambda *a: forward.spread(*a, strip, "silu"), (x, expand, shift, taps)),
+        "pool": (lambda *a: forward.pool(*a, block, "silu"), (d, norm)),
+        "project": (lambda *a: forward.project(*a, block, "silu"), (d, norm, gate, weights)),
+        "project_gradients": (
+            lambda *a: backward.project_gradients(*a, block, "silu"),
+            (d, by_y, norm, gate, weights),
+        ),
+        "spread_gradients": (
+            lambda *a: backward.spread_gradients(*a, strip, "silu"),
+            (x, d, by_y, (expand, taps, weights, array(hidden, 5)), array(2, hidden, IMAGES)),
+        ),
+    }
+    function, arguments = calls[name]
+    jax.jit(function).lower(*arguments).compile()
+
+
+if __name__ == "__main__":
+    main()
