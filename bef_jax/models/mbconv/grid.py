@@ -176,9 +176,19 @@ def run(kernel: Callable, inputs, outputs, scratch, block: int, products: int, a
             interpret=interpret,
         )(*arrays)
 
+    def on_tpu(*arrays: Array):
+        # A kernel loads the next block of wide maps by itself while it works. XLA would first bring
+        # them to the chip as a whole, and something else away for them.
+        pairs = zip(arrays, inputs, strict=True)
+        return call(*(_in_hbm(x) if cut is maps else x for x, (_, cut) in pairs), interpret=False)
+
     # Elsewhere interpreted: the same arithmetic, slowly, for tests.
-    on_tpu, elsewhere = (functools.partial(call, interpret=flag) for flag in (False, True))
+    elsewhere = functools.partial(call, interpret=True)
     return lax.platform_dependent(*arrays, tpu=on_tpu, default=elsewhere)
+
+
+def _in_hbm(x: Array) -> Array:
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def _spec(array, cut: Callable, block: int) -> pl.BlockSpec | None:
