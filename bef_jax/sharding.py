@@ -47,14 +47,18 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
     """Raises `UserError` unless every device gets its part of a batch, and whole groups of it."""
     _check_divisible("batch_size", config.batch_size // config.optim.accumulate, mesh)
     if config.model.mbconv == "pallas":
-        # A kernel sees one group at a time, and takes its statistics on the device that has it.
-        _check_divisible("bn_groups", config.bn_groups, mesh)
-        kind = mesh.devices.flat[0].device_kind
-        if kind in _SMALL_CHIPS:
-            raise UserError(
-                f"config.model.mbconv=pallas needs 64 MiB on the chip, more than {kind} has: "
-                "choose layers"
-            )
+        _check_kernels(config, mesh)
+
+
+def _check_kernels(config: ConfigDict, mesh: Mesh) -> None:
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu" or device.device_kind in _SMALL_CHIPS:
+        raise UserError(
+            "config.model.mbconv=pallas is for TPUs with 64 MiB on the chip (v5e, v5p, v6e), not "
+            f"for {device.device_kind}: choose layers"
+        )
+    # A kernel sees one group at a time, and takes its statistics on the device that has it.
+    _check_divisible("bn_groups", config.bn_groups, mesh)
 
 
 def _check_divisible(field: str, value: int, mesh: Mesh) -> None:

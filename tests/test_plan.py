@@ -168,13 +168,6 @@ def test_a_batch_that_the_topology_cannot_share_is_refused(tmp_path):
     assert "config.batch_size=12 can't be split over 8 devices" in result.stderr
 
 
-def test_kernels_need_whole_groups_on_every_device(tmp_path):
-    flags = ["--config.model.mbconv=pallas", "--config.batch_size=1024", "--config.bn_groups=4"]
-    result = run_plan("cpu:8", tmp_path, *flags)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "config.bn_groups=4 can't be split over 8 devices" in result.stderr
-
-
 # ---- by the compilers of other hardware ---------------------------------------------------------
 
 
@@ -195,15 +188,6 @@ def test_a_tpu_slice(tmp_path):
     moved = summary["hbm_traffic_per_device"]
     assert summary["state_bytes"] < moved < summary["bytes_accessed_per_device"]
     assert sum(sums["count"] for sums in summary["collectives"].values()) <= 4
-
-
-@pytest.mark.compilers
-def test_kernels_are_too_large_for_a_v4(tmp_path):
-    require("libtpu")
-    flags = ["--config.model.mbconv=pallas", "--config.batch_size=512", "--config.bn_groups=4"]
-    result = run_plan("v4:2x2x1", tmp_path, *flags)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "more than TPU v4 has: choose layers" in result.stderr
 
 
 @pytest.mark.compilers

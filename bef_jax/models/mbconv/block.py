@@ -124,37 +124,52 @@ def _group_backward(block: Block, part, params: Params) -> tuple[Array, Params]:
     """The gradients of x [n, H, W, K] and of the parameters, from that of y."""
     x, (expand, norm, pooled, d), by_y = part
     x, by_y, act = x.transpose(1, 2, 3, 0), by_y.transpose(1, 2, 3, 0), block.activation
-    taps, project = _weights(params, x.dtype)
-    gate, excite_gradient = jax.vjp(algebra.excite, params.get("squeeze_excite"), pooled)
-    columns = jnp.stack([norm.factor, norm.offset], 1)
     cut = [(s, maps, _rows(by_y, s.outputs)) for s, maps in zip(block.strips, d, strict=True)]
+    by_params, columns, images = _gated_backward(cut, norm, pooled, params, act)
+    taps, project = _weights(params, x.dtype)
+    weights, shift = _factors(expand)
+    shift = jnp.zeros_like(columns[:, :1]) if shift is None else shift
+    weights = weights, taps, project, jnp.concatenate([columns, shift], 1)
+    results = [
+        backward.spread_gradients(_rows(x, strip.inputs), *maps, weights, images, strip, act)
+        for strip, *maps in cut
+    ]
+    by_x = _overlapped([result[0] for result in results], block.strips, len(x))
+    *by_expand, by_taps = _sum([result[1:] for result in results])
+    by_x, by_expansion = algebra.expansion_gradient(x, expand, params, by_x, *by_expand)
+    by_taps = algebra.like(params["depthwise_conv"], by_taps.sum(0).T)
+    by_params = {**by_params, **by_expansion, "depthwise_conv": by_taps}
+    return by_x.transpose(3, 0, 1, 2), {name: by_params[name] for name in params}
+
+
+def _gated_backward(
+    cut: list, norm: algebra.Norm, pooled: Array, params: Params, act: str
+) -> tuple[Params, Array, Array]:
+    """From y back to d: the norm, squeeze-excite and the projection.
+
+    Args:
+        cut: (strip, its d, its gradient of y) of each strip.
+
+    Returns:
+        Their gradients; and four columns and two images, as `backward.spread_gradients` takes them.
+    """
+    positions = _positions([d for _, d, _ in cut])
+    _, project = _weights(params, cut[0][1].dtype)
+    columns = jnp.stack([norm.factor, norm.offset], 1)
+    gate, excite_gradient = jax.vjp(algebra.excite, params.get("squeeze_excite"), pooled)
     results = [
         backward.project_gradients(*maps, columns, gate, project, strip.channels, act)
         for strip, *maps in cut
     ]
     sums, by_project = _sum(results)
     by_excite, by_pooled = excite_gradient(sums[0])
-    pull = by_pooled / _positions(d)  # of the mean, on each position
-    by_norm, by_d = algebra.norm_gradient(norm, sums, gate, pull, _positions(d))
-    expand_weights, shift = _factors(expand)
-    shift = jnp.zeros_like(norm.factor) if shift is None else shift[:, 0]
-    columns = jnp.stack([norm.factor, norm.offset, *by_d, shift], 1)
-    weights, images = (expand_weights, taps, project, columns), jnp.stack([gate, pull])
-    results = [
-        backward.spread_gradients(_rows(x, strip.inputs), *maps, weights, images, strip, act)
-        for strip, *maps in cut
-    ]
-    parts, sums = [result[0] for result in results], _sum([result[1:] for result in results])
-    by_x, by_taps = _overlapped(parts, block.strips, len(x)), sums[2].sum(0).T
-    by_x, by_expansion = algebra.expansion_gradient(x, expand, params, by_x, *sums[:2])
+    pull = by_pooled / positions  # what each position takes of the mean's gradient
+    by_norm, by_d = algebra.norm_gradient(norm, sums, gate, pull, positions)
+    by_project = algebra.like(params["project_conv"], by_project.sum(0))
     by_params = {
-        **by_expansion,
-        "depthwise_conv": algebra.like(params["depthwise_conv"], by_taps),
-        "depthwise_norm": by_norm,
-        "project_conv": algebra.like(params["project_conv"], by_project.sum(0)),
-        "squeeze_excite": by_excite,
-    }
-    return by_x.transpose(3, 0, 1, 2), {name: by_params[name] for name in params}
+        "depthwise_norm": by_norm, "project_conv": by_project, "squeeze_excite": by_excite,
+    }  # fmt: skip
+    return by_params, jnp.stack([norm.factor, norm.offset, *by_d], 1), jnp.stack([gate, pull])
 
 
 def _rows(maps: Array, rows: tuple[int, int]) -> Array:

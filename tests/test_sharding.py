@@ -1,0 +1,41 @@
+"""What devices can share, of devices that are not here."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bef_jax import sharding
+from bef_jax.errors import UserError
+from configs.default import get_config
+
+
+def check(kind, platform="tpu", devices=8, **fields):
+    config = get_config()
+    config.update_from_flattened_dict({"batch_size": 1024, **fields})
+    device = SimpleNamespace(device_kind=kind, platform=platform)
+    mesh = SimpleNamespace(size=devices, devices=np.full(devices, device))
+    sharding.check_batch(config, mesh)
+
+
+def test_micro_batches_are_shared_evenly():
+    check("cpu", "cpu")
+    with pytest.raises(UserError, match="config.batch_size=20 can't be split over 8 devices"):
+        check("cpu", "cpu", **{"batch_size": 20})
+    with pytest.raises(UserError, match="config.batch_size=8 can't be split over 16 devices"):
+        check("cpu", "cpu", devices=16, **{"batch_size": 32, "optim.accumulate": 4})
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
+def test_kernels_take_whole_groups_on_chips_that_hold_them(kind):
+    check(kind, **{"model.mbconv": "pallas", "bn_groups": 8})
+    with pytest.raises(UserError, match="config.bn_groups=4 can't be split over 8 devices"):
+        check(kind, **{"model.mbconv": "pallas", "bn_groups": 4})
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform"), [("TPU v4", "tpu"), ("NVIDIA H100 80GB HBM3", "gpu"), ("cpu", "cpu")]
+)
+def test_kernels_are_refused_elsewhere(kind, platform):
+    with pytest.raises(UserError, match=f"not for {kind}: choose layers"):
+        check(kind, platform, **{"model.mbconv": "pallas", "bn_groups": 8})
