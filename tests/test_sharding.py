@@ -20,16 +20,16 @@ def check(kind, platform="tpu", devices=8, **fields):
 
 def test_micro_batches_are_shared_evenly():
     check("cpu", "cpu")
-    with pytest.raises(UserError, match="config.batch_size=20 can't be split over 8 devices"):
+    with pytest.raises(UserError, match=r"config.batch_size=20 can't be split over 8 devices"):
         check("cpu", "cpu", **{"batch_size": 20})
-    with pytest.raises(UserError, match="config.batch_size=8 can't be split over 16 devices"):
+    with pytest.raises(UserError, match=r"config.batch_size=8 can't be split over 16 devices"):
         check("cpu", "cpu", devices=16, **{"batch_size": 32, "optim.accumulate": 4})
 
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
 def test_kernels_take_whole_groups_on_chips_that_hold_them(kind):
     check(kind, **{"model.mbconv": "pallas", "bn_groups": 8})
-    with pytest.raises(UserError, match="config.bn_groups=4 can't be split over 8 devices"):
+    with pytest.raises(UserError, match=r"config.bn_groups=4 can't be split over 8 devices"):
         check(kind, **{"model.mbconv": "pallas", "bn_groups": 4})
 
 
