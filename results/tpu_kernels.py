@@ -101,9 +101,10 @@ def kernel_cycles(name: str, shape: Shape, index: int) -> int:
         command = [sys.executable, __file__, "--compile", *numbers]
         environment = os.environ | {"LIBTPU_INIT_ARGS": flags}
         subprocess.run(command, env=environment, check=True, capture_output=True)
-        files = glob.glob(f"{folder}/*final_bundles.txt")
-        programs = [file for file in files if "schedule" not in file]
-        outside, loops = count_bundles(max(programs, key=os.path.getsize))
+        # A kernel is what one branch of `lax.platform_dependent` calls.
+        files = glob.glob(f"{folder}/*branch_*-final_bundles.txt")
+        (program,) = (file for file in files if "schedule" not in file)
+        outside, loops = count_bundles(program)
     turns = turns_of(name, shape, strip)
     if len(loops) != len(turns):
         raise RuntimeError(f"{name} of {shape} has {len(loops)} loops, not {len(turns)}")
