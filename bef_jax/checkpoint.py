@@ -217,7 +217,7 @@ def _decides_shapes(name: str, old: dict, new: dict) -> bool:
     if name in off:
         return (old[name] == off[name]) != (new[name] == off[name])
     # Padding and bn_epsilon change no shape either, but what the weights mean.
-    free = {"dropout", "drop_path", "bn_momentum", "depthwise", "remat"}
+    free = {"dropout", "drop_path", "bn_momentum", "depthwise", "mbconv", "remat"}
     return name in {"optim.name", "optim.freeze"} or (
         name.startswith("model.") and name.removeprefix("model.") not in free
     )

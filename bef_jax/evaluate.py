@@ -30,6 +30,8 @@ from bef_jax.state import abstract_state
 
 # Fields of config.model that come with the weights: imported ones have their source's.
 _CONVENTION = ("padding", "bn_epsilon", "bn_momentum")
+# How blocks are computed in training: nothing to those who evaluate.
+_FORMS = {"mbconv": "layers", "remat": "none"}
 
 
 def run(
@@ -99,7 +101,7 @@ def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
     # Through JSON, as the saved one went: it makes lists of tuples, which would differ.
     given = ConfigDict(json.loads(config.to_json_best_effort()))
     saved = _network_of(path, given)
-    given.model.update({field: saved.model[field] for field in _CONVENTION})
+    given.model.update({field: saved.model[field] for field in _CONVENTION} | _FORMS)
     old, new = flatten(saved.model), flatten(given.model)
     differing = [name for name in old if old[name] != new[name]]
     if differing:
@@ -111,7 +113,7 @@ def with_network_of(path: Path, config: ConfigDict) -> ConfigDict:
 def _network_of(path: Path, given: ConfigDict) -> ConfigDict:
     """The configuration of a checkpoint, of whatever network, with what of `given` counts."""
     saved = checkpoint.complete(checkpoint.read_run(path)["config"])
-    saved.model.depthwise = given.model.depthwise
+    saved.model.update({"depthwise": given.model.depthwise} | _FORMS)
     saved.update(data=given.data, eval=given.eval)
     saved.rcc.eval_size = given.rcc.eval_size
     # What is read from disk is checked like what a user gives: an older version's may have a field

@@ -196,7 +196,8 @@ def test_all_fields_that_differ_are_named():
     [
         "optim.learning_rate=0.5", "seed=3", "batch_size=8", "model.dropout=0.125",
         "model.drop_path=0.125", "model.bn_momentum=0.5", "model.depthwise=native",
-        "model.remat=block", "ema_decay=0.75", "optim.clip_norm=7.0", "optim.weight_decay=0.5",
+        "model.remat=block", "model.mbconv=pallas", "ema_decay=0.75", "optim.clip_norm=7.0",
+        "optim.weight_decay=0.5",
     ],
 )  # fmt: skip
 def test_what_decides_no_shape_is_logged_with_both_values(field, caplog):

@@ -130,6 +130,22 @@ def test_padding_and_batch_normalisation_are_the_checkpoint_s(trained, workdir, 
     assert summary["loss"] == pytest.approx(trained["valid"]["loss"], rel=1e-5)
 
 
+def test_how_blocks_were_trained_is_nothing_to_eval(trained, workdir, small_config, monkeypatch):
+    """A checkpoint of a TPU, whose batch was one of whole kernels; here it is 8."""
+    read, forms = checkpoint.read_run, {"mbconv": "pallas", "remat": "block"}
+
+    def read_run(path):
+        run = read(path)
+        run["config"]["model"] |= forms
+        return run
+
+    monkeypatch.setattr(checkpoint, "read_run", read_run)
+    given = {f"model.{name}": value for name, value in forms.items()}
+    for config in (small_config(), small_config(**given)):
+        summary = evaluate.run(config, workdir, None, "valid")
+        assert summary["loss"] == pytest.approx(trained["valid"]["loss"], rel=1e-5)
+
+
 def test_eval_refuses_another_network(trained, workdir, small_config):
     with pytest.raises(UserError, match=r"model\.fusion=True"):
         evaluate.run(small_config(**{"model.fusion": False}), workdir, None, None)
