@@ -81,6 +81,8 @@ def run(config: ConfigDict, compare: str | None, folder: Path | None, argv: Sequ
     """
     if compare not in (None, *COMPARISONS):
         raise UserError(f"--compare={compare} is unknown: choose {' or '.join(COMPARISONS)}")
+    if compare and config.model.mbconv != "layers":
+        raise UserError(f"--compare={compare} is between layers: set config.model.mbconv=layers")
     mesh, machine = sharding.make_mesh(), hardware.describe()
     sharding.check_batch(config, mesh)
     # Named before anything is measured: a folder that can't be written costs no minutes.
@@ -102,6 +104,7 @@ def _setting(config: ConfigDict, machine: str) -> dict:
         "n_devices": jax.device_count(),
         "model": config.model.name,
         "total_stride": config.model.total_stride,
+        "mbconv": config.model.mbconv,
         "size": config.rcc.max_size if config.rcc.enabled else PATCH,
         "eval_size": config.rcc.eval_size if config.rcc.enabled else PATCH,
         "tta": config.eval.tta,

@@ -31,13 +31,14 @@ _CHANGES = {
     "attention": {"model.attention": "cbam"},
     "fusion": {"model.fusion": True},
 }
+_LAYERS = {"model.mbconv": "layers"}  # there are kernels for EfficientNet alone
 _ALL = {name: value for change in _CHANGES.values() for name, value in change.items()}
 ROWS = {
     "baseline": BASELINE,
     **{name: BASELINE | change for name, change in _CHANGES.items()},
     "all": BASELINE | _ALL,
-    "resnet50": BASELINE | _network(resnet50),
-    "densenet121": BASELINE | _network(densenet121),
+    "resnet50": BASELINE | _LAYERS | _network(resnet50),
+    "densenet121": BASELINE | _LAYERS | _network(densenet121),
 }
 
 

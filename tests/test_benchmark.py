@@ -138,6 +138,8 @@ def refused(tmp_path, compare=None, folder=None, **fields):
 def test_mistakes_are_refused_before_anything_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "create_state", lambda *_: pytest.fail("compiled"))
     assert "--compare=torch is unknown: choose lax" in refused(tmp_path, compare="torch")
+    kernels = {"model.mbconv": "pallas"}
+    assert "set config.model.mbconv=layers" in refused(tmp_path, compare="lax", **kernels)
     (tmp_path / "file").write_text("")
     assert f"--results={tmp_path / 'file'}" in refused(tmp_path, folder=tmp_path / "file")
 

@@ -185,7 +185,7 @@ class MBConv(nn.Module):
         return x
 
     def _kernel_block(self, shape: tuple[int, ...]) -> Block | None:
-        """What the kernels have to know; None where layers run, since they fit into no chip."""
+        """What the kernels have to know; None where the network is one of layers."""
         stage, norm = self.stage, self.norm(parent=None)
         if self.form == "layers":
             return None
@@ -199,8 +199,7 @@ class MBConv(nn.Module):
         window = Window(shape[1:3], stage.kernel, self.stride, padding)
         channels = shape[-1], shape[-1] * stage.expand, stage.channels
         cut = strips(window, *channels, jnp.dtype(self.dtype).itemsize)
-        fixed = norm.groups, norm.epsilon, self.activation
-        return Block(cut, *fixed) if cut else None
+        return Block(cut, norm.groups, norm.epsilon, self.activation)
 
 
 class EfficientNet(Network):

@@ -130,7 +130,7 @@ def norm_gradient(
     """The gradients of scale and bias, and factor and offset of d in its own gradient.
 
     Args:
-        sums: [5, E, n], from `kernels.project_gradients`.
+        sums: [5, E, n], from `backward.project_gradients`.
         gate, pull: [E, n]; the gradient of the activated maps is (gradient of gated) gate + pull.
     """
     count = positions * gate.shape[-1]

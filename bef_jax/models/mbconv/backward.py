@@ -80,7 +80,8 @@ def spread_gradients(
     """The gradients of `spread`, from that of what `project` gives.
 
     Args:
-        x, d, by_y: as above.
+        x: as in `forward.spread`.
+        d, by_y: as above.
         weights: expand [E, K]; taps [E, k * k]; those of `project` [E, M]; and columns [E, 5],
             float32: norm[0], norm[1], c and o, by which the gradient of d is (gradient of z) *
             norm[0] + d * c + o; and shift.

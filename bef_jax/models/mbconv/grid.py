@@ -20,7 +20,8 @@ from bef_jax.models.depthwise import Padding
 LANES = 128  # images of a block
 _SUBLANES = 8  # a block's channels are a multiple of them
 _MOST_CHANNELS = 96  # of a block
-_VMEM = 56 * 2**20  # of 64 MiB on v5p, of 128 MiB on v5e and v6e; XLA keeps the rest
+_VMEM = 58 * 2**20  # of 64 MiB on v5p, of 128 MiB on v5e and v6e; XLA keeps the rest
+_BUDGET = 56 * 2**20  # the compiler keeps some of it for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +93,12 @@ class Strip:
 def strips(
     window: Window, inputs: int, hidden: int, outputs: int, itemsize: int
 ) -> tuple[Strip, ...]:
-    """Cuts maps into as few strips of rows as fit on the chip; none if even one row does not.
+    """Cuts maps into strips of rows that fit on the chip, as few as keep the matrix unit busy.
 
     Arguments are those of `channel_block`.
+
+    Raises:
+        ValueError: not even one row fits.
     """
     height, channels = window.outputs[0], (inputs, hidden, outputs, itemsize)
     # Products of 8 rows leave the matrix unit idle: more strips, which read a few rows twice, are
@@ -105,7 +109,7 @@ def strips(
         found = tuple(_strip(window, *rows, *channels) for rows in itertools.pairwise(ends))
         if all(strip.channels >= least for strip in found):
             return found
-    return ()
+    raise ValueError(f"no kernel takes maps of {window.size} with {hidden} channels: choose layers")
 
 
 def _strip(window: Window, first: int, last: int, *channels: int) -> Strip:
@@ -128,19 +132,21 @@ def channel_block(window: Window, inputs: int, hidden: int, outputs: int, itemsi
     size, result = math.prod(window.size), math.prod(window.outputs)
     padded = math.prod(window.phases)
     cotangent = math.prod(side + window.margin for side in window.padded)
-    # Bytes per image: of whole maps, which are there once; and per channel of a block, where what
-    # is loaded or written while another block runs is there twice.
-    projected = result * outputs * (itemsize + 4), result * 2 * itemsize
-    whole, each = result * outputs * itemsize, (padded + cotangent) * 4 + result * 2 * itemsize
-    each += (2 * window.kernel**2 + 16) * 4 + window.padded[
-        1
-    ] * itemsize  # what is per channel, a row
+    # Bytes per image: of whole maps, which are there once; and per channel of a block, of which
+    # scratch is there once, and twice what is loaded or written while another block is worked on.
+    kept = 8 * window.kernel**2 + 72 + window.padded[1] * itemsize
+    kept += sum(2 * (itemsize + 4) * -(-columns // LANES) for columns in (inputs, outputs))
+    whole = result * outputs * itemsize
+    each = kept + (padded + cotangent) * 4 + result * 2 * itemsize
     if inputs == hidden:
         each += size * 4 * itemsize
     else:
         whole, each = whole + size * inputs * (2 * itemsize + 4), each + padded * itemsize
-    budget = _VMEM // LANES
-    most = min((budget - whole) // each, (budget - projected[0]) // projected[1], _MOST_CHANNELS)
+    most = min(
+        (_BUDGET // LANES - whole) // each,  # `spread_gradients`
+        (_BUDGET // LANES - result * outputs * (itemsize + 4)) // (kept + result * 2 * itemsize),
+        _MOST_CHANNELS,
+    )
     blocks = range(_SUBLANES, most + 1, _SUBLANES)
     return max((block for block in blocks if hidden % block == 0), default=0)
 

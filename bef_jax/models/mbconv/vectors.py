@@ -21,7 +21,10 @@ def wide(count: int, block: int) -> tuple[tuple[int, ...], jnp.dtype]:
 
 
 def expand(x, expand, shift, window: Window, use: Callable) -> None:
-    """Calls use(position in a padded map, expand @ x + shift [C, 128]) for all positions."""
+    """Calls use(position in a padded map, expand @ x + shift [C, 128]) for all positions.
+
+    Without `expand` it is x itself.
+    """
     (top, _), (left, _) = window.padding
 
     def row(h, _):

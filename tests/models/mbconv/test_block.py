@@ -28,8 +28,17 @@ CHANNELS = (8, 16, 24)
 
 @pytest.fixture(autouse=True)
 def as_on_tpu(monkeypatch):
-    """Simulates a TPU's memory: what nobody wrote is NaN, and a read beside an array an error."""
-    params = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+    """Simulates a TPU's memory: what nobody wrote is NaN, and a read beside an array an error.
+
+    By two cores, which share the blocks of images in a random order: none waits for another.
+    """
+    params = pltpu.InterpretParams(
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
+        num_cores_or_threads=2,
+        random_seed=0,
+        detect_races=True,
+    )
     call = pl.pallas_call
 
     def simulated(*args, interpret, **kwargs):
@@ -175,8 +184,8 @@ def test_bfloat16_is_no_further_from_float32_than_layers_are(optimised):
     rounded = make_images(128, dtype=jnp.bfloat16)
     ours = errors(everything(mbconv, rounded, params, block), exact)
     layers = errors(everything(by_layers, rounded, params, block), exact)
-    assert max(ours) < 1.2 * max(layers)
-    assert np.mean(ours) < 1.2 * np.mean(layers)
+    assert max(ours) < max(layers)
+    assert np.mean(ours) < np.mean(layers)
 
 
 SCRIPT = """
