@@ -21,6 +21,7 @@ LANES = 128  # images of a block
 _SUBLANES = 8  # a block's channels are a multiple of them
 _MOST_CHANNELS = 96  # of a block
 _VMEM = 58 * 2**20  # of 64 MiB on v5p, of 128 MiB on v5e and v6e; XLA keeps the rest
+_STAYS = 12 * 2**20  # maps that XLA may keep on the chip from kernel to kernel
 _BUDGET = 56 * 2**20  # the compiler keeps some of it for itself
 
 
@@ -184,9 +185,11 @@ def run(kernel: Callable, inputs, outputs, scratch, block: int, products: int, a
 
     def on_tpu(*arrays: Array):
         # A kernel loads the next block of wide maps by itself while it works. XLA would first bring
-        # them to the chip as a whole, and something else away for them.
+        # large ones to the chip as a whole, and others away for them; small ones may stay there.
         pairs = zip(arrays, inputs, strict=True)
-        return call(*(_in_hbm(x) if cut is maps else x for x, (_, cut) in pairs), interpret=False)
+        large = [cut is maps and x.nbytes > _STAYS for x, (_, cut) in pairs]
+        arrays = (_in_hbm(x) if flag else x for x, flag in zip(arrays, large, strict=True))
+        return call(*arrays, interpret=False)
 
     # Elsewhere interpreted: the same arithmetic, slowly, for tests.
     elsewhere = functools.partial(call, interpret=True)
