@@ -203,8 +203,9 @@ def test_kernels_move_less_on_a_tpu_slice(tmp_path):
         assert result.returncode == 0, result.stderr
         plans[form] = json.loads(result.stdout)
     layers, kernels = (plans[form] for form in ("layers", "pallas"))
-    for key in ("bytes_accessed_per_device", "hbm_traffic_per_device", "hbm_bytes_per_device"):
-        assert kernels[key] < 0.9 * layers[key]
+    assert kernels["bytes_accessed_per_device"] < 0.9 * layers["bytes_accessed_per_device"]
+    for key in ("hbm_traffic_per_device", "hbm_bytes_per_device"):
+        assert kernels[key] < layers[key]
     # Nothing is brought together for a kernel.
     assert kernels["collectives"].keys() == layers["collectives"].keys()
 
