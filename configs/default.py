@@ -108,9 +108,7 @@ def _model() -> ConfigDict:
     model.bn_momentum = 0.9  # kept share of the running statistics at each step
     model.bn_epsilon = 1e-3  # added to the variance
     model.depthwise = "auto"  # auto (by platform) | native | shift: the depthwise convolution
-    model.mbconv = (
-        "layers"  # layers | pallas: EfficientNet's blocks as kernels, on TPU v5e, v5p, v6e
-    )
+    model.mbconv = "layers"  # layers | pallas: trains by kernels of blocks, on TPU v5e, v5p, v6e
     model.remat = "none"  # none | block: computes blocks again backwards, for less memory
     model.padding = "same"  # same (TensorFlow) | symmetric (torch): where stride 2 pads
     return model

@@ -12,6 +12,7 @@ waits: memory is not in it, nor is what XLA does between kernels.
 import argparse
 import collections
 import dataclasses
+import functools
 import glob
 import os
 import re
@@ -155,12 +156,12 @@ def compile_kernel(name: str, shape: Shape, strip: grid.Strip) -> None:
     def array(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=everywhere)
 
-    maps = lambda size, channels: array(*size, channels, IMAGES, dtype=jnp.bfloat16)  # noqa: E731
-    matrix = lambda *sizes: array(*sizes, dtype=jnp.bfloat16)  # noqa: E731
+    half = functools.partial(array, dtype=jnp.bfloat16)
     hidden, window = shape.hidden, strip.window
-    x, d = maps(window.size, shape.inputs), maps(window.outputs, hidden)
-    by_y, weights = maps(window.outputs, shape.outputs), matrix(hidden, shape.outputs)
-    expand, shift = matrix(hidden, shape.inputs), array(hidden, 1)
+    x = half(*window.size, shape.inputs, IMAGES)
+    d, by_y = (half(*window.outputs, channels, IMAGES) for channels in (hidden, shape.outputs))
+    weights = half(hidden, shape.outputs)
+    expand, shift = half(hidden, shape.inputs), array(hidden, 1)
     if shape.inputs == hidden:
         expand = shift = None
     taps, norm, gate = array(hidden, window.kernel**2), array(hidden, 2), array(hidden, IMAGES)

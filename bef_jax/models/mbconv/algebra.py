@@ -66,7 +66,8 @@ def expansion(x: Array, params: Params, epsilon: float) -> tuple[Expansion | Non
     if "expand_conv" not in params:
         return None, {}
     kernel, norm = params["expand_conv"]["kernel"][0, 0], params["expand_norm"]
-    center, centered = _centered(x)
+    center = jnp.mean(x, (0, 1, 3), dtype=jnp.float32)
+    centered = _centered(x, center)
     covariance = _product("hwkn,hwln->kl", centered, centered) / (x.size // len(center))
     mean, spread = _exact("k,ke->e", center, kernel), _exact("kl,le->ke", covariance, kernel)
     var = jnp.maximum(jnp.sum(kernel * spread, 0), 0.0)
@@ -98,7 +99,7 @@ def expansion_gradient(
     pull = expand.inverse * by_scale
     correction = _exact("ke,le->kl", kernel * factor * pull, kernel) / count
     constant = _exact("ke,e->k", kernel * factor, by_bias) / count
-    _, centered = _centered(x)
+    centered = _centered(x, expand.center)
     by_x = by_x - jnp.einsum("hwkn,kl->hwln", centered, correction.astype(x.dtype))
     by_x = (by_x - constant[:, None]).astype(x.dtype)
     by_kernel = factor * (by_kernel - expand.spread * pull)
@@ -109,14 +110,18 @@ def expansion_gradient(
     return by_x, by_params
 
 
-def _centered(x: Array) -> tuple[Array, Array]:
-    """The mean [K], float32, and x less it, of its own dtype."""
-    center = jnp.mean(x, (0, 1, 3), dtype=jnp.float32)
-    return center, (x - center[:, None]).astype(x.dtype)
+def _centered(x: Array, center: Array) -> Array:
+    # In its own dtype: in bfloat16 products then read half of what float32 would take.
+    return (x - center[:, None]).astype(x.dtype)
 
 
 def norm(moments: Array, params: Params, positions: int, epsilon: float) -> tuple[Norm, Array]:
-    """The norm of d [H', W', E, n] and its variance [E], from the sums of d and d^2."""
+    """The norm of d and its variance [E].
+
+    Args:
+        moments: [2, E, n], from `forward.spread`.
+        positions: H' * W'.
+    """
     mean, square = moments.sum(-1) / (positions * moments.shape[-1])
     var = jnp.maximum(square - mean * mean, 0.0)
     inverse = lax.rsqrt(var + epsilon)
@@ -132,6 +137,7 @@ def norm_gradient(
     Args:
         sums: [5, E, n], from `backward.project_gradients`.
         gate, pull: [E, n]; the gradient of the activated maps is (gradient of gated) gate + pull.
+        positions: H' * W'.
     """
     count = positions * gate.shape[-1]
     by_bias = jnp.sum(gate * sums[1] + pull * sums[3], -1)

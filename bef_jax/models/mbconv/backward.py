@@ -36,12 +36,12 @@ def project_gradients(
     kernel = functools.partial(_project_gradients, functions=functions)
     (hidden, features), images = weights.shape, d.shape[-1]
     inputs = [(d, grid.maps), (by_y, grid.whole), (norm, grid.rows), (gate, grid.maps)]
+    inputs.append((weights, grid.rows))
     outputs = [
         (_floats((5, hidden, images)), grid.maps),
         (_floats((images // LANES, hidden, features)), grid.parts),
     ]
-    inputs.append((weights, grid.rows))
-    scratch, products = [vectors.wide(2, block)], 2 * d.size * features
+    scratch, products = [vectors.wide_shape(2, block)], 2 * d.size * features
     return grid.run(kernel, inputs, outputs, scratch, block, products, 2 * d.size)
 
 
@@ -113,8 +113,8 @@ def spread_gradients(
         ((*padded, block, LANES), x.dtype) if expands else None,
         ((*cotangent, block, LANES), jnp.float32),
         ((window.padded[1], block, LANES), x.dtype),
-        vectors.wide(taps, block),
-        vectors.wide(5, block),
+        vectors.wide_shape(taps, block),
+        vectors.wide_shape(5, block),
         ((taps, block, LANES), jnp.float32),
         ((*x.shape[:3], LANES), jnp.float32) if expands else None,
     ]
@@ -161,7 +161,7 @@ def _spread_gradients(
                 total[position] += vectors.dot(expand[...], by_z, over=0)
                 by_expand[...] += vectors.dot(by_z, x[position], over=1)
 
-    vectors.expand(x, expand, wide.at[4], window, fill)
+    vectors.each_hidden(x, expand, wide.at[4], window, fill)
     _depthwise_cotangent(d, by_y, weights, wide, images, cotangent, window.margin, slope_of)
     _taps_gradient(padded, cotangent, sums, window)
     for index in range(len(window.taps)):

@@ -44,7 +44,7 @@ def spread(
     inputs = [(x, cut), (expand, grid.rows), (shift, grid.rows), (taps, grid.rows)]
     result = jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype)
     outputs = [(result, grid.maps), (_floats((2, hidden, images)), grid.maps)]
-    scratch = [((*window.phases, block, LANES), jnp.float32), vectors.wide(count, block)]
+    scratch = [((*window.phases, block, LANES), jnp.float32), vectors.wide_shape(count, block)]
     expanded = 0 if expand is None else math.prod(window.size) * hidden * images
     products = expanded * x.shape[-2] + result.size * count
     return grid.run(kernel, inputs, outputs, scratch, block, products, expanded)
@@ -74,7 +74,7 @@ def _spread(
             moments[0, channels] += total.sum(0)
             moments[1, channels] += (total * total).sum(0)
 
-    vectors.expand(x, expand, shift, window, fill)
+    vectors.each_hidden(x, expand, shift, window, fill)
     lax.fori_loop(0, window.outputs[0], convolve, None)
 
 
@@ -87,7 +87,9 @@ def pool(d: Array, norm: Array, block: int, activation: str) -> Array:
     """
     kernel = functools.partial(_pool, activation=ACTIVATIONS[activation])
     inputs, outputs = [(d, grid.maps), (norm, grid.rows)], [(_floats(d.shape[2:]), grid.maps)]
-    return grid.run(kernel, inputs, outputs, [vectors.wide(2, block)], block, d.size, d.size)[0]
+    return grid.run(kernel, inputs, outputs, [vectors.wide_shape(2, block)], block, d.size, d.size)[
+        0
+    ]
 
 
 def _pool(d, norm, pooled, wide, *, activation: Callable):
@@ -115,7 +117,7 @@ def project(
     shape = (*d.shape[:2], weights.shape[1], d.shape[3])
     inputs = [(d, grid.maps), (norm, grid.rows), (gate, grid.maps), (weights, grid.rows)]
     outputs = [(jax.ShapeDtypeStruct(shape, d.dtype), grid.whole)]
-    scratch = [((*shape[:3], LANES), jnp.float32), vectors.wide(2, block)]
+    scratch = [((*shape[:3], LANES), jnp.float32), vectors.wide_shape(2, block)]
     products = d.size * weights.shape[1]
     return grid.run(kernel, inputs, outputs, scratch, block, products, d.size)[0]
 

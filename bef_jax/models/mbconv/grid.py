@@ -19,7 +19,7 @@ from bef_jax.models.depthwise import Padding
 
 LANES = 128  # images of a block
 _SUBLANES = 8  # a block's channels are a multiple of them
-_MOST_CHANNELS = 96  # of a block
+_MOST_CHANNELS = 96  # of a block: each 8 are instructions of their own, and products busy by then
 _VMEM = 58 * 2**20  # of 64 MiB on v5p, of 128 MiB on v5e and v6e; XLA keeps the rest
 _STAYS = 12 * 2**20  # maps that XLA may keep on the chip from kernel to kernel
 _BUDGET = 56 * 2**20  # the compiler keeps some of it for itself
@@ -173,7 +173,7 @@ def run(kernel: Callable, inputs, outputs, scratch, block: int, products: int, a
             grid=(images // LANES, hidden // block),
             in_specs=[_spec(array, cut, block) for array, cut in inputs],
             out_specs=[_spec(shape, cut, block) for shape, cut in outputs],
-            scratch_shapes=[pltpu.VMEM(*kept) if kept else None for kept in scratch],
+            scratch_shapes=[buffer and pltpu.VMEM(*buffer) for buffer in scratch],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
             ),

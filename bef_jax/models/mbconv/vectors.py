@@ -15,12 +15,12 @@ _REGISTERS = 24  # of 64, that hold sums of a row's positions
 _SUBLANES = 8  # channels of a register
 
 
-def wide(count: int, block: int) -> tuple[tuple[int, ...], jnp.dtype]:
-    """What `widen` fills."""
+def wide_shape(count: int, block: int) -> tuple[tuple[int, ...], jnp.dtype]:
+    """Shape and dtype of the scratch that `widen` fills."""
     return (count, block, LANES), jnp.float32
 
 
-def expand(x, expand, shift, window: Window, use: Callable) -> None:
+def each_hidden(x, expand, shift, window: Window, use: Callable) -> None:
     """Calls use(position in a padded map, expand @ x + shift [C, 128]) for all positions.
 
     Without `expand` it is x itself.

@@ -107,7 +107,7 @@ def correlate(x, window):
 
 
 def blocks_of(name, total_stride):
-    """(side, stage, stride, channels of the input) of each different block, of 96 x 96 images."""
+    """(side, channels of the input, stage of one block) of each shape, for 96 x 96 images."""
     architecture = REGISTRY[name].args[0]
     stem, stages = boosted.reduce_downsampling(2, architecture.stages, total_stride)
     side, inputs, found = 96 // stem, architecture.stem, {}
@@ -149,15 +149,11 @@ def test_what_the_kernels_ask_for_fits_on_the_chip(name, total_stride, dtype, mo
     for side, inputs, stage in blocks_of(name, total_stride):
         window = make_window(stage.kernel, stage.stride, (side, side), "same")
         channels = inputs, inputs * stage.expand, stage.channels
-        cut = strips(window, *channels, itemsize=itemsize)
-        strip = max(cut, key=lambda strip: strip.window.size)  # what fits for it fits for all
-        rows, results = strip.window.size[0], strip.window.outputs[0]
-        alone = dataclasses.replace(strip, inputs=(0, rows), outputs=(0, results))
-        block = Block((alone,), 1, 1e-3, "silu")
-        x = jnp.zeros((LANES, rows, side, inputs), dtype)
+        block = Block(strips(window, *channels, itemsize=itemsize), 1, 1e-3, "silu")
 
         def loss(x, params, block=block):
             return mbconv(x, params, block)[0].sum()
 
+        x = jnp.zeros((LANES, side, side, inputs), dtype)
         jax.eval_shape(jax.grad(loss, argnums=(0, 1)), x, make_params(channels, stage.kernel))
     assert 0.5 * grid._VMEM < max(asked) < grid._VMEM - 2**20
