@@ -62,6 +62,7 @@ def _style(axes: Axes, theme: Theme, title: str, x: str, y: str) -> None:
     axes.set_xlabel(x, color=theme.ink)
     axes.set_ylabel(y, color=theme.ink)
     axes.tick_params(colors=theme.ink, length=0, pad=6)
+    axes.locator_params(axis="x", steps=[1, 2, 5, 10])  # halves of an epoch are read, quarters not
     axes.grid(color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
