@@ -108,11 +108,13 @@ def spread_gradients(
         (_floats((parts, hidden, taps)), grid.parts),
     ]
     padded, cotangent = window.phases, (side + window.margin for side in window.padded)
+    # Padded, so that no tap asks where the map ends. Slopes are kept in few bits: the expansion
+    # would have to be multiplied a third time for them.
     scratch = [
-        ((*padded, block, LANES), jnp.float32),
-        ((*padded, block, LANES), x.dtype) if expands else None,
-        ((*cotangent, block, LANES), jnp.float32),
-        ((window.padded[1], block, LANES), x.dtype),
+        ((*padded, block, LANES), jnp.float32),  # what was activated
+        ((*padded, block, LANES), x.dtype) if expands else None,  # its slopes
+        ((*cotangent, block, LANES), jnp.float32),  # the gradient of d
+        ((window.padded[1], block, LANES), x.dtype),  # a row of gradients
         vectors.wide_shape(taps, block),
         vectors.wide_shape(5, block),
         ((taps, block, LANES), jnp.float32),
