@@ -37,8 +37,8 @@ from bef_jax.data.batches import (
 )
 from bef_jax.data.store import Split
 from bef_jax.errors import UserError
-from bef_jax.evaluate import make_scorer
 from bef_jax.optim import make_schedule
+from bef_jax.scorer import make_scorer
 from bef_jax.state import create_state
 from bef_jax.step import compile_step
 

@@ -19,11 +19,11 @@ def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
         calibrated: temperature, and loss, brier and ece with it. operating_point: threshold, and
         accuracy, sensitivity, specificity and f1 at it. Both say `chosen_on`.
     """
-    temperature = fit_temperature(valid.probabilities, valid.labels)
-    threshold = choose_threshold(valid.probabilities, valid.labels)
+    chosen = choose_operating_point(valid)
+    temperature, threshold = chosen["temperature"], chosen["threshold"]
     cooled = binary_metrics(temper(evaluation.probabilities, temperature), evaluation.labels)
     at_point = binary_metrics(evaluation.probabilities, evaluation.labels, threshold)
-    chosen_on = {"chosen_on": valid.split}
+    chosen_on = {"chosen_on": chosen["chosen_on"]}
     # Of the cooled figures those that change: a temperature keeps the order, and so the AUC.
     return {
         "calibrated": chosen_on
@@ -32,6 +32,15 @@ def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
         "operating_point": chosen_on
         | {"threshold": threshold}
         | {name: at_point[name] for name in _CHOICES},
+    }
+
+
+def choose_operating_point(valid: Evaluation) -> dict[str, float | str]:
+    """Returns the temperature and the threshold that fit a split best, and its name."""
+    return {
+        "chosen_on": valid.split,
+        "temperature": fit_temperature(valid.probabilities, valid.labels),
+        "threshold": choose_threshold(valid.probabilities, valid.labels),
     }
 
 

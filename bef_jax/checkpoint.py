@@ -132,7 +132,13 @@ def read_run(path: Path) -> dict:
     Raises:
         UserError: it is not there, or damaged.
     """
-    return _restore(path, run=ocp.args.JsonRestore())["run"]
+    path = _existing(path)
+    _verify(path, ["run"])
+    # Not through Orbax: it asks JAX for its devices, and hosts may only meet before that.
+    try:
+        return json.loads((path / "run" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} can't be read: {error}") from error
 
 
 def complete(saved: dict) -> ConfigDict:
@@ -153,21 +159,23 @@ def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
     )
-    return _restore(path, state=ocp.args.StandardRestore(placed))["state"]
-
-
-def _restore(path: Path, **items):
-    path = Path(path).expanduser().resolve()
-    if not path.is_dir():
-        raise UserError(f"{path}: no checkpoint there")
-    _verify(path, items)
+    path = _existing(path)
+    _verify(path, ["state"])
+    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(placed))
     try:
         # No manager: this may be any folder, without the rest of its run.
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.Composite(**items))
+            return checkpointer.restore(path, args=wanted)["state"]
     except Exception as error:  # Orbax raises many kinds; each means that this can't be used
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"checkpoint {path} can't be read: {reason}") from error
+
+
+def _existing(path: Path) -> Path:
+    path = Path(path).expanduser().resolve()  # Orbax refuses relative paths
+    if not path.is_dir():
+        raise UserError(f"{path}: no checkpoint there")
+    return path
 
 
 def _verify(path: Path, items: Iterable[str]) -> None:

@@ -17,13 +17,12 @@ import numpy as np
 from jax import Array, export, lax
 from ml_collections import ConfigDict
 
-from bef_jax import checkpoint, sharding
+from bef_jax import checkpoint, sharding, trained
 from bef_jax.data import augment, synthetic
+from bef_jax.data.patch import class_names, mpp
 from bef_jax.errors import RunError, UserError
-from bef_jax.evaluate import with_network_of
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
-from bef_jax.state import abstract_state
 from bef_jax.summary import write_json
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # in one file; depthwise convolution in its form or the native
@@ -34,32 +33,34 @@ _CHECKED = 16  # patches that the files are compared on
 Score = Callable[[Array], tuple[Array, Array]]
 
 
-def run(config: ConfigDict, workdir: Path, checkpoint_path: Path | None) -> dict:
+def run(config: ConfigDict, workdir: Path, path: Path) -> dict:
     """Writes the files of a checkpoint, each checked against the network before it is in place.
 
     Args:
-        checkpoint_path: a checkpoint's folder; the best of `workdir` without it.
+        config: as `trained.scoring_config` makes it for the checkpoint.
+        path: the checkpoint's folder.
 
     Returns:
-        The summary: mode, checkpoint, model, input, outputs, threshold, platforms and, for each
-        file, its bytes, sha256 and largest difference in probability from the network.
+        The summary: mode, checkpoint, model, input, outputs, classes, mpp, threshold, temperature,
+        normalisation, platforms, operating_point (what the run chose on valid, or None) and, for
+        each file, its bytes, sha256 and largest difference in probability from the network.
 
     Raises:
-        UserError: no such checkpoint, or it is of another network; config.eval.tta is not 1; or
-            what ONNX takes is not installed, once model.stablehlo is written.
+        UserError: the checkpoint is damaged; config.eval.tta is not 1; or what ONNX takes is not
+            installed, once model.stablehlo is written.
         RunError: an export differs from the network by more than 1e-5.
     """
-    path = checkpoint_path or checkpoint.best(workdir)
-    config = with_network_of(path, config)
     if config.eval.tta != 1:
         raise UserError(f"eval.tta={config.eval.tta}: an export scores one view; give 1")
     everywhere = sharding.replicated(sharding.make_mesh())
-    variables = checkpoint.restore(path, abstract_state(config), everywhere).eval_variables()
+    variables = trained.restore_variables(path, config, everywhere)
     folder = workdir / "export"
     folder.mkdir(parents=True, exist_ok=True)
     # Off the devices: they become constants of the files.
     files = _write_files(config, jax.device_get(variables), folder)
-    summary = {"mode": "export", "checkpoint": str(path), **_describe(config), "files": files}
+    chosen = {"operating_point": checkpoint.read_run(path).get("operating_point")}
+    summary = {"mode": "export", "checkpoint": str(path), **_describe(config), **chosen}
+    summary["files"] = files
     write_json(folder / "export.json", summary)
     return summary
 
@@ -71,7 +72,10 @@ def _describe(config: ConfigDict) -> dict:
         "model": config.model.name,
         "input": {"name": "image", "shape": ["n", side, side, 3], "dtype": "uint8"},
         "outputs": {name: {"shape": ["n"], "dtype": "float32"} for name in OUTPUTS},
+        "classes": list(class_names(config)),
+        "mpp": mpp(config),
         "threshold": config.eval.threshold,
+        "temperature": 1.0,
         # Inside the files; here for whoever asks.
         "normalisation": {"mean": list(config.augment.mean), "std": list(config.augment.std)},
         "platforms": list(PLATFORMS),

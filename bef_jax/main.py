@@ -34,14 +34,19 @@ from bef_jax import (
     predict,
     prepare,
     train,
+    trained,
 )
 from bef_jax.config import validate
 from bef_jax.errors import RunError, UserError
 from bef_jax.summary import write_summary
+from configs import default
 
 FLAGS = flags.FLAGS
 # Locked: a field that default.py lacks is a mistake, not a new field.
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+# The default is there so that single fields can be set without it.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", default.__file__, "A file of configs/.", lock_config=True
+)
 _MODE = flags.DEFINE_string(
     "mode",
     "train",
@@ -72,14 +77,12 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
 
 
 def _eval(config: ConfigDict, workdir: Path) -> dict:
-    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    other = Path(_COMPARE.value) if _COMPARE.value else None
-    return evaluate.run(config, workdir, path, _SPLIT.value, other)
+    other = trained.find(_COMPARE.value) if _COMPARE.value else None
+    return evaluate.run(config, _checkpoint(workdir), _SPLIT.value, other)
 
 
 def _export(config: ConfigDict, workdir: Path) -> dict:
-    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    return export.run(config, workdir, path)
+    return export.run(config, workdir, _checkpoint(workdir))
 
 
 def _benchmark(config: ConfigDict, workdir: Path) -> dict:
@@ -89,9 +92,8 @@ def _benchmark(config: ConfigDict, workdir: Path) -> dict:
 
 
 def _predict(config: ConfigDict, workdir: Path) -> dict:
-    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
     given = Path(_INPUT.value).expanduser() if _INPUT.value else None
-    return predict.run(config, workdir, path, given, _SPLIT.value)
+    return predict.run(config, workdir, _checkpoint(workdir), given, _SPLIT.value)
 
 
 def _import_weights(config: ConfigDict, workdir: Path) -> dict:
@@ -123,6 +125,8 @@ MODES: dict[str, Callable] = {
     "prepare": _prepare,
     "import_weights": _import_weights,
 }
+# These take from the checkpoint what --config would say.
+_SCORING = ("eval", "predict", "export")
 
 
 def main(_: Sequence[str]) -> int:
@@ -180,9 +184,10 @@ def _set_up_logging() -> None:
     log.propagate = False
 
 
-def _load_config() -> ConfigDict:
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: give a file, such as --config=configs/b2.py")
+def _given_config() -> ConfigDict | None:
+    """What --config names, with the fields of the command line; None without it."""
+    if not FLAGS["config"].present:
+        return None
     try:
         _CONFIG.value.keys()  # ml_collections keeps an error of loading until the first use
     except OSError as error:
@@ -191,13 +196,14 @@ def _load_config() -> ConfigDict:
 
 
 def _run_mode() -> dict:
-    mode, config = _MODE.value, _load_config()
+    mode, given = _MODE.value, _given_config()
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}")
+    workdir = _workdir(mode, given)
     # Before other hosts are waited for: a mistake is told at once.
+    config = _scoring_config(workdir, given) if mode in _SCORING else given
     validate(config)
     compile_cache.enable(config.compile_cache)
-    workdir = Path(_WORKDIR.value or f"runs/{config.name}").expanduser().resolve()
     with distributed.initialize(config.distributed):
         if not distributed.is_first():
             # All say the same, and one is enough; what warns may be of this host alone.
@@ -206,6 +212,28 @@ def _run_mode() -> dict:
     if distributed.is_first():
         write_summary(workdir, summary)
     return summary
+
+
+def _workdir(mode: str, given: ConfigDict | None) -> Path:
+    """--workdir; or runs/<name of --config>; or the run of --checkpoint."""
+    if _WORKDIR.value:
+        return Path(_WORKDIR.value).expanduser().resolve()
+    if given is not None:
+        return Path(f"runs/{given.name}").resolve()
+    if mode not in _SCORING:
+        raise UserError("--config is missing: give a file, such as --config=configs/b2.py")
+    if not _CHECKPOINT.value:
+        raise UserError(f"--mode={mode} takes --workdir=RUN or --checkpoint=FOLDER: give one")
+    return trained.workdir_of(trained.find(_CHECKPOINT.value))
+
+
+def _checkpoint(workdir: Path) -> Path:
+    return trained.find(_CHECKPOINT.value or workdir)
+
+
+def _scoring_config(workdir: Path, given: ConfigDict | None) -> ConfigDict:
+    changes = config_flags.get_override_values(FLAGS["config"])
+    return trained.scoring_config(_checkpoint(workdir), given, changes)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

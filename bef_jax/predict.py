@@ -7,25 +7,22 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from scipy.special import expit
 
-from bef_jax import checkpoint, sharding
+from bef_jax import checkpoint, sharding, trained
 from bef_jax.data import inputs
 from bef_jax.data.inputs import Patch
 from bef_jax.errors import UserError
-from bef_jax.evaluate import make_scorer, one_late, with_network_of
 from bef_jax.heatmap import Scores, write_heatmap
-from bef_jax.state import abstract_state
+from bef_jax.scorer import make_predictor
 
 LOG = logging.getLogger(__name__)
 _HEAD = ["id", "probability", "decision"]
@@ -41,20 +38,22 @@ class Scored(NamedTuple):
 def run(
     config: ConfigDict,
     workdir: Path,
-    checkpoint_path: Path | None,
+    checkpoint_path: Path,
     path: Path | None,
-    split: str | None,
+    split: str | None = None,
 ) -> dict:
     """Scores what lies at `path`, and writes predictions.csv and heat maps into `workdir`.
 
     Args:
-        checkpoint_path: a checkpoint's folder; the best of `workdir` without it.
+        config: as `trained.scoring_config` makes it for the checkpoint.
+        checkpoint_path: the checkpoint's folder.
         path: of the input (`inputs.read`).
         split: of a store; all of them without it.
 
     Returns:
-        The summary: mode, checkpoint, input, n, positives, threshold, tta, predictions, heatmaps,
-        wall_seconds, images_per_second.
+        The summary: mode, checkpoint, input, n, positives, threshold, temperature, tta,
+        operating_point, predictions, heatmaps, wall_seconds, images_per_second. `operating_point`
+        is what the run chose on valid, or None.
 
     Raises:
         UserError: the input or the checkpoint is not as it must be. Predictions of before then stay
@@ -62,23 +61,24 @@ def run(
     """
     _check_flags(path)
     inputs.check(path, split)
-    best = checkpoint_path or checkpoint.best(workdir)
     start = time.perf_counter()
     patches = _shown(inputs.read(path, split, config.predict.stride))
-    config = with_network_of(best, config)
     threshold = config.eval.threshold
     file = workdir / "predictions.csv"
     with _replacing(file) as out:
-        found = _write(out, _score(best, config, patches), threshold, workdir / "heatmaps")
+        scored = _score(checkpoint_path, config, patches)
+        found = _write(out, scored, threshold, workdir / "heatmaps")
     # With reading and compiling, as whoever waits has it.
     seconds = time.perf_counter() - start
     return {
         "mode": "predict",
-        "checkpoint": str(best),
+        "checkpoint": str(checkpoint_path),
         "input": str(path),
         **found,
         "threshold": threshold,
+        "temperature": 1.0,
         "tta": config.eval.tta,
+        "operating_point": checkpoint.read_run(checkpoint_path).get("operating_point"),
         "predictions": str(file),
         "wall_seconds": seconds,
         "images_per_second": found["n"] / seconds,
@@ -125,40 +125,20 @@ def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
 
 def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator[Scored]:
     """Scores batch by batch: memory holds a few of them, however many patches come."""
-    score, size = _make_score(path, config)
-    # What is asked for and not fetched: two batches at most, as scores come one late.
-    waiting: deque[list[Patch]] = deque()
-
-    def ask() -> Iterator[list[Array]]:
-        # Not itertools.batched, which Python 3.11 lacks.
-        while batch := list(itertools.islice(patches, size)):
-            # Without the pixels, 27 kB a patch, which are stacked below.
-            waiting.append([patch._replace(pixels=None) for patch in batch])
-            # Filled up with its last patch, so that one program serves all batches.
-            rows = np.minimum(np.arange(size), len(batch) - 1)
-            yield score(np.stack([batch[row].pixels for row in rows]))
-
-    for views in one_late(ask()):
-        batch = waiting.popleft()
-        # Log-odds, then float64, as in an evaluation: in float32 the surest would all be 1.
-        probabilities = expit(np.stack(views).astype(np.float64)).mean(axis=0)
-        yield from map(Scored, batch, probabilities[: len(batch)].tolist())
-
-
-def _make_score(path: Path, config: ConfigDict) -> tuple[Callable[[np.ndarray], list[Array]], int]:
-    """Returns `score(images)`, and how many it takes.
-
-    From uint8 [B, 96, 96, 3] it gives log-odds [B] of each view, on the devices.
-    """
     mesh = sharding.make_mesh()
-    state = checkpoint.restore(path, abstract_state(config), sharding.replicated(mesh))
-    of_view = make_scorer(config, mesh)(state.eval_variables())
+    variables = trained.restore_variables(path, config, sharding.replicated(mesh))
+    predict = make_predictor(config, variables, mesh)
+    waiting: deque[Patch] = deque()
 
-    def score(images: np.ndarray) -> list[Array]:
-        placed = jax.device_put(images, sharding.by_rows(mesh))
-        return [of_view(placed, view) for view in range(config.eval.tta)]
+    def pixels() -> Iterator[np.ndarray]:
+        for patch in patches:
+            # Without the pixels, 27 kB a patch: their batch has them.
+            waiting.append(patch._replace(pixels=None))
+            yield patch.pixels
 
-    return score, -(-config.eval.batch_size // mesh.size) * mesh.size
+    for probabilities in predict(pixels()):
+        for probability in probabilities.tolist():
+            yield Scored(waiting.popleft(), probability)
 
 
 # ---- writing ------------------------------------------------------------------------------------

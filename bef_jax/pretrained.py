@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
-from bef_jax import checkpoint
+from bef_jax import checkpoint, trained
 from bef_jax.config import flatten
 from bef_jax.errors import UserError
 from bef_jax.models import is_new
@@ -118,7 +118,7 @@ def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
         _log_differences(saved, config)
         # In the shapes of its own config: the classifier, say, may differ from ours, and Orbax
         # would refuse.
-        return checkpoint.restore(path, abstract_state(saved), sharding).eval_variables()
+        return trained.restore_variables(path, saved, sharding)
     from bef_jax.models import weights  # here: only a file needs it
 
     for field, value in weights.convention(path, config.model).items():

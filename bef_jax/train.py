@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from bef_jax import checkpoint, distributed, lock, pretrained, sharding
+from bef_jax import checkpoint, distributed, lock, pretrained, sharding, trained
+from bef_jax.calibration import choose_operating_point
 from bef_jax.calls import call_sizes, check_placement
 from bef_jax.checkpoint import Checkpoints
 from bef_jax.clock import Clock, Laps
@@ -290,9 +291,9 @@ def _loop(
         evaluates = step > first and (last or step % spans.eval_steps == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)  # a save waits for all, and holds none that is not finite
-        auc = _evaluate(run, state, step, bar) if evaluates else None
+        valid = _evaluate(run, state, step, bar) if evaluates else None
         if saves:
-            _save(run, state, step, auc)
+            _save(run, state, step, valid)
         if ended:
             return state
         with run.clock.measure("wait"):  # what the step before did not hide
@@ -310,10 +311,11 @@ def _report_start(run: Run, metrics: dict, bar: Progress) -> None:
     bar.log(f"first step {run.laps}")
 
 
-def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> float | None:
-    """Logs the metrics on valid, and returns its AUC."""
+def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> Evaluation:
+    """Evaluates on valid, and logs the metrics."""
     with run.clock.measure("evaluate"):
-        metrics = run.evaluate(state.eval_variables(), run.splits["valid"]).metrics
+        evaluation = run.evaluate(state.eval_variables(), run.splits["valid"])
+    metrics = evaluation.metrics
     figures = {f"valid_{name}": metrics[name] for name in ("loss", "auc", "accuracy")}
     # A valid split of one class has no AUC; its loss and accuracy still say something.
     figures = {name: value for name, value in figures.items() if value is not None}
@@ -321,14 +323,17 @@ def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> float | 
     run.history.write(step, epoch=epoch, **figures)
     bar.update(step, **figures)
     bar.log(f"epoch {epoch:.2f}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-    return metrics["auc"]
+    return evaluation
 
 
-def _save(run: Run, state: TrainState, step: int, auc: float | None) -> None:
+def _save(run: Run, state: TrainState, step: int, valid: Evaluation | None) -> None:
+    """Saves the state; where it was evaluated, with its AUC and what was chosen on valid."""
     with run.clock.measure("save"):
         config = json.loads(run.config.to_json_best_effort())
         counted = {"config": config, "clock": run.clock.snapshot(), "content": run.content}
-        run.checkpoints.save(step, state, counted, auc)
+        if valid:
+            counted["operating_point"] = choose_operating_point(valid)
+        run.checkpoints.save(step, state, counted, valid and valid.metrics["auc"])
 
 
 # ---- after the last step ------------------------------------------------------------------------
@@ -341,7 +346,7 @@ def _finish(run: Run, state: TrainState) -> dict:
     if summary["step"] >= run.durations.steps:
         # From disk also where the state at hand is the best: figures are of what others will load.
         path = checkpoint.best(run.workdir)
-        variables = _best_variables(run, path)
+        variables = trained.restore_variables(path, run.config, sharding.replicated(run.mesh))
         evaluations = _evaluate_best(run, variables)
         valid = evaluations["valid"]
         blocks = {name: summarise(seen, run.config, valid) for name, seen in evaluations.items()}
@@ -386,8 +391,3 @@ def _summary(run: Run, state: TrainState) -> dict:
 def _evaluate_best(run: Run, variables: dict) -> dict[str, Evaluation]:
     names = [name for name in ("valid", "test") if name in run.splits]
     return {name: run.evaluate(variables, run.splits[name]) for name in names}
-
-
-def _best_variables(run: Run, path: Path) -> dict:
-    abstract = abstract_state(run.config)
-    return checkpoint.restore(path, abstract, sharding.replicated(run.mesh)).eval_variables()

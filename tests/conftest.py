@@ -81,3 +81,15 @@ def trained(workdir: Path, small_config: Callable[..., ConfigDict]) -> dict:
     from bef_jax import train  # here: JAX reads the environment, set above, when it is imported
 
     return train.train_and_evaluate(small_config(steps=4), workdir)
+
+
+@pytest.fixture
+def scoring(workdir: Path) -> Callable[..., tuple[ConfigDict, Path]]:
+    """Returns scoring(**changes) -> (config, path) of the best checkpoint of `trained`."""
+    from bef_jax import checkpoint, trained
+
+    def make(**changes) -> tuple[ConfigDict, Path]:
+        path = checkpoint.best(workdir)
+        return trained.scoring_config(path, None, changes), path
+
+    return make

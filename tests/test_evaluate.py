@@ -6,7 +6,6 @@ from scipy.special import expit, softmax
 from bef_jax import checkpoint, evaluate, sharding, train
 from bef_jax.data import store
 from bef_jax.data.augment import eval_view
-from bef_jax.errors import UserError
 from bef_jax.models import create
 from bef_jax.state import create_state
 
@@ -82,90 +81,38 @@ def approximately(figures):
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_eval_mode_gives_what_training_reported(split, trained, workdir, small_config):
-    config = small_config(steps=4, **{"eval.batch_size": 4})
-    summary = evaluate.run(config, workdir, None, split)
+def test_eval_mode_gives_what_training_reported(split, trained, workdir, scoring):
+    config, path = scoring(**{"eval.batch_size": 4})
+    summary = evaluate.run(config, path, split)
     assert summary.pop("mode") == "eval"
     assert summary.pop("checkpoint") == str(checkpoint.best(workdir))
     assert summary["split"] == split
     assert leaves(summary) == approximately(leaves(trained[split]))
 
 
-def test_eight_views_leave_the_plain_figures_beside_theirs(trained, workdir, small_config):
-    plain = evaluate.run(small_config(), workdir, None, "valid")
-    averaged = evaluate.run(small_config(**{"eval.tta": 8}), workdir, None, "valid")
+def test_eight_views_leave_the_plain_figures_beside_theirs(trained, scoring):
+    plain = evaluate.run(*scoring(), "valid")
+    averaged = evaluate.run(*scoring(**{"eval.tta": 8}), "valid")
     assert averaged["plain"]["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert averaged["loss"] != averaged["plain"]["loss"]
     assert "plain" not in plain
 
 
-def test_another_network_is_compared_on_the_same_patches(trained, workdir, small_config, tmp_path):
+def test_another_network_is_compared_on_the_same_patches(trained, scoring, small_config, tmp_path):
     other = {"model.fusion": False, "model.attention": "none", "seed": 1}
     second = train.train_and_evaluate(small_config(steps=4, **other), tmp_path)
-    path = checkpoint.best(tmp_path)
-    summary = evaluate.run(small_config(), workdir, None, "test", path)
+    config, path = scoring()
+    summary = evaluate.run(config, path, "test", checkpoint.best(tmp_path))
     found = summary["comparison"]
     assert found["auc"] == pytest.approx(second["test"]["auc"])
     assert found["auc_difference"] == pytest.approx(summary["auc"] - second["test"]["auc"])
     assert found["only_first_right"] - found["only_second_right"] == pytest.approx(
         13 * (summary["accuracy"] - second["test"]["accuracy"])
     )
-    assert (
-        evaluate.run(small_config(), workdir, None, "test", checkpoint.best(workdir))["comparison"][
-            "delong_p"
-        ]
-        == 1.0
-    )
+    assert evaluate.run(config, path, "test", path)["comparison"]["delong_p"] == 1.0
 
 
-def test_eval_mode_takes_the_test_split_and_any_checkpoint(trained, workdir, small_config):
+def test_eval_mode_takes_the_test_split_and_any_checkpoint(trained, workdir, scoring):
     path = workdir / "checkpoints" / "3"
-    summary = evaluate.run(small_config(), workdir, path, None)
+    summary = evaluate.run(scoring()[0], path)
     assert (summary["split"], summary["checkpoint"]) == ("test", str(path))
-
-
-def test_padding_and_batch_normalisation_are_the_checkpoint_s(trained, workdir, small_config):
-    other = {"model.padding": "symmetric", "model.bn_epsilon": 1e-5, "model.bn_momentum": 0.99}
-    summary = evaluate.run(small_config(**other), workdir, None, "valid")
-    assert summary["loss"] == pytest.approx(trained["valid"]["loss"], rel=1e-5)
-
-
-def test_how_blocks_were_trained_is_nothing_to_eval(trained, workdir, small_config, monkeypatch):
-    """A checkpoint of a TPU, whose batch was one of whole kernels; here it is 8."""
-    read, forms = checkpoint.read_run, {"mbconv": "pallas", "remat": "block"}
-
-    def read_run(path):
-        run = read(path)
-        run["config"]["model"] |= forms
-        return run
-
-    monkeypatch.setattr(checkpoint, "read_run", read_run)
-    given = {f"model.{name}": value for name, value in forms.items()}
-    for config in (small_config(), small_config(**given)):
-        summary = evaluate.run(config, workdir, None, "valid")
-        assert summary["loss"] == pytest.approx(trained["valid"]["loss"], rel=1e-5)
-
-
-def test_eval_refuses_another_network(trained, workdir, small_config):
-    with pytest.raises(UserError, match=r"model\.fusion=True"):
-        evaluate.run(small_config(**{"model.fusion": False}), workdir, None, None)
-
-
-def test_a_field_that_is_gone_is_told_with_its_checkpoint(
-    trained, workdir, small_config, monkeypatch
-):
-    read = checkpoint.read_run
-
-    def read_run(path):
-        run = read(path)
-        run["config"]["model"]["gone"] = 1
-        return run
-
-    monkeypatch.setattr(checkpoint, "read_run", read_run)
-    with pytest.raises(UserError, match=r"^checkpoint \S*/3: config\.model\.gone"):
-        evaluate.run(small_config(), workdir, workdir / "checkpoints" / "3", None)
-
-
-def test_eval_needs_a_checkpoint(small_config, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint there; train first"):
-        evaluate.run(small_config(), tmp_path, None, None)

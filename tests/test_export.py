@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from bef_jax import checkpoint, export, sharding
+from bef_jax import checkpoint, export, sharding, trained
 from bef_jax.checkpoint import Checkpoints
 from bef_jax.data.augment import eval_view
 from bef_jax.errors import RunError, UserError
@@ -43,7 +43,8 @@ def test_both_files_score_as_the_network_does_where_the_package_is_not(small_con
     pytest.importorskip("onnxruntime")
     config = small_config()
     variables = save_checkpoint(config, tmp_path)
-    summary = export.run(config, tmp_path, None)
+    path = checkpoint.best(tmp_path)
+    summary = export.run(trained.scoring_config(path), tmp_path, path)
     images = make_images(5)  # not as many as the export was checked with
     np.save(tmp_path / "patches.npy", images)
     expected = probability(config, variables, images)
@@ -87,7 +88,7 @@ def test_a_disagreeing_export_is_not_put_in_place(tmp_path):
 
 
 def test_several_views_are_refused(small_config, tmp_path):
-    config = small_config()
-    save_checkpoint(config, tmp_path)
+    save_checkpoint(small_config(**{"eval.tta": 8}), tmp_path)
+    path = checkpoint.best(tmp_path)
     with pytest.raises(UserError, match=r"eval\.tta=8"):
-        export.run(small_config(**{"eval.tta": 8}), tmp_path, checkpoint.best(tmp_path))
+        export.run(trained.scoring_config(path), tmp_path, path)

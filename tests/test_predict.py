@@ -25,10 +25,11 @@ def rows_of(workdir):
 
 
 @pytest.mark.parametrize("tta", [1, 8])
-def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, small_config):
-    config = small_config(**{"eval.tta": tta, "eval.batch_size": 5, "eval.threshold": 0.499})
+def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, scoring):
+    changes = {"eval.tta": tta, "eval.batch_size": 5, "eval.threshold": 0.499}
+    config, best = scoring(**changes)
     path = store.store_path(config.data)
-    summary = predict.run(config, workdir, None, path, "valid")
+    summary = predict.run(config, workdir, best, path, "valid")
     rows = rows_of(workdir)
     split = store.open_split(path, "valid")
     assert [row["id"] for row in rows] == split.ids.tolist()
@@ -36,34 +37,34 @@ def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, small_conf
     if tta == 1:
         _, _, expected = read_scores(workdir / "scores_valid.csv")
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-    block = evaluate.run(config, workdir, None, "valid")
+    block = evaluate.run(config, best, "valid")
     assert np.mean((found >= 0.499) == split.labels) == pytest.approx(block["accuracy"])
     assert [int(row["decision"]) for row in rows] == (found >= 0.499).astype(int).tolist()
     assert (summary["n"], summary["positives"]) == (21, int((found >= 0.499).sum()))
     assert summary["heatmaps"] == []
 
 
-def test_files_get_what_their_pixels_get_in_a_store(trained, workdir, small_config, tmp_path):
-    config = small_config()
+def test_files_get_what_their_pixels_get_in_a_store(trained, workdir, scoring, tmp_path):
+    config, best = scoring()
     path = store.store_path(config.data)
     split = store.open_split(path, "test")
-    predict.run(config, workdir, None, path, "test")
+    predict.run(config, workdir, best, path, "test")
     expected = [row["probability"] for row in rows_of(workdir)]
     for number, image in enumerate(split.images):
         Image.fromarray(image).save(tmp_path / f"{number:02d}, \u00e4.png")
-    predict.run(config, workdir, None, tmp_path, None)
+    predict.run(config, workdir, best, tmp_path)
     assert [row["probability"] for row in rows_of(workdir)] == expected
     assert rows_of(workdir)[3]["id"] == "03, \u00e4.png"
 
 
-def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, small_config, tmp_path):
-    config = small_config(**{"predict.stride": 16})
+def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, scoring, tmp_path):
+    config, best = scoring(**{"predict.stride": 16})
     split = store.open_split(store.store_path(config.data), "test")
     Image.fromarray(np.concatenate(split.images[:2], axis=1)).save(tmp_path / "two.png")
-    summary = predict.run(config, workdir, None, tmp_path / "two.png", None)
+    summary = predict.run(config, workdir, best, tmp_path / "two.png")
     rows = {row["id"]: float(row["probability"]) for row in rows_of(workdir)}
     assert len(rows) == summary["n"] == 5 * 11
-    predict.run(config, workdir, None, store.store_path(config.data), "test")
+    predict.run(config, workdir, best, store.store_path(config.data), "test")
     alone = [float(row["probability"]) for row in rows_of(workdir)]
     # The windows around the squares at (32, 32) and (32, 128) are the two patches.
     assert rows["two.png:x=32:y=32"] == pytest.approx(alone[0], rel=1e-5)
@@ -72,9 +73,9 @@ def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, small_config, tmp
     assert min(Image.open(file).size) > 200
 
 
-def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, small_config, tmp_path):
-    config = small_config()
-    predict.run(config, workdir, None, store.store_path(config.data), "test")
+def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, scoring, tmp_path):
+    config, best = scoring()
+    predict.run(config, workdir, best, store.store_path(config.data), "test")
     before = (workdir / "predictions.csv").read_bytes()
     images = np.zeros((20, 96, 96, 3), np.uint8)
     np.savez(tmp_path / "a.npz", images=images)
@@ -82,30 +83,28 @@ def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, small_conf
     content[len(content) // 2] ^= 255
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.npz"):
-        predict.run(config, workdir, None, tmp_path / "a.npz", None)
+        predict.run(config, workdir, best, tmp_path / "a.npz")
     assert (workdir / "predictions.csv").read_bytes() == before
     assert not list(workdir.glob(".predictions*"))
 
 
-def test_what_is_missing_is_said_before_a_checkpoint_is_looked_for(small_config, tmp_path):
+def test_what_is_missing_is_said_before_a_checkpoint_is_read(small_config, tmp_path):
     with pytest.raises(UserError, match="--input is missing"):
-        predict.run(small_config(), tmp_path, None, None, None)
+        predict.run(small_config(), tmp_path, tmp_path, None)
     with pytest.raises(UserError, match="no such file"):
-        predict.run(small_config(), tmp_path, None, tmp_path / "nowhere", None)
+        predict.run(small_config(), tmp_path, tmp_path, tmp_path / "nowhere")
 
 
 # Peak memory of the whole process, in MiB, after the patches of a file.
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from bef_jax import predict
-from tests.conftest import SHRUNK
-from configs import quickstart
-config = quickstart.get_config()
-fields = {"eval.batch_size": 64, "rcc.eval_size": 32, "data.dir": sys.argv[1]}
-config.update_from_flattened_dict({**SHRUNK, **fields})
-found = predict.run(config, Path(sys.argv[2]), None, Path(sys.argv[3]), None)
-assert found["n"] == int(sys.argv[4])
+from bef_jax import predict, trained
+workdir = Path(sys.argv[1])
+best = trained.find(workdir)
+config = trained.scoring_config(best, None, {"eval.batch_size": 64, "rcc.eval_size": 32})
+found = predict.run(config, workdir, best, Path(sys.argv[2]))
+assert found["n"] == int(sys.argv[3])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
@@ -121,28 +120,28 @@ def write_alike(path, count):
             x.id.write_direct_chunk((first, 0, 0, 0), packed)
 
 
-def more_memory(few, many, folder, workdir, data_dir):
+def more_memory(few, many, folder, workdir):
     """How many MiB more the peak is with `many` patches than with `few`."""
     fast = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # compiled once, used often
     peaks = []
     for count in (few, many):
         write_alike(folder / "patches.h5", count)
-        words = (sys.executable, "-c", MEASURE, data_dir, workdir, folder / "patches.h5", count)
+        words = (sys.executable, "-c", MEASURE, workdir, folder / "patches.h5", count)
         result = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=fast)
         peaks.append(int(result.stdout.splitlines()[-1]))
     return peaks[1] - peaks[0]
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_patches(trained, workdir, data_dir, tmp_path):
+def test_memory_does_not_grow_with_the_patches(trained, workdir, tmp_path):
     """16,000 more patches are 420 MiB of pixels; a list of them would show."""
-    assert more_memory(1_000, 17_000, tmp_path, workdir, data_dir) < 120
+    assert more_memory(1_000, 17_000, tmp_path, workdir) < 120
 
 
 @pytest.mark.long
-def test_a_million_patches_need_what_a_few_need(trained, workdir, data_dir, tmp_path):
+def test_a_million_patches_need_what_a_few_need(trained, workdir, tmp_path):
     """A GiB more at most: a thousandth of them is 26 MiB of pixels."""
-    assert more_memory(1_000, 1_000_000, tmp_path, workdir, data_dir) < 1024
+    assert more_memory(1_000, 1_000_000, tmp_path, workdir) < 1024
 
 
 @pytest.mark.slow
@@ -152,8 +151,8 @@ def test_the_command_line(trained, workdir, small_config, tmp_path):
     Image.fromarray(image).save(tmp_path / "=one.png")
     shutil.copy(tmp_path / "=one.png", os.fsencode(tmp_path) + b"/\xff.png")  # no UTF-8
     command = [
-        sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py", "--mode=predict",
-        f"--workdir={workdir}", f"--input={tmp_path}", "--config.rcc.eval_size=48",
+        sys.executable, "-m", "bef_jax.main", "--mode=predict",
+        f"--workdir={workdir}", f"--input={tmp_path}",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

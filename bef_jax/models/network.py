@@ -122,5 +122,7 @@ class Network(nn.Module):
         # [N, sum of C]: of B3 1536 from the head and 600 from the fused stages. In float32, as
         # pooled, so that the classifier's rounding is not that of the maps.
         joined = jnp.concatenate([*features], axis=-1)
+        # For whoever asks for the collection `intermediates`; else nothing is kept.
+        self.sow("intermediates", "features", joined)
         joined = nn.Dropout(self.dropout, deterministic=not train)(joined)
         return nn.Dense(self.num_classes, kernel_init=dense_init, name="classifier")(joined)

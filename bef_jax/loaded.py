@@ -1,0 +1,253 @@
+"""Trained networks in Python: what `bef_jax.load` returns."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.export
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bef_jax import checkpoint, scorer, sharding, trained
+from bef_jax.data import inputs
+from bef_jax.data.augment import PATCH
+from bef_jax.data.patch import class_names, mpp
+from bef_jax.errors import UserError
+from bef_jax.gradcam import make_explainer
+
+# uint8 [N, 96, 96, 3], an iterator of such arrays, or the path of anything that predict takes.
+Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
+
+_BATCH = 64  # patches in a call of an exported file, and explained at once
+_STRIDE = 32  # between the windows of a picture above 96 px: each pixel is decided on once
+
+
+def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
+    """Returns the trained network that `where` means; `bef_jax.load` says what that may be."""
+    path = Path(where).expanduser().resolve()
+    if path.is_file() and path.suffix in _READERS:
+        return ExportedModel(path)
+    if not path.is_dir():
+        raise UserError(
+            f"load({str(where)!r}): no such folder; give a run's folder, a checkpoint's folder, "
+            "or a .stablehlo or .onnx file of --mode=export"
+        )
+    folder = trained.find(path)
+    config = trained.scoring_config(folder)
+    if config.model.num_classes != 2:
+        raise UserError(f"{folder}: load scores two classes, not {config.model.num_classes}")
+    return TrainedModel(folder, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint that scores patches, on all devices.
+
+    Weights are read, and programs compiled, when they are first needed, and then kept.
+
+    Attributes:
+        checkpoint: its folder.
+        config: with which it was trained, and scores.
+    """
+
+    checkpoint: Path
+    config: ConfigDict
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers."""
+        return class_names(self.config)
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres per pixel of the patches that it learned from; None if unknown."""
+        return mpp(self.config)
+
+    @property
+    def threshold(self) -> float:
+        """The probability from which --mode=predict calls a patch positive."""
+        return self.config.eval.threshold
+
+    @functools.cached_property
+    def operating_point(self) -> dict[str, Any] | None:
+        """`temperature` and `threshold` that training chose on valid; None if it did not."""
+        return checkpoint.read_run(self.checkpoint).get("operating_point")
+
+    def predict(self, images: Images) -> np.ndarray:
+        """Returns the probability of class 1, float64 [N], as --mode=predict gives it.
+
+        Args:
+            images: uint8 [N, 96, 96, 3], an iterator of such arrays, or a path.
+
+        Raises:
+            UserError: the images have another shape or type, or can't be read.
+        """
+        return _joined(self._predict(self._patches(images)), np.empty(0))
+
+    def features(self, images: Images) -> np.ndarray:
+        """Returns the vector before the classifier, float32 [N, D]; takes what `predict` takes."""
+        width = self._variables["params"]["classifier"]["kernel"].shape[0]
+        found = self._features(self._patches(images))
+        return _joined(found, np.empty((0, width), np.float32))
+
+    def gradcam(self, images: Images) -> np.ndarray:
+        """Returns Grad-CAM maps of class 1, float32 [N, 96, 96], each scaled to a maximum of 1.
+
+        A map is 0 all over where no part of the patch raises the score. Takes what `predict` takes.
+        """
+        batches = map(np.stack, scorer.in_batches(self._patches(images), _BATCH))
+        maps = (_scaled(self._explain(batch, np.ones(len(batch), bool))) for batch in batches)
+        return _joined(maps, np.empty((0, PATCH, PATCH), np.float32))
+
+    def _patches(self, images: Images) -> Iterator[np.ndarray]:
+        return patches_of(images, self.config.predict.stride)
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        return sharding.make_mesh()
+
+    @functools.cached_property
+    def _variables(self) -> dict:
+        everywhere = sharding.replicated(self._mesh)
+        return trained.restore_variables(self.checkpoint, self.config, everywhere)
+
+    @functools.cached_property
+    def _predict(self) -> Callable:
+        return scorer.make_predictor(self.config, self._variables, self._mesh)
+
+    @functools.cached_property
+    def _features(self) -> Callable:
+        return scorer.make_featurizer(self.config, self._variables, self._mesh)
+
+    @functools.cached_property
+    def _explain(self) -> Callable:
+        return make_explainer(self.config, self._variables)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedModel:
+    """A file of --mode=export that scores patches, on one device.
+
+    Attributes:
+        file: model.stablehlo or model.onnx.
+    """
+
+    file: Path
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes; None if the file and its export.json do not say."""
+        names = self._description.get("classes")
+        return names and tuple(names)
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres per pixel of the patches that it learned from; None if unknown."""
+        return self._description.get("mpp")
+
+    def predict(self, images: Images) -> np.ndarray:
+        """Returns the probability of class 1, float64 [N]; takes what `TrainedModel.predict` does.
+
+        Raises:
+            UserError: the images have another shape or type, or can't be read.
+        """
+        # One device: that is what the file was exported for.
+        mesh = Mesh(np.array(jax.local_devices()[:1]), (sharding.AXIS,))
+        found = scorer.map_patches(self._log_odds, patches_of(images, _STRIDE), _BATCH, mesh)
+        return _joined(map(scorer.sigmoid, found), np.empty(0))
+
+    def features(self, images: Images) -> NoReturn:
+        """Raises `UserError`: the file gives scores alone."""
+        self._refuse("no features")
+
+    def gradcam(self, images: Images) -> NoReturn:
+        """Raises `UserError`: the file gives scores alone."""
+        self._refuse("no Grad-CAM")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{self.file}: an exported file gives {what}; load its checkpoint instead")
+
+    @functools.cached_property
+    def _log_odds(self) -> Callable:
+        return _READERS[self.file.suffix](self.file)
+
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        """What --mode=export wrote beside the file, or nothing if the file was moved alone."""
+        try:
+            return json.loads((self.file.parent / "export.json").read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.file.parent}/export.json can't be read: {error}") from error
+
+
+def _read_stablehlo(file: Path) -> Callable:
+    try:
+        call = jax.export.deserialize(bytearray(file.read_bytes())).call
+    except Exception as error:  # a flatbuffer that was cut raises many kinds
+        raise UserError(f"{file} can't be read: {str(error).splitlines()[0]}") from error
+    return jax.jit(lambda images: call(images)[1])
+
+
+def _read_onnx(file: Path) -> Callable:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{file}: reading it takes pip install 'bef_jax[export]'") from error
+    try:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its kinds are not public
+        raise UserError(f"{file} can't be read: {str(error).splitlines()[0]}") from error
+    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})[0]
+
+
+_READERS = {".stablehlo": _read_stablehlo, ".onnx": _read_onnx}
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+def patches_of(images: Images, stride: int) -> Iterator[np.ndarray]:
+    """Yields patches, uint8 [96, 96, 3] each, of an array, an iterator of arrays, or a path.
+
+    Args:
+        stride: between the windows of pictures above 96 px, in pixels.
+
+    Raises:
+        UserError: an array has another shape or type, or the path can't be read.
+    """
+    if isinstance(images, str | os.PathLike):
+        path = Path(images).expanduser()
+        inputs.check(path, None)
+        return (patch.pixels for patch in inputs.read(path, None, stride))
+    # What has a shape is one array, of NumPy, JAX or torch.
+    arrays = [images] if hasattr(images, "shape") else images
+    return (patch for array in arrays for patch in _checked(array))
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype != np.uint8 or array.shape[1:] != (PATCH, PATCH, 3):
+        raise UserError(
+            f"images are {array.dtype} {list(array.shape)}: give uint8 [N, {PATCH}, {PATCH}, 3], "
+            "RGB in 0 .. 255"
+        )
+    return array
+
+
+def _scaled(maps: np.ndarray) -> np.ndarray:
+    """Maps [n, H, W], each with its maximum brought to 1, if it has any."""
+    most = maps.max((1, 2), keepdims=True)
+    return maps / np.where(most > 0, most, 1)
+
+
+def _joined(parts: Iterable[np.ndarray], empty: np.ndarray) -> np.ndarray:
+    """Parts one after the other; `empty` has the shape and type of no patch at all."""
+    return np.concatenate([empty, *parts])

@@ -1,0 +1,138 @@
+"""Trained networks on disk: found by name, with the configuration and the variables that score."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Sharding
+from ml_collections import ConfigDict
+
+from bef_jax import checkpoint
+from bef_jax.config import flatten, validate
+from bef_jax.errors import UserError
+from bef_jax.state import abstract_state
+
+LOG = logging.getLogger(__name__)
+
+# How blocks are computed in training; scoring needs no gradient.
+_FORMS = {"mbconv": "layers", "remat": "none"}
+# Of these --config decides where it is given: what is scored, where, and how fast, not the score.
+_SURROUNDINGS = ("data.", "predict.", "benchmark.", "distributed.", "compile_cache")
+_SPEED = ("eval.batch_size", "model.depthwise")
+# Fields that, besides the network's own, decide what a patch's score is.
+_DECIDING = (
+    "dtype",
+    "augment.mean",
+    "augment.std",
+    "rcc.enabled",
+    "rcc.eval_size",
+    "eval.tta",
+    "eval.threshold",
+)
+
+
+def find(where: Path | str) -> Path:
+    """Returns the checkpoint's folder that `where` means: that folder, or the best of a workdir.
+
+    Raises:
+        UserError: a workdir without a checkpoint, or whose scores are damaged.
+    """
+    path = Path(where).expanduser().resolve()
+    is_checkpoint = (path / "state").is_dir() and (path / "run").is_dir()
+    return path if is_checkpoint else checkpoint.best(path)
+
+
+def workdir_of(path: Path) -> Path:
+    """Returns the workdir of the run that a checkpoint belongs to, or else the current folder."""
+    return path.parent.parent if path.parent.name == "checkpoints" else Path.cwd()
+
+
+def scoring_config(
+    path: Path, given: ConfigDict | None = None, changes: Mapping[str, Any] | None = None
+) -> ConfigDict:
+    """Returns the configuration to score with: that of the checkpoint, and what the user changed.
+
+    The checkpoint decides the network, its input and its threshold. A field that is newer than the
+    checkpoint has its default.
+
+    Args:
+        path: the checkpoint's folder.
+        given: a whole configuration, of which data and what else decides no score count.
+        changes: single fields by their dotted names, which count whatever they are.
+
+    Raises:
+        UserError: no such checkpoint, or `changes` ask for another network.
+    """
+    config = checkpoint.complete(checkpoint.read_run(path)["config"])
+    changes = _as_json(dict(changes or {}))
+    if given is not None:
+        fields = flatten(ConfigDict(_as_json(given.to_dict())))
+        _log_ignored(flatten(config), fields, changes)
+        _set(config, {name: fields[name] for name in fields if _is_free(name)})
+    saved = flatten(config)
+    differing = {name: x for name, x in changes.items() if saved.get(name) != x}
+    _check_network(path, saved, differing)
+    for name in sorted(set(differing) & {*_DECIDING}):
+        LOG.info("config.%s=%r; the checkpoint has %r", name, differing[name], saved[name])
+    _set(config, changes)
+    config.model.update(_FORMS)
+    # What is read from disk is checked like what a user gives: an older version's may have a field
+    # that is gone.
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
+    return config
+
+
+def restore_variables(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
+    """Returns {params, batch_stats} of a checkpoint to score with: the average, if it kept one.
+
+    Args:
+        config: with which the checkpoint was trained, as `scoring_config` gives it.
+        sharding: of every array.
+
+    Raises:
+        UserError: it is damaged, or of other shapes.
+    """
+    return checkpoint.restore(path, abstract_state(config), sharding).eval_variables()
+
+
+def _as_json(fields: dict) -> dict:
+    """Lists for tuples, as a saved configuration has them."""
+    return json.loads(json.dumps(fields))
+
+
+def _set(config: ConfigDict, fields: Mapping[str, Any]) -> None:
+    # A saved field may be empty, or an integer where a float is meant; `validate` knows.
+    with config.ignore_type():
+        config.update_from_flattened_dict(fields)
+
+
+def _is_free(name: str) -> bool:
+    return name.startswith(_SURROUNDINGS) or name in _SPEED
+
+
+def _is_network(name: str) -> bool:
+    how = _SPEED + tuple(f"model.{form}" for form in _FORMS)
+    return name.startswith("model.") and name not in how
+
+
+def _check_network(path: Path, saved: Mapping[str, Any], differing: Mapping[str, Any]) -> None:
+    fixed = [name for name in differing if _is_network(name)]
+    if fixed:
+        listed = ", ".join(f"{name}={saved.get(name)}" for name in fixed)
+        flags = ", ".join(f"--config.{name}" for name in fixed)
+        raise UserError(f"checkpoint {path} is a network with {listed}: leave out {flags}")
+
+
+def _log_ignored(
+    saved: Mapping[str, Any], given: Mapping[str, Any], changes: Mapping[str, Any]
+) -> None:
+    """Names what --config's file says otherwise, where the checkpoint decides."""
+    decided = [name for name in saved if name in _DECIDING or _is_network(name)]
+    for name in decided:
+        if name not in changes and given.get(name) != saved[name]:
+            LOG.info("config.%s=%r, as the checkpoint has it", name, saved[name])

@@ -1,0 +1,196 @@
+"""`bef_jax.load`, as scripts and notebooks call it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import bef_jax
+from bef_jax import checkpoint, export, predict, sharding, train
+from bef_jax.checkpoint import Checkpoints
+from bef_jax.data import store
+from bef_jax.data.augment import eval_view
+from bef_jax.errors import UserError
+from bef_jax.models import create
+from bef_jax.scores import read_scores
+from bef_jax.state import create_state
+
+
+@pytest.fixture
+def images(small_config):
+    data = small_config().data
+    store.prepare(data)
+    return np.asarray(store.open_split(store.store_path(data), "test").images)
+
+
+def save(config, workdir):
+    """A checkpoint of random weights, and its variables."""
+    state = create_state(config, sharding.replicated(sharding.make_mesh()))
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save(0, state, {"config": json.loads(config.to_json_best_effort())}, None)
+    checkpoints.close()
+    return state.eval_variables()
+
+
+def logits_of(config, variables, images):
+    return create(config.model).apply(variables, eval_view(images, config), train=False)
+
+
+def test_predict_gives_what_the_mode_gives_to_the_last_digit(trained, workdir, scoring, images):
+    np.savez(workdir / "patches.npz", images=images)
+    config, path = scoring()
+    predict.run(config, workdir, path, workdir / "patches.npz")
+    with open(workdir / "predictions.csv", newline="") as file:
+        expected = [float(row["probability"]) for row in csv.DictReader(file)]
+    model = bef_jax.load(str(workdir))
+    found = model.predict(images)
+    assert found.dtype == np.float64
+    assert found.tolist() == expected
+    assert model.predict(workdir / "patches.npz").tolist() == expected
+    assert model.predict(iter([images[:3], images[3:4], images[4:]])).tolist() == expected
+    assert model.checkpoint == checkpoint.best(workdir).resolve()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model.total_stride": 16, "rcc.eval_size": 64},
+        {"model.name": "efficientnet_lite0", "model.attention": "none", "model.fusion": False},
+        {"model.name": "resnet50", "dtype": "bfloat16"},
+    ],
+    ids=["boosted", "lite0", "resnet50"],
+)
+@pytest.mark.slow
+def test_load_is_the_evaluation_of_training(fields, small_config, tmp_path):
+    """Without any config: probabilities of every patch, as the run wrote them."""
+    train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
+    _, _, expected = read_scores(tmp_path / "scores_valid.csv")
+    config = bef_jax.load(tmp_path).config
+    split = store.open_split(store.store_path(config.data), "valid")
+    tolerance = 1e-2 if config.dtype == "bfloat16" else 1e-5
+    found = bef_jax.load(tmp_path).predict(split.images)
+    np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+def test_features_are_what_the_classifier_reads(small_config, images, tmp_path):
+    config = small_config()
+    variables = save(config, tmp_path)
+    features = bef_jax.load(tmp_path).features(images)
+    layer = variables["params"]["classifier"]
+    expected = logits_of(config, variables, images)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features @ layer["kernel"] + layer["bias"], expected, atol=1e-4)
+
+
+def test_gradcam_is_of_class_1_between_0_and_1(trained, workdir, images):
+    model = bef_jax.load(workdir)
+    maps = model.gradcam(images)
+    assert (maps.shape, maps.dtype) == ((len(images), 96, 96), np.float32)
+    assert maps.min() == 0
+    largest = maps.max((1, 2))
+    assert set(np.round(largest, 6)) <= {0.0, 1.0}
+    # The network sees the central 48 pixels alone.
+    assert not maps[:, :24].any()
+    np.testing.assert_allclose(model.gradcam(images[2:3]), maps[2:3], atol=1e-4)
+
+
+def test_any_number_of_patches_even_none(trained, workdir, images):
+    model = bef_jax.load(workdir)
+    whole = model.predict(images)
+    assert model.predict(images[:0]).shape == (0,)
+    assert model.features(images[:0]).shape == (0, model.features(images[:1]).shape[1])
+    assert model.gradcam(images[:0]).shape == (0, 96, 96)
+    alone = np.concatenate([model.predict(image[None]) for image in images[:4]])
+    np.testing.assert_allclose(alone, whole[:4], rtol=1e-5)
+
+
+def test_it_tells_its_classes_scale_and_threshold(small_config, tmp_path):
+    save(small_config(**{"data.source": "rpcam", "eval.threshold": 0.3}), tmp_path / "rpcam")
+    save(small_config(), tmp_path / "drawn")
+    real, drawn = bef_jax.load(tmp_path / "rpcam"), bef_jax.load(tmp_path / "drawn")
+    assert real.classes == ("normal", "metastasis")
+    assert (real.mpp, drawn.mpp) == (0.972, None)
+    assert (real.threshold, drawn.threshold) == (0.3, 0.5)
+    assert real.operating_point is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (np.zeros((2, 96, 96, 3), np.float32), "float32"),
+        (np.zeros((96, 96, 3), np.uint8), r"\[96, 96, 3\]"),
+        (np.zeros((2, 64, 64, 3), np.uint8), r"give uint8 \[N, 96, 96, 3\]"),
+        ("nowhere.png", "no such file"),
+    ],
+)
+def test_images_of_another_kind_are_told(wrong, words, trained, workdir):
+    with pytest.raises(UserError, match=words):
+        bef_jax.load(workdir).predict(wrong)
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"load\('nowhere'\): no such folder"):
+        bef_jax.load("nowhere")
+    with pytest.raises(UserError, match="no checkpoint there"):
+        bef_jax.load(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"none")
+    (tmp_path / "model.stablehlo").write_bytes(b"none")
+    for name in ("model.onnx", "model.stablehlo"):
+        with pytest.raises(UserError, match=name):
+            bef_jax.load(tmp_path / name).predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+
+@pytest.mark.slow
+def test_an_exported_file_predicts(trained, workdir, scoring, images, tmp_path):
+    pytest.importorskip("onnxruntime")
+    config, path = scoring()
+    export.run(config, workdir, path)
+    expected = bef_jax.load(workdir).predict(images)
+    for name in ("model.stablehlo", "model.onnx"):
+        model = bef_jax.load(workdir / "export" / name)
+        np.testing.assert_allclose(model.predict(images), expected, atol=1e-5)
+        assert (model.classes, model.mpp) == (("normal", "metastasis"), None)
+        for method in (model.features, model.gradcam):
+            with pytest.raises(UserError, match="load its checkpoint"):
+                method(images)
+        # Where a server has the file alone.
+        (tmp_path / name).write_bytes((workdir / "export" / name).read_bytes())
+        alone = bef_jax.load(tmp_path / name)
+        np.testing.assert_allclose(alone.predict(images[:2]), expected[:2], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_picture_is_cut_into_windows(trained, workdir, images, tmp_path):
+    Image.fromarray(np.concatenate(images[:2], axis=1)).save(tmp_path / "two.png")
+    model = bef_jax.load(workdir)
+    found = model.predict(tmp_path / "two.png")
+    assert found.shape == (3 * 6,)
+    np.testing.assert_allclose(found[[7, 10]], model.predict(images[:2]), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_uses_all_devices(trained, workdir, images, tmp_path):
+    np.save(tmp_path / "images.npy", images)
+    code = (
+        "import sys, jax, numpy, bef_jax; assert jax.device_count() == 8\n"
+        "model = bef_jax.load(sys.argv[1]); images = numpy.load(sys.argv[2])\n"
+        "print(model.predict(images).tolist()); print(model.features(images).shape[0])"
+    )
+    from tests.conftest import environment_of
+
+    command = [sys.executable, "-c", code, str(workdir), str(tmp_path / "images.npy")]
+    result = subprocess.run(command, env=environment_of(8), capture_output=True, text=True)
+    probabilities, count = result.stdout.splitlines()
+    expected = bef_jax.load(workdir).predict(images)
+    np.testing.assert_allclose(json.loads(probabilities), expected, rtol=1e-5)
+    assert int(count) == len(images)
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import sys, bef_jax; bef_jax.load; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
