@@ -20,11 +20,11 @@ from bef_jax import lock, slots
 from bef_jax.ablation_cost import estimate
 from bef_jax.ablation_table import scored_block, tabulate, write_table
 from bef_jax.config import flatten, validate
+from bef_jax.configs.ablation import BASELINE, ROWS
 from bef_jax.errors import RunError, UserError
 from bef_jax.interrupt import Interrupt
 from bef_jax.prepare import prepare_with_progress
 from bef_jax.slots import Slot
-from configs.ablation import BASELINE, ROWS
 
 LOG = logging.getLogger(__name__)
 # Fields that change no figure of a run.

@@ -20,11 +20,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from bef_jax import distributed
 from bef_jax.config import flatten
+from bef_jax.configs import default
 from bef_jax.data.checksums import first_damaged, sha256
 from bef_jax.errors import UserError
 from bef_jax.state import TrainState
 from bef_jax.summary import write_json
-from configs import default
 
 LOG = logging.getLogger(__name__)
 _BEST = "valid_auc"

@@ -6,12 +6,12 @@ import re
 
 from ml_collections import ConfigDict
 
+from bef_jax.configs import default
 from bef_jax.data.augment import CENTER, PATCH
 from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, num_stages, parameter_paths
 from bef_jax.models.mbconv.grid import LANES
 from bef_jax.optim import is_frozen
-from configs import default
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),

@@ -1,8 +1,7 @@
 """Boosted EfficientNet-B0."""
 
+from bef_jax.configs import default
 from ml_collections import ConfigDict
-
-from configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

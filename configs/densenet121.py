@@ -1,8 +1,7 @@
 """DenseNet-121 as published, to compare with; it can take the paper's changes, and has none."""
 
+from bef_jax.configs import default
 from ml_collections import ConfigDict
-
-from configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

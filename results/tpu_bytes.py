@@ -12,6 +12,7 @@ import argparse
 import re
 
 import jax.numpy as jnp
+from bef_jax.configs.default import get_config
 from jax import Array, lax
 from ml_collections import ConfigDict
 
@@ -21,7 +22,6 @@ from bef_jax.models.depthwise import Padding
 from bef_jax.optim import make_schedule
 from bef_jax.state import abstract_state
 from bef_jax.step import compile_step
-from configs.default import get_config
 
 IMAGES = 256  # per chip
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bef_jax.configs import quickstart
 
 from bef_jax import benchmark, hardware, sharding
 from bef_jax.data import store
@@ -15,7 +16,6 @@ from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY
 from bef_jax.models.efficientnet import Architecture, EfficientNet, Stage
 from bef_jax.state import abstract_state, count_params
-from configs import quickstart
 from tests.conftest import SHRUNK
 
 # Two blocks: enough to count, and compiled four times as fast as the network of the quickstart.

@@ -1,11 +1,11 @@
 import itertools
 
 import pytest
+from bef_jax.configs.default import get_config
 
 from bef_jax.calls import call_sizes, check_placement
 from bef_jax.config import Durations
 from bef_jax.errors import UserError
-from configs.default import get_config
 
 
 def make_config(steps_per_call=1, every_steps=500, placement="auto"):

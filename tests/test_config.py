@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from bef_jax.configs import b2, default, paper, quickstart
 from ml_collections import ConfigDict
 
 from bef_jax import config as checks
 from bef_jax.errors import UserError
 from bef_jax.models import create
-from configs import b2, default, paper, quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -29,7 +29,7 @@ def expect_error(*parts, config):
 
 
 def load(name, arg=None):
-    return importlib.import_module(f"configs.{name}").get_config(arg)
+    return importlib.import_module(f"bef_jax.configs.{name}").get_config(arg)
 
 
 def changed(**fields):
@@ -303,7 +303,7 @@ def test_validation_starts_no_device():
     code = """
 import jax
 from bef_jax.config import validate
-from configs import default
+from bef_jax.configs import default
 
 validate(default.get_config("optim.freeze=stem"))
 jax.config.update("jax_platforms", "none_such")  # too late for devices that have been started

@@ -12,11 +12,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from bef_jax.configs import default
 from ml_collections import ConfigDict
 
 from bef_jax import distributed
 from bef_jax.errors import UserError
-from configs import default
 from tests.conftest import SHRUNK, environment_of
 
 SLURM = {

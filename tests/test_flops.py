@@ -1,10 +1,10 @@
 import math
 
 import pytest
+from bef_jax.configs.default import get_config
 
 from bef_jax.flops import training_flops
 from bef_jax.models import efficientnet
-from configs.default import get_config
 
 
 def multiply_adds(architecture, size, total_stride=32, classes=2):

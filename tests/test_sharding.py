@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bef_jax.configs.default import get_config
 
 from bef_jax import sharding
 from bef_jax.errors import UserError
-from configs.default import get_config
 
 
 def check(kind, devices=8, **fields):

@@ -9,9 +9,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from bef_jax.configs.default import get_config
 from PIL import Image
-
-from configs.default import get_config
 
 
 @pytest.fixture

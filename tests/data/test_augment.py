@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bef_jax.configs.default import get_config
 
 from bef_jax.data import augment
-from configs.default import get_config
 
 # Every pixel's own number: a window's pixels tell where it was cut.
 CODES = np.arange(96 * 96, dtype=np.uint16).reshape(96, 96, 1)

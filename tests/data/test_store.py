@@ -224,7 +224,7 @@ def test_leavings_of_a_killed_run_are_removed_but_not_those_of_a_live_one(npz_da
 PREPARE = """
 import os, signal, sys
 from bef_jax.data import store
-from configs.default import get_config
+from bef_jax.configs.default import get_config
 data = get_config().data
 data.update({"source": "npz", "dir": sys.argv[1]})
 store.prepare(data, PROGRESS)

@@ -66,7 +66,7 @@ blocked.mkdir()
 (blocked / "tensorflow.py").write_text("raise ImportError('TensorFlow is blocked')")
 sys.path.insert(0, str(blocked))
 from bef_jax.data import store
-from configs.default import get_config
+from bef_jax.configs.default import get_config
 data = get_config().data
 data.update({"source": "tfds", "dir": sys.argv[1]})
 print(json.dumps(store.prepare(data)))

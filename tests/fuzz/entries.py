@@ -17,6 +17,7 @@ import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bef_jax.configs import default, quickstart
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -27,7 +28,6 @@ from bef_jax.data import inputs, store
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.state import TrainState
-from configs import default, quickstart
 
 SIZES = {"train": 6, "valid": 3, "test": 3}
 

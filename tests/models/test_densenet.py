@@ -2,11 +2,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from bef_jax.configs import densenet121
 
 from bef_jax import models
 from bef_jax.models.densenet import DENSENET121, DenseNet, Transition
 from bef_jax.models.fold import fold_batch_norm
-from configs import densenet121
 from tests.models.test_efficientnet import count, make_images, make_variables, shapes_of
 from tests.models.test_resnet import shapes_of_calls
 
