@@ -37,9 +37,9 @@ from bef_jax import (
     trained,
 )
 from bef_jax.config import validate
+from bef_jax.configs import default
 from bef_jax.errors import RunError, UserError
 from bef_jax.summary import write_summary
-from configs import default
 
 FLAGS = flags.FLAGS
 # Locked: a field that default.py lacks is a mistake, not a new field.
