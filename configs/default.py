@@ -15,6 +15,8 @@ import re
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from bef_jax.errors import UserError, did_you_mean
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the default configuration, with the fields named in `arg` changed."""
@@ -54,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     augment.stain = 0.2  # factor of each stain: uniform in 1 -+ stain; 0 switches jitter off
     augment.stain_shift = 0.02  # offset of each stain, in optical density: uniform in -+ this
     augment.mean = (0.70, 0.54, 0.69)  # per channel, in 0 .. 1: input normalisation
-    augment.std = (0.24, 0.28, 0.22)  # likewise
+    augment.std = (0.24, 0.28, 0.22)  # per channel, of values in 0 .. 1: input normalisation
 
     config.optim = _optim()
 
@@ -142,8 +144,8 @@ def _data() -> ConfigDict:
     data.download = False  # fetches PCam into dir when it is missing (pcam_hdf5, tfds)
     data.rectify = True  # drops exact duplicates, within and across splits
     data.train_size = placeholder(int)  # patches: synthetic makes, others keep this many
-    data.valid_size = placeholder(int)  # likewise; empty: all
-    data.test_size = placeholder(int)  # likewise; empty: all
+    data.valid_size = placeholder(int)  # patches of valid; empty: all
+    data.test_size = placeholder(int)  # patches of test; empty: all
     data.split_ratio = (0.8, 0.1, 0.1)  # train, valid, test of a source without splits
     data.seed = 0  # of the synthetic patches
     data.placement = "auto"  # auto | device | host: where the training patches live
@@ -172,20 +174,31 @@ def apply_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
     """Sets `key=value` pairs, separated by commas (not those of tuples), and returns `config`.
 
     Raises:
-        ValueError: a pair without '=', an unknown field or a value of another type.
+        UserError: a pair without '=', an unknown field or a value of another type.
     """
     for pair in filter(None, re.split(r",(?![^(]*\))", arg or "")):
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ValueError(f"config argument {pair!r}: write field=value, such as batch_size=64")
+            raise UserError(f"config argument {pair!r}: write field=value, such as batch_size=64")
         try:
             config.update_from_flattened_dict({key.strip(): _literal(text.strip())})
         except KeyError as error:
-            raise ValueError(f"config argument {pair!r}: no such field in default.py") from error
+            near = did_you_mean(key.strip(), field_names(config))
+            raise UserError(f"config argument {pair!r}: no such field{near}") from error
         except (TypeError, ValueError, OverflowError) as error:
             reason = " ".join(str(error).split())  # a ConfigDict's text ends with a new line
-            raise ValueError(f"config argument {pair!r}: {reason}") from error
+            raise UserError(f"config argument {pair!r}: {reason}") from error
     return config
+
+
+def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Returns the dotted names of all fields and of the groups that hold them."""
+    names = []
+    for key, value in config.items():
+        names.append(prefix + key)
+        if isinstance(value, ConfigDict):
+            names += field_names(value, f"{prefix}{key}.")
+    return names
 
 
 def _literal(text: str):

@@ -34,15 +34,21 @@ def refused(*flags):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], ["--config is missing", "--config=configs/b2.py"]),
+        ([], ["--config is missing", "--config=b2"]),
+        (["--config.batch_size=3"], ["--config is missing"]),
+        (["--config=b22"], ["did you mean b2?"]),
         (["--config=configs/nowhere.py"], ["nowhere.py", "No such file"]),
-        (["--config=configs/b0.py", "--config.batchsize=3"], ["batchsize"]),
+        (["--config=configs/b0.py", "--config.batchsize=3"], ["did you mean --config.batch_size?"]),
+        (["--config=b0:batchsize=3"], ["batchsize=3", "did you mean batch_size?"]),
         (["--config=configs/b0.py", "--config.batch_size=many"], ["batch_size", "many"]),
         (["--config=configs/b0.py:batch_size=many"], ["batch_size", "many"]),
         (["--config=configs/b0.py", "--config.model.total_stride=4"], ["total_stride=4", "32, 16"]),
         (["--config=configs/b0.py", "--mode=fly"], ["--mode=fly", "train"]),
+        (["--config=b0", "--mode=trian"], ["did you mean train?"]),
+        (["train", "--config=b0"], ["did you mean --mode=train?"]),
         (["--config=configs/b0.py", "--mode=benchmark", "--compare=torch"], ["torch", "lax"]),
         (["--config=configs/b0.py", "--no_such_flag"], ["no_such_flag"]),
+        (["--config=b0", "--work_dir=run"], ["did you mean --workdir?"]),
         (["--config=configs/b0.py", "--config.data.dir=nowhere"], ["nowhere"]),
     ],
 )
@@ -93,6 +99,32 @@ def test_of_a_damaged_picture_one_line_is_said(tmp_path):
     assert line.startswith(f"error: {file}: 96x0 pixels")
 
 
+@pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--mode=predict", "--help"]])
+def test_help_needs_no_jax(flags):
+    code = (
+        "import sys, atexit; from bef_jax.main import run; "
+        f"sys.argv[1:] = {flags}; atexit.register(lambda: print('jax' in sys.modules)); run()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+def test_help_is_that_of_the_mode():
+    result = run_main("--help", "--mode", "predict")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--input=" in result.stdout and "--config.predict.stride=32" in result.stdout
+    assert "--topology" not in result.stdout and "--config.optim" not in result.stdout
+
+
+@pytest.mark.parametrize("spelling", [["--config={}"], ["--config", "{}"], ["-config={}"]])
+def test_a_packaged_config_is_known_by_its_name_in_any_folder(spelling, tmp_path):
+    config = "quickstart:data.train_size=5,data.valid_size=4"
+    flags = [flag.format(config) for flag in spelling] + ["--config.data.test_size=3"]
+    result = run_main(*flags, "--mode=prepare", cwd=tmp_path)
+    assert json.loads(result.stdout)["counts"] == {"train": 5, "valid": 4, "test": 3}
+
+
 def test_summary_is_the_only_line_on_stdout_and_is_written(tmp_path):
     flags = ["--config=configs/quickstart.py", "--mode=prepare", "--config.data.train_size=5",
              "--config.data.valid_size=4", "--config.data.test_size=3",
@@ -113,5 +145,5 @@ def test_workdir_defaults_to_the_name_of_the_config(tmp_path):
 
 @pytest.mark.parametrize("package", ["tensorflow", "torch"])  # seconds of every start
 def test_training_imports_no_other_framework(package):
-    code = f"import sys, bef_jax.main; sys.exit({package!r} in sys.modules)"
+    code = f"import sys, bef_jax.train; sys.exit({package!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
