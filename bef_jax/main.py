@@ -39,7 +39,7 @@ _WORKDIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "eval, predict, export: a checkpoint, or a run for its best; default: --workdir's best",
+    "eval, predict, export: a checkpoint, or a run, whose best it is",
 )
 _SPLIT = flags.DEFINE_string(
     "split", None, "eval, predict: of the data; default: test if there is one"
@@ -226,12 +226,12 @@ def _run_mode() -> dict:
 
 def _workdir(mode: str, given: ConfigDict | None) -> Path:
     """--workdir; or runs/<name of --config>; or the run of --checkpoint."""
+    if given is None and mode not in _SCORING:
+        raise UserError(_NO_CONFIG)
     if _WORKDIR.value:
         return Path(_WORKDIR.value).expanduser().resolve()
     if given is not None:
         return Path(f"runs/{given.name}").resolve()
-    if mode not in _SCORING:
-        raise UserError(_NO_CONFIG)
     if not _CHECKPOINT.value:
         raise UserError(f"--mode={mode} takes --workdir=RUN or --checkpoint=FOLDER: give one")
     from bef_jax import trained
