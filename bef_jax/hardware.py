@@ -60,3 +60,30 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
+
+
+def ram(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: the machine's, or what its cgroup allows."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *_limits(root)])
+
+
+def _limits(root: Path) -> list[int]:
+    """The limits in bytes of the process's cgroup, and of those that it is in; Linux has them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # Version 2 has one tree for all; version 1 has one for each controller.
+        if controllers not in ("", "memory"):
+            continue
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        tree = root / "sys/fs/cgroup" / controllers
+        group = tree / path.lstrip("/")
+        files = [folder / name for folder in (group, *group.parents) if folder.is_relative_to(tree)]
+        texts = [file.read_text().strip() for file in files if file.exists()]
+        limits += [int(text) for text in texts if text != "max"]
+    return limits

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 # Functions import what needs JAX, so that --help and a mistake in a flag are answered at once.
 from bef_jax import STARTED, config_files, usage
 from bef_jax.configs import default
 from bef_jax.errors import RunError, UserError, did_you_mean
+from bef_jax.runtime import memory
 
 FLAGS = flags.FLAGS
 # The default is there so that a mode which needs no --config still takes single fields.
@@ -55,6 +55,8 @@ _RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for what, such as v5e:2x4 or h100:8")
 _VERIFY = flags.DEFINE_bool("verify", False, "prepare: reads the store, and checks its checksums")
 _LARGEST = flags.DEFINE_bool("largest_batch", True, "plan: does not look for the largest batch")
+# `memory.restart` reads this one before absl parses flags.
+flags.DEFINE_bool("memory_settings", True, "leaves out the settings of glibc that suit CPUs")
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost; trains nothing")
 
 
@@ -137,6 +139,9 @@ MODES: dict[str, Callable] = {
 }
 # These take from the checkpoint what --config would say.
 _SCORING = ("eval", "predict", "export")
+# These leave JAX's devices alone: `plan` compiles for others, `prepare` only reads files, and the
+# processes that `ablate` starts want the devices for themselves.
+_HOST_ALONE = ("plan", "prepare", "ablate")
 
 
 def main(_: Sequence[str]) -> int:
@@ -144,8 +149,9 @@ def main(_: Sequence[str]) -> int:
     import jax
 
     from bef_jax import distributed
+    from bef_jax.runtime import logs
 
-    _set_up_logging()
+    logs.set_up()
     # Tracing a network makes millions of objects that live on; to look for garbage among them as
     # often as by default takes a fifth of its time.
     gc.set_threshold(50_000)
@@ -186,18 +192,6 @@ def _end_with(line: str) -> NoReturn:
     os._exit(1)
 
 
-def _set_up_logging() -> None:
-    """Lets the project speak, and of its libraries (Orbax is chatty, through absl) errors alone."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    # Of a damaged picture our own line says what it says in several.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    log = logging.getLogger("bef_jax")
-    log.addHandler(logging.StreamHandler())
-    log.setLevel(logging.INFO)
-    # absl has a handler on the root logger, which would say every line again.
-    log.propagate = False
-
-
 def _given_config() -> ConfigDict | None:
     """What --config names, with the fields of the command line; None without it."""
     return _CONFIG.value if FLAGS["config"].present else None
@@ -206,6 +200,7 @@ def _given_config() -> ConfigDict | None:
 def _run_mode() -> dict:
     from bef_jax import compile_cache, distributed
     from bef_jax.config import validate
+    from bef_jax.runtime import devices
     from bef_jax.summary import write_summary
 
     mode, given = _MODE.value, _given_config()
@@ -218,6 +213,7 @@ def _run_mode() -> dict:
         if not distributed.is_first():
             # All say the same, and one is enough; what warns may be of this host alone.
             logging.getLogger("bef_jax").setLevel(logging.WARNING)
+        devices.report(initialize=mode not in _HOST_ALONE)
         summary = MODES[mode](config, workdir)
     if distributed.is_first():
         write_summary(workdir, summary)
@@ -289,6 +285,7 @@ def _one_line(error: Exception) -> str:
 
 def run() -> None:
     """Starts the program, as `bef-jax` and as `python -m bef_jax.main`, and ends the process."""
+    memory.restart()  # before JAX is imported, since this starts the program once more
     app.run(main, flags_parser=parse_flags)
 
 

@@ -9,7 +9,13 @@ from bef_jax.errors import RunError
 
 # JAX is asked in a process of its own: whoever asks takes the accelerators' memory, which is the
 # runs' to take.
-_ASK = "import jax; print(jax.default_backend(), jax.local_device_count())"
+_ASK = """
+import jax
+from bef_jax.runtime import devices, logs
+logs.set_up()
+devices.report()
+print(jax.default_backend(), jax.local_device_count())
+"""
 # A TPU chip as a whole topology: https://docs.jax.dev, "running multiple JAX processes on a host".
 _ONE_CHIP = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
 
@@ -49,6 +55,7 @@ def find(jobs: int | None) -> list[Slot]:
     answer = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True)
     if answer.returncode:
         raise RunError(f"JAX finds no device: {answer.stderr.strip().splitlines()[-1]}")
+    sys.stderr.write(answer.stderr)  # which devices there are, and what JAX warns of
     backend, count = answer.stdout.split()[-2:]
     if backend == "cpu":
         return _shares(jobs or 1)

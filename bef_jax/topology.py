@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+from collections.abc import Collection
 from importlib import resources
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from bef_jax import sharding
 from bef_jax.errors import UserError
+from bef_jax.runtime.devices import CUDA_PLUGINS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _cpu_devices(topology: Topology) -> list[jax.Device]:
 
 
 def _tpu_devices(topology: Topology) -> list[jax.Device]:
-    _require("libtpu", "plan", topology)
+    _require(["libtpu"], "pip install -e .[plan]", topology)
     # No TPU is touched: ask no metadata server about one, nor wait for whoever holds one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -129,16 +131,18 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
 
 
 def _cuda_devices(topology: Topology) -> list[jax.Device]:
-    _require("jax_cuda12_plugin", "cuda", topology)
+    extras = [f"pip install -e .[{extra}]" for extra in CUDA_PLUGINS.values()]
+    _require(CUDA_PLUGINS, " or ".join(extras), topology)
     name = topology.name.partition(":")[0]
     target = resources.files("bef_jax").joinpath("gpu_targets", f"{name}.textproto").read_text()
     shape = f"1x1x{topology.shape[0]}"  # partitions, their hosts, the GPUs of a host
     return topologies.get_topology_desc(name, "cuda", target_config=target, topology=shape).devices
 
 
-def _require(module: str, extra: str, topology: Topology) -> None:
-    if importlib.util.find_spec(module) is None:
+def _require(modules: Collection[str], install: str, topology: Topology) -> None:
+    """Raises `UserError` unless one of the modules is installed."""
+    if not any(map(importlib.util.find_spec, modules)):
+        names = " or ".join(modules)
         raise UserError(
-            f"--topology={topology.name} needs {module}, which is not installed: "
-            f"pip install -e .[{extra}]"
+            f"--topology={topology.name} needs {names}, which is not installed: {install}"
         )

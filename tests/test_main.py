@@ -94,7 +94,8 @@ def test_of_a_damaged_picture_one_line_is_said(tmp_path):
     file.write_bytes(file.read_bytes().replace(height, nonsense))
     flags = ["--config=configs/b0.py", "--mode=predict", f"--input={file}"]
     result = run_main(*flags, f"--workdir={tmp_path / 'run'}")
-    (line,) = result.stderr.splitlines()
+    devices, line = result.stderr.splitlines()
+    assert devices.startswith("running on ")
     assert result.returncode == 2
     assert line.startswith(f"error: {file}: 96x0 pixels")
 

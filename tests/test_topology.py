@@ -40,11 +40,26 @@ def test_other_names_are_refused(name, words):
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
-@pytest.mark.parametrize(("name", "extra"), [("v5e:2x4", "plan"), ("l4:1", "cuda")])
-def test_a_missing_compiler_names_its_extra(name, extra, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "extras"), [("v5e:2x4", ["plan"]), ("l4:1", ["cuda12", "cuda13"])]
+)
+def test_a_missing_compiler_names_its_extras(name, extras, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(UserError, match=rf"pip install -e \.\[{extra}\]"):
+    with pytest.raises(UserError) as refusal:
         topology.make_mesh(topology.parse(name))
+    for extra in extras:
+        assert f"pip install -e .[{extra}]" in str(refusal.value)
+
+
+@pytest.mark.parametrize("plugin", ["jax_cuda12_plugin", "jax_cuda13_plugin"])
+def test_either_plug_in_compiles_for_gpus(plugin, monkeypatch):
+    def describe(name, platform, **options):
+        raise NotImplementedError(platform)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: module == plugin or None)
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    with pytest.raises(NotImplementedError, match="cuda"):
+        topology.make_mesh(topology.parse("h100:8"))
 
 
 def test_what_libtpu_refuses_is_one_line(monkeypatch):

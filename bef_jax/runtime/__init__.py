@@ -1,1 +1,1 @@
-"""What a run needs around the computation itself: devices, processes, files and memory."""
+"""What a run needs of the machine: its devices, its memory, and how the log speaks of them."""
