@@ -42,3 +42,25 @@ def test_a_peak_is_never_a_guess():
     assert hardware.peak_flops("NVIDIA L40S", "bfloat16") is None
     assert hardware.peak_flops("NVIDIA L4", "float32") is None
     assert hardware.peak_flops("cpu", "bfloat16") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "limits", "bytes_allowed"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "1024"}, 1024),
+        ("0::/a/b", {"a/b/memory.max": "512", "a/memory.max": "1024"}, 512),
+        ("4:memory:/a", {"memory/memory.limit_in_bytes": "2048"}, 2048),
+        ("1:cpu:/a", {"cpu/memory.limit_in_bytes": "2048"}, None),  # of another controller
+        ("0::/a", {"a/memory.max": str(2**60)}, None),  # more than there is
+    ],
+)
+def test_memory_is_what_the_cgroup_allows(line, limits, bytes_allowed, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{line}\n")
+    for name, text in limits.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    machine = hardware.ram(tmp_path / "elsewhere")
+    assert machine > 2**28
+    assert hardware.ram(tmp_path) == (bytes_allowed or machine)

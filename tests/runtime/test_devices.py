@@ -1,0 +1,135 @@
+"""The first lines of a run; machines are folders, in which device nodes are plain files."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+
+import jax
+import jaxlib
+import pytest
+
+from bef_jax import hardware
+from bef_jax.errors import RunError
+from bef_jax.runtime import devices
+
+
+@pytest.fixture
+def reported(caplog, monkeypatch):
+    """Returns reported(...): the lines of devices.report(...) for one who chose no platform."""
+    caplog.set_level(logging.INFO, logger="bef_jax")
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(hardware, "cpu_model", lambda: "AMD EPYC")
+    monkeypatch.setattr(hardware, "cores", lambda: 2)
+    monkeypatch.setattr(hardware, "ram", lambda: 3 * 2**29)
+    chosen = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+
+    def reported(*arguments):
+        caplog.clear()
+        devices.report(*arguments)
+        return caplog.messages
+
+    yield reported
+    jax.config.update("jax_platforms", chosen)
+
+
+def make(root, *names):
+    """Makes files, and returns the folder that they are in."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("0x1ae0\n")
+    return root
+
+
+def test_a_run_says_what_it_runs_on(reported, tmp_path):
+    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
+    (line,) = reported(True, tmp_path)
+    assert line == f"running on AMD EPYC, 2 cores, 1.5 GiB (cpu, {versions})"
+
+
+def test_devices_are_left_alone_where_others_need_them(reported, tmp_path, monkeypatch):
+    for name in ("default_backend", "devices", "local_devices", "device_count"):
+        monkeypatch.setattr(jax, name, lambda *_: pytest.fail("JAX was asked"))
+    (line,) = reported(False, make(tmp_path, "dev/nvidia0"))
+    assert line.startswith("running on AMD EPYC, 2 cores, 1.5 GiB (jax ")
+
+
+@pytest.mark.parametrize(
+    ("stats", "memory"), [({"bytes_limit": 60 * 2**30}, ", 60.0 GiB each"), (None, "")]
+)
+def test_accelerators_say_their_memory(stats, memory, reported, tmp_path, monkeypatch):
+    device = type("Device", (), {"device_kind": "NVIDIA L4", "memory_stats": lambda self: stats})()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, lambda: [device] * 8)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    (line,) = reported(True, make(tmp_path, "dev/nvidia0"))
+    assert line.startswith(f"running on 8 x NVIDIA L4{memory} (gpu, jax ")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        (["dev/nvidia0"], ["an NVIDIA GPU", "dev/nvidia0", "pip install", "[cuda]"]),
+        (["dev/nvidiactl"], ["an NVIDIA GPU", "[cuda]"]),
+        (["proc/driver/nvidia/version"], ["an NVIDIA GPU", "[cuda]"]),
+        (["dev/dxg"], ["an NVIDIA GPU", "[cuda]"]),
+        (["dev/accel0"], ["a TPU", "dev/accel0", "pip install", "[tpu]"]),
+        (["dev/vfio/0", "sys/bus/pci/devices/1/vendor"], ["a TPU", "dev/vfio/0", "[tpu]"]),
+        (["dev/vfio/0"], None),  # a device of another maker, passed on to a virtual machine
+        (["sys/bus/pci/devices/1/vendor"], None),  # no driver: nothing that JAX could open
+        (["dev/null"], None),
+    ],
+)
+def test_an_unused_accelerator_is_named_with_what_to_install(nodes, words, reported, tmp_path):
+    _, *warnings = reported(True, make(tmp_path, *nodes))
+    if words is None:
+        assert not warnings
+    else:
+        (line,) = warnings
+        assert all(word in line for word in words), line
+
+
+def test_who_chose_the_cpu_gets_no_advice(reported, tmp_path):
+    jax.config.update("jax_platforms", "cpu")
+    (line,) = reported(True, make(tmp_path, "dev/nvidia0"))
+    assert line.startswith("running on AMD EPYC")
+
+
+def test_a_plug_in_that_is_installed_is_not_advised(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin")
+    line = devices.advice(make(tmp_path, "dev/nvidia0"))
+    assert "although jax_cuda13_plugin is installed" in line
+    assert "pip install" not in line
+
+
+def test_devices_that_do_not_start_are_one_line(monkeypatch):
+    def refuse():
+        raise RuntimeError("Unable to initialize backend 'cuda':\n no driver")
+
+    monkeypatch.setattr(jax, "default_backend", refuse)
+    with pytest.raises(RunError, match=r"JAX can't start: Unable .* 'cuda': no driver$"):
+        devices.report()
+
+
+def test_a_failing_plug_in_says_why(tmp_path):
+    """The whole program, with a plug-in that JAX finds as it finds NVIDIA's."""
+    failing = 'def initialize():\n    raise RuntimeError("the driver is\\ntoo old")\n'
+    (tmp_path / "failing.py").write_text(failing)
+    installed = make(tmp_path, "failing-1.dist-info/entry_points.txt") / "failing-1.dist-info"
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[jax_plugins]\nfailing = failing\n")
+    flags = ["--config=configs/b0.py", "--mode=eval", f"--workdir={tmp_path / 'run'}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "bef_jax.main", *flags],
+        env=os.environ | {"PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    reason, line, error = result.stderr.splitlines()
+    assert reason.endswith("failing.initialize(): RuntimeError: the driver is too old")
+    assert line.startswith("running on ")
+    assert error.startswith("error: ")
