@@ -3,8 +3,12 @@
 #
 #   bash launch/local.sh [--dry-run] train [flags for bef_jax.main]   --config= defaults to the quickstart
 #   bash launch/local.sh [--dry-run] test [flags for pytest]
+#   bash launch/local.sh [--dry-run] setup                            the environment alone
 #
 # --dry-run prints the commands, those of the set-up where it is due, and runs none.
+# --device=DEVICE, before the mode, decides which JAX is installed: cpu, cuda12, cuda13, tpu, or cuda,
+# which is cuda12. Without it this machine's device nodes decide. With cpu, what is started leaves
+# other devices alone, too.
 # The environment goes to .venv, or to $BEF_VENV. Set-up speaks on stderr only: the summary that
 # training prints is all of stdout.
 set -euo pipefail
@@ -12,15 +16,6 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${BEF_VENV:-$root/.venv}
 venv=${venv%/}
-
-# Memory of arrays on CPU. Huge pages: a step clears gigabytes that are new to it, which with small
-# pages takes longer than the arithmetic. Few heaps, which keep what is below 1 GiB from one step to
-# the next, so that less is new; above, keeping it would take three times the memory. Not one heap:
-# what the compiler leaves behind lies between the arrays, and a run that compiled would take half
-# as long again.
-heaps=$(($(getconf _NPROCESSORS_ONLN) + 1))
-memory=hugetlb=1:arena_max=$heaps:mmap_threshold=$((1 << 30)):trim_threshold=$((1 << 30))
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.${memory//:/:glibc.malloc.}}
 
 say() {
   echo "launch/local.sh: $*" >&2
@@ -38,7 +33,8 @@ prepare() {
 }
 
 start() {
-  if [[ $dry_run ]]; then print env GLIBC_TUNABLES="$GLIBC_TUNABLES" "$@"; else exec "$@"; fi
+  [[ $asked != cpu ]] || set -- env JAX_PLATFORMS=cpu "$@"
+  if [[ $dry_run ]]; then print "$@"; else exec "$@"; fi
 }
 
 write() {
@@ -60,6 +56,33 @@ find_python() {
   return 1
 }
 
+# Prints cuda, tpu or cpu: what bef_jax/runtime/devices.py would look for, in the same places.
+find_device() {
+  local found
+  found=$(ls -d /dev/nvidia0 /dev/nvidiactl /proc/driver/nvidia /dev/dxg /dev/accel0 \
+    /dev/vfio/[0-9]* 2>/dev/null) || true
+  case $found in
+    *nvidia* | *dxg*) echo cuda ;;
+    *accel*) echo tpu ;;
+    # VFIO passes on any maker's devices: 0x1ae0 is Google.
+    *vfio*) if cat /sys/bus/pci/devices/*/vendor | grep -qx 0x1ae0; then echo tpu; else echo cpu; fi ;;
+    *) echo cpu ;;
+  esac
+}
+
+# Prints the extras of what is installed: "[dev]" and a GPU make "[dev,cuda]".
+extras() {
+  local device=${asked:-$(find_device)} inner=${1//[\[\]]/}
+  case $device in
+    cpu) echo "$1" ;;
+    cuda | cuda12 | cuda13 | tpu) echo "[${inner:+$inner,}$device]" ;;
+    *)
+      say "--device=$device is unknown: choose cpu, cuda, cuda12, cuda13 or tpu"
+      return 2
+      ;;
+  esac
+}
+
 # What the environment must have been made from: the stamp is a copy of it.
 recipe() {
   echo "$root $1"
@@ -76,25 +99,28 @@ install() {
   local python clear=
   python=$(find_python)
   [[ -s "$venv.setup" ]] && clear=yes
-  [[ $dry_run ]] || say "setting up $venv with $python: minutes, the first time only"
+  [[ $dry_run ]] || say "setting up $venv with $python${1:+ and $1}: minutes, the first time only"
   write "under way" "$venv.setup"
   prepare "$python" -m venv ${clear:+--clear} "$venv"
   prepare "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
     --constraint "$root/constraints.txt" --editable "$root$1"
   write "$(recipe "$1")" "$venv/stamp$1"
   write "" "$venv.setup"
+  [[ $dry_run ]] || say "done; to use it yourself: source $venv/bin/activate"
 }
 
 # Two that start at once must not install at once; where there is no flock, that is not guarded.
 set_up() {
+  local extras
+  extras=$(extras "$1")
   if [[ $dry_run ]]; then
-    is_ready "$1" || install "$1"
+    is_ready "$extras" || install "$extras"
     return
   fi
   mkdir -p "$(dirname "$venv")"
   (
     if command -v flock >/dev/null; then flock 9; fi
-    is_ready "$1" || install "$1"
+    is_ready "$extras" || install "$extras"
   ) 9>>"$venv.setup"
 }
 
@@ -108,22 +134,29 @@ train() {
 }
 
 dry_run=
-if [[ ${1:-} == --dry-run ]]; then
-  dry_run=yes
+asked=
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --dry-run) dry_run=yes ;;
+    --device=*) asked=${1#*=} ;;
+    *) break ;;
+  esac
   shift
-fi
+done
 case ${1:-} in
   train)
     set_up ""
     train "${@:2}"
     ;;
+  setup) set_up "" ;;
   test)
     set_up "[dev]"
     prepare cd "$root"
     start "$venv/bin/python" -m pytest "${@:2}"
     ;;
   *)
-    say "usage: bash launch/local.sh [--dry-run] train [flags for main] | test [flags for pytest]"
+    say "usage: bash launch/local.sh [--dry-run] [--device=cpu|cuda|cuda12|cuda13|tpu]" \
+      "train [flags for main] | test [flags for pytest] | setup"
     exit 2
     ;;
 esac

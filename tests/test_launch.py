@@ -71,12 +71,52 @@ def test_local_dry_run_prints_the_set_up_and_the_command_and_makes_nothing(
     assert lines[0][1:] == ["-m", "venv", str(venv)]
     assert lines[1][:4] == [str(venv / "bin" / "python"), "-m", "pip", "install"]
     quickstart = LAUNCH.parent / "configs" / "quickstart.py"
-    environment, memory, python, *flags = lines[-1]
-    assert [environment, python] == ["env", str(venv / "bin" / "python")]
-    assert memory.startswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1:")
-    assert f":glibc.malloc.arena_max={os.cpu_count() + 1}:" in memory
+    python, *flags = lines[-1]
+    assert python == str(venv / "bin" / "python")
     assert flags == shlex.split(last.format(quickstart=quickstart))
     assert not venv.parent.exists()
+
+
+def extras(printed):
+    """What local.sh would install of the package's extras, as the commands that it prints say."""
+    (command,) = [line for line in map(shlex.split, printed.splitlines()) if "pip" in line]
+    return command[-1].removeprefix(str(LAUNCH.parent))
+
+
+@pytest.mark.parametrize(
+    ("node", "mode", "installed"),
+    [
+        ("/dev/nvidia0", "train", "[cuda]"),
+        ("/dev/nvidiactl", "test", "[dev,cuda]"),
+        ("/proc/driver/nvidia", "setup", "[cuda]"),
+        ("/dev/dxg", "train", "[cuda]"),
+        ("/dev/accel0", "test", "[dev,tpu]"),
+        ("/dev/vfio/0", "train", ""),  # what is passed on is not Google's
+        ("", "train", ""),
+        ("", "test", "[dev]"),
+    ],
+)
+def test_local_installs_for_the_device_that_is_there(node, mode, installed, run, tmp_path):
+    fakes = {"ls": f"[ -z '{node}' ] || echo {node}", "cat": "echo 0x10de"}
+    printed, _ = run(bash("local.sh", "--dry-run", mode), fakes, BEF_VENV=str(tmp_path / "venv"))
+    assert extras(printed) == installed
+
+
+def test_local_finds_a_tpu_behind_vfio(run, tmp_path):
+    fakes = {"ls": "echo /dev/vfio/0", "cat": "echo 0x8086; echo 0x1ae0"}
+    dry = bash("local.sh", "--dry-run", "setup")
+    assert extras(run(dry, fakes, BEF_VENV=str(tmp_path / "venv"))[0]) == "[tpu]"
+
+
+def test_local_takes_another_device_by_name(run, tmp_path):
+    fakes, venv = {"ls": "echo /dev/nvidia0"}, str(tmp_path / "venv")
+    dry = bash("local.sh", "--dry-run", "--device=cuda13", "train")
+    assert extras(run(dry, fakes, BEF_VENV=venv)[0]) == "[cuda13]"
+    printed, _ = run(bash("local.sh", "--dry-run", "--device=cpu", "train"), fakes, BEF_VENV=venv)
+    assert extras(printed) == ""
+    # A plug-in that is installed already would take the GPU all the same.
+    assert shlex.split(printed.splitlines()[-1])[:2] == ["env", "JAX_PLATFORMS=cpu"]
+    run(bash("local.sh", "--dry-run", "--device=gpu", "train"), status=2, BEF_VENV=venv)
 
 
 def test_local_makes_anew_what_a_set_up_that_was_cut_short_left(run, tmp_path):
@@ -136,11 +176,22 @@ def test_tpu_needs_a_zone(run):
 def test_slurm_dry_run_prints_the_submission_and_submits_nothing(run):
     flags = ["--config=configs/b2.py", "--config.name=a b"]
     fakes = {"sbatch": ""}
-    printed, called = run(bash("slurm.sh", "--dry-run", *flags), fakes, NODES="4", GPUS="2")
+    job = {"NODES": "4", "GPUS": "2", "VENV": "mine"}
+    printed, called = run(bash("slurm.sh", "--dry-run", *flags), fakes, **job)
     assert not called
-    _, (submitted,) = run(bash("slurm.sh", *flags), fakes, NODES="4", GPUS="2")
+    _, (submitted,) = run(bash("slurm.sh", *flags), fakes, **job)
     assert submitted.split() == " ".join(shlex.split(printed)).split()
     assert {"--nodes=4", "--ntasks-per-node=2", "--requeue"} <= set(submitted.split())
+
+
+@pytest.mark.parametrize(
+    ("device", "installed"), [({}, "[cuda]"), ({"DEVICE": "cuda13"}, "[cuda13]")]
+)
+def test_slurm_sets_up_for_the_gpus_of_the_nodes(device, installed, run, tmp_path):
+    fakes, venv = {"ls": "", "sbatch": ""}, str(tmp_path / "venv")
+    printed, _ = run(bash("slurm.sh", "--dry-run"), fakes, BEF_VENV=venv, **device)
+    assert extras(printed) == installed
+    assert printed.splitlines()[-1].startswith("sbatch ")
 
 
 @pytest.mark.parametrize(("summary", "again"), [(STOPPED, True), (DONE, False)])
