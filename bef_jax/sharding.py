@@ -4,6 +4,8 @@ The same code runs on one device and on many; a jitted function over a sharded b
 one device would, and XLA adds the collectives.
 """
 
+import logging
+
 import jax
 import numpy as np
 from jax import Array
@@ -12,11 +14,16 @@ from ml_collections import ConfigDict
 
 from bef_jax.errors import UserError
 
+LOG = logging.getLogger(__name__)
+
 # Every accelerator holds the state of these networks whole, so the batch alone is cut.
 AXIS = "data"
 # JAX's names of v5e, v5p and v6e: those before have 16 MiB of vector memory, of those after nothing
 # was compiled.
 _KERNEL_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
+
+# Images that batch normalisation needs for a mean and a variance to train with.
+_LEAST_GROUP = 16
 
 
 def make_mesh() -> Mesh:
@@ -48,11 +55,24 @@ def put_everywhere(array: np.ndarray, mesh: Mesh) -> Array:
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:
     """Raises `UserError` unless every device gets its part of a batch, and runs what is asked for.
 
-    Kernels are for some chips alone, and take whole groups.
+    Kernels are for some chips alone, and take whole groups. Too few images for batch statistics
+    are a warning.
     """
-    _check_divisible("batch_size", config.batch_size // config.optim.accumulate, mesh)
+    batch = config.batch_size // config.optim.accumulate
+    _check_divisible("batch_size", batch, mesh)
+    _warn_of_small_groups(batch // config.bn_groups)
     if config.model.mbconv == "pallas":
         _check_kernels(config, mesh)
+
+
+def _warn_of_small_groups(images: int) -> None:
+    if images < _LEAST_GROUP:
+        LOG.warning(
+            "batch statistics over %d images are noisy: raise config.batch_size, or lower "
+            "config.bn_groups or config.optim.accumulate, to have %d or more",
+            images,
+            _LEAST_GROUP,
+        )
 
 
 def _check_kernels(config: ConfigDict, mesh: Mesh) -> None:

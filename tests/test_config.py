@@ -56,6 +56,16 @@ def test_every_file_is_valid(name):
     assert checks.flatten(config).keys() == checks.flatten(default.get_config()).keys()
 
 
+@pytest.mark.parametrize(("name", "devices"), [("gpu", 1), ("gpu8", 8), ("tpu8", 8)])
+def test_files_for_a_place_fill_its_devices(name, devices):
+    config = load(name)
+    assert config.dtype == "bfloat16"
+    assert config.bn_groups == devices  # no statistics cross devices
+    assert config.batch_size == 256 * devices
+    peak = config.optim.learning_rate * config.batch_size / 256
+    assert peak == pytest.approx(2e-3 * math.sqrt(devices), rel=0.02)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_takes_an_argument(name):
     config = load(name, "batch_size=24,model.dropout=0.5")

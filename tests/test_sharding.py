@@ -26,6 +26,21 @@ def test_micro_batches_are_shared_evenly():
         check("cpu", devices=16, **{"batch_size": 32, "optim.accumulate": 4})
 
 
+@pytest.mark.parametrize(
+    ("fields", "images"),
+    [
+        ({"batch_size": 64, "bn_groups": 8}, 8),
+        ({"batch_size": 8}, 8),  # the size of a group counts, and not how many there are
+        ({"batch_size": 1024, "bn_groups": 8, "optim.accumulate": 16}, 8),
+        ({"batch_size": 128, "bn_groups": 8}, None),
+    ],
+)
+def test_few_images_for_batch_statistics_are_a_warning(fields, images, caplog):
+    check("cpu", **fields)
+    said = [f"batch statistics over {images} images are noisy"] if images else []
+    assert [line.partition(":")[0] for line in caplog.messages] == said
+
+
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
 def test_kernels_take_whole_groups_on_chips_that_hold_them(kind):
     check(kind, **{"model.mbconv": "pallas", "bn_groups": 8})

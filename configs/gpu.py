@@ -1,0 +1,22 @@
+"""One GPU: Boosted EfficientNet-B2 in bfloat16.
+
+    python -m bef_jax.main --config=configs/gpu.py --config.data.dir=DIR
+
+The training split (7.2 GB) is kept on a GPU of which it takes at most half. Where memory is short,
+`--config.batch_size=128` halves what a step needs, and the learning rate follows. No run with it
+has been measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration, with the fields named in `arg` changed."""
+    config = default.boosted("b2")
+    config.name = "gpu"
+    config.dtype = "bfloat16"
+    config.batch_size = 256
+    config.eval.batch_size = 512
+    return default.apply_arg(config, arg)

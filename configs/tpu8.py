@@ -1,0 +1,19 @@
+"""A Cloud TPU slice of eight chips, such as v5e-8: as gpu8.py, 256 images a chip.
+
+    export ZONE=...
+    bash launch/tpu_vm.sh create
+    bash launch/tpu_vm.sh run --config=configs/tpu8.py --config.data.dir=DIR
+
+No run with it has been measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default, gpu8
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Returns the configuration, with the fields named in `arg` changed."""
+    config = gpu8.get_config()
+    config.name = "tpu8"
+    return default.apply_arg(config, arg)
