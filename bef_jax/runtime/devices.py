@@ -41,10 +41,8 @@ def report(initialize: bool = True, root: Path = Path("/")) -> None:
     backend = _backend()
     LOG.info("running on %s (%s, %s)", _devices(backend), backend, versions)
     # Who asked JAX for the CPU gets no advice.
-    if backend == "cpu" and not jax.config.jax_platforms:
-        unused = advice(root)
-        if unused:
-            LOG.warning(unused)
+    if backend == "cpu" and not jax.config.jax_platforms and (unused := advice(root)):
+        LOG.warning(unused)
 
 
 def _backend() -> str:
@@ -60,10 +58,9 @@ def _devices(backend: str) -> str:
         # XLA can be told to cut a CPU into several devices.
         count = jax.device_count()
         return _host() + (f", as {count} devices" if count > 1 else "")
-    stats = jax.local_devices()[0].memory_stats()
-    # Less than the chip has: JAX leaves a part to others. Some plug-ins don't say.
-    memory = f", {stats['bytes_limit'] / _GIB:.1f} GiB each" if stats else ""
-    return hardware.describe() + memory
+    # Less than the chip has, since JAX leaves a part to others. Some plug-ins don't say.
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return hardware.describe() + (f", {limit / _GIB:.1f} GiB each" if limit else "")
 
 
 def _host() -> str:

@@ -58,7 +58,7 @@ def test_devices_are_left_alone_where_others_need_them(reported, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("stats", "memory"), [({"bytes_limit": 60 * 2**30}, ", 60.0 GiB each"), (None, "")]
+    ("stats", "memory"), [({"bytes_limit": 60 * 2**30}, ", 60.0 GiB each"), (None, ""), ({}, "")]
 )
 def test_accelerators_say_their_memory(stats, memory, reported, tmp_path, monkeypatch):
     device = type("Device", (), {"device_kind": "NVIDIA L4", "memory_stats": lambda self: stats})()
