@@ -16,6 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+# Before what is not built for Windows, or fails there in words of its own.
+if sys.platform == "win32":
+    print("error: bef_jax needs Linux or macOS: on Windows, run it in WSL", file=sys.stderr)
+    sys.exit(2)
+
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
@@ -149,9 +154,10 @@ def main(_: Sequence[str]) -> int:
     import jax
 
     from bef_jax import distributed
-    from bef_jax.runtime import logs
+    from bef_jax.runtime import logs, versions
 
     logs.set_up()
+    versions.warn_if_untested()
     # Tracing a network makes millions of objects that live on; to look for garbage among them as
     # often as by default takes a fifth of its time.
     gc.set_threshold(50_000)

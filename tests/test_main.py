@@ -148,3 +148,11 @@ def test_workdir_defaults_to_the_name_of_the_config(tmp_path):
 def test_training_imports_no_other_framework(package):
     code = f"import sys, bef_jax.train; sys.exit({package!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_windows_gets_one_line():
+    code = "import runpy, sys; sys.platform = 'win32'; runpy.run_module('bef_jax.main')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert line.startswith("error: ") and "WSL" in line

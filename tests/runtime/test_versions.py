@@ -1,0 +1,30 @@
+"""The tested range, against what pip is told of it."""
+
+import logging
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from bef_jax.runtime.versions import warn_if_untested
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize(
+    "version", ["0.9.9", "0.10.0", "0.12.0.1", "0.13.0", "0.13.0.dev1", "1.0.0"]
+)
+def test_it_warns_where_pip_would_refuse(version, caplog):
+    (jax,) = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "jax"]
+    with caplog.at_level(logging.WARNING, logger="bef_jax"):
+        warn_if_untested(version)
+    refused = not jax.specifier.contains(version, prereleases=True)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == refused
+    assert all(version in line and str(bound) in line for line in lines for bound in jax.specifier)
+
+
+def test_the_installed_jax_is_tested(caplog):
+    warn_if_untested()
+    assert not caplog.records
