@@ -9,8 +9,9 @@
 # --device=DEVICE, before the mode, decides which JAX is installed: cpu, cuda12, cuda13, tpu, or cuda,
 # which is cuda12. Without it this machine's device nodes decide. With cpu, what is started leaves
 # other devices alone, too.
-# The environment goes to .venv, or to $BEF_VENV. Set-up speaks on stderr only: the summary that
-# training prints is all of stdout.
+# Without flags, the tests run on all cores. The environment goes to .venv, or to $BEF_VENV, and is
+# made with the first Python that serves, or with $BEF_PYTHON. Set-up speaks on stderr only: the
+# summary that training prints is all of stdout.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -41,18 +42,25 @@ write() {
   if [[ ! $dry_run ]]; then printf '%s' "$1" >"$2"; fi
 }
 
-# Prints the first Python that serves. 3.11 comes first, since constraints.txt was tested with it.
-# Each is run, as a name on PATH may be a shim with nothing behind it.
+# A name on PATH may be a shim with nothing behind it, so each is run.
+serves() {
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
+    >/dev/null 2>&1
+}
+
+# Prints the first Python that serves: $BEF_PYTHON alone where it is given. 3.14 comes after those
+# that were tested, and 3.11 before: what results/ holds was measured with it.
 find_python() {
-  local candidate
-  for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
-      >/dev/null 2>&1; then
+  local candidate candidates=(python3.11 python3.12 python3.13 python3.14 python3 python)
+  [[ -z ${BEF_PYTHON:-} ]] || candidates=("$BEF_PYTHON")
+  for candidate in "${candidates[@]}"; do
+    if serves "$candidate"; then
       echo "$candidate"
       return
     fi
   done
-  say "no Python >= 3.11 with its venv module on PATH: install one and run this again"
+  say "no Python 3.11 to 3.14 with its venv module among: ${candidates[*]}; install one, or name" \
+    "one in BEF_PYTHON"
   return 1
 }
 
@@ -152,6 +160,8 @@ case ${1:-} in
   test)
     set_up "[dev]"
     prepare cd "$root"
+    # Most of a test is compiling, which takes one core. Each process of many takes a GB.
+    (($# > 1)) || set -- test -n logical --maxprocesses=8 --dist worksteal
     start "$venv/bin/python" -m pytest "${@:2}"
     ;;
   *)

@@ -43,7 +43,8 @@ if [[ ! ${VENV:-} ]]; then
   bash "$BEF_ROOT/launch/local.sh" ${dry_run:+--dry-run} "--device=$DEVICE" setup
 fi
 # No --gpus-per-task: JAX picks each task's GPU by its number, so a task must see all of a node's.
-"${call[@]}" sbatch --job-name=bef_jax "--nodes=$NODES" "--ntasks-per-node=$GPUS" \
+# The array is asked for first, since bash before 4.4 takes an empty one for one that is not set.
+${call[@]+"${call[@]}"} sbatch --job-name=bef_jax "--nodes=$NODES" "--ntasks-per-node=$GPUS" \
   "--gpus-per-node=$GPUS" "--time=$TIME" --requeue --open-mode=append "--signal=TERM@$GRACE" \
   --export=ALL "$BEF_ROOT/launch/slurm.sh" "$@"
 if ((${#call[@]})); then echo; fi

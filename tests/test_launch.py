@@ -60,6 +60,7 @@ def bash(script, *arguments):
         ),
         (["train", "--config=configs/b2.py"], "-P -m bef_jax.main --config=configs/b2.py"),
         (["test", "-k", "store"], "-m pytest -k store"),
+        (["test"], "-m pytest -n logical --maxprocesses=8 --dist worksteal"),
     ],
 )
 def test_local_dry_run_prints_the_set_up_and_the_command_and_makes_nothing(
@@ -124,6 +125,38 @@ def test_local_makes_anew_what_a_set_up_that_was_cut_short_left(run, tmp_path):
     printed, _ = run(bash("local.sh", "--dry-run", "test"), BEF_VENV=str(tmp_path / "venv"))
     assert shlex.split(printed.splitlines()[0])[1:4] == ["-m", "venv", "--clear"]
     assert (tmp_path / "venv.setup").read_text() == "under way"
+
+
+def first_word_of_the_set_up(run, tmp_path, fakes, **environment):
+    script = bash("local.sh", "--dry-run", "test")
+    printed, _ = run(script, fakes, BEF_VENV=str(tmp_path / "venv"), **environment)
+    return shlex.split(printed)[0]
+
+
+def test_local_takes_the_first_python_that_runs_with_what_it_needs(run, tmp_path):
+    fakes = {"python3.11": "exit 127", "python3.12": "exit 1", "python3.13": ""}
+    assert first_word_of_the_set_up(run, tmp_path, fakes) == "python3.13"
+
+
+def test_local_takes_the_python_that_is_given_or_none(run, tmp_path):
+    (tmp_path / "a b").mkdir()
+    given = tmp_path / "a b" / "python"
+    given.symlink_to(sys.executable)
+    fakes = {"python3.11": ""}
+    assert first_word_of_the_set_up(run, tmp_path, fakes, BEF_PYTHON=str(given)) == str(given)
+    run(bash("local.sh", "--dry-run", "test"), status=1, BEF_PYTHON="nowhere/python", BEF_VENV="x")
+
+
+@pytest.mark.parametrize(
+    ("version", "served"), [((3, 10), 1), ((3, 11), 0), ((3, 14), 0), ((3, 15), 1)]
+)
+def test_local_refuses_versions_that_the_package_does_not_take(version, served, run, tmp_path):
+    # A Python that calls itself so, and runs the script's own question.
+    ask = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    body = f'[ "$1" != -c ] || exec {sys.executable} -c "{ask}" "$2"'
+    fakes = {"python-of-then": body}
+    script = bash("local.sh", "--dry-run", "test")
+    run(script, fakes, served, BEF_PYTHON="python-of-then", BEF_VENV=str(tmp_path / "venv"))
 
 
 # ---- Cloud TPU ----------------------------------------------------------------------------------
