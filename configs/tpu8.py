@@ -7,9 +7,8 @@
 No run with it has been measured.
 """
 
+from bef_jax.configs import default, gpu8
 from ml_collections import ConfigDict
-
-from configs import default, gpu8
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
