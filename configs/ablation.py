@@ -7,8 +7,9 @@
 
 from types import ModuleType
 
-from bef_jax.configs import default, densenet121, resnet50
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default, densenet121, resnet50
 
 
 def _network(config_file: ModuleType) -> dict:

@@ -1,7 +1,8 @@
 """Boosted EfficientNet-B2."""
 
-from bef_jax.configs import default
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -7,8 +7,9 @@ The training split (7.2 GB) is kept on a GPU of which it takes at most half. Whe
 has been measured.
 """
 
-from bef_jax.configs import default
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -7,8 +7,9 @@ Each GPU takes its own batch statistics, so that none cross devices: give as man
 are GPUs. No run with it has been measured.
 """
 
-from bef_jax.configs import default
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -9,8 +9,9 @@ times as many patches, and have not been measured. `lite0.py` starts from ImageN
 and comes further in the same time.
 """
 
-from bef_jax.configs import default
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -7,8 +7,9 @@ Whole patches at total stride 16: the maps have twice the side, which ImageNet's
 Stride 32 takes a quarter of the time.
 """
 
-from bef_jax.configs import default
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -4,8 +4,9 @@ The abstract reports 97.96 +- 0.03 % accuracy and 99.68 +- 0.01 % AUC. It leaves
 size of the windows and the form of attention open: what stands here for them is ours.
 """
 
-from bef_jax.configs import default
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -5,8 +5,9 @@
 Three epochs reach a valid AUC above 0.99 in a few minutes on two CPU cores.
 """
 
-from bef_jax.configs import default
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -1,7 +1,8 @@
 """ResNet-50 as published, to compare with; it can take the paper's changes, and has none."""
 
-from bef_jax.configs import default
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -7,8 +7,9 @@
 No run with it has been measured.
 """
 
-from bef_jax.configs import default, gpu8
 from ml_collections import ConfigDict
+
+from bef_jax.configs import default, gpu8
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -12,11 +12,11 @@ import argparse
 import re
 
 import jax.numpy as jnp
-from bef_jax.configs.default import get_config
 from jax import Array, lax
 from ml_collections import ConfigDict
 
 from bef_jax import hlo, plan, topology
+from bef_jax.configs.default import get_config
 from bef_jax.models import depthwise, layers, norm
 from bef_jax.models.depthwise import Padding
 from bef_jax.optim import make_schedule

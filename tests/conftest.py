@@ -7,8 +7,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from bef_jax.configs import quickstart
 from ml_collections import ConfigDict
+
+from bef_jax.configs import quickstart
 
 # Tests run what they compile a few times: optimising would not pay, and one session's runs of the
 # same program (a run and its resumption, say, in one process or two) share a cache of their own,

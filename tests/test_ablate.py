@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 import pytest
-from bef_jax.configs import ablation, densenet121, resnet50
 
 from bef_jax import ablate
 from bef_jax.ablation_cost import estimate
 from bef_jax.config import flatten
+from bef_jax.configs import ablation, densenet121, resnet50
 from bef_jax.errors import UserError
 from bef_jax.flops import training_flops
 from tests.conftest import SHRUNK

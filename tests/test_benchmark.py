@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bef_jax.configs import quickstart
 
 from bef_jax import benchmark, hardware, sharding
+from bef_jax.configs import quickstart
 from bef_jax.data import store
 from bef_jax.data.batches import batch_indices
 from bef_jax.errors import UserError

@@ -1,10 +1,10 @@
 import itertools
 
 import pytest
-from bef_jax.configs.default import get_config
 
 from bef_jax.calls import call_sizes, check_placement
 from bef_jax.config import Durations
+from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from bef_jax.configs.default import get_config
 
 from bef_jax import checkpoint, sharding
 from bef_jax.checkpoint import Checkpoints
+from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 from bef_jax.state import TrainState
 

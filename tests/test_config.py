@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from bef_jax.configs import b2, default, paper, quickstart
 from ml_collections import ConfigDict
 
 from bef_jax import config as checks
+from bef_jax.configs import b2, default, paper, quickstart
 from bef_jax.errors import UserError
 from bef_jax.models import create
 

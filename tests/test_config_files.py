@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from bef_jax.configs import b2, default
 
 from bef_jax.config_files import check_fields, load, names, resolve
+from bef_jax.configs import b2, default
 from bef_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]

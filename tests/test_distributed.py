@@ -12,10 +12,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from bef_jax.configs import default
 from ml_collections import ConfigDict
 
 from bef_jax import distributed
+from bef_jax.configs import default
 from bef_jax.errors import UserError
 from tests.conftest import SHRUNK, environment_of
 

@@ -1,8 +1,8 @@
 import math
 
 import pytest
-from bef_jax.configs.default import get_config
 
+from bef_jax.configs.default import get_config
 from bef_jax.flops import training_flops
 from bef_jax.models import efficientnet
 

@@ -1,9 +1,9 @@
 import jax
 import numpy as np
 import pytest
-from bef_jax.configs.default import get_config
 
 from bef_jax import checkpoint, import_weights, sharding, state
+from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 

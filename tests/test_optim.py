@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bef_jax.configs import b0, quickstart
-from bef_jax.configs.default import get_config
 from flax.traverse_util import flatten_dict
 
 from bef_jax import optim
+from bef_jax.configs import b0, quickstart
+from bef_jax.configs.default import get_config
 from bef_jax.models import create, parameter_paths
 
 RATE = 0.1

@@ -6,9 +6,9 @@ import sys
 
 import jax
 import pytest
-from bef_jax.configs.default import get_config
 
 from bef_jax import checkpoint, plan, sharding, topology
+from bef_jax.configs.default import get_config
 from bef_jax.plan import Figures
 from bef_jax.state import abstract_state
 from tests.conftest import SHRUNK

@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from bef_jax.configs.default import get_config
 
 from bef_jax import prepare
+from bef_jax.configs.default import get_config
 from bef_jax.data import store
 from bef_jax.errors import UserError
 

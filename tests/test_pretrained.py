@@ -4,11 +4,11 @@ import types
 import jax
 import numpy as np
 import pytest
-from bef_jax.configs.default import get_config
 from flax.traverse_util import flatten_dict
 
 from bef_jax import pretrained, sharding, state
 from bef_jax.checkpoint import Checkpoints
+from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 
 SOURCE = "model.name=efficientnet_test,model.num_classes=3,ema_decay=0.0,seed=1"

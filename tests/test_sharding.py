@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bef_jax.configs.default import get_config
 
 from bef_jax import sharding
+from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 
 

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bef_jax.configs.default import get_config
 from scipy.special import log_softmax
 
 from bef_jax import models, sharding, state, step
+from bef_jax.configs.default import get_config
 from bef_jax.data.batches import Batch, Selection
 from bef_jax.models.layers import BatchNorm, Conv, global_pool
 

@@ -2,10 +2,10 @@
 
 import pytest
 from absl import flags
-from bef_jax.configs import default
 
 from bef_jax import main, usage
 from bef_jax.config import flatten
+from bef_jax.configs import default
 from bef_jax.errors import UserError
 
 KNOWN = flags.FLAGS.get_flags_for_module("bef_jax.main")

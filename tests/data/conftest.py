@@ -9,8 +9,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from bef_jax.configs.default import get_config
 from PIL import Image
+
+from bef_jax.configs.default import get_config
 
 
 @pytest.fixture

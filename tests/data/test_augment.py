@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bef_jax.configs.default import get_config
 
+from bef_jax.configs.default import get_config
 from bef_jax.data import augment
 
 # Every pixel's own number: a window's pixels tell where it was cut.

@@ -17,13 +17,13 @@ import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bef_jax.configs import default, quickstart
 from ml_collections import ConfigDict
 from PIL import Image
 
 from bef_jax import checkpoint, sharding
 from bef_jax.checkpoint import Checkpoints
 from bef_jax.config import flatten, validate
+from bef_jax.configs import default, quickstart
 from bef_jax.data import inputs, store
 from bef_jax.errors import UserError
 from bef_jax.models import weights

@@ -2,9 +2,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from bef_jax.configs import densenet121
 
 from bef_jax import models
+from bef_jax.configs import densenet121
 from bef_jax.models.densenet import DENSENET121, DenseNet, Transition
 from bef_jax.models.fold import fold_batch_norm
 from tests.models.test_efficientnet import count, make_images, make_variables, shapes_of

@@ -1,10 +1,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 import pytest
-from bef_jax.configs import resnet50
 from flax.traverse_util import flatten_dict
 
 from bef_jax import models
+from bef_jax.configs import resnet50
 from bef_jax.models.layers import DropPath
 from bef_jax.models.resnet import RESNET50, ResNet
 from tests.models.test_efficientnet import count, shapes_of

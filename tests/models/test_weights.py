@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bef_jax.configs.default import get_config
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bef_jax import models
+from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 from bef_jax.models import norm, weights
 
