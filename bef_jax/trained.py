@@ -60,7 +60,7 @@ def scoring_config(
     Args:
         path: the checkpoint's folder.
         given: a whole configuration, of which data and what else decides no score count.
-        changes: single fields by their dotted names, which count whatever they are.
+        changes: single fields by their dotted names. Those that have to do with a score count.
 
     Raises:
         UserError: no such checkpoint, or `changes` ask for another network.
@@ -76,7 +76,8 @@ def scoring_config(
     _check_network(path, saved, differing)
     for name in sorted(set(differing) & {*_DECIDING}):
         LOG.info("config.%s=%r; the checkpoint has %r", name, differing[name], saved[name])
-    _set(config, changes)
+    # Not what belongs to training alone: the checkpoint's arrays are those of its own optimiser.
+    _set(config, {name: x for name, x in changes.items() if _is_free(name) or name in _DECIDING})
     config.model.update(_FORMS)
     # What is read from disk is checked like what a user gives: an older version's may have a field
     # that is gone.

@@ -1,6 +1,6 @@
 """The paper's table: a baseline, each of the four changes alone, all of them, and other networks.
 
-    python -m bef_jax.main --config=configs/ablation.py --mode=ablate --config.data.dir=DIR
+    bef-jax --config=ablation --mode=ablate --config.data.dir=DIR
 
 `ROWS` says what each row changes; any other configuration can stand in for this one.
 """

@@ -1,6 +1,6 @@
 """One GPU: Boosted EfficientNet-B2 in bfloat16.
 
-    python -m bef_jax.main --config=configs/gpu.py --config.data.dir=DIR
+    bef-jax --config=gpu --config.data.dir=DIR
 
 The training split (7.2 GB) is kept on a GPU of which it takes at most half. Where memory is short,
 `--config.batch_size=128` halves what a step needs, and the learning rate follows. No run with it

@@ -1,7 +1,7 @@
 """Eight GPUs of one node: Boosted EfficientNet-B2 in bfloat16, 256 images a GPU.
 
-    python -m bef_jax.main --config=configs/gpu8.py --config.data.dir=DIR
-    NODES=2 bash launch/slurm.sh --config=configs/gpu8.py --config.bn_groups=16
+    bef-jax --config=gpu8 --config.data.dir=DIR
+    NODES=2 bash launch/slurm.sh --config=gpu8 --config.bn_groups=16
 
 Each GPU takes its own batch statistics, so that none cross devices: give as many groups as there
 are GPUs. No run with it has been measured.

@@ -1,6 +1,6 @@
 """One CPU, from scratch: Boosted EfficientNet-B0 on small windows.
 
-    python -m bef_jax.main --config=configs/laptop.py --config.data.dir=DIR
+    bef-jax --config=laptop --config.data.dir=DIR
 
 Total stride 32 and 64 px windows take a fraction of the time of whole patches at 16. With
 `--config.epochs=20 --config.optim.warmup_epochs=1` these fields reached a valid AUC of 0.9329 on

