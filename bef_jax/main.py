@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,9 +32,8 @@ from bef_jax.errors import RunError, UserError, did_you_mean
 from bef_jax.runtime import memory
 
 FLAGS = flags.FLAGS
-# The default is there so that a mode which needs no --config still takes single fields.
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", default.__file__, "a name or path/to/file.py, and :FIELD=VALUE,... if any"
+    "config", None, "a name or path/to/file.py, and :FIELD=VALUE,... if any"
 )
 FLAGS["config"].parser = config_files.ConfigParser()
 _MODE = flags.DEFINE_string("mode", "train", "one of the modes")
@@ -44,7 +44,7 @@ _WORKDIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "eval, predict, export: a checkpoint, or a run, whose best it is",
+    "eval, predict, export: a checkpoint, or a run's best",
 )
 _SPLIT = flags.DEFINE_string(
     "split", None, "eval, predict: of the data; default: test if there is one"
@@ -261,9 +261,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     try:
         if answer := usage.answer(argv, FLAGS.get_flags_for_module(__name__)):
-            print(answer)
-            sys.exit(0)
+            _print_and_exit(answer)
         config_files.check_fields(argv)
+        # A mode that needs no --config still takes single fields. Set here, since it reads them.
+        flags.set_default(_CONFIG, default.__file__)
         program, *words = FLAGS(list(argv))
         usage.check_mode(_MODE.value)
         if words:
@@ -273,6 +274,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except Exception as error:  # absl and ml_collections have many kinds
         print(f"error: {_one_line(_explain(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it without a word
+    print(text)
+    sys.exit(0)
 
 
 def _explain(error: Exception) -> Exception:

@@ -65,8 +65,8 @@ _EXAMPLES = {
     "bef-jax --config=quickstart": "a first look",
     "bef-jax --config=b2 --config.data.dir=~/pcam": "trains on PCam's files",
     "bef-jax --config=b2:batch_size=128,seed=3": "with two fields changed",
-    "bef-jax --config=b2 --mode=predict --input=FOLDER": "scores the pictures",
-    "bef-jax --config=path/to/mine.py --mode=eval": "a file of your own",
+    "bef-jax --mode=predict --workdir=runs/b2 --input=DIR": "scores pictures",
+    "bef-jax --config=path/to/mine.py --mode=plan": "a file of your own",
 }
 
 
@@ -117,6 +117,7 @@ def _general(known: Sequence[flags.Flag]) -> str:
             "Boosted EfficientNet in JAX: metastases in 96x96 H&E patches of lymph nodes.",
             "",
             "  bef-jax --config=NAME [--mode=MODE] [--workdir=DIR] [--config.FIELD=VALUE ...]",
+            "  bef-jax --mode=MODE --workdir=DIR [...]       for eval, predict and export",
             "",
             "Modes; bef-jax --mode=MODE --help lists the flags and fields of one:",
             *_table(lines),
@@ -127,13 +128,14 @@ def _general(known: Sequence[flags.Flag]) -> str:
             *textwrap.wrap("Names for --config: " + ", ".join(config_files.names()), _width()),
             "",
             "Examples:",
-            *_table(_EXAMPLES, widest=54),
+            *_table(_EXAMPLES, widest=56),
         ]
     )
 
 
 def _of_mode(mode: str, known: Sequence[flags.Flag]) -> str:
     texts = {_spelled(flag): text for flag in known if (text := _help(flag, mode))}
+    own = "; a checkpoint brings its own" if "--checkpoint=" in texts else ""
     return "\n".join(
         [
             f"bef-jax --mode={mode}: {MODES[mode].line}",
@@ -141,7 +143,7 @@ def _of_mode(mode: str, known: Sequence[flags.Flag]) -> str:
             "Flags:",
             *_table(texts),
             "",
-            "Fields of the configuration, as configs/default.py sets them:",
+            f"Fields of the configuration and their defaults{own}:",
             *_table(_fields(mode)),
         ]
     )

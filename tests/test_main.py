@@ -36,6 +36,8 @@ def refused(*flags):
     [
         ([], ["--config is missing", "--config=b2"]),
         (["--config.batch_size=3"], ["--config is missing"]),
+        (["--mode=eval", "--config.eval.tt=8"], ["did you mean --config.eval.tta?"]),
+        (["--mode=eval", "--config.eval.tta=many"], ["eval.tta", "many"]),
         (["--config=b22"], ["did you mean b2?"]),
         (["--config=configs/nowhere.py"], ["nowhere.py", "No such file"]),
         (["--config=configs/b0.py", "--config.batchsize=3"], ["did you mean --config.batch_size?"]),
@@ -109,6 +111,12 @@ def test_help_needs_no_jax(flags):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[-1] == "False"
+
+
+def test_help_ends_quietly_where_its_reader_does():
+    command = f"'{sys.executable}' -m bef_jax.main --mode=train --help | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (result.stdout.count("\n"), result.stderr) == (1, "")
 
 
 def test_help_is_that_of_the_mode():
