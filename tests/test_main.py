@@ -93,13 +93,19 @@ def test_of_a_damaged_picture_one_line_is_said(tmp_path):
     # Its height is of no known type: Pillow gives up, and tifffile logs that it goes on without.
     height, nonsense = struct.pack("<HH", 257, 4), struct.pack("<HH", 257, 0x0301)
     assert height in file.read_bytes()
-    file.write_bytes(file.read_bytes().replace(height, nonsense))
-    flags = ["--config=configs/b0.py", "--mode=predict", f"--input={file}"]
-    result = run_main(*flags, f"--workdir={tmp_path / 'run'}")
-    devices, line = result.stderr.splitlines()
-    assert devices.startswith("running on ")
+    names = [f"patch{i}" for i in range(40)]  # so many that no split is empty
+    (tmp_path / "train").mkdir()
+    for name in names:
+        damaged = file.read_bytes().replace(height, nonsense)
+        (tmp_path / "train" / f"{name}.tif").write_bytes(damaged)
+    rows = ["id,label", *(f"{name},0" for name in names)]
+    (tmp_path / "train_labels.csv").write_text("\n".join(rows))
+    flags = ["--config=b0", "--mode=prepare", "--config.data.source=rpcam"]
+    result = run_main(*flags, f"--config.data.dir={tmp_path}")
+    # The first says what it runs on; an empty one ends the progress bar.
+    (line,) = filter(None, result.stderr.splitlines()[1:])
     assert result.returncode == 2
-    assert line.startswith(f"error: {file}: 96x0 pixels")
+    assert line.startswith(f"error: {tmp_path}/train/patch") and ".tif: 96x0 pixels" in line
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--mode=predict", "--help"]])
