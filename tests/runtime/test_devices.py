@@ -125,7 +125,7 @@ def test_a_failing_plug_in_says_why(tmp_path):
     flags = ["--config=configs/b0.py", "--mode=eval", f"--workdir={tmp_path / 'run'}"]
     result = subprocess.run(
         [sys.executable, "-m", "bef_jax.main", *flags],
-        env=os.environ | {"PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
+        env=os.environ | {"PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
