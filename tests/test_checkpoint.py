@@ -39,6 +39,7 @@ def files(path):
     return [name for name in sorted(expected) if not name.startswith("metrics/")]
 
 
+@pytest.mark.smoke
 def test_what_was_saved_is_read(saved):
     state, run = read(saved)
     np.testing.assert_array_equal(state.params["kernel"], STATE.params["kernel"])
@@ -70,6 +71,7 @@ def test_another_shape_is_refused_in_one_line_that_says_why(saved):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.smoke
 def test_a_missing_part_is_named_where_no_checksum_does(saved):
     (saved / checkpoint.CHECKSUMS).unlink()
     (saved / "run" / "metadata").unlink()
@@ -233,6 +235,7 @@ def test_checksums_cover_every_file_of_every_item(saved):
     assert {Path(name).parts[0] for name in there} == {"state", "run", "metrics"}
 
 
+@pytest.mark.smoke
 def test_a_flipped_bit_in_any_file_is_found_and_named(saved):
     for name in files(saved):
         whole = (saved / name).read_bytes()

@@ -34,6 +34,7 @@ def probability_one_by_one(config, variables, images):
     return softmax(logits, axis=1)[:, 1]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("batch_size", [5, 7, 64])
 def test_every_patch_counts_once_for_any_batch_size(batch_size, small_config, valid, mesh):
     config = small_config(**{"eval.batch_size": batch_size})
@@ -80,6 +81,7 @@ def approximately(figures):
     }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_eval_mode_gives_what_training_reported(split, trained, workdir, scoring):
     config, path = scoring(**{"eval.batch_size": 4})

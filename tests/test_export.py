@@ -38,6 +38,7 @@ def probability(config, variables, images):
     return np.asarray(jax.nn.softmax(logits)[:, 1])
 
 
+@pytest.mark.smoke
 @pytest.mark.slow
 def test_both_files_score_as_the_network_does_where_the_package_is_not(small_config, tmp_path):
     pytest.importorskip("onnxruntime")

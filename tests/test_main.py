@@ -165,6 +165,7 @@ def test_training_imports_no_other_framework(package):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.smoke
 def test_windows_gets_one_line():
     code = "import runpy, sys; sys.platform = 'win32'; runpy.run_module('bef_jax.main')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -34,6 +34,7 @@ def one_device(tmp_path_factory, data_dir):
     return run(tmp_path_factory.mktemp("one"), data_dir, devices=1)
 
 
+@pytest.mark.smoke
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_eight_devices_train_as_one_does(one_device, placement, data_dir, tmp_path):

@@ -24,6 +24,7 @@ def rows_of(workdir):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("tta", [1, 8])
 def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, scoring):
     changes = {"eval.tta": tta, "eval.batch_size": 5, "eval.threshold": 0.499}

@@ -107,6 +107,7 @@ def assert_close(actual, expected, atol):
 # ---- loss ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_cross_entropy_is_scipys(classes, smoothing):

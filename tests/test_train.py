@@ -71,6 +71,7 @@ def test_summary_and_files(undisturbed):
     assert list((workdir / "tensorboard").iterdir())
 
 
+@pytest.mark.smoke
 def test_best_checkpoint_is_kept_and_evaluated(undisturbed):
     workdir, summary = undisturbed
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -99,6 +100,7 @@ def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_pa
     assert train.train_and_evaluate(small_config(), again) == summary
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("step", "sign"),  # before a save, at one, at an evaluation, and after it
     [(1, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM)],

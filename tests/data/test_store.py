@@ -28,6 +28,7 @@ def expect_error(message, function, *args):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.smoke
 def test_store_holds_what_the_source_gave(npz_data, patches):
     manifest = store.prepare(npz_data)
     path = store.store_path(npz_data)
@@ -158,6 +159,7 @@ def duplicated(patches):
     return patches
 
 
+@pytest.mark.smoke
 def test_rectify_drops_duplicates_and_train_loses_first(tmp_path, duplicated, write, make_data):
     data = make_data("npz", write("npz", tmp_path, duplicated))
     manifest = store.prepare(data)
@@ -286,6 +288,7 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-1])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["images", "labels", "ids"])
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
 def test_damaged_array_is_refused(name, damage, npz_data):

@@ -103,6 +103,7 @@ def test_output_and_gradients(batch, size, kernel, stride, convention):
     assert_same(shifts, native, 2e-6)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 2)])
 def test_without_jit(kernel, stride):
     x, weights, cotangent, padding = make_case(3, (6, 7), kernel, stride, "same")
@@ -112,6 +113,7 @@ def test_without_jit(kernel, stride):
     assert_same(actual, by_loop(x, weights, cotangent, stride, padding), 2e-6)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("stride", [1, 2])
 def test_bfloat16(stride):
     *arrays, padding = make_case(8, (8, 7), 3, stride, "symmetric")
@@ -130,6 +132,7 @@ def test_kernel_gradient_of_bfloat16_is_summed_in_float32():
     assert by_kernel[1, 1, 0, 0] == 4096
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("form", ["forward", "gradient"])
 @pytest.mark.parametrize(("platform", "native"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])

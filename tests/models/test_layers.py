@@ -192,6 +192,7 @@ ACTIVATIONS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_batch_norm_gradient_is_that_of_the_definition(groups, activation):
@@ -296,6 +297,7 @@ def test_global_pool_is_a_float32_mean():
     np.testing.assert_allclose(pooled, [[1 + 99 / 48**2, 1.0]], rtol=1e-6)
 
 
+@pytest.mark.smoke
 def test_squeeze_excite_is_the_formula():
     x = normal(3, 4, 5, 6)
     layer = SqueezeExcite(hidden=2)

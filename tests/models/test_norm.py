@@ -46,6 +46,7 @@ def test_output_and_statistics_are_those_of_the_product(groups):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gradient_is_that_of_the_definition(groups):
     arrays = make_arrays()

@@ -146,6 +146,7 @@ IDS = (
 )  # fmt: skip
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("block", "images", "channels", "squeeze_excite"),
     [
