@@ -139,7 +139,8 @@ def test_a_dry_run_counts_what_is_missing_and_trains_nothing(finished, data_dir,
         json.loads((workdir / "baseline" / seed / "train_summary.json").read_text())["wall_seconds"]
         for seed in ("seed0", "seed1")
     ]
-    assert rows["baseline"]["seconds"] == pytest.approx(np.mean(16 / np.divide(16, wall)), rel=0.3)
+    # At the median of both runs' speeds, which of two is their mean.
+    assert rows["baseline"]["seconds"] == pytest.approx(16 / np.mean(np.divide(16, wall)))
     # No run of reduced downsampling is there: the baseline's time, by the arithmetic.
     ratio = rows["rds"]["training_flops_per_image"] / rows["baseline"]["training_flops_per_image"]
     assert rows["rds"]["seconds"] == pytest.approx(3 * rows["baseline"]["seconds"] * ratio)
