@@ -71,11 +71,11 @@ def test_without_any_config_it_is_the_evaluation_of_training(small_config, tmp_p
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model.name": "efficientnet_b2", "model.total_stride": 16},
+        {"model.name": "efficientnet_b0", "model.total_stride": 16},
         {"model.name": "efficientnet_lite0", "model.attention": "none", "model.fusion": False},
         {"model.name": "resnet50"},
     ],
-    ids=["boosted b2", "lite0", "resnet50"],
+    ids=["boosted b0", "lite0", "resnet50"],
 )
 @pytest.mark.slow
 def test_every_family_scores_as_its_layers_do(fields, small_config, images, tmp_path):
