@@ -25,16 +25,20 @@ class Hub:
         refused: {repository: (status, X-Error-Code)}.
         cut: byte at which each connection that sends a large file breaks; None: they hold.
         shorter: bytes that a large file is shorter than its metadata say.
+        stall: byte after which a large file comes no further, once `stalled` is set; None: never.
         requests: (method, path, Range), in their order.
+        tokens: (path, Authorization) of all requests.
     """
 
     files: dict = field(default_factory=dict)
     refused: dict = field(default_factory=dict)
     cut: int | None = None
     shorter: int = 0
+    stall: int | None = None
+    stalled: threading.Event = field(default_factory=threading.Event)
     requests: list = field(default_factory=list)
+    tokens: list = field(default_factory=list)
     endpoint: str = ""
-    tokens: set = field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -66,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self):
         self.hub.requests.append((self.command, self.path, self.headers.get("Range")))
-        self.hub.tokens.add(self.headers.get("Authorization"))
+        self.hub.tokens.append((self.path, self.headers.get("Authorization")))
         if self.path.startswith("/cdn/"):
             self._send_large(self.path.removeprefix("/cdn/"))
             return
@@ -109,8 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Content-Length": str(len(content) - start), "ETag": f'"{digest}"'}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        end = len(content) if self.hub.cut is None else min(len(content), start + self.hub.cut)
+        limit = self.hub.cut if self.hub.stall is None else self.hub.stall
+        end = len(content) if limit is None else min(len(content), start + limit)
         self._send(206 if start else 200, headers, content[start:end])
+        if self.hub.stall is not None:
+            self.hub.stalled.set()
+            self.connection.recv(1)  # until the other side is gone
         self.close_connection = end < len(content)
 
     def _send(self, status, headers, content=b""):

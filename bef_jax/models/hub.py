@@ -79,13 +79,16 @@ def _download(repository: str, file: str, revision: str | None) -> Path | None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the warnings of each try, two lines apiece, unless another level was asked for."""
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR if level == logging.WARNING else level)
+    # Its own module sets the level at its first import, so a level set before would not last.
+    from huggingface_hub.utils import logging as hub_logging
+
+    level = hub_logging.get_verbosity()
+    if level == logging.WARNING:
+        hub_logging.set_verbosity_error()
     try:
         yield
     finally:
-        log.setLevel(level)
+        hub_logging.set_verbosity(level)
 
 
 def _check(name: str, path: Path) -> None:
@@ -113,7 +116,10 @@ def _reason(error: Exception, revision: str) -> str:
         return f"has no revision {revision}"
     local = isinstance(error, errors.LocalEntryNotFoundError)
     if local and constants.is_offline_mode():
-        return f"not whole in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it"
+        place = constants.HF_HUB_CACHE
+        return (
+            f"not whole in {place}, and HF_HUB_OFFLINE forbids fetching: unset it, or give a file"
+        )
     cause = error.__cause__ if local and error.__cause__ else error
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
