@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from bef_jax.data.augment import PATCH
 from bef_jax.errors import RunError, UserError
 from bef_jax.models import REGISTRY, timm_config, weights
-from bef_jax.models.weight_names import TENSORFLOW, TIMM, TORCH, of_timm
+from bef_jax.models.weight_names import TIMM, of_timm, recognise
 from bef_jax.summary import write_json
 
 FILE = "model.safetensors"
@@ -64,8 +64,9 @@ def _reason(model: ConfigDict) -> str | None:
     if any(boosts.values()):
         return f"timm has no place for {' and '.join(name for name, on in boosts.items() if on)}"
     # Its EfficientNets take both kinds of padding, and any epsilon.
-    if source is not TIMM and (model.padding, model.bn_epsilon) != ("symmetric", 1e-5):
-        return f"timm's {model.name} has padding=symmetric and bn_epsilon=1e-5 alone"
+    usual = (source.padding, source.bn_epsilon)
+    if source is not TIMM and (model.padding, model.bn_epsilon) != usual:
+        return f"timm's {model.name} has padding={usual[0]} and bn_epsilon={usual[1]:g} alone"
     return None
 
 
@@ -122,12 +123,13 @@ def _describe(config: ConfigDict, features: int) -> dict:
 
 def _arguments(model: ConfigDict) -> dict:
     """Of timm's create_model: where batch normalisation is not as the architecture's name says."""
-    usual = TENSORFLOW if model.padding == "same" else TORCH
+    source = of_timm(model.name)
+    usual = recognise([source.sign], _architecture(model), model.name)
     arguments = {}
-    if model.bn_epsilon != usual["bn_epsilon"]:
+    if model.bn_epsilon != usual.bn_epsilon:
         arguments["bn_eps"] = model.bn_epsilon
     # Its other networks take neither.
-    if of_timm(model.name) is TIMM and model.bn_momentum != usual["bn_momentum"]:
+    if source is TIMM and model.bn_momentum != usual.bn_momentum:
         arguments["bn_momentum"] = round(1 - model.bn_momentum, 9)
     return arguments
 

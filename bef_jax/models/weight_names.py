@@ -131,25 +131,25 @@ def _place(block: int, stages: Sequence) -> tuple[int, int]:
 
 
 # torch's momentum is the share of the new, 0.01 and 0.1; these are the share that is kept.
-TENSORFLOW = {"padding": "same", "bn_epsilon": 1e-3, "bn_momentum": 0.99}
-TORCH = {"padding": "symmetric", "bn_epsilon": 1e-5, "bn_momentum": 0.9}
+_TENSORFLOW = {"padding": "same", "bn_epsilon": 1e-3, "bn_momentum": 0.99}
+_TORCH = {"padding": "symmetric", "bn_epsilon": 1e-5, "bn_momentum": 0.9}
 EFFICIENTNET_PYTORCH = Source(
-    "efficientnet-pytorch", "_conv_stem.weight", _efficientnet_pytorch, **TENSORFLOW
+    "efficientnet-pytorch", "_conv_stem.weight", _efficientnet_pytorch, **_TENSORFLOW
 )
-TIMM = Source("timm", "conv_stem.weight", _timm, **TORCH)
-TORCHVISION = Source("torchvision", "features.0.0.weight", _torchvision, **TORCH)
+TIMM = Source("timm", "conv_stem.weight", _timm, **_TORCH)
+TORCHVISION = Source("torchvision", "features.0.0.weight", _torchvision, **_TORCH)
 # timm has torchvision's names for these two.
 RESNET = Source(
     "torchvision or timm",
     "layer1.0.conv1.weight",
     lambda path, _: names_torchvision.resnet(path),
-    **TORCH,
+    **_TORCH,
 )
 DENSENET = Source(
     "torchvision or timm",
     "features.denseblock1.denselayer1.norm1.weight",
     lambda path, _: names_torchvision.densenet(path),
-    **TORCH,
+    **_TORCH,
 )
 SOURCES = (EFFICIENTNET_PYTORCH, TIMM, TORCHVISION, RESNET, DENSENET)
 

@@ -139,7 +139,7 @@ def test_a_network_has_the_weights_of_the_package_to_the_last_digit(server):
     name = "hf:timm/tf_efficientnet_lite0.in1k"
     found = weights.read(name, model)
     assert weights.convention(name, model) == {
-        "source": "timm", "padding": "same", "bn_epsilon": 1e-3, "bn_momentum": 0.99
+        "source": "timm", "padding": "same", "bn_epsilon": 1e-3, "bn_momentum": 0.9
     }  # fmt: skip
     assert weights.normalisation(name) == {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
