@@ -115,7 +115,7 @@ def _reason(error: Exception, revision: str) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"has no revision {revision}"
     local = isinstance(error, errors.LocalEntryNotFoundError)
-    if local and constants.is_offline_mode():
+    if local and constants.HF_HUB_OFFLINE:
         place = constants.HF_HUB_CACHE
         return (
             f"not whole in {place}, and HF_HUB_OFFLINE forbids fetching: unset it, or give a file"
