@@ -8,9 +8,9 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from bef_jax import export_timm
+from bef_jax.configs.default import get_config
 from bef_jax.errors import RunError
 from bef_jax.models import weights
-from configs.default import get_config
 
 safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
 TORCH = "model.padding=symmetric,model.bn_epsilon=1e-5"

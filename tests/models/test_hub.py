@@ -15,10 +15,10 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from bef_jax import checkpoint, import_weights, pretrained, sharding
+from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 from bef_jax.models import create, hub, weight_names, weights
 from bef_jax.state import abstract_state
-from configs.default import get_config
 from tests.hub_server import COMMIT, Hub, config_of_timm, serve
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: '.[hub]'")
@@ -197,7 +197,7 @@ def test_a_run_starts_from_a_hub_s_weights_and_says_what_differs(tiny, caplog):
 
 
 def test_on_the_command_line_a_mistake_is_one_line_and_status_2(server):
-    command = [sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",
+    command = [sys.executable, "-m", "bef_jax.main", "--config=quickstart",
                "--mode=import_weights", "--weights=hf:timm/nowhere"]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
