@@ -34,9 +34,8 @@ def one_device(tmp_path_factory, data_dir):
     return run(tmp_path_factory.mktemp("one"), data_dir, devices=1)
 
 
-@pytest.mark.smoke
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["host", "device"])
+@pytest.mark.parametrize("placement", [pytest.param("host", marks=pytest.mark.smoke), "device"])
 def test_eight_devices_train_as_one_does(one_device, placement, data_dir, tmp_path):
     expected_summary, expected = one_device
     summary, losses = run(tmp_path, data_dir, devices=8, **{"data.placement": placement})

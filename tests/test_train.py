@@ -100,10 +100,14 @@ def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_pa
     assert train.train_and_evaluate(small_config(), again) == summary
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("step", "sign"),  # before a save, at one, at an evaluation, and after it
-    [(1, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM)],
+    [
+        (1, signal.SIGINT),
+        (3, signal.SIGTERM),
+        (4, signal.SIGINT),
+        pytest.param(5, signal.SIGTERM, marks=pytest.mark.smoke),
+    ],
 )
 def test_stopped_and_resumed_is_the_undisturbed_run(
     step, sign, undisturbed, small_config, tmp_path, monkeypatch
