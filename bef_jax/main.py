@@ -60,8 +60,9 @@ _RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for what, such as v5e:2x4 or h100:8")
 _VERIFY = flags.DEFINE_bool("verify", False, "prepare: reads the store, and checks its checksums")
 _LARGEST = flags.DEFINE_bool("largest_batch", True, "plan: does not look for the largest batch")
-# `memory.restart` reads this one before absl parses flags.
-flags.DEFINE_bool("memory_settings", True, "leaves out the settings of glibc that suit CPUs")
+_MEMORY_SETTINGS = flags.DEFINE_bool(
+    "memory_settings", True, "leaves out the settings of glibc that suit CPUs"
+)
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost; trains nothing")
 
 
@@ -296,10 +297,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def _start(argv: Sequence[str]) -> int:
+    if _MEMORY_SETTINGS.value:
+        memory.restart()  # before JAX is imported, because the program starts once more
+    return main(argv)
+
+
 def run() -> None:
     """Starts the program, as `bef-jax` and as `python -m bef_jax.main`, and ends the process."""
-    memory.restart()  # before JAX is imported, since this starts the program once more
-    app.run(main, flags_parser=parse_flags)
+    app.run(_start, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,18 @@ it imports JAX. Nothing but a program does that: importing the package changes n
 
 import os
 import sys
-from collections.abc import Sequence
 
 VARIABLE = "GLIBC_TUNABLES"
 _LARGEST = 2**30  # bytes of an array that stays in the process when it is freed
-_OFF = ("--nomemory_settings", "--memory_settings=false", "--memory_settings=0")
 
 
 def restart() -> None:
-    """Starts the program again with the settings, unless they are there, or are switched off.
+    """Starts the program again with the settings, unless they are there.
 
     The process keeps its id, its arguments and its open files, so that signals reach it as before.
-    It returns at once where a user has set the variable, where `--nomemory_settings` is given, and
-    where the C library is not glibc.
+    It returns at once where a user has set the variable, and where the C library is not glibc.
     """
-    if VARIABLE in os.environ or _is_off(sys.argv) or not _has_glibc():
+    if VARIABLE in os.environ or not _has_glibc():
         return
     # What Python was given, -m and -P included; sys.argv has lost those.
     command = [sys.executable, *sys.orig_argv[1:]]
@@ -41,11 +38,6 @@ def settings(cores: int) -> str:
         "trim_threshold": _LARGEST,
     }
     return ":".join(f"glibc.malloc.{name}={value}" for name, value in values.items())
-
-
-def _is_off(argv: Sequence[str]) -> bool:
-    # By hand: absl parses flags after JAX is imported, and then it is too late.
-    return any(f"--{flag.lstrip('-')}".lower() in _OFF for flag in argv[1:])
 
 
 def _has_glibc() -> bool:
