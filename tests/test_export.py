@@ -59,6 +59,7 @@ def test_both_files_score_as_the_network_does_where_the_package_is_not(small_con
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-5)
     assert json.loads((tmp_path / "export" / "export.json").read_text()) == summary
+    assert summary["files"]["model.safetensors"]["note"] == "timm has no efficientnet_test"
     assert {path.name for path in (tmp_path / "export").iterdir()} == {
         "export.json", "model.onnx", "model.stablehlo"}  # fmt: skip
 

@@ -271,13 +271,13 @@ def test_a_damaged_cache_is_found_and_mended_as_the_message_says(server):
     assert hub.fetch(NAME).read_bytes() == WEIGHTS
 
 
-def test_without_a_network_one_line_says_so(server, monkeypatch, capfd):
+def test_without_a_network_one_line_says_so(server, monkeypatch, caplog):
     path = hub.fetch(NAME)
     with environment(monkeypatch, HF_ENDPOINT="http://127.0.0.1:9"):
         assert hub.fetch(NAME) == path  # from the cache
         with pytest.raises(UserError, match=r"^hf:timm/other: no network: http://127.0.0.1:9 "):
             hub.fetch("hf:timm/other")
-    assert "Retrying" not in capfd.readouterr().err
+    assert "Retrying" not in caplog.text
 
 
 def test_without_the_library_it_says_how_to_install_it(monkeypatch):
