@@ -122,7 +122,7 @@ def test_a_failing_plug_in_says_why(tmp_path):
     installed = make(tmp_path, "failing-1.dist-info/entry_points.txt") / "failing-1.dist-info"
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1\n")
     (installed / "entry_points.txt").write_text("[jax_plugins]\nfailing = failing\n")
-    flags = ["--config=configs/b0.py", "--mode=eval", f"--workdir={tmp_path / 'run'}"]
+    flags = ["--config=b0", "--mode=import_weights", f"--workdir={tmp_path / 'run'}"]
     result = subprocess.run(
         [sys.executable, "-m", "bef_jax.main", *flags],
         env=os.environ | {"PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "JAX_PLATFORMS": "cpu"},
