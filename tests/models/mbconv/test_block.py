@@ -146,11 +146,10 @@ IDS = (
 )  # fmt: skip
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("block", "images", "channels", "squeeze_excite"),
     [
-        (make_block(3, 1), 128, CHANNELS, True),
+        pytest.param(make_block(3, 1), 128, CHANNELS, True, marks=pytest.mark.smoke),
         (make_block(5, 1, groups=2), 256, CHANNELS, True),
         (make_block(3, 2, convention="symmetric"), 256, CHANNELS, True),
         (make_block(5, 2), 128, CHANNELS, True),
