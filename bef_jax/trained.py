@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from bef_jax import checkpoint
 from bef_jax.config import flatten, validate
+from bef_jax.configs import default
 from bef_jax.errors import UserError
 from bef_jax.state import abstract_state
 
@@ -66,9 +67,11 @@ def scoring_config(
         UserError: no such checkpoint, or `changes` ask for another network.
     """
     config = checkpoint.complete(checkpoint.read_run(path)["config"])
+    # The processes of the training run may have met elsewhere, or be gone.
+    _set(config, _fields_of(default.get_config(), "distributed."))
     changes = _as_json(dict(changes or {}))
     if given is not None:
-        fields = flatten(ConfigDict(_as_json(given.to_dict())))
+        fields = _fields_of(given)
         _log_ignored(flatten(config), fields, changes)
         _set(config, {name: fields[name] for name in fields if _is_free(name)})
     saved = flatten(config)
@@ -99,6 +102,12 @@ def restore_variables(path: Path, config: ConfigDict, sharding: Sharding) -> dic
         UserError: it is damaged, or of other shapes.
     """
     return checkpoint.restore(path, abstract_state(config), sharding).eval_variables()
+
+
+def _fields_of(config: ConfigDict, start: str = "") -> dict[str, Any]:
+    """The fields whose names begin with `start`, by their dotted names."""
+    fields = flatten(ConfigDict(_as_json(config.to_dict())))
+    return {name: value for name, value in fields.items() if name.startswith(start)}
 
 
 def _as_json(fields: dict) -> dict:

@@ -83,6 +83,22 @@ def test_flags_of_training_are_nothing_to_scoring(run_summary, scoring):
     )
 
 
+def test_where_the_hosts_of_training_met_is_nothing_to_scoring(run_summary, scoring, monkeypatch):
+    """A laptop that scores a cluster's checkpoint waits for nobody."""
+    read = checkpoint.read_run
+
+    def read_run(path):
+        run = read(path)
+        run["config"]["distributed"] |= {"coordinator": "node0:1234", "num_processes": 16}
+        return run
+
+    monkeypatch.setattr(checkpoint, "read_run", read_run)
+    found = scoring()[0].distributed
+    assert (found.coordinator, found.num_processes) == ("", None)
+    given = scoring(**{"distributed.coordinator": "auto"})[0].distributed
+    assert given.coordinator == "auto"
+
+
 def test_how_blocks_were_trained_is_nothing_to_scoring(run_summary, scoring, monkeypatch):
     """A checkpoint of a TPU, whose batch was one of whole kernels; here it is 8."""
     read, forms = checkpoint.read_run, {"mbconv": "pallas", "remat": "block"}
