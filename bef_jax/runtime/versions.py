@@ -1,4 +1,4 @@
-"""The versions of JAX that all tests passed with."""
+"""The versions of JAX that were tested: .ci/run has a Python for each line."""
 
 import logging
 
