@@ -192,7 +192,7 @@ def _read_stablehlo(file: Path) -> Callable:
     try:
         call = jax.export.deserialize(bytearray(file.read_bytes())).call
     except Exception as error:  # a flatbuffer that was cut raises many kinds
-        raise UserError(f"{file} can't be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} can't be read: {_first_line(error)}") from error
     return jax.jit(lambda images: call(images)[1])
 
 
@@ -204,8 +204,12 @@ def _read_onnx(file: Path) -> Callable:
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:  # its kinds are not public
-        raise UserError(f"{file} can't be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} can't be read: {_first_line(error)}") from error
     return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 _READERS = {".stablehlo": _read_stablehlo, ".onnx": _read_onnx}
