@@ -196,8 +196,8 @@ def test_a_run_starts_from_a_hub_s_weights_and_says_what_differs(tiny, caplog):
     ]  # fmt: skip
 
 
-def test_on_the_command_line_a_mistake_is_one_line_and_status_2(server):
-    command = [sys.executable, "-m", "bef_jax.main", "--config=quickstart",
+def test_on_the_command_line_a_mistake_is_one_line_and_status_2(server, tmp_path):
+    command = [sys.executable, "-m", "bef_jax.main", "--config=quickstart", "--workdir", tmp_path,
                "--mode=import_weights", "--weights=hf:timm/nowhere"]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
