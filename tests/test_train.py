@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bef_jax import checkpoint, train
+from bef_jax import checkpoint, config_files, train
+from bef_jax.data.batches import Batch
 from bef_jax.errors import UserError
+from bef_jax.step import make_train_step
 from tests.conftest import SHRUNK
 
 KEYS = {
@@ -292,37 +294,43 @@ def test_several_steps_in_a_call_need_the_data_on_the_devices(small_config, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields",
+    "fields",  # two changes at a time: each combination is a program to compile
     [
-        {"rcc.enabled": False},
-        {"model.total_stride": 32},
-        {"model.attention": "none"},
-        {"model.fusion": False},
+        {"rcc.enabled": False, "model.attention": "none"},
+        {"model.total_stride": 32, "model.fusion": False, "dtype": "bfloat16"},
     ],
 )
 def test_trains_with_each_change_off(fields, small_config, tmp_path):
     summary = train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
     assert (summary["step"], summary["valid"]["n"]) == (2, 21)
-
-
-def test_trains_in_bfloat16(small_config, tmp_path):
-    summary = train.train_and_evaluate(small_config(dtype="bfloat16", steps=2), tmp_path)
     assert np.isfinite(summary["valid"]["loss"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["b2", "paper"])
-def test_real_configs_take_a_step_and_checkpoint(name, data_dir, tmp_path):
+def test_a_real_config_takes_a_step_and_checkpoints(data_dir, tmp_path):
     """The real network and settings; only the data, the batch and the windows are smaller."""
     fields = SHRUNK | {"batch_size": 4, "steps": 1, "rcc.min_size": 32, "rcc.max_size": 32}
     fields |= {"rcc.eval_size": 32, "data.source": "synthetic", "data.dir": data_dir}
     command = [
-        sys.executable, "-m", "bef_jax.main", f"--config=configs/{name}.py",
+        sys.executable, "-m", "bef_jax.main", "--config=configs/b2.py",
         f"--workdir={tmp_path}", *(f"--config.{name}={value}" for name, value in fields.items()),
     ]  # fmt: skip
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert json.loads(result.stdout)["step"] == 1
     assert (tmp_path / "checkpoints" / "1" / "state").is_dir()
+
+
+@pytest.mark.parametrize("name", ["paper", "gpu8", "resnet50", "densenet121"])
+def test_a_step_of_a_real_config_leads_to_a_state_of_the_same_shapes(name):
+    """At the real batch and size, which are traced here, and not compiled."""
+    config = config_files.load(name)
+    state = train.abstract_state(config)
+    images = jax.ShapeDtypeStruct((config.batch_size, 96, 96, 3), np.uint8)
+    labels = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
+    train_step = make_train_step(config, lambda count: 0.1)
+    after, metrics = jax.eval_shape(train_step, state, Batch(images, labels), jax.random.key(0))
+    assert after == state
+    assert set(metrics) == {"loss", "accuracy", "grad_norm", "learning_rate"}
 
 
 def _one_device():
