@@ -1,4 +1,4 @@
-"""Settings of glibc's memory allocator, which make training on a CPU much faster.
+"""Settings of glibc's memory allocator, which make training on some CPUs faster (results/).
 
 They are read when a process starts. So a program that wants them starts itself again, once, before
 it imports JAX. Nothing but a program does that: importing the package changes no setting.
@@ -26,7 +26,7 @@ def restart() -> None:
 
 def settings(cores: int) -> str:
     """The variable's value for a process that has so many cores."""
-    # Huge pages, since a step clears gigabytes that are new to it, which with small pages takes
+    # Huge pages, since a step clears gigabytes that are new to it, which with small pages can take
     # longer than the arithmetic. Few heaps, which keep what is below 1 GiB from one step to the
     # next, so that less is new; keeping more would take three times the memory. More than one heap,
     # because what the compiler leaves behind lies between the arrays, and a run that compiled would

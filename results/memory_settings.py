@@ -1,0 +1,59 @@
+"""What the memory settings gain: B2 trains with them, by both ways to start it, and without.
+
+    python results/memory_settings.py ROUNDS FOLDER
+
+in a checkout whose environment is active; about five minutes a round on two cores. The runs are
+made in turn, after one that fills the compilation cache. FOLDER takes the patches, the compiled
+programs and the runs. Prints images/s and seconds of CPU time of each run, then medians and ratios.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+FIELDS = (
+    "model.total_stride=32", "batch_size=32", "steps=100", "eval.every_epochs=99",
+    "data.source=synthetic", "data.train_size=1000", "data.valid_size=32", "data.test_size=32",
+)  # fmt: skip
+STARTS = {
+    "python -m": [sys.executable, "-m", "bef_jax.main"],
+    "local.sh": ["bash", "launch/local.sh", "train"],
+    "off": [sys.executable, "-m", "bef_jax.main", "--nomemory_settings"],
+}
+
+
+def train(start: str, folder: Path) -> float:
+    """Trains once; returns images/s, which leave out compiling and evaluating."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    fields = (*FIELDS, f"data.dir={folder / 'data'}", f"compile_cache={folder / 'cache'}")
+    command = [*STARTS[start], "--config=configs/b2.py", f"--workdir={folder / 'run'}"]
+    command += [f"--config.{field}" for field in fields]
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment["BEF_VENV"] = sys.prefix
+    before = os.times()
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    after = os.times()
+    user, system = after[2] - before[2], after[3] - before[3]  # of children that ended
+    images_per_second = json.loads(result.stdout)["images_per_second"]
+    print(f"{start:9}  {images_per_second:6.1f} images/s  user {user:.0f} s, system {system:.0f} s")
+    return images_per_second
+
+
+def main() -> None:
+    """Measures as the module says."""
+    rounds, folder = int(sys.argv[1]), Path(sys.argv[2]).resolve()
+    train("python -m", folder)
+    rates = [{start: train(start, folder) for start in STARTS} for _ in range(rounds)]
+    for start in STARTS:
+        print(f"{start}: median {median(rate[start] for rate in rates):.1f} images/s")
+    for a, b in (("python -m", "off"), ("local.sh", "off"), ("local.sh", "python -m")):
+        ratios = sorted(rate[a] / rate[b] for rate in rates)
+        print(f"{a} / {b}: {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+if __name__ == "__main__":
+    main()
