@@ -39,7 +39,8 @@ def train(start: str, folder: Path) -> float:
     after = os.times()
     user, system = after[2] - before[2], after[3] - before[3]  # of children that ended
     images_per_second = json.loads(result.stdout)["images_per_second"]
-    print(f"{start:9}  {images_per_second:6.1f} images/s  user {user:.0f} s, system {system:.0f} s")
+    cpu = f"user {user:.0f} s, system {system:.0f} s"
+    print(f"{start:9}  {images_per_second:6.1f} images/s  {cpu}", flush=True)  # as it goes
     return images_per_second
 
 
