@@ -37,7 +37,8 @@ def train(start: str, folder: Path) -> float:
     before = os.times()
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     after = os.times()
-    user, system = after[2] - before[2], after[3] - before[3]  # of children that ended
+    user = after.children_user - before.children_user
+    system = after.children_system - before.children_system
     images_per_second = json.loads(result.stdout)["images_per_second"]
     cpu = f"user {user:.0f} s, system {system:.0f} s"
     print(f"{start:9}  {images_per_second:6.1f} images/s  {cpu}", flush=True)  # as it goes

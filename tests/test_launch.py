@@ -282,6 +282,13 @@ def test_gke_pod_passes_the_signal_on(run, tmp_path):
     run(container["command"], {"python": body}, status=1)
 
 
+def test_gke_pod_that_is_stopped_before_its_run_starts_none(run, tmp_path):
+    (container,) = pods()[2]["template"]["spec"]["containers"]
+    fakes = {"mktemp": f"kill $PPID; echo {tmp_path}/summary", "python": f"echo '{DONE}'"}
+    _, called = run(container["command"], fakes, status=1)
+    assert called == ["mktemp "]
+
+
 # ---- all ----------------------------------------------------------------------------------------
 
 
