@@ -10,8 +10,8 @@ import numpy as np
 
 from bef_jax.compare import paired_tests
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import write_text
 from bef_jax.scores import read_scores
-from bef_jax.summary import write_text
 
 TITLES = {
     "baseline": "baseline",

@@ -23,8 +23,8 @@ from bef_jax.config import flatten
 from bef_jax.configs import default
 from bef_jax.data.checksums import first_damaged, sha256
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path, write_json
 from bef_jax.state import TrainState
-from bef_jax.summary import write_json
 
 LOG = logging.getLogger(__name__)
 _BEST = "valid_auc"
@@ -172,7 +172,7 @@ def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
 
 
 def _existing(path: Path) -> Path:
-    path = Path(path).expanduser().resolve()  # Orbax refuses relative paths
+    path = user_path(path).resolve()  # Orbax refuses relative paths
     if not path.is_dir():
         raise UserError(f"{path}: no checkpoint there")
     return path

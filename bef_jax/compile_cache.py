@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 
 from bef_jax import hardware
+from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path
 
 LOG = logging.getLogger(__name__)
 
@@ -35,11 +37,12 @@ def enable(setting: str) -> None:
     if not setting or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     try:
-        folder = _default_folder() if setting == "auto" else Path(setting).expanduser()
+        folder = _default_folder() if setting == "auto" else user_path(setting)
         folder /= f"cores_{hardware.cores()}"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell: quota, read-only
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+    # RuntimeError: a user without a home.
+    except (OSError, RuntimeError, UserError) as error:
         LOG.warning("config.compile_cache: compiled programs can't be kept: %s", error)
         return
     # In code, not by a variable: JAX read those when it was imported.

@@ -5,14 +5,37 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A user's mistake: its text is one line that names the field or file, and the mend.
+    """A user's mistake: its text is one line that names the field or file, and how to fix it.
 
     `main` prints it without a traceback and exits with status 2.
     """
 
+    def __init__(self, text: str) -> None:
+        """Takes the line; what it quotes of others is shown in one line, too."""
+        super().__init__(printable(text))
+
 
 class RunError(Exception):
     """Something failed that is no mistake of the user's; its text is one line that says what."""
+
+    def __init__(self, text: str) -> None:
+        """Takes the line, as `UserError` does."""
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """Returns `text` with everything escaped that is no letter, sign or space.
+
+    Names of files, tensors and patches come from strangers: a newline in one would make two lines
+    of an error, and a terminal would obey an escape sequence.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns the first line of what an error says; of the system's errors without the file."""
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:

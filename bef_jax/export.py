@@ -24,7 +24,7 @@ from bef_jax.data.patch import class_names, mpp
 from bef_jax.errors import RunError, UserError
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
-from bef_jax.summary import write_json
+from bef_jax.runtime.files import write_json
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # in one file; depthwise convolution in its form or the native
 OUTPUTS = ("probability", "log_odds")

@@ -13,7 +13,7 @@ from bef_jax.data.augment import PATCH
 from bef_jax.errors import RunError, UserError
 from bef_jax.models import REGISTRY, timm_config, weights
 from bef_jax.models.weight_names import TIMM, of_timm, recognise
-from bef_jax.summary import write_json
+from bef_jax.runtime.files import write_json
 
 FILE = "model.safetensors"
 

@@ -20,6 +20,7 @@ from bef_jax.data.augment import PATCH
 from bef_jax.data.patch import class_names, mpp
 from bef_jax.errors import UserError
 from bef_jax.gradcam import make_explainer
+from bef_jax.runtime.files import user_path
 
 # uint8 [N, 96, 96, 3], an iterator of such arrays, or the path of anything that predict takes.
 Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
@@ -30,7 +31,7 @@ _STRIDE = 32  # between the windows of a picture above 96 px: each pixel is deci
 
 def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
     """Returns the trained network that `where` means; `bef_jax.load` says what that may be."""
-    path = Path(where).expanduser().resolve()
+    path = user_path(where).resolve()
     if path.is_file() and path.suffix in _READERS:
         return ExportedModel(path)
     if not path.is_dir():
@@ -228,7 +229,7 @@ def patches_of(images: Images, stride: int) -> Iterator[np.ndarray]:
         UserError: an array has another shape or type, or the path can't be read.
     """
     if isinstance(images, str | os.PathLike):
-        path = Path(images).expanduser()
+        path = user_path(images)
         inputs.check(path, None)
         return (patch.pixels for patch in inputs.read(path, None, stride))
     # What has a shape is one array, of NumPy, JAX or torch.

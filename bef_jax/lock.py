@@ -7,15 +7,20 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bef_jax import distributed
-from bef_jax.errors import UserError
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime.files import check_regular
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
-    """Holds WORKDIR/.lock inside; of several processes of one run, the first does.
+def held(workdir: Path, name: str = ".lock") -> Iterator[None]:
+    """Holds a lock in the workdir inside; of several processes of one run, the first does.
 
     The operating system drops the lock with its owner, so a killed run holds nothing. Two runs in
     one workdir would delete each other's checkpoints, and mix their lines in metrics.jsonl.
+
+    Args:
+        name: of the lock's file. Modes that write other files, such as predict, have their own, so
+            that they can look at a run that still trains.
 
     Raises:
         UserError: another run holds it, or nothing can be written there.
@@ -24,15 +29,16 @@ def held(workdir: Path) -> Iterator[None]:
     if not distributed.is_first():
         yield
         return
+    check_regular(workdir / name)
     # No waiting: the other run may take days.
-    lock, mend = FileLock(workdir / ".lock", timeout=0), "give another --workdir"
+    lock, mend = FileLock(workdir / name, timeout=0), "give another --workdir"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise UserError(f"{workdir}: another run writes there; wait for it, or {mend}") from error
     except OSError as error:
-        raise UserError(f"{workdir}: cannot be written ({error}); {mend}") from error
+        raise UserError(f"{workdir}: cannot be written ({reason_of(error)}); {mend}") from error
     try:
         yield
     finally:

@@ -30,6 +30,7 @@ from bef_jax import STARTED, config_files, usage
 from bef_jax.configs import default
 from bef_jax.errors import RunError, UserError, did_you_mean
 from bef_jax.runtime import memory
+from bef_jax.runtime.files import user_path
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
@@ -95,14 +96,14 @@ def _benchmark(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax import benchmark
 
     del workdir
-    results = Path(_RESULTS.value).expanduser() if _RESULTS.value else None
+    results = user_path(_RESULTS.value) if _RESULTS.value else None
     return benchmark.run(config, _COMPARE.value, results, sys.argv[1:])
 
 
 def _predict(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax import predict
 
-    given = Path(_INPUT.value).expanduser() if _INPUT.value else None
+    given = user_path(_INPUT.value) if _INPUT.value else None
     return predict.run(config, workdir, _checkpoint(workdir), given, _SPLIT.value)
 
 
@@ -232,7 +233,7 @@ def _workdir(mode: str, given: ConfigDict | None) -> Path:
     if given is None and mode not in _SCORING:
         raise UserError(_NO_CONFIG)
     if _WORKDIR.value:
-        return Path(_WORKDIR.value).expanduser().resolve()
+        return user_path(_WORKDIR.value).resolve()
     if given is not None:
         return Path(f"runs/{given.name}").resolve()
     if not _CHECKPOINT.value:

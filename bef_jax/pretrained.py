@@ -16,6 +16,7 @@ from bef_jax import checkpoint, trained
 from bef_jax.config import flatten
 from bef_jax.errors import UserError
 from bef_jax.models import is_new
+from bef_jax.runtime.files import user_path
 from bef_jax.state import TrainState, abstract_state, create_state
 
 LOG = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def find(name: str) -> Path:
     Raises:
         UserError: it is not there, or a folder but no checkpoint.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     # Only to see that it is a checkpoint: another folder is refused before data are read.
     if path.is_dir():
         checkpoint.read_run(path)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from bef_jax.errors import UserError
-from bef_jax.summary import write_json
+from bef_jax.runtime.files import write_json
 
 # Huge pages, for one, make the gigabytes of fresh memory cheaper that a step on CPU clears.
 _DECIDING = ("GLIBC_TUNABLES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of speed

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bef_jax.metrics import Evaluation
-from bef_jax.summary import write_text
+from bef_jax.runtime.files import write_text
 
 _HEAD = ["id", "label", "probability"]
 

@@ -197,7 +197,8 @@ def describe(config: ConfigDict, state: TrainState, compiled: jax.stages.Compile
         Row(name, len(jax.tree.leaves(params)), f"{count_params(params):,}")
         for name, params in [*sorted(state.params.items()), ("all", state.params)]
     ]
-    LOG.info("%s", parameter_overview.make_table(rows))
+    for line in parameter_overview.make_table(rows).splitlines():
+        LOG.info("%s", line)
     if config.optim.freeze:
         _log_frozen(state, config.optim.freeze)
     memory = compiled.memory_analysis()

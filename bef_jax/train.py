@@ -35,11 +35,12 @@ from bef_jax.metrics import Evaluation
 from bef_jax.optim import make_schedule
 from bef_jax.prepare import prepare_with_progress
 from bef_jax.progress import Progress
+from bef_jax.runtime.files import user_path, write_text
 from bef_jax.scores import write_scores
 from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
 from bef_jax.step import compile_step, describe
 from bef_jax.steplog import StepLog
-from bef_jax.summary import write_summary, write_text
+from bef_jax.summary import write_summary
 
 LOG = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def train_and_evaluate(
     """
     laps = Laps(started)
     laps.mark("imports")
-    workdir = Path(workdir).expanduser().resolve()
+    workdir = user_path(workdir).resolve()
     validate(config)
     with lock.held(workdir):
         return _train_and_evaluate(config, workdir, laps)

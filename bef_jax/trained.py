@@ -13,6 +13,7 @@ from bef_jax import checkpoint
 from bef_jax.config import flatten, validate
 from bef_jax.configs import default
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path
 from bef_jax.state import abstract_state
 
 LOG = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def find(where: Path | str) -> Path:
     Raises:
         UserError: a workdir without a checkpoint, or whose scores are damaged.
     """
-    path = Path(where).expanduser().resolve()
+    path = user_path(where).resolve()
     is_checkpoint = (path / "state").is_dir() and (path / "run").is_dir()
     return path if is_checkpoint else checkpoint.best(path)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from bef_jax.data.store import Split
-from bef_jax.summary import write_json
+from bef_jax.runtime.files import write_json
 
 LOG = logging.getLogger(__name__)
 

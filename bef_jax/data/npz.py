@@ -18,6 +18,7 @@ from bef_jax.data.chunk import (
     ranges,
 )
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path
 
 _LONGEST = 4096  # bytes of a label or an id: a thousand characters
 _HEADERS = {  # of .npy, by the version of the format
@@ -34,7 +35,7 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     Raises:
         UserError: a file is missing, damaged, or its arrays are not patches and labels.
     """
-    folder = Path(data.dir).expanduser()
+    folder = user_path(data.dir)
     # All are looked for before any is read: a missing one should not turn up after the first's
     # minutes.
     paths = {split: folder / f"{split}.npz" for split in READ_ORDER}

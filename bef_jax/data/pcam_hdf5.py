@@ -22,6 +22,7 @@ from bef_jax.data.chunk import (
     ranges,
 )
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path
 
 # What h5py makes of HDF5's errors, by where in the file the damage is.
 _HDF5_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, MemoryError, OverflowError)
@@ -41,7 +42,7 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     Raises:
         UserError: a file is missing, damaged, or holds something else than PCam's patches.
     """
-    folder = Path(data.dir).expanduser()
+    folder = user_path(data.dir)
     if data.download:
         fetch.fetch_pcam(folder)
     # All of them first: a file that is missing is named before gigabytes are unpacked.

@@ -19,6 +19,7 @@ from bef_jax.data.chunk import (
     kept,
 )
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path
 
 
 def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
@@ -30,7 +31,7 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
         UserError: a file is missing, damaged or not a patch, a row of the table is wrong, or
             the ratio leaves a split empty.
     """
-    folder = Path(data.dir).expanduser()
+    folder = user_path(data.dir)
     labels = _read_labels(folder / "train_labels.csv")
     # Before decoding: hundreds of thousands of files take a while, and one missing stops it.
     _check_files(folder / "train", labels)

@@ -25,6 +25,7 @@ from bef_jax.data.checksums import first_damaged
 from bef_jax.data.chunk import check_images
 from bef_jax.data.writer import SPLITS, StoreWriter
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path
 
 FORMAT_VERSION = 1  # a store of another one is refused, not guessed at
 MANIFEST = "manifest.json"
@@ -56,12 +57,12 @@ def store_path(data: ConfigDict) -> Path:
     Synthetic stores carry their sizes and seed in the name, so that variants do not collide.
     """
     if data.store:
-        return Path(data.store).expanduser()
+        return user_path(data.store)
     name = f"store_{data.source}"
     if data.source == "synthetic":
         sizes = [synthetic.size(data, split) for split in SPLITS]
         name += "_" + "_".join(map(str, [*sizes, data.seed]))
-    return Path(data.dir).expanduser() / name
+    return user_path(data.dir) / name
 
 
 def prepare(data: ConfigDict, progress: Callable[[str, int], None] | None = None) -> dict:
@@ -216,7 +217,7 @@ def _fields(data: ConfigDict) -> dict:
             | {f"{split}_size": synthetic.size(data, split) for split in SPLITS}
             | {"seed": data.seed}
         )
-    fields |= {"dir": str(Path(data.dir).expanduser().resolve())}
+    fields |= {"dir": str(user_path(data.dir).resolve())}
     fields |= {f"{split}_size": data[f"{split}_size"] for split in SPLITS}
     # Here alone: a field that changes no patch must not make the store another one.
     if data.source == "rpcam":

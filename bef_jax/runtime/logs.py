@@ -4,6 +4,8 @@ import logging
 
 from absl import logging as absl_logging
 
+from bef_jax.errors import printable
+
 
 def set_up() -> None:
     """Lets the project speak, and its libraries warn: each warning once, as one line.
@@ -11,7 +13,9 @@ def set_up() -> None:
     Of Orbax, which is chatty and speaks through absl, errors alone are shown.
     """
     log = logging.getLogger("bef_jax")
-    log.addHandler(logging.StreamHandler())
+    handler = logging.StreamHandler()
+    handler.setFormatter(Printable())
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
     # The root logger's handler below would say every line again.
     log.propagate = False
@@ -31,6 +35,14 @@ def _set_up_libraries(root: logging.Logger) -> None:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
+class Printable(logging.Formatter):
+    """Escapes what a terminal would obey: names of files and patches come from strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line."""
+        return printable(super().format(record))
+
+
 class OneLine(logging.Formatter):
     """Folds a message, and the exception that it reports, into one line."""
 
@@ -40,7 +52,7 @@ class OneLine(logging.Formatter):
         if record.exc_info and record.exc_info[1]:
             error = record.exc_info[1]
             text += f": {type(error).__name__}: {error}"
-        return " ".join(text.split())
+        return printable(" ".join(text.split()))
 
 
 class Once(logging.Filter):

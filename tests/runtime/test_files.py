@@ -1,0 +1,153 @@
+import json
+import os
+import socket
+import stat
+
+import pytest
+
+from bef_jax.errors import UserError
+from bef_jax.runtime import files
+
+
+def special(folder, kind):
+    """A thing in the file system that is no regular file."""
+    path = folder / "special"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    return path
+
+
+KINDS = ["folder", "FIFO", "socket", "device"]
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_files_are_refused_at_once(tmp_path, kind):
+    path = special(tmp_path, kind)
+    with pytest.raises(UserError, match=f"{path}: is a {kind}"):
+        files.open_user_file(path)
+    with pytest.raises(UserError, match=f"is a {kind}"):
+        files.read_json(path, dict, "move it away")
+
+
+def test_a_link_to_a_file_is_a_file_and_none_is_none(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    with files.open_user_file(tmp_path / "link") as stream:
+        assert stream.read() == b"content"
+    with pytest.raises(FileNotFoundError):
+        files.open_user_file(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("given", ["loop", "~no-such-user/x", "x" * 300, "null\0byte"])
+def test_a_path_that_no_file_can_have_is_a_mistake(tmp_path, given, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="can be no path"):
+        files.user_path(given)
+
+
+def test_a_path_that_is_not_there_yet_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.user_path("~/a/b") == tmp_path / "a" / "b"
+    (tmp_path / "file").touch()
+    assert files.user_path("~/file/below") == tmp_path / "file" / "below"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"step": ', "[" * 100_000, "[]", "3", "null", "{}", '{"step": null}', "\0\0\0",
+     '{"step": true}', '{"step": "3"}', '{"step": 3.5}'],
+)  # fmt: skip
+def test_json_of_ours_that_was_cut_or_edited_is_one_line(tmp_path, text):
+    file = tmp_path / "summary.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match="summary.json: damaged .*; delete it") as caught:
+        files.read_json(file, lambda found: files.check_types(found, step=int), "delete it")
+    assert "\n" not in str(caught.value)
+
+
+def test_json_that_is_right_is_given(tmp_path):
+    file = tmp_path / "summary.json"
+    content = {"step": 3, "auc": 1, "valid": None}
+    file.write_text(json.dumps(content))
+    types = {"step": int, "auc": float, "valid": dict | None}
+    assert files.read_json(file, lambda x: files.check_types(x, **types), "") == content
+
+
+def test_json_longer_than_any_of_ours_is_not_read(tmp_path):
+    file = tmp_path / "summary.json"
+    with file.open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(UserError, match="longer than any"):
+        files.read_json(file, dict, "delete it")
+
+
+def test_json_that_is_not_there_is_told_apart(tmp_path):
+    (tmp_path / "file").touch()
+    for file in (tmp_path / "nothing.json", tmp_path / "file" / "nothing.json"):
+        with pytest.raises(FileNotFoundError):
+            files.read_json(file, dict, "")
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path):
+    file = tmp_path / "file"
+    files.write_bytes(file, b"old")
+    with pytest.raises(KeyError), files.replacing(file) as stream:
+        stream.write(b"half")
+        raise KeyError
+    assert file.read_bytes() == b"old"
+    files.write_text(file, "new, \u00e4 and \udc80")
+    assert file.read_text() == "new, \u00e4 and \\udc80"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_two_that_write_one_file_do_not_share_a_temporary_one(tmp_path):
+    file = tmp_path / ("x" * 255)  # as long as a name can be
+    with files.replacing(file) as first, files.replacing(file) as second:
+        first.write(b"first" * 1000)
+        second.write(b"second")
+    assert file.read_bytes() == b"first" * 1000
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_a_new_file_has_the_permissions_that_the_user_gives_to_files(tmp_path):
+    (tmp_path / "theirs").touch()
+    files.write_bytes(tmp_path / "ours", b"")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("theirs", "ours")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_that_cannot_be_written_are_found_before(tmp_path, kind):
+    path = special(tmp_path, kind)
+    with pytest.raises(UserError, match="special: a file is to be written there"):
+        files.check_outputs(tmp_path, ["special"])
+    if kind != "folder":
+        with pytest.raises(UserError, match="special: a folder is to be there"):
+            files.check_outputs(tmp_path, folders=["special"])
+        with pytest.raises(UserError, match="special: is no folder; give another"):
+            files.check_outputs(path)
+        with pytest.raises(UserError, match="special/run: cannot be written"):
+            files.check_outputs(path / "run")
+
+
+def test_to_look_at_outputs_changes_nothing(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("nothing")
+    files.check_outputs(tmp_path, ["file", "link", "new"], ["folder"])
+    files.check_outputs(tmp_path / "a" / "b", ["file"])
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+    assert (tmp_path / "file").read_bytes() == b"old"
