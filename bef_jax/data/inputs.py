@@ -48,7 +48,7 @@ def check(path: Path, split: str | None) -> None:
     # Pictures by their headers; the header of an array is looked at with its first patches.
     elif not _is_array_file(path):
         for file in pictures.find(path):
-            pictures.size(file)
+            pictures.look(file)
 
 
 def read(path: Path, split: str | None, stride: int) -> Iterator[Patch]:

@@ -1,23 +1,63 @@
-"""Pictures to be scored: a 96x96 patch as it is, a larger one in tiles."""
+"""Pictures to be scored: a 96x96 patch as it is, a larger one in tiles.
 
+PNG, JPEG and TIFF with 8 bits a channel are read as every viewer shows them: turned as their EXIF
+says, and laid on white where they are transparent. Everything else is refused.
+"""
+
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bef_jax.data.augment import CENTER, PATCH
-from bef_jax.errors import UserError
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime.files import open_user_file
+
+T = TypeVar("T")
 
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
-LIMIT = 100_000_000  # pixels, 10,000 x 10,000: what decoding holds in memory, three bytes each
+LIMIT = 100_000_000  # pixels, 10,000 x 10,000: what decoding holds in memory, up to 7 bytes each
+# Pillow knows many more. For EPS it runs Ghostscript, and with it a stranger's program.
+_FORMATS = ("PNG", "JPEG", "TIFF")
 _MARGIN = CENTER[0]  # pixels of a tile around the square that decides
 _SIDE = CENTER[1] - CENTER[0]
 _WHITE = (255, 255, 255)
+_BAND = 1 << 20  # pixels that are converted at once
+_ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+# By the tag's value, which says where the first row and the first column of the file belong.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda x: np.rot90(x),
+}
+_MICROMETRES = {2: 25_400, 3: 10_000}  # of TIFF's units, inch and centimetre
+_SCALES = (0.05, 20)  # um/px of microscopes; 72 and 300 dots an inch are those of screens and paper
+
+
+class Header(NamedTuple):
+    """What a picture says before it is decoded.
+
+    Attributes:
+        height: in pixels, as stored: a picture may still be turned.
+        width: likewise.
+        mode: Pillow's name of its channels, such as RGB.
+        mpp: micrometres per pixel, if it is a TIFF that says so.
+    """
+
+    height: int
+    width: int
+    mode: str
+    mpp: float | None
 
 
 class Tile(NamedTuple):
@@ -42,63 +82,68 @@ def find(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if _is_shown(file.relative_to(path)))
+    found = sorted(file for file in path.rglob("*") if _is_shown(file, path))
     if not found:
         raise UserError(f"{path}: holds no picture ({', '.join(SUFFIXES)}); name another --input")
     return found
 
 
-def _is_shown(name: Path) -> bool:
-    """Of what is hidden, nothing is a picture: macOS keeps its notes in ._NAME.png."""
-    hidden = any(part.startswith(".") for part in name.parts)
-    return name.suffix.lower() in SUFFIXES and not hidden
+def _is_shown(file: Path, folder: Path) -> bool:
+    """Whether it is a picture by its name; of what is hidden, nothing is.
 
-
-def size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, by its header alone.
-
-    Raises:
-        UserError: it is no picture, of fewer than 96 pixels a side, or too large to be decoded.
+    macOS keeps its notes on NAME.png in ._NAME.png.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a size that is checked here
-            with Image.open(path) as image:
-                height, width = image.height, image.width
-    # Above 179 million pixels Pillow itself refuses to open.
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: above {LIMIT:,} pixels; cut it into parts") from error
-    except Exception:  # damaged, or a TIFF that Pillow does not know
-        height, width = _size_by_tifffile(path)
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in SUFFIXES and not hidden and not file.is_dir()
+
+
+def check_size(path: Path, header: Header) -> None:
+    """Raises `UserError` for a picture of fewer than 96 pixels a side, or too large to decode."""
+    height, width = header.height, header.width
     if min(height, width) < PATCH:
         raise UserError(f"{path}: {width}x{height} pixels; a patch has {PATCH}x{PATCH}")
     if height * width > LIMIT:
-        raise UserError(f"{path}: {width}x{height} pixels are above {LIMIT:,}; cut it into parts")
-    return height, width
+        raise _too_large(path, f"{width}x{height} pixels are ")
 
 
-def read(path: Path) -> np.ndarray:
-    """The pixels of a picture, uint8 [H, W, 3]; what is transparent lies on white.
+Check = Callable[[Path, Header], None]
+
+
+def look(path: Path, check: Check = check_size) -> Header:
+    """Returns what a picture's header says.
+
+    Args:
+        check: raises UserError where the picture is not as it must be.
 
     Raises:
-        UserError: it can't be decoded, or its pixels are not of 8 bits.
+        UserError: it is no picture, or its pixels are not of 8 bits.
     """
-    # First: decoding what is too large would already take the memory.
-    size(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(path)
-        with image:
-            _check_depth(path, image.mode)
-            return np.asarray(_on_white(image))
-    except UserError:
-        raise
-    except Exception:  # damaged, or a compression that Pillow does not know
-        pixels = _first_page(path, lambda page: page.asarray())
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UserError(f"{path}: {pixels.dtype} {list(pixels.shape)}; convert it to RGB of 8 bits")
-    return pixels
+
+    def checked(header: Header) -> Header:
+        check(path, header)
+        return header
+
+    return _ask(path, lambda x: checked(_header(path, x)), lambda x: checked(_page_header(path, x)))
+
+
+def read(path: Path, check: Check = check_size) -> np.ndarray:
+    """Returns the pixels of a picture as viewers show it, uint8 [H, W, 3].
+
+    Raises:
+        UserError: as `look`; or it can't be decoded.
+    """
+
+    def of_image(image: Image.Image) -> np.ndarray:
+        # First: decoding what is too large would already take the memory.
+        check(path, _header(path, image))
+        return _pixels(image)
+
+    def of_page(page: tifffile.TiffPage) -> np.ndarray:
+        check(path, _page_header(path, page))
+        tag = page.tags.get(_ORIENTATION)
+        return _turned(page.asarray(), tag.value if tag else 1)
+
+    return _ask(path, of_image, of_page)
 
 
 def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
@@ -110,12 +155,11 @@ def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
     Args:
         pixels: uint8 [H, W, 3], H and W at least 96.
     """
-    margins = [(_MARGIN, PATCH - CENTER[1])] * 2 + [(0, 0)]
-    # One copy of the picture, of which each tile is a view.
-    padded = np.pad(pixels, margins, mode="reflect")
-    for y in positions(len(pixels), stride):
-        for x in positions(pixels.shape[1], stride):
-            yield Tile(y, x, padded[y : y + PATCH, x : x + PATCH])
+    height, width = pixels.shape[:2]
+    for y in positions(height, stride):
+        rows = _mirrored(y, height)[:, None]
+        for x in positions(width, stride):
+            yield Tile(y, x, pixels[rows, _mirrored(x, width)])
 
 
 def positions(length: int, stride: int) -> list[int]:
@@ -124,31 +168,141 @@ def positions(length: int, stride: int) -> list[int]:
     return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
 
 
-def _check_depth(path: Path, mode: str) -> None:
-    # Pillow clips what has more than 8 bits, and says nothing.
-    if mode.startswith(("I", "F")):
-        raise UserError(f"{path}: pixels of more than 8 bits ({mode}); convert it to RGB of 8 bits")
+def _mirrored(start: int, length: int) -> np.ndarray:
+    """The 96 rows, or columns, of the window around the square at `start`."""
+    index = np.abs(np.arange(start - _MARGIN, start - _MARGIN + PATCH))
+    return np.where(index < length, index, 2 * (length - 1) - index)
+
+
+# ---- headers ------------------------------------------------------------------------------------
+
+
+def _header(path: Path, image: Image.Image) -> Header:
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    _check_depth(path, image, tags)
+    _check_area(path, tags.get(322, 1) * tags.get(323, 1))
+    mpp = _mpp(tags.get(282), tags.get(296))
+    return Header(image.height, image.width, image.mode, mpp)
+
+
+def _check_depth(path: Path, image: Image.Image, tags: dict) -> None:
+    """Refuses what Pillow would clip, or cut to its upper 8 bits, without a word."""
+    bits = max(tags.get(258, (1,)))
+    if image.format == "PNG":
+        with open_user_file(path) as file:
+            bits = file.read(25)[-1]  # of IHDR, which is always the first chunk
+    if image.mode.startswith(("I", "F")) or bits > 8 or set(tags.get(339, (1,))) - {1}:
+        raise UserError(f"{path}: pixels that are not of 8 bits; convert it to RGB of 8 bits")
+
+
+def _page_header(path: Path, page: tifffile.TiffPage) -> Header:
+    compressed = page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression == 7
+    if page.photometric != tifffile.PHOTOMETRIC.RGB and not compressed:
+        raise UserError(f"{path}: colours of another kind than RGB; convert it to RGB of 8 bits")
+    if page.dtype != np.uint8 or page.ndim != 3 or page.shape[2] != 3:
+        raise UserError(f"{path}: {page.dtype} {list(page.shape)}; convert it to RGB of 8 bits")
+    _check_area(path, page.tilewidth * page.tilelength)
+    tags = {name: page.tags.get(name) for name in (282, 296)}
+    resolution, unit = (tag.value if tag else None for tag in tags.values())
+    mpp = _mpp(resolution and resolution[0] / max(resolution[1], 1), unit and int(unit))
+    return Header(page.shape[0], page.shape[1], "RGB", mpp)
+
+
+def _check_area(path: Path, pixels: int) -> None:
+    """A tile of a TIFF is decoded whole, and may be declared larger than the picture."""
+    if pixels > LIMIT:
+        raise _too_large(path, "tiles of a size ")
+
+
+def _too_large(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: {what}above {LIMIT:,} pixels; cut it into parts")
+
+
+def _mpp(resolution: float | None, unit: int | None) -> float | None:
+    """Micrometres per pixel of a TIFF's pixels per unit, where they are those of a microscope."""
+    if not resolution or unit not in _MICROMETRES:
+        return None
+    mpp = _MICROMETRES[unit] / float(resolution)
+    return mpp if _SCALES[0] <= mpp <= _SCALES[1] else None
+
+
+# ---- decoding -----------------------------------------------------------------------------------
+
+
+def _ask(
+    path: Path, of_image: Callable[[Image.Image], T], of_page: Callable[[tifffile.TiffPage], T]
+) -> T:
+    """What Pillow's image says; or of a TIFF that Pillow cannot read, the first page's.
+
+    Raises:
+        UserError: neither can; gives the reason of the first that knew the format.
+    """
+    try:
+        with _opened(path) as image:
+            return of_image(image)
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit is 179 million pixels
+        raise _too_large(path, "") from error
+    except UnidentifiedImageError:
+        reason = "it is no PNG, JPEG or TIFF"
+    # Its decoders raise whatever they meet in a damaged file.
+    except Exception as error:
+        reason = reason_of(error)
+    with contextlib.suppress(OSError):
+        if _is_tiff(path):
+            return _ask_tifffile(path, of_page, reason)
+    raise UserError(f"{path}: cannot be read as a picture ({reason})")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes and tags, which are looked at here
+        with open_user_file(path) as file, Image.open(file, formats=_FORMATS) as image:
+            yield image
+
+
+def _is_tiff(path: Path) -> bool:
+    with open_user_file(path) as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def _ask_tifffile(path: Path, of_page: Callable[[tifffile.TiffPage], T], reason: str) -> T:
+    try:
+        with open_user_file(path) as file, tifffile.TiffFile(file) as tif:
+            # Further pages are smaller levels of a pyramid, or thumbnails, as a rule.
+            return of_page(tif.pages[0])
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise almost anything there
+        raise UserError(
+            f"{path}: cannot be read as a picture ({reason}; {reason_of(error)})"
+        ) from error
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Decodes, and returns uint8 [H, W, 3], turned."""
+    image.load()
+    # By bands: a picture of 4 channels, and copies of it, would not fit beside the result.
+    rows = max(1, _BAND // image.width)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = _on_white(image.crop((0, top, image.width, bottom)))
+    # Pillow turns a TIFF itself, and forgets the tag.
+    return _turned(pixels, image.getexif().get(_ORIENTATION, 1))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
+    # A palette, grey and RGB may have one transparent colour.
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
     # Without its alpha, a pixel would show whatever colour lies below.
     canvas = Image.new("RGBA", image.size, _WHITE)
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")
 
 
-def _size_by_tifffile(path: Path) -> tuple[int, int]:
-    # Within `ask`: a damaged page may have no shape, or tuples for sides.
-    return _first_page(path, lambda page: (int(page.shape[0]), int(page.shape[1])))
-
-
-def _first_page(path: Path, ask: Callable[[tifffile.TiffPage], Any]) -> Any:
-    """What `ask` says of the first page of a TIFF that Pillow could not read."""
-    try:
-        with tifffile.TiffFile(path) as tif:
-            # Further pages are smaller levels of a pyramid, or thumbnails, as a rule.
-            return ask(tif.pages[0])
-    except Exception as error:  # a damaged file can raise almost anything there
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    return _TURNS.get(orientation, lambda x: x)(pixels)

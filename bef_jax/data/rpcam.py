@@ -6,16 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tifffile
 from ml_collections import ConfigDict
-from PIL import Image
 
+from bef_jax.data import pictures
 from bef_jax.data.chunk import (
     IMAGE_SHAPE,
     READ_ORDER,
     Chunk,
     batched_rows,
-    check_images,
     kept,
 )
 from bef_jax.errors import UserError
@@ -121,36 +119,13 @@ def _check_files(folder: Path, labels: dict[str, int]) -> None:
 
 
 def _decode(path: Path) -> np.ndarray:
-    """Returns the pixels of a .tif file, uint8 [96, 96, 3].
-
-    Its size is looked at before it is decoded: a picture of 100,000 x 100,000 takes a few bytes to
-    declare, and 30 GB to hold.
-    """
-    try:
-        with Image.open(path) as image:
-            _check_size(path, (image.height, image.width))
-            pixels = np.asarray(image)
-    except UserError:
-        raise
-    except Exception:  # damaged, or a compression that Pillow does not know
-        pixels = _decode_by_tifffile(path)
-    check_images((1, *pixels.shape), pixels.dtype, str(path))
-    return pixels
+    """Returns the pixels of a .tif file, uint8 [96, 96, 3]."""
+    return pictures.read(path, _check_patch)
 
 
-def _decode_by_tifffile(path: Path) -> np.ndarray:
-    try:
-        with tifffile.TiffFile(path) as tif:
-            page = tif.pages[0]
-            _check_size(path, page.shape[:2])
-            return page.asarray()
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise almost anything there
-        raise UserError(f"{path}: cannot be decoded ({error}); fetch it again") from error
-
-
-def _check_size(path: Path, size: tuple[int, ...]) -> None:
-    if tuple(size) != IMAGE_SHAPE[:2]:
-        height, width = size
+def _check_patch(path: Path, header: pictures.Header) -> None:
+    height, width = header.height, header.width
+    if (height, width) != IMAGE_SHAPE[:2]:
         raise UserError(f"{path}: {width}x{height} pixels; cut or resample it to 96x96 RGB first")
+    if header.mode != "RGB":
+        raise UserError(f"{path}: images must be RGB of 8 bits, not {header.mode}; convert it")

@@ -1,7 +1,13 @@
+import os
+import subprocess
+import sys
+import zlib
+
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import putchunk
 
 from bef_jax.data import pictures
 from bef_jax.errors import UserError
@@ -17,7 +23,7 @@ def test_lossless_pictures_come_back_to_the_bit(suffix, tmp_path):
     pixels = noise(100, 130)
     path = tmp_path / f"a{suffix}"
     Image.fromarray(pixels).save(path)
-    assert pictures.size(path) == (100, 130)
+    assert pictures.look(path)[:2] == (100, 130)
     np.testing.assert_array_equal(pictures.read(path), pixels)
 
 
@@ -29,7 +35,8 @@ def test_a_jpeg_is_near(tmp_path):
 
 def test_what_pillow_cannot_decode_tifffile_does(tmp_path):
     pixels = noise(96, 96)
-    tifffile.imwrite(tmp_path / "a.tif", pixels, compression="zstd", photometric="rgb")
+    tifffile.imwrite(tmp_path / "a.tif", pixels, compression="jpegxl", photometric="rgb",
+                     compressionargs={"lossless": True})  # fmt: skip
     np.testing.assert_array_equal(pictures.read(tmp_path / "a.tif"), pixels)
 
 
@@ -69,13 +76,13 @@ def test_a_picture_of_gigabytes_is_refused_by_its_header(tmp_path):
         tif.write(iter([b"x"]), shape=(100_000, 100_000, 3), dtype=np.uint8, photometric="rgb",
                   compression="zlib", tile=(100_000 // 16 * 16, 100_000 // 16 * 16))  # fmt: skip
     with pytest.raises(UserError, match="above 100,000,000 pixels"):
-        pictures.size(tmp_path / "bomb.tif")
+        pictures.look(tmp_path / "bomb.tif")
 
 
 def test_a_png_bomb_is_refused_as_one(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     with pytest.raises(UserError, match="above 100,000,000 pixels"):
-        pictures.size(tmp_path / "bomb.png")
+        pictures.look(tmp_path / "bomb.png")
 
 
 def test_a_truncated_picture_is_refused(tmp_path):
@@ -86,11 +93,194 @@ def test_a_truncated_picture_is_refused(tmp_path):
         pictures.read(path)
 
 
+def test_the_reason_is_that_of_the_decoder_that_knows_the_format(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(noise(96, 96)).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(UserError, match="truncated") as error:
+        pictures.read(path)
+    assert "TIFF" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_no_other_format_is_opened_whatever_it_is_called(suffix, tmp_path, monkeypatch):
+    """Pillow would hand an EPS to Ghostscript; here a program that tells that it was run."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    path = tmp_path / f"eps{suffix}"
+    Image.fromarray(noise(96, 96)).save(path, "EPS")
+    for ask in (pictures.look, pictures.read):
+        with pytest.raises(UserError, match="no PNG, JPEG or TIFF"):
+            ask(path)
+    assert not (tmp_path / "was-run").exists()
+
+
+def as_png_of_16_bits(path, channels):
+    """By hand, as Pillow writes none: 96 rows of one colour, each after the filter 0."""
+    kind = {3: 2, 4: 6}[channels]
+    row = b"\0" + bytes(2 * channels * 96)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        header = np.array([96, 96], ">u4").tobytes() + bytes([16, kind, 0, 0, 0])
+        putchunk(file, b"IHDR", header)
+        putchunk(file, b"IDAT", zlib.compress(row * 96))
+        putchunk(file, b"IEND", b"")
+
+
+def as_tiff(path, pixels, **options):
+    tifffile.imwrite(path, pixels, photometric="rgb", **options)
+
+
+WIDE = noise(96, 96).astype(np.uint16)
+NOT_OF_8_BITS = {
+    "RGB.png": lambda path: as_png_of_16_bits(path, 3),
+    "RGBA.png": lambda path: as_png_of_16_bits(path, 4),
+    "raw.tif": lambda path: as_tiff(path, WIDE),
+    "deflate.tif": lambda path: as_tiff(path, WIDE, compression="zlib"),
+    "zstd.tif": lambda path: as_tiff(path, WIDE, compression="zstd"),
+    "planar.tif": lambda path: as_tiff(path, WIDE.transpose(2, 0, 1), planarconfig="separate"),
+    "signed.tif": lambda path: as_tiff(path, WIDE.astype(np.int8)),
+    "float.tif": lambda path: as_tiff(path, WIDE.astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OF_8_BITS)
+def test_pixels_that_are_not_of_8_bits_are_refused(name, tmp_path):
+    NOT_OF_8_BITS[name](tmp_path / name)
+    for ask in (pictures.look, pictures.read):
+        with pytest.raises(UserError, match="to RGB of 8 bits"):
+            ask(tmp_path / name)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib", "jpegxl"])
+def test_planar_pixels_are_read_rightly_or_refused(compression, tmp_path):
+    pixels = noise(96, 130)
+    path = tmp_path / "planar.tif"
+    as_tiff(path, pixels.transpose(2, 0, 1), planarconfig="separate", compression=compression)
+    try:
+        found = pictures.read(path)
+    except UserError as error:
+        assert "convert it to RGB" in str(error)
+    else:
+        np.testing.assert_array_equal(found, pixels)
+
+
+def test_colours_that_are_no_rgb_are_refused_where_pillow_cannot_convert_them(tmp_path):
+    path = tmp_path / "a.tif"
+    grey = np.ascontiguousarray(noise(96, 96)[:, :, 0])
+    tifffile.imwrite(path, grey, photometric="miniswhite", compression="jpegxl")
+    with pytest.raises(UserError, match="another kind than RGB"):
+        pictures.read(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_transparent_colour_lies_on_white(mode, tmp_path):
+    pixels = np.zeros((96, 96, 3), np.uint8) + 70
+    pixels[:48] = 200
+    image = Image.fromarray(pixels)
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    colour = image.getpixel((0, 0))
+    image.save(tmp_path / "a.png", transparency=colour)
+    found = pictures.read(tmp_path / "a.png")
+    assert (found[:48] == 255).all()
+    assert (found[48:] == 70).all()
+
+
+# A patch in which no two turns look the same.
+TURNED = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None, None], (96, 130, 3)).copy()
+TURNED[:48, :65] = 250
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "pillow.tif", "tifffile.tif"])
+def test_pictures_are_turned_as_viewers_turn_them(name, orientation, tmp_path):
+    """Against Pillow's own function, for which the tag is written by hand."""
+    path, image = tmp_path / name, Image.fromarray(TURNED)
+    image.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(image))
+    if name == "tifffile.tif":
+        tag = [(0x0112, "H", 1, orientation, True)]
+        as_tiff(path, TURNED, compression="jpegxl", extratags=tag)
+    else:
+        Image.fromarray(TURNED).save(path, exif=image.getexif(), quality=100)
+    found = pictures.read(path)
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() < 8  # JPEG's own loss
+
+
+def test_a_tiff_of_many_samples_is_refused_by_its_header(tmp_path):
+    path = tmp_path / "a.tif"
+    pixels = np.zeros((200, 200, 3000), np.uint8)
+    tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UserError, match="convert it to RGB"):
+        pictures.look(path)
+
+
+def test_a_tile_larger_than_its_picture_is_refused_by_its_header(tmp_path):
+    path = tmp_path / "a.tif"
+    side = 16_000
+    with tifffile.TiffWriter(path) as tif:
+        tile = zlib.compress(bytes(16))
+        tif.write(iter([tile]), shape=(96, 96, 3), dtype=np.uint8, photometric="rgb",
+                  compression="zlib", tile=(side, side))  # fmt: skip
+    with pytest.raises(UserError, match="tiles of a size above"):
+        pictures.read(path)
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from bef_jax.data import pictures
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+pixels = pictures.read(Path(sys.argv[1]))
+assert pixels.shape[:2] == (10_000, 10_000)
+sum(int(tile.pixels[0, 0, 0]) for tile in pictures.tiles(pixels, 96))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [2, 6])  # RGB and RGBA
+def test_the_largest_picture_takes_less_than_a_gib(kind, tmp_path):
+    path, channels = tmp_path / "a.png", {2: 3, 6: 4}[kind]
+    packer = zlib.compressobj(1)
+    packed = [packer.compress(bytes(1 + channels * 10_000)) for _ in range(10_000)]
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        size = np.array([10_000, 10_000], ">u4").tobytes()
+        putchunk(file, b"IHDR", size + bytes([8, kind, 0, 0, 0]))
+        putchunk(file, b"IDAT", b"".join([*packed, packer.flush()]))
+        putchunk(file, b"IEND", b"")
+    words = [sys.executable, "-W", "error", "-c", MEASURE, path]
+    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 1024
+    assert not result.stderr
+
+
+@pytest.mark.parametrize(
+    ("unit", "resolution", "mpp"),
+    [("CENTIMETER", 10_000 / 0.243, 0.243), ("INCH", 25_400 / 0.5, 0.5), ("INCH", 300, None),
+     ("NONE", 40_000, None), (None, None, None)],
+)  # fmt: skip
+@pytest.mark.parametrize("compression", [None, "jpegxl"])
+def test_the_scale_is_what_a_tiff_says_of_a_microscope(
+    unit, resolution, mpp, compression, tmp_path
+):
+    told = {"resolution": (resolution, resolution), "resolutionunit": unit} if unit else {}
+    as_tiff(tmp_path / "a.tif", noise(96, 96), compression=compression, **told)
+    found = pictures.look(tmp_path / "a.tif").mpp
+    assert found == (mpp and pytest.approx(mpp, rel=1e-3))
+
+
 def test_a_folder_is_searched_to_the_bottom_in_order(tmp_path):
     names = ["b.png", "a/z.TIF", "a/b/c.jpeg", "a b, \u00e4.png"]
     for name in [*names, "notes.txt", "._b.png", ".hidden/c.png"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
     assert pictures.find(tmp_path) == sorted(tmp_path / name for name in names)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no picture"):

@@ -276,9 +276,9 @@ RPCAM_MISTAKES = {
     "no rows": (edit_table(lambda t: t[:1]), "names no patch"),
     "row gone": (edit_table(lambda t: t[:-1]), "has no row for it"),
     "file gone": (lambda f: min((f / "train").iterdir()).unlink(), ".tif: no such file"),
-    "damaged": (lambda f: min((f / "train").iterdir()).write_bytes(b"no"), ".tif: cannot be dec"),
+    "damaged": (lambda f: min((f / "train").iterdir()).write_bytes(b"no"), ".tif: cannot be read"),
     "size": (save_first(Image.new("RGB", (64, 32))), ".tif: 64x32 pixels; cut or resample it"),
-    "gray": (save_first(Image.new("L", (96, 96))), ".tif: images must be uint8"),
+    "gray": (save_first(Image.new("L", (96, 96))), ".tif: images must be RGB"),
 }
 
 

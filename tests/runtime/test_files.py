@@ -71,7 +71,7 @@ def test_a_path_that_is_not_there_yet_is_none(tmp_path, monkeypatch):
 def test_json_of_ours_that_was_cut_or_edited_is_one_line(tmp_path, text):
     file = tmp_path / "summary.json"
     file.write_text(text)
-    with pytest.raises(UserError, match="summary.json: damaged .*; delete it") as caught:
+    with pytest.raises(UserError, match=r"summary\.json: damaged .*; delete it") as caught:
         files.read_json(file, lambda found: files.check_types(found, step=int), "delete it")
     assert "\n" not in str(caught.value)
 
