@@ -1,6 +1,7 @@
 """Exact evaluation: every patch counts once, for any batch size and number of devices."""
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from bef_jax.data.batches import put_batch
 from bef_jax.data.store import Split
 from bef_jax.intervals import intervals
 from bef_jax.metrics import Evaluation, binary_metrics
-from bef_jax.scorer import batch_size, make_scorer, one_late, padded_rows, sigmoid
+from bef_jax.scorer import batch_size, check_finite, make_scorer, one_late, padded_rows, sigmoid
+
+LOG = logging.getLogger(__name__)
 
 
 def run(
@@ -32,6 +35,7 @@ def run(
 
     Raises:
         UserError: no such checkpoint or split.
+        RunError: a score is not finite.
     """
     folder = store.store_path(config.data)
     counts = store.read_manifest(folder)["counts"]
@@ -44,10 +48,22 @@ def run(
     evaluation = valid = evaluate(patches)
     if patches.name != "valid" and counts.get("valid"):
         valid = evaluate(store.open_split(folder, "valid"))
+    for each in {evaluation.split: evaluation, valid.split: valid}.values():
+        warn_of_one_class(each.split, each.labels)
     summary = {"mode": "eval", "checkpoint": str(path), **summarise(evaluation, config, valid)}
     if other:
         summary["comparison"] = _compare(evaluation, other, theirs, patches)
     return summary
+
+
+def warn_of_one_class(split: str, labels: np.ndarray) -> None:
+    """Says which figures have no meaning on a split with patches of one class alone."""
+    found = np.unique(labels)
+    if len(found) == 1:
+        LOG.warning(
+            "%s: all %d patches are of class %d, so AUC, average precision, temperature and "
+            "threshold have no meaning there, and are null", split, len(labels), found[0],
+        )  # fmt: skip
 
 
 def _config_of_other(other: Path, config: ConfigDict) -> ConfigDict:
@@ -76,7 +92,10 @@ def _compare(evaluation: Evaluation, path: Path, config: ConfigDict, patches: Sp
 
 
 def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
-    """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once."""
+    """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once.
+
+    It raises RunError where a score is not finite.
+    """
     scorer = make_scorer(config, mesh)
     size = batch_size(config, mesh)
 
@@ -93,6 +112,7 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
         views = np.concatenate([np.stack(parts) for parts in scored], axis=1)[:, : len(split)]
         by_view = sigmoid(views)
         probabilities, plain = by_view.mean(axis=0), by_view[0] if len(by_view) > 1 else None
+        check_finite(probabilities, split.ids)
         metrics = binary_metrics(probabilities, split.labels, config.eval.threshold)
         return Evaluation(split.name, split.ids, split.labels, probabilities, metrics, plain)
 

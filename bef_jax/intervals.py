@@ -21,11 +21,14 @@ def intervals(evaluation: Evaluation) -> dict[str, list[float] | None]:
     """
     probabilities, positive = evaluation.probabilities, evaluation.labels == 1
     called = probabilities >= evaluation.metrics["threshold"]
+    has_both = 0 < positive.sum() < positive.size
     return {
         "accuracy": wilson(called == positive),
         "sensitivity": wilson(called[positive]),
         "specificity": wilson(~called[~positive]),
-        "average_precision": bootstrap(_average_precision, positive, probabilities),
+        "average_precision": bootstrap(_average_precision, positive, probabilities)
+        if has_both
+        else None,
         "f1": bootstrap(_f1, positive, called),
         "brier": bootstrap(_brier, positive, probabilities),
     }

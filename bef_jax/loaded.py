@@ -88,8 +88,9 @@ class TrainedModel:
 
         Raises:
             UserError: the images have another shape or type, or can't be read.
+            RunError: a score is not finite.
         """
-        return _joined(self._predict(self._patches(images)), np.empty(0))
+        return _finite(self._predict(self._patches(images)))
 
     def features(self, images: Images) -> np.ndarray:
         """Returns the vector before the classifier, float32 [N, D]; takes what `predict` takes."""
@@ -107,7 +108,7 @@ class TrainedModel:
         return _joined(maps, np.empty((0, PATCH, PATCH), np.float32))
 
     def _patches(self, images: Images) -> Iterator[np.ndarray]:
-        return patches_of(images, self.config.predict.stride)
+        return patches_of(images, self.config.predict.stride, self.mpp)
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
@@ -157,11 +158,14 @@ class ExportedModel:
 
         Raises:
             UserError: the images have another shape or type, or can't be read.
+            RunError: a score is not finite.
         """
         # One device: that is what the file was exported for.
         mesh = Mesh(np.array(jax.local_devices()[:1]), (sharding.AXIS,))
-        found = scorer.map_patches(self._log_odds, patches_of(images, _STRIDE), _BATCH, mesh)
-        return _joined(map(scorer.sigmoid, found), np.empty(0))
+        found = scorer.map_patches(
+            self._log_odds, patches_of(images, _STRIDE, self.mpp), _BATCH, mesh
+        )
+        return _finite(map(scorer.sigmoid, found))
 
     def features(self, images: Images) -> NoReturn:
         """Raises `UserError`: the file gives scores alone."""
@@ -219,18 +223,19 @@ _READERS = {".stablehlo": _read_stablehlo, ".onnx": _read_onnx}
 # ---- images -------------------------------------------------------------------------------------
 
 
-def patches_of(images: Images, stride: int) -> Iterator[np.ndarray]:
+def patches_of(images: Images, stride: int, mpp: float | None = None) -> Iterator[np.ndarray]:
     """Yields patches, uint8 [96, 96, 3] each, of an array, an iterator of arrays, or a path.
 
     Args:
         stride: between the windows of pictures above 96 px, in pixels.
+        mpp: micrometres per pixel of the network; pictures that say another are warned of.
 
     Raises:
         UserError: an array has another shape or type, or the path can't be read.
     """
     if isinstance(images, str | os.PathLike):
         path = user_path(images)
-        inputs.check(path, None)
+        inputs.check(path, None, mpp)
         return (patch.pixels for patch in inputs.read(path, None, stride))
     # What has a shape is one array, of NumPy, JAX or torch.
     arrays = [images] if hasattr(images, "shape") else images
@@ -251,6 +256,13 @@ def _scaled(maps: np.ndarray) -> np.ndarray:
     """Maps [n, H, W], each with its maximum brought to 1, if it has any."""
     most = maps.max((1, 2), keepdims=True)
     return maps / np.where(most > 0, most, 1)
+
+
+def _finite(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Joins probabilities; each must be finite."""
+    found = _joined(parts, np.empty(0))
+    scorer.check_finite(found, range(len(found)))
+    return found
 
 
 def _joined(parts: Iterable[np.ndarray], empty: np.ndarray) -> np.ndarray:

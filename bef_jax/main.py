@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,9 +29,9 @@ from ml_collections import ConfigDict, config_flags
 # Functions import what needs JAX, so that --help and a mistake in a flag are answered at once.
 from bef_jax import STARTED, config_files, usage
 from bef_jax.configs import default
-from bef_jax.errors import RunError, UserError, did_you_mean
+from bef_jax.errors import RunError, UserError, did_you_mean, printable
 from bef_jax.runtime import memory
-from bef_jax.runtime.files import user_path
+from bef_jax.runtime.files import check_outputs, user_path
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
@@ -169,7 +170,7 @@ def main(_: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return distributed.leave(2)
     except (FloatingPointError, RunError) as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {printable(str(error))}", file=sys.stderr)
         return distributed.leave(1)
     # Orbax, JAX and gRPC each have their own kinds for a full disk and for a lost host; what
     # is neither is a bug, and raised.
@@ -184,7 +185,21 @@ def main(_: Sequence[str]) -> int:
         return distributed.leave(1)
     if distributed.is_first():
         print(json.dumps(summary), flush=True)
-    return 0
+    return _status(summary)
+
+
+def _status(summary: dict) -> int:
+    """0; or 1 with a line on stderr, where a part of the input could not be read."""
+    unreadable = summary.get("unreadable")
+    if not unreadable:
+        return 0
+    first = printable("{file}: {reason}".format(**unreadable[0]))
+    print(
+        f"failed: {len(unreadable)} pictures could not be read, and have no prediction; "
+        f"predict_summary.json lists them; the first is {first}",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _end_with(line: str) -> NoReturn:
@@ -209,13 +224,14 @@ def _run_mode() -> dict:
     from bef_jax import compile_cache, distributed
     from bef_jax.config import validate
     from bef_jax.runtime import devices
-    from bef_jax.summary import write_summary
+    from bef_jax.summary import summary_file, write_summary
 
     mode, given = _MODE.value, _given_config()
     workdir = _workdir(mode, given)
     # Before other hosts are waited for: a mistake is told at once.
     config = _scoring_config(workdir, given) if mode in _SCORING else given
     validate(config)
+    check_outputs(workdir, [summary_file(workdir, mode).name])
     compile_cache.enable(config.compile_cache)
     with distributed.initialize(config.distributed):
         if not distributed.is_first():
@@ -223,6 +239,8 @@ def _run_mode() -> dict:
             logging.getLogger("bef_jax").setLevel(logging.WARNING)
         devices.report(initialize=mode not in _HOST_ALONE)
         summary = MODES[mode](config, workdir)
+    # A run that was done before says its own.
+    summary = {"seconds": time.perf_counter() - STARTED} | summary
     if distributed.is_first():
         write_summary(workdir, summary)
     return summary
@@ -295,7 +313,7 @@ def _explain(error: Exception) -> Exception:
 
 def _one_line(error: Exception) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error)  # KeyError shows a repr
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def _start(argv: Sequence[str]) -> int:

@@ -82,10 +82,11 @@ def delong_interval(
         level: coverage of the interval.
 
     Returns:
-        None where a class has fewer than two samples, whose variance is not defined.
+        None where a class has fewer than two samples, whose variance is not defined; or where all
+        have one score, so that nothing is ranked.
     """
     positive = np.asarray(labels) == 1
-    if min(positive.sum(), (~positive).sum()) < 2:
+    if min(positive.sum(), (~positive).sum()) < 2 or np.ptp(probabilities) == 0:
         return None
     above, below = placements(np.asarray(probabilities, np.float64), positive)
     error = np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
@@ -138,7 +139,7 @@ def placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float | None:
-    if not positive.any():
+    if positive.all() or not positive.any():
         return None
     from sklearn.metrics import average_precision_score  # here for the same reason
 

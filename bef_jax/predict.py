@@ -5,6 +5,7 @@ import csv
 import itertools
 import logging
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -17,14 +18,18 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bef_jax import checkpoint, sharding, trained
+from bef_jax import checkpoint, lock, sharding, trained
 from bef_jax.data import inputs
 from bef_jax.data.inputs import Patch
-from bef_jax.errors import UserError
-from bef_jax.heatmap import Scores, write_heatmap
-from bef_jax.scorer import make_predictor
+from bef_jax.data.patch import mpp
+from bef_jax.errors import UserError, printable
+from bef_jax.heatmap import Scores, name_of, remove_heatmaps, write_heatmap
+from bef_jax.runtime import files
+from bef_jax.scorer import check_finite, make_predictor
+from bef_jax.scores import csv_cell
 
 LOG = logging.getLogger(__name__)
+_FILE, _MAPS, _STAGE = "predictions.csv", "heatmaps", ".predict.tmp"
 _HEAD = ["id", "probability", "decision"]
 
 
@@ -51,23 +56,28 @@ def run(
         split: of a store; all of them without it.
 
     Returns:
-        The summary: mode, checkpoint, input, n, positives, threshold, temperature, tta,
-        operating_point, predictions, heatmaps, wall_seconds, images_per_second. `operating_point`
-        is what the run chose on valid, or None.
+        The summary: mode, checkpoint, input, n, positives, unreadable (file and reason of each
+        picture that can't be read), threshold, temperature, tta, operating_point, predictions,
+        heatmaps, images_per_second. `operating_point` is what the run chose on valid, or None.
 
     Raises:
-        UserError: the input or the checkpoint is not as it must be. Predictions of before then stay
-            as they were.
+        UserError: the input or the checkpoint is not as it must be, or no output can be written.
+        RunError: a score is not finite. Either way predictions of before stay as they were.
     """
     _check_flags(path)
-    inputs.check(path, split)
+    files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
+    inputs.check(path, split, mpp(config), lenient=True)
     start = time.perf_counter()
-    patches = _shown(inputs.read(path, split, config.predict.stride))
+    unreadable: dict[str, str] = {}
+    patches = _shown(inputs.read(path, split, config.predict.stride, unreadable))
     threshold = config.eval.threshold
-    file = workdir / "predictions.csv"
-    with _replacing(file) as out:
-        scored = _score(checkpoint_path, config, patches)
-        found = _write(out, scored, threshold, workdir / "heatmaps")
+    with lock.held(workdir, ".predict.lock"), _stage(workdir) as stage:
+        with open(stage / _FILE, "w", newline="", encoding="utf-8") as out:
+            scored = _score(checkpoint_path, config, patches)
+            found = _write(csv.writer(out), scored, threshold, stage / _MAPS)
+        if not found["n"]:
+            raise UserError(f"--input={path}: {_first(unreadable)}")
+        _publish(stage, workdir)
     # With reading and compiling, as whoever waits has it.
     seconds = time.perf_counter() - start
     return {
@@ -75,14 +85,20 @@ def run(
         "checkpoint": str(checkpoint_path),
         "input": str(path),
         **found,
+        "unreadable": [{"file": name, "reason": reason} for name, reason in unreadable.items()],
         "threshold": threshold,
         "temperature": 1.0,
         "tta": config.eval.tta,
         "operating_point": checkpoint.read_run(checkpoint_path).get("operating_point"),
-        "predictions": str(file),
-        "wall_seconds": seconds,
+        "predictions": str(workdir / _FILE),
+        "heatmaps": [str(workdir / _MAPS / name) for name in found["heatmaps"]],
         "images_per_second": found["n"] / seconds,
     }
+
+
+def _first(unreadable: dict[str, str]) -> str:
+    name, reason = next(iter(unreadable.items()))
+    return f"none of its {len(unreadable)} pictures can be read; the first is {name}: {reason}"
 
 
 def _check_flags(path: Path | None) -> None:
@@ -94,19 +110,27 @@ def _check_flags(path: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(file: Path) -> Iterator:
-    """Gives a writer of CSV rows; the file appears, or is replaced, once all is written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        LOG.warning("%s is there: what it holds will be replaced", file)
-    temporary = file.with_name(f".{file.name}.tmp")
+def _stage(workdir: Path) -> Iterator[Path]:
+    """Gives a folder in which the outputs are made; until all are, those of before stay."""
+    stage = workdir / _STAGE
+    shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
+    stage.mkdir()
     try:
-        # A file's name need not be text; what is none is written as it is escaped.
-        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
-            yield csv.writer(out)
-        os.replace(temporary, file)
+        yield stage
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _publish(stage: Path, workdir: Path) -> None:
+    """Puts the outputs in their place, and removes the heat maps of the input before."""
+    if (workdir / _FILE).exists():
+        LOG.info("%s and the heat maps of before are replaced", workdir / _FILE)
+    remove_heatmaps(workdir / _MAPS)
+    os.replace(stage / _FILE, workdir / _FILE)
+    for file in sorted(stage.rglob("*.png")):
+        target = workdir / file.relative_to(stage)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
 
 
 def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
@@ -137,8 +161,9 @@ def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator
             yield patch.pixels
 
     for probabilities in predict(pixels()):
-        for probability in probabilities.tolist():
-            yield Scored(waiting.popleft(), probability)
+        scored = [waiting.popleft() for _ in probabilities]
+        check_finite(probabilities, [patch.id for patch in scored])
+        yield from map(Scored, scored, probabilities.tolist())
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -147,19 +172,24 @@ def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator
 def _write(out, scored: Iterator[Scored], threshold: float, folder: Path) -> dict:
     """Writes a row for each patch, and a heat map for each larger picture when it is through."""
     n = positives = 0
-    maps: list[str] = []
+    maps: dict[str, None] = {}  # in order, and quick to look up
     out.writerow(_HEAD)
     # The tiles of a picture come in a row, so that one map at a time is held.
     for picture, of_picture in itertools.groupby(scored, key=lambda each: each.patch.picture):
         tiles = Scores()
         for patch, probability in of_picture:
             decision = int(probability >= threshold)
-            out.writerow([patch.id, probability, decision])
+            out.writerow([csv_cell(printable(patch.id)), probability, decision])
             n, positives = n + 1, positives + decision
             if picture:
                 tiles.add(patch.y, patch.x, probability)
         if picture:
-            # With its folders below the input: equal names in two of them do not meet.
-            name = patch.id.rsplit(":x=", 1)[0]
-            maps.append(str(write_heatmap(folder / f"{name}.png", picture, tiles, threshold)))
-    return {"n": n, "positives": positives, "heatmaps": maps}
+            name = _new_name(patch.id.rsplit(":x=", 1)[0], maps)
+            maps[name] = write_heatmap(folder / name, picture, tiles, threshold)
+    return {"n": n, "positives": positives, "heatmaps": list(maps)}
+
+
+def _new_name(picture: str, taken: dict[str, None]) -> str:
+    """The name of a picture's map: a.tif has a.tif.png, which may be a picture's own, too."""
+    name = name_of(picture)
+    return name if name not in taken else name_of(f"{picture}.map")

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from scipy.special import expit
 
 from bef_jax import sharding
 from bef_jax.data import augment
+from bef_jax.errors import RunError
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 
@@ -56,7 +57,8 @@ def make_predictor(
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
     """Returns `predict(patches)`, which yields probabilities of class 1, float64 [n], by batches.
 
-    Patches are uint8 [96, 96, 3] each. A probability is the mean over the views of config.eval.tta.
+    Patches are uint8 [96, 96, 3] each. A probability is the mean over the views of config.eval.tta,
+    and NaN where one of them is not finite: `check_finite` before it is used.
     """
     score = make_scorer(config, mesh)(variables)
     size = batch_size(config, mesh)
@@ -96,9 +98,26 @@ def make_featurizer(
 
 
 def sigmoid(log_odds: np.ndarray) -> np.ndarray:
-    """Returns the probabilities of class 1 of log-odds, both of one shape; float64."""
+    """Returns the probabilities of class 1 of log-odds, both of one shape; float64.
+
+    Those of log-odds that are not finite are NaN, although the sigmoid of infinity is 1: a network
+    that overflows knows nothing.
+    """
     # In float32 the most confident patches would all have probability 1, and tie.
-    return expit(log_odds.astype(np.float64))
+    return np.where(np.isfinite(log_odds), expit(log_odds.astype(np.float64)), np.nan)
+
+
+def check_finite(probabilities: np.ndarray, ids: Sequence[object]) -> None:
+    """Raises `RunError` for the first of `probabilities`, [N], that is NaN; names its patch.
+
+    NaN is not above any threshold, so it would be called normal.
+    """
+    wrong = np.flatnonzero(np.isnan(probabilities))
+    if wrong.size:
+        raise RunError(
+            f"no finite score for patch {ids[wrong[0]]}: the network's weights, or what it "
+            "computes of them, are not finite; give an earlier checkpoint"
+        )
 
 
 # ---- batches ------------------------------------------------------------------------------------

@@ -12,6 +12,11 @@ from bef_jax.runtime.files import write_text
 _HEAD = ["id", "label", "probability"]
 
 
+def csv_cell(text: str) -> str:
+    """Returns a cell that a spreadsheet shows as text: an apostrophe before what it would run."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def write_scores(file: Path, evaluation: Evaluation) -> None:
     """Writes a CSV with id, label and probability of class 1, in the split's order.
 

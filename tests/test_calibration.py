@@ -54,8 +54,30 @@ def test_threshold_is_youdens(decimals):
     assert youden(chosen) == pytest.approx(max(map(youden, np.unique(probabilities))))
 
 
-def test_threshold_of_one_class_is_a_half():
-    assert choose_threshold(np.array([0.1, 0.9]), np.array([1, 1])) == 0.5
+NOTHING_TO_CHOOSE = {
+    "positives alone": ([0.1, 0.9, 0.4], [1, 1, 1]),
+    "negatives alone": ([0.1, 0.9, 0.4], [0, 0, 0]),
+    "one score for all": ([0.5, 0.5, 0.5], [0, 1, 1]),
+    "one other score for all": ([0.7, 0.7, 0.7], [0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING_TO_CHOOSE)
+def test_where_nothing_can_be_chosen_figures_are_null(case):
+    probabilities, labels = map(np.array, NOTHING_TO_CHOOSE[case])
+    assert choose_threshold(probabilities, labels) is None
+    assert fit_temperature(probabilities, labels) is None
+    blocks = tuned(evaluation("valid", probabilities, labels), evaluation("test", *sure(50)))
+    assert {key: x for block in blocks.values() for key, x in block.items() if x is not None} == {
+        "chosen_on": "valid"
+    }
+
+
+def test_a_network_that_is_right_of_all_has_no_temperature():
+    probabilities, labels = np.array([0.2, 0.4, 0.6, 0.9]), np.array([0, 0, 1, 1])
+    assert fit_temperature(probabilities, labels) is None
+    assert choose_threshold(probabilities, labels) == 0.6
+    assert fit_temperature(1 - probabilities, labels) is None  # nor one that is wrong of all
 
 
 def test_what_is_chosen_on_valid_is_applied_to_test():

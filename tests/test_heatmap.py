@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bef_jax import heatmap
 from bef_jax.heatmap import Scores, write_heatmap
 
 
@@ -41,7 +42,8 @@ def test_the_drawing_shows_where_it_is_high(tmp_path):
     for probability in (0.1, 0.3):
         squares = [(y, x, 0.1) for y in range(0, 192, 32) for x in range(0, 192, 32)]
         squares[14] = (64, 64, probability)
-        file = write_heatmap(tmp_path / "maps" / "a.png", picture, scores(*squares), 0.5)
+        file = tmp_path / "maps" / "a.png"
+        write_heatmap(file, picture, scores(*squares), 0.5)
         drawn.append(np.asarray(Image.open(file).convert("RGB")).astype(int))
     below_title = np.abs(drawn[0] - drawn[1]).sum(axis=2)[100:]
     rows, columns = np.nonzero(below_title)
@@ -65,5 +67,47 @@ def test_a_name_is_no_formula_and_need_not_be_text(name, tmp_path):
     picture = tmp_path / os.fsdecode(name)
     Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
     shutil.copy(tmp_path / "a.png", picture)
-    file = write_heatmap(tmp_path / "out.png", picture, scores((0, 0, 0.5)), 0.5)
-    assert file.stat().st_size > 1000
+    write_heatmap(tmp_path / "out.png", picture, scores((0, 0, 0.5)), 0.5)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("shape", [(96, 153_600), (153_600, 96)])
+def test_a_strip_is_drawn_so_that_it_can_be_seen(shape, tmp_path):
+    Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "strip.png")
+    squares = [(0, 0, 0.1), (shape[0] - 32, shape[1] - 32, 0.9)]
+    write_heatmap(tmp_path / "out.png", tmp_path / "strip.png", scores(*squares), 0.5)
+    assert min(Image.open(tmp_path / "out.png").size) > 200
+
+
+def test_a_reduced_picture_is_its_means(monkeypatch):
+    """In bands as at once, and against a loop."""
+    monkeypatch.setattr(heatmap, "_BAND", 3000)
+    pixels = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    found = heatmap._reduced(pixels, 7)
+    assert found.shape == (14, 19, 3)
+    for row in range(14):
+        for column in range(19):
+            square = pixels[row * 7 : row * 7 + 7, column * 7 : column * 7 + 7]
+            assert np.abs(found[row, column] - square.mean((0, 1))).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("picture", "name"),
+    [("big.png", "big.png"), ("a/big.tif", "a/big.tif.png"), ("big.PNG", "big.PNG.png"),
+     ("x" * 247 + ".png", "x" * 247 + ".png"), ("x" * 251 + ".tif", "x" * 251 + ".png"),
+     ("a/" + "x" * 250 + ".tiff", "a/" + "x" * 250 + ".png")],
+)  # fmt: skip
+def test_a_map_has_its_pictures_name(picture, name):
+    assert heatmap.name_of(picture) == name
+
+
+def test_maps_are_removed_and_nothing_else(tmp_path):
+    Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
+    maps = tmp_path / "heatmaps"
+    for name in ("a.png", "below/b.png", "kept/c.png"):
+        write_heatmap(maps / name, tmp_path / "a.png", scores((0, 0, 0.5)), 0.5)
+    shutil.copy(tmp_path / "a.png", maps / "kept" / "theirs.png")
+    (maps / "theirs.png").symlink_to(tmp_path / "a.png")
+    heatmap.remove_heatmaps(maps)
+    left = sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*"))
+    assert left == ["kept", "kept/theirs.png", "theirs.png"]

@@ -99,11 +99,17 @@ def test_saturated_mistake_has_a_finite_loss():
     )
 
 
+def test_one_score_for_all_ranks_nothing():
+    found = binary_metrics([0.3] * 6, [0, 1, 0, 1, 0, 1])
+    assert found["auc"] == 0.5
+    assert found["auc_ci95"] is None
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_what_one_class_leaves_undefined_is_none(label):
     found = binary_metrics([0.2, 0.3, 0.9], [label] * 3)
     assert found["auc"] is None and found["auc_ci95"] is None
-    assert (found["average_precision"] is None) == (label == 0)
+    assert found["average_precision"] is None
     assert found["specificity" if label else "sensitivity"] is None
     assert found["accuracy"] == pytest.approx(1 / 3 if label else 2 / 3)
 

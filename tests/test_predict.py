@@ -11,12 +11,16 @@ import zlib
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
-from bef_jax import evaluate, predict
+import bef_jax
+from bef_jax import checkpoint, evaluate, lock, predict, sharding
+from bef_jax.checkpoint import Checkpoints
 from bef_jax.data import store
-from bef_jax.errors import UserError
+from bef_jax.errors import RunError, UserError
 from bef_jax.scores import read_scores
+from bef_jax.state import abstract_state
 
 
 def rows_of(workdir):
@@ -63,6 +67,9 @@ def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, scoring, tmp_path
     split = store.open_split(store.store_path(config.data), "test")
     Image.fromarray(np.concatenate(split.images[:2], axis=1)).save(tmp_path / "two.png")
     summary = predict.run(config, workdir, best, tmp_path / "two.png")
+    (file,) = summary["heatmaps"]
+    assert file == str(workdir / "heatmaps" / "two.png")
+    assert min(Image.open(file).size) > 200
     rows = {row["id"]: float(row["probability"]) for row in rows_of(workdir)}
     assert len(rows) == summary["n"] == 5 * 11
     predict.run(config, workdir, best, store.store_path(config.data), "test")
@@ -70,8 +77,8 @@ def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, scoring, tmp_path
     # The windows around the squares at (32, 32) and (32, 128) are the two patches.
     assert rows["two.png:x=32:y=32"] == pytest.approx(alone[0], rel=1e-5)
     assert rows["two.png:x=128:y=32"] == pytest.approx(alone[1], rel=1e-5)
-    (file,) = summary["heatmaps"]
-    assert min(Image.open(file).size) > 200
+    # The map is of another input than the predictions are now.
+    assert not list((workdir / "heatmaps").rglob("*.png"))
 
 
 def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, scoring, tmp_path):
@@ -86,7 +93,122 @@ def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, scoring, t
     with pytest.raises(UserError, match=r"a\.npz"):
         predict.run(config, workdir, best, tmp_path / "a.npz")
     assert (workdir / "predictions.csv").read_bytes() == before
-    assert not list(workdir.glob(".predictions*"))
+    assert not (workdir / ".predict.tmp").exists()
+
+
+def test_one_bad_picture_does_not_cost_the_others(trained, workdir, scoring, tmp_path):
+    config, best = scoring()
+    image = store.open_split(store.store_path(config.data), "test").images[0]
+    for name in ("a.png", "cut.jpg", "z.png"):
+        Image.fromarray(image).save(tmp_path / name)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1500])
+    Image.new("RGB", (95, 96)).save(tmp_path / "small.png")
+    os.mkfifo(tmp_path / "fifo.tif")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    summary = predict.run(config, workdir, best, tmp_path)
+    assert [row["id"] for row in rows_of(workdir)] == ["a.png", "z.png"]
+    assert summary["n"] == 2
+    reasons = {each["file"]: each["reason"] for each in summary["unreadable"]}
+    for name, words in {
+        "cut.jpg": "truncated", "small.png": "95x96 pixels", "fifo.tif": "is a FIFO",
+        "zero.png": "is a device", "gone.png": "No such file",
+    }.items():  # fmt: skip
+        assert words in reasons.pop(name)
+    assert not reasons
+
+
+def test_bad_pictures_alone_are_a_mistake_that_costs_nothing(trained, workdir, scoring, tmp_path):
+    config, best = scoring()
+    predict.run(config, workdir, best, store.store_path(config.data), "test")
+    before = (workdir / "predictions.csv").read_bytes()
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    content = bytearray((tmp_path / "cut.png").read_bytes())
+    content[len(content) // 2] ^= 255  # the header is good, the pixels are not
+    (tmp_path / "cut.png").write_bytes(content)
+    for _ in range(2):  # the second time with a FIFO beside it
+        with pytest.raises(UserError, match=r"cut\.png"):
+            predict.run(config, workdir, best, tmp_path)
+        os.mkfifo(tmp_path / "fifo.png")
+        (tmp_path / "fifo.png").rename(tmp_path / "z.png")
+    assert (workdir / "predictions.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_network_that_is_not_finite_decides_nothing(value, trained, workdir, scoring, tmp_path):
+    """Infinite log-odds have the probability 1, and NaN is below any threshold."""
+    config, best = scoring()
+    path = store.store_path(config.data)
+    predict.run(config, workdir, best, path, "test")
+    before = (workdir / "predictions.csv").read_bytes()
+    variables = tmp_path / "weights"
+    spoiled = spoil(best, config, variables, value)
+    with pytest.raises(RunError, match="no finite score for patch synthetic_test_0:"):
+        predict.run(config, workdir, spoiled, path, "test")
+    assert (workdir / "predictions.csv").read_bytes() == before
+    with pytest.raises(RunError, match="no finite score for patch synthetic_test_0:"):
+        evaluate.run(config, spoiled, "test")
+    with pytest.raises(RunError, match="no finite score for patch 0:"):
+        bef_jax.load(spoiled).predict(np.zeros((2, 96, 96, 3), np.uint8))
+
+
+def spoil(best, config, folder, value):
+    """A copy of a checkpoint whose last bias is `value`."""
+    everywhere = sharding.replicated(sharding.make_mesh())
+    state = checkpoint.restore(best, abstract_state(config), everywhere)
+    run = checkpoint.read_run(best)
+    bias = state.ema["params"]["classifier"]["bias"]
+    state.ema["params"]["classifier"]["bias"] = bias.at[1].set(value)
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(1, state, run, auc=0.5)
+    checkpoints.close()
+    return checkpoint.best(folder)
+
+
+def test_two_at_once_do_not_mix(trained, workdir, scoring):
+    config, best = scoring()
+    path = store.store_path(config.data)
+    refused = pytest.raises(UserError, match="another run writes there")
+    with lock.held(workdir, ".predict.lock"), refused:
+        predict.run(config, workdir, best, path, "test")
+    with lock.held(workdir):  # of a run that trains there
+        assert predict.run(config, workdir, best, path, "test")["n"] == 13
+
+
+def test_outputs_that_cannot_be_written_are_found_first(small_config, tmp_path):
+    """Before the checkpoint is looked for, which is not there."""
+    (tmp_path / "a.png").mkdir()
+    for name, make in (("predictions.csv", os.mkdir), ("heatmaps", os.mkfifo)):
+        workdir = tmp_path / name / "run"
+        workdir.mkdir(parents=True)
+        make(workdir / name)
+        with pytest.raises(UserError, match=f"{name}: a fil|{name}: a folder is to be there"):
+            predict.run(small_config(), workdir, tmp_path, tmp_path)
+
+
+def test_maps_of_equal_names_do_not_meet(trained, workdir, scoring, tmp_path):
+    config, best = scoring()
+    wide = np.zeros((96, 128, 3), np.uint8)
+    for name in ("a.tif", "a.tif.png", "b/a.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(wide).save(tmp_path / name)
+    summary = predict.run(config, workdir, best, tmp_path)
+    assert len(set(summary["heatmaps"])) == 3
+    assert all(os.path.exists(file) for file in summary["heatmaps"])
+
+
+def test_a_picture_of_another_scale_is_warned_of(trained, workdir, scoring, tmp_path, caplog):
+    config, best = scoring()
+    config.data.source = "pcam_hdf5"  # whose scale is known
+    for name, mpp in (("a.tif", 0.24), ("b.tif", 0.93)):
+        image = np.zeros((96, 96, 3), np.uint8)
+        tifffile.imwrite(tmp_path / name, image, photometric="rgb", resolutionunit="CENTIMETER",
+                         resolution=(1e4 / mpp, 1e4 / mpp))  # fmt: skip
+    with caplog.at_level("WARNING", logger="bef_jax"):
+        predict.run(config, workdir, best, tmp_path)
+    (line,) = [each.getMessage() for each in caplog.records if "scale" in each.getMessage()]
+    assert "1 of 2 pictures" in line and "a.tif with 0.240" in line
 
 
 def test_what_is_missing_is_said_before_a_checkpoint_is_read(small_config, tmp_path):
@@ -158,4 +280,13 @@ def test_the_command_line(trained, workdir, small_config, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == json.loads((workdir / "predict_summary.json").read_text())
-    assert [row["id"] for row in rows_of(workdir)] == ["=one.png", "\\udcff.png"]
+    assert json.loads(result.stdout)["seconds"] > 0
+    # As a spreadsheet shows text, and a terminal.
+    assert [row["id"] for row in rows_of(workdir)] == ["'=one.png", "\\udcff.png"]
+    (tmp_path / "two\nlines \x1b[31m.png").write_bytes(b"no picture")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["n"] == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("failed: 1 pictures could not be read")
+    assert r"two\nlines \x1b[31m.png: cannot be read" in last

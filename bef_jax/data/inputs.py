@@ -1,6 +1,7 @@
 """What is to be scored, whatever it lies in: pictures, folders of them, npz, HDF5 or stores."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ import numpy as np
 from bef_jax.data import npz, pcam_hdf5, pictures, store
 from bef_jax.data.augment import PATCH
 from bef_jax.data.chunk import ranges
-from bef_jax.errors import UserError
+from bef_jax.errors import UserError, printable
+
+LOG = logging.getLogger(__name__)
+_SAME_SCALE = 1.08
 
 
 class Patch(NamedTuple):
@@ -32,8 +36,14 @@ class Patch(NamedTuple):
     x: int = 0
 
 
-def check(path: Path, split: str | None) -> None:
+def check(path: Path, split: str | None, mpp: float | None = None, lenient: bool = False) -> None:
     """Looks at all of an input that can be looked at in little time, before anything is compiled.
+
+    Args:
+        path: as `read` takes it.
+        split: likewise.
+        mpp: micrometres per pixel of the network; pictures that say another are warned of.
+        lenient: one picture of a folder that can be read is enough.
 
     Raises:
         UserError: it is missing, or of no kind that can be scored.
@@ -47,11 +57,38 @@ def check(path: Path, split: str | None) -> None:
             store.open_split(path, name)
     # Pictures by their headers; the header of an array is looked at with its first patches.
     elif not _is_array_file(path):
-        for file in pictures.find(path):
-            pictures.look(file)
+        _check_pictures(path, mpp, lenient)
 
 
-def read(path: Path, split: str | None, stride: int) -> Iterator[Patch]:
+def _check_pictures(path: Path, mpp: float | None, lenient: bool) -> None:
+    files, scales, errors = pictures.find(path), [], []
+    for file in files:
+        try:
+            scales.append((file, pictures.look(file).mpp))
+        except UserError as error:
+            errors.append(error)
+    if errors and not (lenient and scales):
+        raise errors[0]
+    others = [(file, own) for file, own in scales if own and mpp and _differ(own, mpp)]
+    if others:
+        LOG.warning(
+            "%d of %d pictures say another scale than the network's %.3f um/px, the first of them "
+            "%s with %.3f: scores mean little there; resample them", 
+            len(others), len(files), mpp, *others[0],
+        )  # fmt: skip
+
+
+def _differ(own: float, mpp: float) -> bool:
+    """Whether two scales differ by more than those of PCam's own two scanners, 7 %, do."""
+    return not 1 / _SAME_SCALE <= own / mpp <= _SAME_SCALE
+
+
+def read(
+    path: Path,
+    split: str | None,
+    stride: int,
+    unreadable: dict[str, str] | None = None,
+) -> Iterator[Patch]:
     """Yields the patches of an input in an order that does not depend on the file system.
 
     Args:
@@ -59,6 +96,8 @@ def read(path: Path, split: str | None, stride: int) -> Iterator[Patch]:
             store.
         split: of a store; all of them without it.
         stride: between the tiles of larger pictures, in pixels.
+        unreadable: takes the names of pictures that can't be read, each with the reason, and the
+            others go on. Without it, the first such picture is an error.
 
     Raises:
         UserError: something of it is damaged, or no patch.
@@ -75,7 +114,13 @@ def read(path: Path, split: str | None, stride: int) -> Iterator[Patch]:
         # Ids start below the input, with slashes: the same wherever the folder lies.
         root = path if path.is_dir() else path.parent
         for file in pictures.find(path):
-            yield from _of_picture(file, file.relative_to(root).as_posix(), stride)
+            name = file.relative_to(root).as_posix()
+            try:
+                yield from _of_picture(file, name, stride)
+            except UserError as error:
+                if unreadable is None:
+                    raise
+                unreadable[name] = str(error).removeprefix(printable(f"{file}: "))
 
 
 def _of_split(split: store.Split) -> Iterator[Patch]:

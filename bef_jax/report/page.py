@@ -105,7 +105,7 @@ def _tuned(summary: Mapping[str, Any]) -> str:
     for split in ("valid", "test"):
         for block, chosen in (("calibrated", "temperature"), ("operating_point", "threshold")):
             found = _block(summary, split).get(block)
-            if found:
+            if found and found[chosen] is not None:
                 # A dash where a block lacks a figure: a temperature moves no decision at 0.5, a
                 # threshold no probability.
                 cells = [_figure(found, key, _COLUMNS[key][1]) for key in _TUNED]
