@@ -1,9 +1,9 @@
 """Checks a configuration, and derives from it what depends on several fields."""
 
 import dataclasses
-import math
 import re
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.configs import default
@@ -29,55 +29,60 @@ CHOICES = {
     "eval.tta": (1, 8),
 }
 
-# Least and greatest value; None where there is none.
+# The state counts steps in an int32, and JAX keeps 32 bits of a seed: 2**32 would be 0 again.
+_INT = 2**31 - 1
+_FLOAT = float(np.finfo(np.float32).max)  # what is above it is infinite to JAX
+_BATCH = 65_536  # patches: 1.8 GB of pixels
+
+# Least and greatest value.
 RANGES = {
-    "seed": (0, 2**31 - 1),  # JAX keeps 32 bits: 2**32 would be 0 again
-    "batch_size": (1, None),
-    "epochs": (0, None),
-    "steps": (1, None),
+    "seed": (0, _INT),
+    "batch_size": (1, _BATCH),
+    "epochs": (0, _FLOAT),
+    "steps": (1, _INT),
     "label_smoothing": (0, 1),
     "ema_decay": (0, 1),
-    "bn_groups": (1, None),
-    "log_every": (1, None),
-    "steps_per_call": (1, None),
-    "model.num_classes": (2, None),
-    "model.attention_reduction": (1, None),
-    "model.attention_kernel": (1, None),
+    "bn_groups": (1, _BATCH),
+    "log_every": (1, _INT),
+    "steps_per_call": (1, _BATCH),
+    "model.num_classes": (2, 65_536),
+    "model.attention_reduction": (1, _INT),
+    "model.attention_kernel": (1, 2 * PATCH),
     "model.dropout": (0, 0.99),
     "model.drop_path": (0, 0.99),
     "model.bn_momentum": (0, 1),
-    "model.bn_epsilon": (1e-12, None),  # the variance of a constant channel is 0
+    "model.bn_epsilon": (1e-12, _FLOAT),  # the variance of a constant channel is 0
     # The center decides the label, so that no window is smaller.
     "rcc.min_size": (CENTER[1] - CENTER[0], PATCH),
     "rcc.max_size": (CENTER[1] - CENTER[0], PATCH),
     "rcc.eval_size": (CENTER[1] - CENTER[0], PATCH),
     "augment.stain": (0, 1),
     "augment.stain_shift": (0, 1),
-    "data.train_size": (1, None),
-    "data.valid_size": (1, None),
-    "data.test_size": (1, None),
-    "data.seed": (0, 2**31 - 1),
-    "optim.learning_rate": (0, None),
-    "optim.warmup_epochs": (0, None),
+    "data.train_size": (1, _INT),
+    "data.valid_size": (1, _INT),
+    "data.test_size": (1, _INT),
+    "data.seed": (0, _INT),
+    "optim.learning_rate": (0, _FLOAT),
+    "optim.warmup_epochs": (0, _FLOAT),
     "optim.final_fraction": (0, 1),
-    "optim.weight_decay": (0, None),
+    "optim.weight_decay": (0, _FLOAT),
     "optim.momentum": (0, 1),
-    "optim.clip_norm": (0, None),
-    "optim.accumulate": (1, None),
+    "optim.clip_norm": (0, _FLOAT),
+    "optim.accumulate": (1, _BATCH),
     "optim.layer_decay": (0, 1),
-    "optim.head_only_steps": (0, None),
-    "eval.every_epochs": (0, None),
-    "eval.batch_size": (1, None),
+    "optim.head_only_steps": (0, _INT),
+    "eval.every_epochs": (0, _FLOAT),
+    "eval.batch_size": (1, _BATCH),
     "eval.threshold": (0, 1),
-    "checkpoint.every_steps": (1, None),
-    "checkpoint.keep": (1, None),
-    "distributed.num_processes": (1, None),
-    "distributed.process_id": (0, None),
-    "distributed.timeout_seconds": (1, None),
-    "benchmark.runs": (1, None),
+    "checkpoint.every_steps": (1, _INT),
+    "checkpoint.keep": (1, _INT),
+    "distributed.num_processes": (1, _INT),
+    "distributed.process_id": (0, _INT),
+    "distributed.timeout_seconds": (1, _INT),
+    "benchmark.runs": (1, _INT),
     "predict.stride": (1, PATCH),
-    "ablation.seeds": (1, None),
-    "ablation.jobs": (1, None),
+    "ablation.seeds": (1, 1000),
+    "ablation.jobs": (1, _INT),
 }
 
 
@@ -138,13 +143,10 @@ def _check_type(name: str, value, example) -> None:
 
 
 def _check_range(name: str, value, least, greatest) -> None:
-    if value is None:
-        return
-    inside = value >= least and (greatest is None or value <= greatest)  # NaN is not
-    # Infinity is inside wherever there is no greatest value.
-    if not inside or value == float("inf"):
-        upper = "" if greatest is None else f" and at most {greatest}"
-        raise UserError(f"config.{name}={value!r} is out of range: at least {least}{upper}")
+    if value is not None and not least <= value <= greatest:  # NaN is not
+        raise UserError(
+            f"config.{name}={value!r} is out of range: at least {least} and at most {greatest}"
+        )
 
 
 def _check_combinations(config: ConfigDict) -> None:
@@ -189,7 +191,8 @@ def _check_kernels(config: ConfigDict) -> None:
 
 
 def _check_triple(name: str, values) -> None:
-    numbers = all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    # Compared, as math.isfinite fails at a long int; NaN is not within either.
+    numbers = all(isinstance(x, (int, float)) and abs(x) <= _FLOAT for x in values)
     if len(values) != 3 or not numbers:
         raise UserError(f"config.{name}={values!r}: give three numbers, one per channel")
 
@@ -209,7 +212,7 @@ def _check_freeze(pattern: str, paths: tuple[str, ...]) -> None:
     field = f"config.optim.freeze={pattern!r}"
     try:
         frozen = [path for path in paths if is_frozen(path, pattern)]
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{field} is no regular expression: {error}") from error
     if not frozen:
         raise UserError(f"{field} matches no parameter: they have names like {paths[0]}")
@@ -229,7 +232,8 @@ def durations(config: ConfigDict, n_train: int) -> Durations:
     """Turns epochs into steps; `config.steps` decides over `config.epochs` when it is set.
 
     Raises:
-        UserError: the training split does not fill one batch.
+        UserError: the training split does not fill one batch, or the epochs come to more steps than
+            the state can count.
     """
     # Whole batches: what is left over takes part in the next epoch's shuffle.
     steps_per_epoch = n_train // config.batch_size
@@ -239,8 +243,11 @@ def durations(config: ConfigDict, n_train: int) -> Durations:
             "lower it"
         )
     # At least 1: the loop takes its step modulo eval_steps, and a run of none trains nothing.
-    return Durations(
-        steps=config.steps or max(1, round(config.epochs * steps_per_epoch)),
-        steps_per_epoch=steps_per_epoch,
-        eval_steps=max(1, round(config.eval.every_epochs * steps_per_epoch)),
-    )
+    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    if steps > _INT:
+        raise UserError(
+            f"config.epochs={config.epochs:g} are {steps:.3g} steps: lower it, as a run takes at "
+            f"most {_INT}"
+        )
+    eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
+    return Durations(steps, steps_per_epoch, eval_steps)

@@ -220,8 +220,7 @@ def out_of_range():
     for name, (least, greatest) in checks.RANGES.items():
         kind = float if isinstance(fields[name], float) else int
         yield name, kind(least - 1)
-        if greatest is not None:
-            yield name, kind(greatest + 1)
+        yield name, kind(2 * greatest + 1)
         if kind is float:
             yield from [(name, math.nan), (name, math.inf)]
 
@@ -229,6 +228,30 @@ def out_of_range():
 @pytest.mark.parametrize(("name", "value"), list(out_of_range()))
 def test_values_out_of_range_are_named(name, value):
     expect_error(f"config.{name}={value!r} is out of range", config=changed(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eval.batch_size", 10**12),
+        ("batch_size", 65_537),
+        ("optim.head_only_steps", 10**30),
+        ("steps", 2**63),
+        ("steps", 2**31),
+        ("epochs", 1e300),
+        ("model.attention_kernel", 2**31 - 1),
+        ("ablation.seeds", 10**6),
+    ],
+)
+def test_values_that_no_run_could_use_are_refused_before_it(name, value):
+    expect_error(f"config.{name}=", "is out of range", config=changed(**{name: value}))
+
+
+def test_every_whole_number_fits_the_states_int32():
+    fields = checks.flatten(default.get_config())
+    limits = [most for name, (_, most) in checks.RANGES.items() if type(fields[name]) is int]
+    assert len(limits) > 10
+    assert max(limits) == 2**31 - 1
 
 
 def test_every_number_has_a_range_or_choices():
@@ -261,6 +284,9 @@ def test_every_number_has_a_range_or_choices():
         ({"augment.std": (0.5, 0.5, "x")}, "config.augment.std"),
         ({"augment.std": (0.5, 0.0, 0.5)}, "config.augment.std"),
         ({"augment.mean": (0.5, 0.5, math.nan)}, "config.augment.mean"),
+        ({"augment.mean": (0.5, 0.5, 10**400)}, "config.augment.mean"),
+        ({"optim.freeze": "(" * 10_000, "model.name": "efficientnet_test"}, "config.optim.freeze"),
+        ({"optim.freeze": "a{9999999999}", "model.name": "efficientnet_test"}, "no regular exp"),
         ({"data.split_ratio": (0.5, 0.5)}, "config.data.split_ratio"),
         ({"data.split_ratio": (1.2, -0.1, -0.1)}, "config.data.split_ratio"),
         ({"data.split_ratio": (0, 0, 0)}, "config.data.split_ratio"),
@@ -350,6 +376,14 @@ def test_a_split_smaller_than_a_batch_is_refused():
     with pytest.raises(UserError, match=r"config\.batch_size=64 exceeds the 63 training patches"):
         checks.durations(default.get_config(), 63)
     assert checks.durations(default.get_config(), 64).steps_per_epoch == 1
+
+
+def test_more_epochs_than_the_state_can_count_steps_are_refused():
+    with pytest.raises(UserError, match=r"config\.epochs=1e\+09 are 1\.5e\+10 steps: lower it"):
+        checks.durations(changed(epochs=1e9), 1000)
+    assert checks.durations(changed(epochs=1e9, steps=7), 1000).steps == 7
+    never = checks.durations(changed(**{"eval.every_epochs": 1e30}), 1000)
+    assert never.eval_steps > never.steps
 
 
 def test_an_argument_that_is_a_dict_is_refused_in_one_line():
