@@ -7,10 +7,14 @@
 the best by valid AUC are kept.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,25 +23,44 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from bef_jax import distributed
-from bef_jax.config import flatten
+from bef_jax.config import flatten, validate
 from bef_jax.configs import default
 from bef_jax.data.checksums import first_damaged, sha256
-from bef_jax.errors import UserError
-from bef_jax.runtime.files import user_path, write_json
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime.files import (
+    check_outputs,
+    check_regular,
+    check_types,
+    read_json,
+    user_path,
+    write_json,
+)
 from bef_jax.state import TrainState
 
 LOG = logging.getLogger(__name__)
 _BEST = "valid_auc"
 CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is still writing
+_STEP = re.compile("0|[1-9][0-9]*")  # as Orbax names the folder of a step, once that is whole
+_TEXTS = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")  # which Orbax reads whole
+_LONGEST_TEXT = 32 << 20  # bytes
+# What Orbax and ConfigDict raise at content that was cut or edited.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_MEND = "move the checkpoint away, or name another one by --checkpoint"
 
 
 class Checkpoints:
     """The checkpoints of one run, newest and best."""
 
     def __init__(self, workdir: Path, keep: int):
-        """Opens (or begins) <workdir>/checkpoints; `keep` newest are kept besides the best."""
+        """Opens (or begins) <workdir>/checkpoints; `keep` newest are kept besides the best.
+
+        Raises:
+            UserError: nothing can be written there, or what is there is damaged.
+        """
         self.directory = Path(workdir).resolve() / "checkpoints"  # Orbax refuses relative paths
+        check_outputs(self.directory.parent, folders=[self.directory.name])
+        self._check_what_is_there()
         # Any: the best stays when newer ones have come. `BestN` would else keep every save between
         # evaluations, as these have no score.
         keep_any = policies.AnyPreservationPolicy(
@@ -53,7 +76,22 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # what a kill left half would stay for ever
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # Of these files, which have no checksum, Orbax raises whatever its parser meets.
+        except _DAMAGE as error:
+            damaged = f"{self.directory}: a _CHECKPOINT_METADATA in it is damaged"
+            raise UserError(f"{damaged} ({reason_of(error)}); delete that file") from error
+
+    def _check_what_is_there(self) -> None:
+        """Looks at what Orbax will read: at a FIFO it would wait, at damage it fails."""
+        for step in saved_steps(self.directory.parent):
+            _files_below(self.directory / str(step))
+            _score(self.directory / str(step))
+        # Digits of another script are a number to Orbax, of a folder that it does not find.
+        for file in self.directory.glob("*"):
+            if file.name.isdecimal() and not file.name.isascii():
+                raise UserError(f"{file}: is no checkpoint of a run; move it away")
 
     def save(self, step: int, state: TrainState, run: dict, auc: float | None) -> None:
         """Starts a save of `state` and the JSON `run`; the call returns once both are copied."""
@@ -72,15 +110,11 @@ class Checkpoints:
             names = [file.relative_to(folder).as_posix() for file in files if file.is_file()]
             write_json(folder / CHECKSUMS, {name: sha256(folder / name) for name in names})
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint's folder."""
-        step = self._manager.latest_step()
-        return None if step is None else self.directory / str(step)
-
-    def older_than(self, path: Path) -> Path | None:
-        """The newest checkpoint before the one at `path`."""
-        steps = [step for step in self._manager.all_steps() if step < int(path.name)]
-        return self.directory / str(max(steps)) if steps else None
+    def newest(self, at_most: int | None = None) -> Path | None:
+        """Returns the folder of the newest checkpoint on disk, or of the newest up to a step."""
+        steps = saved_steps(self.directory.parent)
+        steps = [step for step in steps if at_most is None or step <= at_most]
+        return self.directory / str(steps[-1]) if steps else None
 
     def wait(self) -> None:
         """Waits until what was saved is on disk."""
@@ -99,7 +133,8 @@ def saved_steps(workdir: Path) -> list[int]:
     """The steps that a workdir has checkpoints of, ascending."""
     directory = Path(workdir).resolve() / "checkpoints"
     # Digits alone: what is being written has a suffix until it is whole.
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    names = [path.name for path in directory.glob("*") if path.is_dir()]
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def best(workdir: Path) -> Path:
@@ -117,17 +152,26 @@ def best(workdir: Path) -> Path:
 
 
 def _score(path: Path) -> float:
-    file = path / "metrics" / "metrics"
     try:
-        return float(json.loads(file.read_text())[_BEST])
+        return read_json(path / "metrics" / "metrics", _check_score, _MEND)[_BEST]
     except FileNotFoundError:  # saved between evaluations
         return -1.0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged: name the checkpoint by --checkpoint") from error
+
+
+def _check_score(found: Any) -> None:
+    check_types(found, **{_BEST: float})
+    if not 0 <= found[_BEST] <= 1:
+        raise ValueError(f"{_BEST} is {found[_BEST]}")
+
+
+# ---- reading ------------------------------------------------------------------------------------
 
 
 def read_run(path: Path) -> dict:
-    """The JSON beside a checkpoint's state: `config` and what the run has counted.
+    """Returns the JSON beside a checkpoint's state: `config` and what the run has counted.
+
+    Those of older versions have less than that, but all have `config`, whose fields `complete`
+    checks.
 
     Raises:
         UserError: it is not there, or damaged.
@@ -136,17 +180,63 @@ def read_run(path: Path) -> dict:
     _verify(path, ["run"])
     # Not through Orbax: it asks JAX for its devices, and hosts may only meet before that.
     try:
-        return json.loads((path / "run" / "metadata").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path} can't be read: {error}") from error
+        return read_json(path / "run" / "metadata", _check_run, _MEND)
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {path} can't be read: it has no run/metadata") from error
+
+
+def _check_run(found: Any) -> None:
+    check_types(found, config=dict)
+    found = {"clock": {}, "content": "", "operating_point": None} | found
+    check_types(found, clock=dict, content=str, operating_point=dict | None)
+    check_types(found["clock"], **dict.fromkeys(found["clock"], float))
+    figures, point = [*found["clock"].values()], found["operating_point"]
+    if point is not None:
+        figure = int | float | None  # None where valid has one class, for which none is best
+        check_types(point, chosen_on=str, temperature=figure, threshold=figure)
+        figures += [point[name] or 0 for name in ("temperature", "threshold")]
+    if not all(map(math.isfinite, figures)):
+        raise ValueError("a figure that is not finite")
+
+
+def read_config(path: Path) -> ConfigDict:
+    """Returns the configuration of a checkpoint, with defaults for fields that are newer than it.
+
+    Raises:
+        UserError: the checkpoint is not there or damaged, or a field is not as it must be.
+    """
+    saved = read_run(path)["config"]
+    with naming(path):
+        return complete(saved)
 
 
 def complete(saved: dict) -> ConfigDict:
-    """The configuration of a checkpoint, with defaults for fields that are newer than it."""
+    """Returns a saved configuration, with defaults for fields that are newer than it.
+
+    Raises:
+        UserError: a field is unknown to this version, mistyped or impossible.
+    """
     # Through JSON, as the saved one went: both have lists for tuples.
     config = ConfigDict(json.loads(default.get_config().to_json_best_effort()))
-    config.update(saved)
+    sections = [name for name in saved if isinstance(config.get(name), ConfigDict)]
+    try:
+        check_types(saved, **dict.fromkeys(sections, dict))
+        # Whatever the type: `validate` says which one it should be.
+        with config.ignore_type():
+            config.update(saved)
+    except _DAMAGE as error:
+        raise UserError(f"its config is damaged ({reason_of(error)}); {_MEND}") from error
+    validate(config)
     return config
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts into an error that is raised inside, and names a field, whose field it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
 
 
 def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
@@ -166,9 +256,10 @@ def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
         # No manager: this may be any folder, without the rest of its run.
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=wanted)["state"]
-    except Exception as error:  # Orbax raises many kinds; each means that this can't be used
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"checkpoint {path} can't be read: {reason}") from error
+    # Orbax and tensorstore raise whatever their parsers meet: each kind means that the checkpoint
+    # can't be used.
+    except Exception as error:
+        raise UserError(f"checkpoint {path} can't be read: {reason_of(error)}") from error
 
 
 def _existing(path: Path) -> Path:
@@ -183,18 +274,54 @@ def _verify(path: Path, items: Iterable[str]) -> None:
 
     Checkpoints of older versions carry none, and are taken as they are.
     """
-    if not (path / CHECKSUMS).is_file():
+    there = _files_below(path)
+    if CHECKSUMS not in there:
         return
-    try:
-        expected = dict(json.loads((path / CHECKSUMS).read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {CHECKSUMS} can't be read") from error
+    expected = read_json(path / CHECKSUMS, _check_sums, _MEND)
     # Whoever wants the configuration alone need not have the weights hashed.
     chosen = {name: value for name, value in expected.items() if name.split("/")[0] in items}
-    # A list that names none of them would let everything pass.
-    damaged = first_damaged(path, chosen) if chosen else path / CHECKSUMS
+    # Names that a walk did not find are not looked up: they may lead out of the folder. A list
+    # that names no file of the items would let everything pass.
+    missing = sorted(chosen.keys() - there) if chosen else [CHECKSUMS]
+    damaged = path / missing[0] if missing else first_damaged(path, chosen)
     if damaged:
         raise UserError(f"checkpoint {path} is damaged: {damaged} is not what was saved")
+
+
+def _check_sums(found: Any) -> None:
+    check_types(found, **dict.fromkeys(found, str))
+
+
+def _files_below(folder: Path) -> set[str]:
+    """Returns the names of all files of a checkpoint, with forward slashes.
+
+    Raises:
+        UserError: one of them is not as Orbax may open it, or the folder can't be read.
+    """
+    names, folders = set(), [folder]
+    try:
+        while folders:
+            for file in folders.pop().iterdir():
+                # A link to a folder is none that was saved, and could lead anywhere.
+                if file.is_dir() and not file.is_symlink():
+                    folders.append(file)
+                else:
+                    _check_file(file)
+                    names.add(file.relative_to(folder).as_posix())
+    except OSError as error:
+        raise UserError(f"checkpoint {folder} can't be read: {reason_of(error)}") from error
+    return names
+
+
+def _check_file(file: Path) -> None:
+    check_regular(file)
+    if not file.exists():
+        raise UserError(f"{file}: links to nothing; {_MEND}")
+    if file.name in _TEXTS and file.stat().st_size > _LONGEST_TEXT:
+        raise UserError(f"{file}: longer than any that is written; {_MEND}")
+
+
+# ---- whether it fits ----------------------------------------------------------------------------
 
 
 def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
@@ -203,10 +330,12 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     Another model, or other optimiser state, can't be loaded; other differences are logged.
 
     Raises:
-        UserError: naming the fields that differ.
+        UserError: naming the fields that differ, or one that is not as it must be.
     """
     now = json.loads(config.to_json_best_effort())
-    old, new = flatten(complete(saved)), flatten(ConfigDict(now))
+    with naming(path):
+        old = flatten(complete(saved))
+    new = flatten(ConfigDict(now))
     # Where processes meet may be elsewhere at every start.
     lasting = [name for name in new if not name.startswith("distributed.")]
     changed = [name for name in lasting if old[name] != new[name]]

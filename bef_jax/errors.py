@@ -23,6 +23,20 @@ class RunError(Exception):
         super().__init__(printable(text))
 
 
+class DivergedError(FloatingPointError):
+    """A loss or a score is not finite; `main` prints its line and exits with status 1.
+
+    Attributes:
+        last_good: the last step whose state is known to have had a finite loss. What was saved
+            later may be spoilt.
+    """
+
+    def __init__(self, text: str, last_good: int) -> None:
+        """Takes the line, as `UserError` does, and the step."""
+        super().__init__(printable(text))
+        self.last_good = last_good
+
+
 def printable(text: str) -> str:
     """Returns `text` with everything escaped that is no letter, sign or space.
 

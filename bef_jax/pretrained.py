@@ -16,7 +16,7 @@ from bef_jax import checkpoint, trained
 from bef_jax.config import flatten
 from bef_jax.errors import UserError
 from bef_jax.models import is_new
-from bef_jax.runtime.files import user_path
+from bef_jax.runtime.files import check_regular, user_path
 from bef_jax.state import TrainState, abstract_state, create_state
 
 LOG = logging.getLogger(__name__)
@@ -27,12 +27,14 @@ def find(name: str) -> Path:
     """The checkpoint's folder or the file of weights that `config.init_from` names.
 
     Raises:
-        UserError: it is not there, or a folder but no checkpoint.
+        UserError: it is not there, no regular file, or a folder but no checkpoint.
     """
     path = user_path(name)
     # Only to see that it is a checkpoint: another folder is refused before data are read.
     if path.is_dir():
-        checkpoint.read_run(path)
+        checkpoint.read_config(path)
+    elif path.exists():
+        check_regular(path)
     if path.exists():
         return path
     if ":" not in name:
@@ -115,7 +117,7 @@ def _mismatch(name: str, source: Mapping[str, Array], wanted: Mapping[str, Array
 def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
     """{params, batch_stats} of a checkpoint (its average, if it has one) or a file."""
     if path.is_dir():
-        saved = checkpoint.complete(checkpoint.read_run(path)["config"])
+        saved = checkpoint.read_config(path)
         _log_differences(saved, config)
         # In the shapes of its own config: the classifier, say, may differ from ours, and Orbax
         # would refuse.

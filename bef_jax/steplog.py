@@ -11,6 +11,7 @@ from bef_jax.clock import Clock
 from bef_jax.config import Durations
 from bef_jax.data.batches import batch_indices
 from bef_jax.data.store import Split
+from bef_jax.errors import DivergedError
 from bef_jax.history import History
 from bef_jax.progress import Progress
 
@@ -55,7 +56,7 @@ class StepLog:
             everything: waits for the last step too, and writes it: before evaluating or saving.
 
         Raises:
-            FloatingPointError: a loss is not finite; names the step and the batch's ids.
+            DivergedError: a loss is not finite; names the step and the batch's ids.
         """
         every = self._config.log_every
         # To read what is in flight would stop the host until the devices are done, and leave them
@@ -108,4 +109,7 @@ class StepLog:
             # trains on the batch of step N - 1, as steps are counted when they are done.
             rows = batch_indices(config.seed, step - 1, n, config.batch_size)
             ids = ", ".join(map(str, self._train.ids[rows]))
-            raise FloatingPointError(f"the loss of step {step} is not finite; its batch: {ids}")
+            text = f"the loss of step {step} is not finite; its batch: {ids}"
+            # The loss of step N is that of the state of step N - 1, which so is not known to be
+            # good; the one before it had a finite loss.
+            raise DivergedError(text, last_good=step - 2)

@@ -1,8 +1,12 @@
 """The summary that every mode ends with."""
 
+import math
 from pathlib import Path
+from typing import Any
 
-from bef_jax.runtime.files import write_json
+from bef_jax.runtime.files import check_types, read_json, write_json
+
+_FIGURES = ("auc", "accuracy", "loss", "brier", "ece")  # None where it is not defined
 
 
 def write_summary(workdir: Path, summary: dict) -> None:
@@ -14,3 +18,33 @@ def write_summary(workdir: Path, summary: dict) -> None:
 def summary_file(workdir: Path, mode: str) -> Path:
     """Returns the path of a mode's summary."""
     return workdir / f"{mode}_summary.json"
+
+
+def read_train_summary(workdir: Path) -> dict | None:
+    """Returns what a training run left, its keys and types checked; None if it has left nothing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = summary_file(workdir, "train")
+    try:
+        return read_json(file, _check_train, "delete it and run again")
+    except FileNotFoundError:
+        return None
+
+
+def _check_train(found: Any) -> None:
+    check_types(found, step=int, params=int, images_per_second=float, wall_seconds=float)
+    check_types(found, best_step=int | None, valid=dict | None, test=dict | None)
+    figures = [found["images_per_second"], found["wall_seconds"]]
+    for split in ("valid", "test"):
+        if (block := found[split]) is None:
+            continue
+        check_types(block, split=str, n=int, **dict.fromkeys(_FIGURES, int | float | None))
+        figures += [block[name] for name in _FIGURES if block[name] is not None]
+        if block["split"] != split:
+            raise ValueError(f"{split} is of {block['split']}")
+    if not all(map(math.isfinite, figures)) or found["wall_seconds"] <= 0:
+        raise ValueError("a figure that is not finite, or no time at all")
+    if not 0 <= found["step"] < 2**31:
+        raise ValueError(f"step is {found['step']}")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from bef_jax import checkpoint, distributed, lock, pretrained, sharding, trained
+from bef_jax import checkpoint, distributed, lock, outputs, pretrained, sharding, trained
 from bef_jax.calibration import choose_operating_point
 from bef_jax.calls import call_sizes, check_placement
 from bef_jax.checkpoint import Checkpoints
@@ -27,20 +27,20 @@ from bef_jax.data.batches import (
     selections,
 )
 from bef_jax.data.store import Split
-from bef_jax.errors import UserError
+from bef_jax.errors import DivergedError, RunError, UserError
 from bef_jax.evaluate import make_evaluator, summarise
 from bef_jax.history import History
 from bef_jax.interrupt import Interrupt
 from bef_jax.metrics import Evaluation
 from bef_jax.optim import make_schedule
-from bef_jax.prepare import prepare_with_progress
 from bef_jax.progress import Progress
 from bef_jax.runtime.files import user_path, write_text
 from bef_jax.scores import write_scores
+from bef_jax.splits import open_splits
 from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
 from bef_jax.step import compile_step, describe
 from bef_jax.steplog import StepLog
-from bef_jax.summary import write_summary
+from bef_jax.summary import read_train_summary, write_summary
 
 LOG = logging.getLogger(__name__)
 
@@ -85,13 +85,15 @@ def train_and_evaluate(
 
     Raises:
         UserError: the configuration, data or checkpoints are not as they must be.
-        FloatingPointError: the loss is not finite.
+        DivergedError: the loss or a score is not finite.
     """
     laps = Laps(started)
     laps.mark("imports")
     workdir = user_path(workdir).resolve()
     validate(config)
     with lock.held(workdir):
+        if distributed.is_first():
+            outputs.check(workdir)
         return _train_and_evaluate(config, workdir, laps)
 
 
@@ -100,7 +102,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
     sharding.check_batch(config, mesh)  # before data are read
     if config.init_from and not checkpoint.saved_steps(workdir):
         pretrained.find(config.init_from)  # now: reading a data set can take an hour
-    splits = _open_splits(config)
+    splits = open_splits(config.data)
     check_placement(config, is_placed(splits["train"], config.data.placement))
     spans = durations(config, len(splits["train"]))
     done = _finished_summary(config, workdir, spans.steps)
@@ -111,9 +113,11 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
     run = _begin(config, workdir, mesh, splits, spans, laps)
     try:
         return _finish(run, _train(run))
-    except FloatingPointError as error:
-        good = run.checkpoints.latest() or "none"
-        raise FloatingPointError(f"{error}; last good checkpoint: {good}") from error
+    except DivergedError as error:
+        run.checkpoints.wait()  # a save may still be under way
+        good = run.checkpoints.newest(at_most=error.last_good) or "none"
+        text = f"{error}; last good checkpoint: {good}"
+        raise DivergedError(text, error.last_good) from error
     finally:
         run.checkpoints.close()
         run.history.close()
@@ -122,24 +126,11 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 # ---- before the first step ----------------------------------------------------------------------
 
 
-def _open_splits(config: ConfigDict) -> dict[str, Split]:
-    """Prepares the store unless it is there; test may be missing."""
-    counts = prepare_with_progress(config.data)["counts"]
-    folder = store.store_path(config.data)
-    return {name: store.open_split(folder, name) for name in store.SPLITS if counts.get(name)}
-
-
 def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
     """The summary of a run that has already come to `steps`."""
-    try:
-        summary = json.loads((workdir / "train_summary.json").read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{workdir / 'train_summary.json'} is damaged: delete it and run again"
-        ) from error
-    if summary["step"] < steps or summary["valid"] is None:  # stopped, or meant to be longer now
+    summary = read_train_summary(workdir)
+    # Without figures it was stopped; with fewer steps it is meant to be longer now.
+    if summary is None or summary["step"] < steps or summary["valid"] is None:
         return None
     newest = workdir / "checkpoints" / str(summary["step"])
     checkpoint.check_fits(checkpoint.read_run(newest)["config"], config, newest)
@@ -181,7 +172,7 @@ def _initial_state(run: Run) -> TrainState:
     3. Fresh, from config.seed.
     """
     config, everywhere = run.config, sharding.replicated(run.mesh)
-    newest = run.checkpoints.latest()
+    newest = run.checkpoints.newest()
     if newest:
         return _resume(run, newest)
     if config.init_from:
@@ -193,17 +184,16 @@ def _resume(run: Run, newest: Path) -> TrainState:
     try:
         saved = checkpoint.read_run(newest)
         # In its own shapes: what differs is then named by its field, not as Orbax's arrays.
-        abstract = abstract_state(checkpoint.complete(saved["config"]))
+        abstract = abstract_state(checkpoint.read_config(newest))
         state = checkpoint.restore(newest, abstract, sharding.replicated(run.mesh))
     except UserError as error:
-        older = run.checkpoints.older_than(newest)
+        older = run.checkpoints.newest(at_most=int(newest.name) - 1)
         mend = f"; to go on from {older.name}, move it away" if older else ""
         raise UserError(f"{error}{mend}") from error
     checkpoint.check_fits(saved["config"], run.config, newest)
     if saved.get("content", run.content) != run.content:  # older and imported ones do not say
         LOG.warning("the store holds other patches than when %s was saved", newest)
-    run.clock.restore(saved["clock"])
-    run.history.truncate(int(state.step))  # a kill leaves lines of steps after the save
+    run.clock.restore(saved.get("clock", {}))  # older ones have none
     LOG.info("resuming %s at step %d", run.workdir, int(state.step))
     return state
 
@@ -215,6 +205,7 @@ def _train(run: Run) -> TrainState:
     """Returns the last state; a signal may have stopped the run before its end."""
     with Interrupt() as interrupt:  # from here on: a signal while compiling saves, too
         state = _initial_state(run)
+        run.history.truncate(int(state.step))  # what a kill left of later steps
         _write_config(run)
         run.laps.mark("state")
         first, placed = int(state.step), _placed(run)
@@ -315,7 +306,7 @@ def _report_start(run: Run, metrics: dict, bar: Progress) -> None:
 def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> Evaluation:
     """Evaluates on valid, and logs the metrics."""
     with run.clock.measure("evaluate"):
-        evaluation = run.evaluate(state.eval_variables(), run.splits["valid"])
+        evaluation = _scores(run, state.eval_variables(), "valid", step)
     metrics = evaluation.metrics
     figures = {f"valid_{name}": metrics[name] for name in ("loss", "auc", "accuracy")}
     # A valid split of one class has no AUC; its loss and accuracy still say something.
@@ -325,6 +316,19 @@ def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> Evaluati
     bar.update(step, **figures)
     bar.log(f"epoch {epoch:.2f}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
     return evaluation
+
+
+def _scores(run: Run, variables: dict, split: str, step: int) -> Evaluation:
+    """Evaluates the variables of `step` on a split.
+
+    Raises:
+        DivergedError: a score is not finite.
+    """
+    try:
+        return run.evaluate(variables, run.splits[split])
+    except RunError as error:
+        # The loss of this step, which was finite, is that of the state before.
+        raise DivergedError(f"step {step}: {error}", last_good=step - 1) from error
 
 
 def _save(run: Run, state: TrainState, step: int, valid: Evaluation | None) -> None:
@@ -348,7 +352,7 @@ def _finish(run: Run, state: TrainState) -> dict:
         # From disk also where the state at hand is the best: figures are of what others will load.
         path = checkpoint.best(run.workdir)
         variables = trained.restore_variables(path, run.config, sharding.replicated(run.mesh))
-        evaluations = _evaluate_best(run, variables)
+        evaluations = _evaluate_best(run, variables, int(path.name))
         valid = evaluations["valid"]
         blocks = {name: summarise(seen, run.config, valid) for name, seen in evaluations.items()}
         summary |= {"best_step": int(path.name), **blocks}
@@ -389,6 +393,6 @@ def _summary(run: Run, state: TrainState) -> dict:
     }
 
 
-def _evaluate_best(run: Run, variables: dict) -> dict[str, Evaluation]:
+def _evaluate_best(run: Run, variables: dict, step: int) -> dict[str, Evaluation]:
     names = [name for name in ("valid", "test") if name in run.splits]
-    return {name: run.evaluate(variables, run.splits[name]) for name in names}
+    return {name: _scores(run, variables, name, step) for name in names}

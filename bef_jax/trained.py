@@ -65,9 +65,10 @@ def scoring_config(
         changes: single fields by their dotted names. Those that have to do with a score count.
 
     Raises:
-        UserError: no such checkpoint, or `changes` ask for another network.
+        UserError: no such checkpoint, a field of it that this version can't read, or `changes` ask
+            for another network.
     """
-    config = checkpoint.complete(checkpoint.read_run(path)["config"])
+    config = checkpoint.read_config(path)
     # The processes of the training run may have met elsewhere, or be gone.
     _set(config, _fields_of(default.get_config(), "distributed."))
     changes = _as_json(dict(changes or {}))
@@ -83,12 +84,9 @@ def scoring_config(
     # Not what belongs to training alone: the checkpoint's arrays are those of its own optimiser.
     _set(config, {name: x for name, x in changes.items() if _is_free(name) or name in _DECIDING})
     config.model.update(_FORMS)
-    # What is read from disk is checked like what a user gives: an older version's may have a field
-    # that is gone.
-    try:
+    # Again, since a change may be impossible beside what was saved.
+    with checkpoint.naming(path):
         validate(config)
-    except UserError as error:
-        raise UserError(f"checkpoint {path}: {error}") from error
     return config
 
 

@@ -100,12 +100,13 @@ def test_where_the_hosts_of_training_met_is_nothing_to_scoring(run_summary, scor
 
 
 def test_how_blocks_were_trained_is_nothing_to_scoring(run_summary, scoring, monkeypatch):
-    """A checkpoint of a TPU, whose batch was one of whole kernels; here it is 8."""
+    """A checkpoint of a TPU, whose batch is one of whole kernels."""
     read, forms = checkpoint.read_run, {"mbconv": "pallas", "remat": "block"}
 
     def read_run(path):
         run = read(path)
         run["config"]["model"] |= forms
+        run["config"]["batch_size"] = 128
         return run
 
     monkeypatch.setattr(checkpoint, "read_run", read_run)

@@ -104,7 +104,7 @@ def read_json(file: Path, check: Callable[[Any], object], mend: str) -> Any:
     return found
 
 
-def check_types(content: Any, **types: Any) -> None:
+def check_types(content: Any, /, **types: Any) -> None:
     """Raises TypeError or KeyError unless `content` is a dict with values of these types.
 
     Args:

@@ -1,0 +1,27 @@
+"""A small checkpoint, for tests that save and read one."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bef_jax import checkpoint, sharding
+from bef_jax.checkpoint import Checkpoints
+from bef_jax.state import TrainState
+
+STATE = TrainState(np.int32(3), {"kernel": np.arange(6, dtype=np.float32)}, {}, None, ())
+
+
+def save(workdir: Path) -> Path:
+    """Returns the folder of a checkpoint that was saved after an evaluation."""
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.save(3, STATE, {"config": {"name": "tiny"}}, auc=0.5)
+    checkpoints.close()
+    return workdir / "checkpoints" / "3"
+
+
+def read(path: Path) -> tuple[TrainState, dict]:
+    """Restores the state, and reads the configuration."""
+    everywhere = sharding.replicated(sharding.make_mesh())
+    abstract = jax.eval_shape(lambda: STATE)
+    return checkpoint.restore(path, abstract, everywhere), checkpoint.read_run(path)
