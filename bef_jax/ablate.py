@@ -6,6 +6,7 @@ killed or repeated like any other. The same command goes on with what is missing
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -13,18 +14,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from bef_jax import lock, slots
+from bef_jax import lock, outputs, slots
 from bef_jax.ablation_cost import estimate
-from bef_jax.ablation_table import scored_block, tabulate, write_table
+from bef_jax.ablation_table import FILES, scored_block, tabulate, write_table
 from bef_jax.config import flatten, validate
 from bef_jax.configs.ablation import BASELINE, ROWS
 from bef_jax.errors import RunError, UserError
 from bef_jax.interrupt import Interrupt
 from bef_jax.prepare import prepare_with_progress
+from bef_jax.runtime.files import check_outputs, check_types, open_user_file, read_json
 from bef_jax.slots import Slot
+from bef_jax.summary import read_train_summary
 
 LOG = logging.getLogger(__name__)
 # Fields that change no figure of a run.
@@ -32,6 +36,7 @@ _DECIDE_NOTHING = (
     "ablation.", "benchmark.", "checkpoint.", "compile_cache", "distributed.", "log_every",
     "predict.",
 )  # fmt: skip
+_LOG, _LAST = "log.txt", 1 << 20  # of a run in its workdir; bytes of it that are read
 _POLL_SECONDS = 0.2  # between two looks at whether a signal came
 
 
@@ -52,8 +57,7 @@ class Run:
 
     def summary(self) -> dict | None:
         """What the run ended with; None where it has not come to its end."""
-        file = self.workdir / "train_summary.json"
-        found = json.loads(file.read_text()) if file.exists() else None
+        found = read_train_summary(self.workdir)
         # A run that a signal stopped leaves its summary too, without figures.
         return found if found and found["valid"] else None
 
@@ -71,13 +75,17 @@ def run(config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = 
         dry run mode, runs, finished, rows (`ablation_cost.estimate`), seconds.
 
     Raises:
-        UserError: a row is unknown, a run's configuration or data are not as they must be.
+        UserError: a row is unknown, a run's configuration or data are not as they must be, or a
+            file of an earlier run is damaged, or in the way of what will be written.
         RunError: a run failed.
     """
     runs = plan_runs(config, workdir)
     # Before any is trained: what can be told now should cost no run.
+    check_outputs(workdir, FILES)
     for planned in runs:
+        outputs.check(planned.workdir, also=[_LOG])
         _check_unchanged(planned)
+        planned.summary()  # a damaged one raises
     if dry_run:
         # Nothing is trained, but only a store tells how many patches duplicates leave.
         n_train = prepare_with_progress(config.data)["counts"]["train"]
@@ -121,12 +129,13 @@ def _plan_run(config: ConfigDict, workdir: Path, row: str, seed: int) -> Run:
 
 def _check_unchanged(run: Run) -> None:
     """Raises `UserError` where the run has begun otherwise: a table must not mix the two."""
-    file = run.workdir / "config.json"
-    if not file.exists():
+    mend = f"move {run.workdir} away, and it is trained again"
+    try:
+        old = read_json(run.workdir / "config.json", _fields, mend)
+    except FileNotFoundError:
         return
     # Both through JSON, which makes lists of tuples: else they would differ from themselves.
-    old = flatten(ConfigDict(json.loads(file.read_text())))
-    new = flatten(ConfigDict(json.loads(run.config.to_json_best_effort())))
+    old, new = _fields(old), _fields(json.loads(run.config.to_json_best_effort()))
     for name in new:
         decides = not name.startswith(_DECIDE_NOTHING)
         # A field that an older version's run did not have can't be compared.
@@ -135,6 +144,12 @@ def _check_unchanged(run: Run) -> None:
                 f"{run.workdir} was begun with config.{name}={old[name]!r}, not {new[name]!r}: "
                 "give another --workdir"
             )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The fields of a configuration as JSON has it, by their dotted names."""
+    check_types(config)
+    return flatten(ConfigDict(config))
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -187,7 +202,7 @@ def _start(run: Run, argv: Sequence[str], place: Slot) -> tuple[Run, subprocess.
 
 
 def _log(run: Run) -> Path:
-    return run.workdir / "log.txt"
+    return run.workdir / _LOG
 
 
 def _result(run: Run, status: int) -> dict:
@@ -201,13 +216,19 @@ def _result(run: Run, status: int) -> dict:
     if status == 0 and summary:
         return summary
     # A refusal is one such line; earlier starts may have left others, so the last one counts.
-    lines = [line for line in _log(run).read_text().splitlines() if line.startswith("error: ")]
+    lines = [line for line in _last_lines(_log(run)) if line.startswith("error: ")]
     if status == 2 and lines:
         raise UserError(f"{run.row}, seed {run.seed}: {lines[-1].removeprefix('error: ')}")
     raise RunError(
         f"{run.row}, seed {run.seed} ended with status {status}; {_log(run)} says why, and the "
         "same command goes on"
     )
+
+
+def _last_lines(file: Path) -> list[str]:
+    with open_user_file(file) as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST))
+        return log.read().decode(errors="replace").splitlines()
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:

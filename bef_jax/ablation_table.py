@@ -10,9 +10,10 @@ import numpy as np
 
 from bef_jax.compare import paired_tests
 from bef_jax.errors import UserError
-from bef_jax.runtime.files import write_text
+from bef_jax.runtime.files import replacing, write_text
 from bef_jax.scores import read_scores
 
+FILES = ("ablation.md", "ablation.csv", "ablation_runs.csv", "ablation.png")
 TITLES = {
     "baseline": "baseline",
     "rcc": "+ random center cropping",
@@ -164,9 +165,9 @@ def write_table(workdir: Path, table: Mapping[str, Any], runs: Sequence[Finished
     from bef_jax.ablation_picture import draw  # here: training need not wait for matplotlib
 
     aucs = {name: [_auc(run) for run in runs if run.row == name] for name in table["rows"]}
-    draw(table, aucs, TITLES).savefig(workdir / "ablation.png", dpi=150)
-    names = ("ablation.md", "ablation.csv", "ablation_runs.csv", "ablation.png")
-    return [str(workdir / name) for name in names]
+    with replacing(workdir / "ablation.png") as file:
+        draw(table, aucs, TITLES).savefig(file, format="png", dpi=150)
+    return [str(workdir / name) for name in FILES]
 
 
 def _markdown(table: Mapping[str, Any]) -> str:

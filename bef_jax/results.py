@@ -3,7 +3,6 @@
 One file per hardware and day, such as amd-epyc-2-cores-2026-11-23.json, holds a list of them.
 """
 
-import json
 import os
 import platform
 import re
@@ -12,9 +11,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from bef_jax.errors import UserError
-from bef_jax.runtime.files import write_json
+from bef_jax.runtime.files import check_outputs, read_json, write_json
 
 # Huge pages, for one, make the gigabytes of fresh memory cheaper that a step on CPU clears.
 _DECIDING = ("GLIBC_TUNABLES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of speed
@@ -24,17 +23,13 @@ def results_file(folder: Path, hardware: str) -> Path:
     """Names today's file in `folder`, which is made; a measurement takes minutes, so this is first.
 
     Raises:
-        UserError: the folder can't be made, or what is in the file is no list.
+        UserError: the folder or the file can't be written, or what is in the file is no list.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--results={folder}: no folder can be made there ({error.strerror}); name another"
-        ) from error
     # Letters, digits and dashes, which every file system takes.
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
     file = folder / f"{slug}-{datetime.now():%Y-%m-%d}.json"
+    check_outputs(folder, [file.name], mend="name another --results")
+    folder.mkdir(parents=True, exist_ok=True)
     _read(file)
     return file
 
@@ -66,13 +61,13 @@ def versions() -> dict[str, str]:
 
 
 def _read(file: Path) -> list[dict]:
+    # Not begun afresh: what can't be read may be somebody's measurements.
     try:
-        entries = json.loads(file.read_text())
+        return read_json(file, _check, "move it away")
     except FileNotFoundError:
         return []
-    # Not begun afresh: what can't be read may be somebody's measurements.
-    except (OSError, ValueError):
-        entries = None
+
+
+def _check(entries: Any) -> None:
     if not isinstance(entries, list):
-        raise UserError(f"{file}: is not a list of results in JSON; move it away")
-    return entries
+        raise TypeError("no list of results")

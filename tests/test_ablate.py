@@ -87,6 +87,45 @@ def test_an_unknown_row_is_refused(small_config, tmp_path):
         ablate.plan_runs(small_config(**{"ablation.rows": ("wings",)}), tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "train_summary.json"])
+def test_a_damaged_file_of_a_row_is_named_before_any_is_trained(
+    name, text, small_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ablate, "prepare_with_progress", lambda _: pytest.fail("too late"))
+    file = tmp_path / "fusion" / "seed1" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"{file}: damaged \(.*\); (move .* away|delete it)"):
+        ablate.run(small_config(**{"ablation.seeds": 2}), tmp_path, [])
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder"])
+@pytest.mark.parametrize(
+    "name", ["ablation.md", "ablation.png", "rcc/seed0/config.json", "rcc/seed0/train_summary.json",
+             "rcc/seed0/log.txt", "rcc/seed0/scores_test.csv"],
+)  # fmt: skip
+def test_what_is_in_the_way_of_a_file_is_named_before_any_is_trained(
+    name, kind, small_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ablate, "prepare_with_progress", lambda _: pytest.fail("too late"))
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    {"FIFO": os.mkfifo, "folder": os.mkdir}[kind](tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: a file is to be written there"):
+        ablate.run(small_config(**{"ablation.seeds": 1}), tmp_path, [])
+
+
+def test_a_refusal_is_found_at_the_end_of_a_log_of_any_bytes(small_config, tmp_path):
+    (run,) = ablate.plan_runs(
+        small_config(**{"ablation.seeds": 1, "ablation.rows": ("rds",)}), tmp_path
+    )
+    run.workdir.mkdir(parents=True)
+    log = b"error: of an earlier start\n" + b"\xff" * (1 << 21) + b"\nerror: why\nmore\n"
+    (run.workdir / "log.txt").write_bytes(log)
+    with pytest.raises(UserError, match=r"^rds, seed 0: why$"):
+        ablate._result(run, 2)
+
+
 @pytest.mark.slow
 def test_the_table_is_of_its_runs(finished):
     workdir, summary = finished

@@ -1,4 +1,5 @@
 import json
+import os
 import types
 
 import jax
@@ -83,3 +84,13 @@ def test_a_long_list_is_cut():
 def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(UserError, match="can't be read"):
         pretrained.find(str(tmp_path))
+
+
+def test_a_source_that_is_no_file_or_has_a_damaged_config_is_named_at_once(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth: is a FIFO"):
+        pretrained.find(str(tmp_path / "weights.pth"))
+    (tmp_path / "0" / "run").mkdir(parents=True)
+    (tmp_path / "0" / "run" / "metadata").write_text('{"config": {"model": {"gone": 1}}}')
+    with pytest.raises(UserError, match=r"0: config\.model\.gone is unknown"):
+        pretrained.find(str(tmp_path / "0"))

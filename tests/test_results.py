@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from datetime import datetime, timedelta
 
@@ -42,16 +43,22 @@ def test_hardware_makes_a_plain_name(hardware, slug, tmp_path):
 def test_a_folder_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=f"--results={folder}: "):
+        with pytest.raises(UserError, match=f"{folder}: .*name another --results"):
             results.results_file(folder, "cpu")
 
 
-@pytest.mark.parametrize("content", ["[{", "{}", "\x00"])
+@pytest.mark.parametrize("content", ["[{", "{}", "\x00", "", "3", "null", "[" * 100_000])
 def test_what_is_no_list_is_refused_and_kept(content, tmp_path):
     file = results.results_file(tmp_path, "cpu")
     file.write_text(content)
-    with pytest.raises(UserError, match=f"{file}: is not a list"):
+    with pytest.raises(UserError, match=f"{file}: damaged .*; move it away"):
         results.results_file(tmp_path, "cpu")
-    with pytest.raises(UserError, match=f"{file}: is not a list"):
+    with pytest.raises(UserError, match=f"{file}: damaged .*; move it away"):
         results.append(file, {}, [])
     assert file.read_text() == content
+
+
+def test_a_fifo_in_place_of_results_is_refused_at_once(tmp_path):
+    os.mkfifo(results.results_file(tmp_path, "cpu"))
+    with pytest.raises(UserError, match=r"cpu-.*\.json: a file is to be written there"):
+        results.results_file(tmp_path, "cpu")

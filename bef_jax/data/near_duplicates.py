@@ -13,16 +13,17 @@ That finds a patch again in another encoding, brightness or turn. Patches that o
 shift of more than a few pixels are not found: a count of 0 does not say that slides are apart.
 """
 
-import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bef_jax.data.store import Split
-from bef_jax.runtime.files import write_json
+from bef_jax.errors import UserError
+from bef_jax.runtime.files import check_types, read_json, write_json
 
 LOG = logging.getLogger(__name__)
 
@@ -55,15 +56,16 @@ def across_splits(splits: Mapping[str, Split], folder: Path, content: str) -> di
         duplicate in the earlier one, and `pairs` of their ids, the nearest first, at most `LISTED`.
     """
     file, key = Path(folder) / FILE, {"version": VERSION, "content": content}
+    wanted = {f"{first}/{second}": (first, second) for first, second in combinations(splits, 2)}
     kept = _read(file)
-    if key.items() <= kept.items():
+    if key.items() <= kept.items() and kept["found"].keys() == wanted.keys():
         return kept["found"]
     grids = {name: luma_grids(split.images) for name, split in splits.items()}
     found = {}
-    for first, second in itertools.combinations(splits, 2):
+    for name, (first, second) in wanted.items():
         pairs = near_pairs(grids[first], grids[second])
-        names = [[str(splits[first].ids[i]), str(splits[second].ids[j])] for i, j in pairs[:LISTED]]
-        found[f"{first}/{second}"] = {"patches": len(np.unique(pairs[:, 1])), "pairs": names}
+        ids = [[str(splits[first].ids[i]), str(splits[second].ids[j])] for i, j in pairs[:LISTED]]
+        found[name] = {"patches": len(np.unique(pairs[:, 1])), "pairs": ids}
     try:
         write_json(file, key | {"found": found})
     except OSError as error:  # a store that others share may be read-only
@@ -71,12 +73,22 @@ def across_splits(splits: Mapping[str, Split], folder: Path, content: str) -> di
     return found
 
 
-def _read(file: Path) -> dict:
+def _read(file: Path) -> dict[str, Any]:
+    """What was kept, or nothing: a file that can't be read is one to write anew."""
     try:
-        kept = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return read_json(file, _check, "it is made again")
+    except FileNotFoundError:
         return {}
-    return kept if isinstance(kept, dict) else {}
+    except UserError as error:
+        LOG.warning("%s", error)
+        return {}
+
+
+def _check(kept: Any) -> None:
+    check_types(kept, version=int, content=str, found=dict)
+    for near in kept["found"].values():
+        check_types(near, patches=int, pairs=list)
+        float(near["patches"])  # raises where it is too long to be divided
 
 
 def luma_grids(images: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ that the one file can be mailed; the plots also lie beside it as PNG.
 
 import base64
 import io
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from bef_jax.metrics import Evaluation
 from bef_jax.report import page, plots
 from bef_jax.report.gallery import Explain, Shown, show
 from bef_jax.report.plots import DARK, LIGHT, Theme
+from bef_jax.runtime.files import write_bytes, write_text
 
 _PER_ROW, _FRAME = 4, 6  # patches, and pixels of white around each, in most_wrong.png
 _CONTACT_ZOOM = 2  # of most_wrong.png, whose patches would be stamps on today's screens
@@ -63,7 +63,7 @@ def write_report(report_dir: Path, content: Content) -> Path:
     }
     shown = [each for gallery in galleries.values() for each in gallery]
     if shown:
-        _write(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
+        write_bytes(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
     # In base64, a third larger than as files: what one file that can be mailed costs.
     tiles = {
         split: [(each, _uri(_png(each.pixels))) for each in gallery]
@@ -72,7 +72,7 @@ def write_report(report_dir: Path, content: Content) -> Path:
     title = report_dir.resolve().parent.name
     text = page.render(title, content.evaluations, content.summary, pictures, tiles, content.tables)
     # Last: who reloads sees the old page, or all of the new one.
-    _write(report_dir / "index.html", text.encode())
+    write_text(report_dir / "index.html", text)
     return report_dir / "index.html"
 
 
@@ -91,7 +91,7 @@ def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
 def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
     """Writes the light picture to `path`, and returns both as data: addresses."""
     light, dark = (plots.png(draw(theme)) for theme in (LIGHT, DARK))
-    _write(path, light)
+    write_bytes(path, light)
     return _uri(light), _uri(dark)
 
 
@@ -125,9 +125,3 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def _uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -109,10 +110,50 @@ def test_counts_patches_of_the_later_split_and_keeps_the_result(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(near_duplicates, "luma_grids", lambda _: pytest.fail("looked again"))
         assert across_splits(splits, tmp_path, "abc") == found
-    (tmp_path / near_duplicates.FILE).write_text(json.dumps([1]))
-    assert across_splits(splits, tmp_path, "abc") == found
     splits["valid"] = split("valid", patches(20, 2))
     assert across_splits(splits, tmp_path, "other")["train/valid"]["patches"] == 0
+
+
+GOOD = {"version": near_duplicates.VERSION, "content": "abc"}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "[1]", "3", "null", "{}", "", "{", "\0\0", "[" * 100_000,
+        *(
+            json.dumps(GOOD | {"found": found})
+            for found in (
+                3, [], {}, {"train/valid": 3}, {"train/valid": {"patches": "4", "pairs": []}},
+                {"train/valid": {"patches": 4}}, {"train/valid": {"patches": 4, "pairs": None}},
+                {"train/valid": {"patches": 10**400, "pairs": []}},
+                {"valid/test": {"patches": 4, "pairs": []}}, {"x": {"patches": 4, "pairs": []}},
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_kept_result_of_another_shape_is_looked_for_again(kept, tmp_path):
+    splits = {name: split(name, patches(4, 1)) for name in ("train", "valid")}
+    file = tmp_path / near_duplicates.FILE
+    file.write_text(kept)
+    found = across_splits(splits, tmp_path, "abc")
+    assert found["train/valid"]["patches"] == 4
+    assert json.loads(file.read_text()) == GOOD | {"found": found}
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
+def test_what_is_no_file_in_its_place_is_not_waited_for(kind, tmp_path, caplog):
+    splits = {name: split(name, patches(4, 1)) for name in ("train", "valid")}
+    file = tmp_path / near_duplicates.FILE
+    {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}[kind](
+        file
+    )
+    assert across_splits(splits, tmp_path, "abc")["train/valid"]["patches"] == 4
+    assert f"is a {kind}" in caplog.text
+    if kind == "folder":
+        assert "will be looked for again" in caplog.text
+    else:
+        assert json.loads(file.read_text())["content"] == "abc"
 
 
 def test_a_store_that_cannot_be_written_is_looked_through_all_the_same(tmp_path):
