@@ -1,7 +1,6 @@
 """Exact evaluation: every patch counts once, for any batch size and number of devices."""
 
 import functools
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from bef_jax.data.store import Split
 from bef_jax.intervals import intervals
 from bef_jax.metrics import Evaluation, binary_metrics
 from bef_jax.scorer import batch_size, check_finite, make_scorer, one_late, padded_rows, sigmoid
-
-LOG = logging.getLogger(__name__)
+from bef_jax.splits import warn_of_one_class
 
 
 def run(
@@ -54,16 +52,6 @@ def run(
     if other:
         summary["comparison"] = _compare(evaluation, other, theirs, patches)
     return summary
-
-
-def warn_of_one_class(split: str, labels: np.ndarray) -> None:
-    """Says which figures have no meaning on a split with patches of one class alone."""
-    found = np.unique(labels)
-    if len(found) == 1:
-        LOG.warning(
-            "%s: all %d patches are of class %d, so AUC, average precision, temperature and "
-            "threshold have no meaning there, and are null", split, len(labels), found[0],
-        )  # fmt: skip
 
 
 def _config_of_other(other: Path, config: ConfigDict) -> ConfigDict:

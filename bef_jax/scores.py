@@ -19,11 +19,6 @@ _LONGEST = 1 << 26  # bytes: of some 1.5 million patches; to read them takes ten
 _MOST_LETTERS = 1 << 26  # NumPy gives each id the length of the longest, and each letter 4 bytes
 
 
-def csv_cell(text: str) -> str:
-    """Returns a cell that a spreadsheet shows as text: an apostrophe before what it would run."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
 def write_scores(file: Path, evaluation: Evaluation) -> None:
     """Writes a CSV with id, label and probability of class 1, in the split's order.
 

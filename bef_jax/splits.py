@@ -29,7 +29,7 @@ def open_splits(data: ConfigDict) -> dict[str, Split]:
 
 
 def check_classes(splits: Mapping[str, Split]) -> None:
-    """Logs how many patches of each class the splits have, and warns where valid has one alone.
+    """Logs how many patches of each class the splits have, and warns where one has one alone.
 
     Raises:
         UserError: the training split has one class alone.
@@ -42,5 +42,14 @@ def check_classes(splits: Mapping[str, Split]) -> None:
             continue
         if name == "train":
             raise UserError(f"{text}: a network learns nothing from one class; give it both")
-        if name == "valid":
-            LOG.warning("valid has one class: AUC, temperature and threshold have no meaning there")
+        warn_of_one_class(name, split.labels)
+
+
+def warn_of_one_class(split: str, labels: np.ndarray) -> None:
+    """Says which figures have no meaning on a split with patches of one class alone."""
+    found = np.unique(labels)
+    if len(found) == 1:
+        LOG.warning(
+            "%s: all %d patches are of class %d, so AUC, average precision, temperature and "
+            "threshold have no meaning there, and are null", split, len(labels), found[0],
+        )  # fmt: skip

@@ -1,5 +1,6 @@
 """What a user sees of a mistake: one line, status 2, and nothing compiled."""
 
+import functools
 import json
 import os
 import struct
@@ -9,6 +10,13 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+
+import bef_jax
+from bef_jax import pretrained, train, trained
+from bef_jax.configs import default
+from bef_jax.data import store
+from bef_jax.errors import UserError
+from bef_jax.models import weights
 
 
 def run_main(*flags, cwd=None, python=sys.executable):
@@ -58,6 +66,54 @@ def test_mistakes_of_flags(flags, words, tmp_path):
     line = refused(*flags, f"--workdir={tmp_path / 'run'}")
     assert all(word in line for word in words), line
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("mode", ["train", "prepare", "import_weights", "ablate", "plan"])
+def test_a_workdir_that_cannot_be_written_is_found_before_the_work(mode, tmp_path):
+    (tmp_path / "file").write_text("content")
+    flags = ["--config=quickstart", f"--mode={mode}", f"--config.data.dir={tmp_path / 'data'}"]
+    line = refused(*flags, f"--workdir={tmp_path / 'file'}")
+    assert "is no folder; give another --workdir" in line
+    (tmp_path / "run" / f"{mode}_summary.json").mkdir(parents=True)
+    line = refused(*flags, f"--workdir={tmp_path / 'run'}")
+    assert f"{mode}_summary.json: a file is to be written there" in line
+    assert not (tmp_path / "data").exists()
+
+
+IMPOSSIBLE = ["~no-such-user/x", "x" * 300, "loop"]
+
+
+@pytest.mark.parametrize("given", IMPOSSIBLE)
+def test_paths_that_no_file_can_have_are_mistakes(given, tmp_path, monkeypatch):
+    """Wherever a user names one; the command line, below, hands them to these."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    data = {source: default.get_config().data for source in ("npz", "rpcam", "pcam_hdf5")}
+    for source, each in data.items():
+        each.update({"source": source, "dir": given})
+    stored = default.get_config().data
+    stored.update({"source": "synthetic", "store": given})
+    takers = [
+        lambda: trained.find(given),
+        lambda: pretrained.find(given),
+        lambda: weights.resolve(given),
+        lambda: bef_jax.load(given),
+        lambda: train.train_and_evaluate(default.get_config(), given),
+        *(functools.partial(store.prepare, each) for each in [*data.values(), stored]),
+    ]
+    for take in takers:
+        with pytest.raises(UserError, match="can be no path"):
+            take()
+    assert os.listdir(tmp_path) == ["loop"]
+
+
+@pytest.mark.parametrize("flag", ["--workdir", "--checkpoint", "--weights"])
+def test_paths_of_flags_that_no_file_can_have_are_mistakes(flag, tmp_path):
+    mode = {"--workdir": "train", "--weights": "import_weights"}.get(flag, "predict")
+    (tmp_path / "loop").symlink_to("loop")
+    line = refused("--config=quickstart", f"--mode={mode}", f"--workdir={tmp_path}/run",
+                   f"{flag}={tmp_path}/loop")  # fmt: skip
+    assert "can be no path" in line
 
 
 @pytest.mark.parametrize(

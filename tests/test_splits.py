@@ -20,11 +20,11 @@ def check(**labels):
 
 def test_each_split_s_classes_are_counted(caplog):
     with caplog.at_level("INFO"):
-        check(train=[0, 1, 1], valid=[0, 1], test=[1, 1])
+        check(train=[0, 1, 1], valid=[0, 1], test=[1, 1, 0])
     assert caplog.messages == [
         "train split: 1 normal, 2 metastasis",
         "valid split: 1 normal, 1 metastasis",
-        "test split: 0 normal, 2 metastasis",
+        "test split: 1 normal, 2 metastasis",
     ]
 
 
@@ -36,13 +36,14 @@ def test_one_class_can_not_be_trained_on(labels, counts):
         check(train=labels, valid=[0, 1])
 
 
-@pytest.mark.parametrize("labels", [[0, 0], [1, 1]])
-def test_one_class_in_valid_is_a_warning(labels, caplog):
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("name", ["valid", "test"])
+def test_one_class_in_a_split_to_score_is_a_warning(name, label, caplog):
+    splits = {"train": [0, 1], "valid": [0, 1], "test": [0, 1]} | {name: [label] * 2}
     with caplog.at_level("WARNING"):
-        check(train=[0, 1], valid=labels, test=[0])
-    assert caplog.messages == [
-        "valid has one class: AUC, temperature and threshold have no meaning there"
-    ]
+        check(**splits)
+    (line,) = caplog.messages
+    assert line.startswith(f"{name}: all 2 patches are of class {label}, so AUC")
 
 
 def test_a_store_of_one_class_is_refused_when_it_is_opened(tmp_path):

@@ -6,6 +6,7 @@ line would, and checks what it got. A UserError is a refusal; anything else that
 
 import functools
 import gzip
+import itertools
 import json
 import random
 import shutil
@@ -28,6 +29,7 @@ from bef_jax.data import inputs, store
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.state import TrainState
+from tests.fuzz import claims, outputs
 
 SIZES = {"train": 6, "valid": 3, "test": 3}
 
@@ -169,7 +171,8 @@ def _hdf5_to_score(folder: Path, rng: random.Random) -> None:
 def _read_input(path: Path) -> None:
     inputs.check(path, split=None)
     ids = set()
-    for patch in inputs.read(path, split=None, stride=32):
+    # Not all windows of a large picture, which would take longer than an input may.
+    for patch in itertools.islice(inputs.read(path, split=None, stride=32), 1000):
         assert patch.pixels.shape == (96, 96, 3)
         assert patch.pixels.dtype == np.uint8
         assert patch.id not in ids
@@ -325,4 +328,11 @@ ENTRIES = {
     "checkpoint": Entry(lambda folder, _: _write(_good_checkpoint(), folder), _open_checkpoint),
     "safetensors": Entry(_safetensors, functools.partial(_read_weights, "weights.safetensors")),
     "pth": Entry(_pth, functools.partial(_read_weights, "weights.pth")),
+    "huge npz": Entry(claims.npz, lambda folder: _read_input(folder / "patches.npz")),
+    "huge hdf5": Entry(claims.hdf5, lambda folder: _read_input(folder / "patches.h5")),
+    "huge hdf5.gz": Entry(claims.hdf5_gz, lambda folder: _read_input(folder / "patches.h5.gz")),
+    "huge picture": Entry(claims.picture, _read_input),
+    "huge pth": Entry(claims.pth, functools.partial(_read_weights, "weights.pth")),
+    "names": Entry(outputs.names, outputs.write_names),
+    "two at once": Entry(outputs.rows_of_two, outputs.write_two),
 }

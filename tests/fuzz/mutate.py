@@ -1,6 +1,8 @@
 """Damage to files, byte by byte and file by file; none of it knows a format."""
 
+import os
 import random
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,17 +74,17 @@ def damage(folder: Path, rng: random.Random) -> str:
         if not files:
             break
         file = rng.choice(files)
-        kind = rng.randrange(12)
+        kind = rng.randrange(14)
         if kind < 9:
             how = rng.choice(BYTES)
             file.write_bytes(how(file.read_bytes(), rng))
             done.append(f"{file.relative_to(folder)} {how.__name__}")
             continue
-        done.append(f"{file.relative_to(folder)} {_displace(file, rng.choice(files), kind)}")
+        done.append(f"{file.relative_to(folder)} {_displace(file, rng.choice(files), kind, rng)}")
     return ", ".join(done)
 
 
-def _displace(file: Path, other: Path, kind: int) -> str:
+def _displace(file: Path, other: Path, kind: int, rng: random.Random) -> str:
     if kind == 9:
         file.unlink()
         return "deleted"
@@ -90,5 +92,19 @@ def _displace(file: Path, other: Path, kind: int) -> str:
         file.write_bytes(other.read_bytes())
         return f"has the content of {other.name}"
     file.unlink()
-    file.mkdir()
-    return "is a folder"
+    if kind == 11:
+        file.mkdir()
+        return "is a folder"
+    name, make = rng.choice(SPECIAL)
+    make(file)
+    return f"is {name}"
+
+
+# What is no file, and waits for ever or has no end if it is read like one.
+SPECIAL: tuple[tuple[str, Callable[[Path], None]], ...] = (
+    ("a FIFO", os.mkfifo),
+    ("a socket", lambda file: os.mknod(file, stat.S_IFSOCK | 0o600)),
+    ("a device", lambda file: file.symlink_to("/dev/zero")),
+    ("a link to itself", lambda file: file.symlink_to(file.name)),
+    ("a link to nothing", lambda file: file.symlink_to("nothing")),
+)

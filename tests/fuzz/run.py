@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from bef_jax.errors import UserError
 from tests.fuzz import mutate
@@ -21,27 +22,43 @@ SECONDS = 20  # that one input may take, on a machine that others share
 GIB = 1 << 30
 
 
-def try_seed(entry: str, seed: int, keep: Path | None = None) -> tuple[str, str]:
-    """Makes the input of a seed, damages and reads it.
+class Verdict(NamedTuple):
+    """What became of one input.
 
-    Returns:
-        accepted, refused or failed; and what was done and said.
+    Attributes:
+        outcome: accepted, refused or failed.
+        said: what was done to the input, and what was said of it.
+        peak: bytes of memory above what the process held before.
     """
+
+    outcome: str
+    said: str
+    peak: int
+
+
+def try_seed(entry: str, seed: int, keep: Path | None = None) -> Verdict:
+    """Makes the input of a seed, damages and reads it; `keep` is where one that fails is kept."""
     rng = random.Random(f"{entry} {seed}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "input"
         folder.mkdir()
         ENTRIES[entry].make(folder, rng)
         done = mutate.damage(folder, rng) if rng.random() < 0.8 else "undamaged"
-        outcome, said = judge(entry, folder)
-        if outcome == "failed" and keep:
-            shutil.copytree(folder, keep / entry / str(seed), dirs_exist_ok=True)
-    return outcome, f"{entry} {seed}: {done}: {said}"
+        verdict = judge(entry, folder)
+        if verdict.outcome == "failed" and keep:
+            _keep(folder, keep / entry / str(seed))
+    return verdict._replace(said=f"{entry} {seed}: {done}: {verdict.said}")
 
 
-def judge(entry: str, folder: Path) -> tuple[str, str]:
+def _keep(folder: Path, place: Path) -> None:
+    # Special files can't be copied; the seed makes them again.
+    special = {path.name for path in folder.rglob("*") if not (path.is_file() or path.is_dir())}
+    shutil.copytree(folder, place, dirs_exist_ok=True, ignore=lambda *_: special)
+
+
+def judge(entry: str, folder: Path) -> Verdict:
     """Reads an input that is there; a refusal is one line, and the input stays as it was."""
-    before = _digest(folder)
+    before, held = _digest(folder), _begin_peak()
     try:
         with _limited(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -51,14 +68,28 @@ def judge(entry: str, folder: Path) -> tuple[str, str]:
         outcome, said = "refused", str(error)
     except BaseException:
         outcome, said = "failed", traceback.format_exc()
-    if outcome == "refused" and (not said.strip() or "\n" in said):
-        outcome, said = "failed", f"not one line: {said!r}"
+    peak = _memory("VmHWM") - held
+    if outcome == "refused" and (not said.strip() or not said.isprintable()):
+        outcome, said = "failed", f"not one line that a terminal may show: {said!r}"
+    if peak > GIB:
+        outcome, said = "failed", f"it takes {peak / GIB:.1f} GiB; {said}"
     if _digest(folder) != before:
         outcome, said = "failed", f"the input was changed; {said}"
-    return outcome, said
+    return Verdict(outcome, said, peak)
 
 
-def limit_memory(bytes_more: int = 2 * GIB) -> None:
+def _begin_peak() -> int:
+    """Lets the peak of memory, which ru_maxrss is, begin anew; returns what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{name}:")[1].split()[0]) * 1024
+
+
+def limit_memory(bytes_more: int = 4 * GIB) -> None:
     """Lets the process map that much more than now; an allocation beyond it is a MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(
@@ -84,5 +115,5 @@ def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         digest.update(path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape"))
-        digest.update(path.read_bytes() if path.is_file() else b"")
+        digest.update(path.read_bytes() if path.is_file() else str(path.lstat().st_mode).encode())
     return digest.hexdigest()

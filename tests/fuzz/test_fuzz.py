@@ -10,12 +10,12 @@ from tests.fuzz.run import CORPUS, judge, try_seed
     "case", sorted(CORPUS.glob("*/*")), ids=lambda case: f"{case.parent.name}_{case.name}"
 )
 def test_what_once_failed_is_refused_or_right(case):
-    outcome, said = judge(case.parent.name, case)
-    assert outcome != "failed", said
+    verdict = judge(case.parent.name, case)
+    assert verdict.outcome != "failed", verdict.said
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_damaged_inputs_are_refused_in_one_line_or_right(entry):
     for seed in range(12):
-        outcome, said = try_seed(entry, seed)
-        assert outcome != "failed", said
+        verdict = try_seed(entry, seed)
+        assert verdict.outcome != "failed", verdict.said
