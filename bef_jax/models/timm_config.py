@@ -1,13 +1,16 @@
 """The config.json that timm keeps beside weights: of which network they are, and of what inputs."""
 
-import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
+from typing import Any
 
-from bef_jax.errors import UserError
+from bef_jax.runtime.files import read_json
 
 NAME = "config.json"
+_LONGEST_NAME = 100  # characters of an architecture
 # Arguments of timm's create_model that change no output of a whole network at inference.
 _HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "pretrained"}
 
@@ -52,48 +55,57 @@ class TimmConfig:
 
 
 def read(weights: Path) -> TimmConfig | None:
-    """The config.json beside a file of weights; None if there is none, or it is not timm's.
+    """Returns what the config.json beside weights says; None without one, or if it is not timm's.
 
     Raises:
-        UserError: it is damaged, or says what can't be.
+        UserError: it is no regular file, is damaged, or says what can't be.
     """
-    path = weights.parent / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Not without it: a network with padding of another kind scores, but wrongly.
+        content = read_json(weights.parent / NAME, _check, "fetch it again, or remove it")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        # Not without it: a network with padding of another kind scores, but wrongly.
-        raise UserError(f"{path} is no readable JSON: fetch it again, or remove it") from error
-    if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
+    if not _is_timm_s(content):
         return None
-    # Files of 2022 have all in one dict.
-    trained = content.get("pretrained_cfg", content)
-    arguments = content.get("model_args") or {}
-    if not isinstance(trained, dict) or not isinstance(arguments, dict):
-        raise UserError(f"{path}: pretrained_cfg and model_args: each must be a dict")
-    mean, std = (_three(trained.get(name), name, path) for name in ("mean", "std"))
-    if std and min(std) <= 0:
-        raise UserError(f"{path}: std={list(std)}: give three numbers above 0")
-    _check_numbers(arguments, path)
+    trained, arguments = _parts(content)
+    mean, std = (trained.get(name) and tuple(map(float, trained[name])) for name in ("mean", "std"))
     return TimmConfig(content["architecture"].partition(".")[0], mean, std, arguments)
 
 
-def _check_numbers(arguments: dict, path: Path) -> None:
+def _is_timm_s(content: Any) -> bool:
+    return isinstance(content, dict) and isinstance(content.get("architecture"), str)
+
+
+def _parts(content: dict) -> tuple[dict, dict]:
+    """Returns what was trained with, and the arguments of create_model."""
+    # Files of 2022 have all in one dict.
+    return content.get("pretrained_cfg", content), content.get("model_args") or {}
+
+
+def _check(content: Any) -> None:
+    if not _is_timm_s(content):
+        return
+    if len(content["architecture"]) > _LONGEST_NAME:
+        raise ValueError("architecture: give the name of a network")
+    trained, arguments = _parts(content)
+    if not isinstance(trained, dict) or not isinstance(arguments, dict):
+        raise ValueError("pretrained_cfg and model_args: each must be a dict")
+    for name, least in (("mean", -inf), ("std", 0)):
+        value = trained.get(name)
+        if value is not None and not _is_three_above(value, least):
+            above = " above 0" if name == "std" else ""
+            raise ValueError(f"{name}={reprlib.repr(value)}: give three numbers{above}")
     for name in ("bn_eps", "bn_momentum"):
         value = arguments.get(name)
         if value is not None and not (_is_number(value) and 0 < value < 1):
-            raise UserError(f"{path}: model_args.{name}={value!r}: give a number in 0 .. 1")
+            raise ValueError(f"model_args.{name}={reprlib.repr(value)}: give a number in 0 .. 1")
 
 
-def _three(value: object, name: str, path: Path) -> tuple[float, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
-        raise UserError(f"{path}: {name}={value!r}: give three numbers, one for each channel")
-    return tuple(map(float, value))
+def _is_three_above(value: Any, least: float) -> bool:
+    is_three = isinstance(value, list) and len(value) == 3
+    return is_three and all(_is_number(each) and each > least for each in value)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     # JSON has integers of any length, which no float is, and Python's reader takes NaN.
-    return isinstance(value, (int, float)) and -1e9 < value < 1e9
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9

