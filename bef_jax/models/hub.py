@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bef_jax.errors import UserError
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime.files import open_user_file
 
 LOG = logging.getLogger(__name__)
 PREFIX = "hf:"
@@ -95,7 +96,7 @@ def _check(name: str, path: Path) -> None:
     """Compares the content with its SHA-256, for which the cache names files of some size."""
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
-        with blob.open("rb") as file:
+        with open_user_file(blob) as file:
             intact = hashlib.file_digest(file, "sha256").hexdigest() == blob.name
         if not intact:
             raise UserError(f"{name}: {blob} is damaged: delete it, to have it fetched again")
@@ -128,12 +129,7 @@ def _reason(error: Exception, revision: str) -> str:
         )
     if local:
         return (
-            f"no network: {constants.ENDPOINT} can't be reached ({_first_line(cause)}); what was "
+            f"no network: {constants.ENDPOINT} can't be reached ({reason_of(cause)}); what was "
             "fetched once needs none, and a file can be given instead"
         )
-    return f"the download failed, so nothing of it is used ({_first_line(error)}): try again"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return f"the download failed, so nothing of it is used ({reason_of(error)}): try again"
