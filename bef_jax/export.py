@@ -3,14 +3,15 @@
     <workdir>/export/{model.stablehlo,model.onnx,model.safetensors,config.json,export.json}
 
 The first two take uint8 patches and carry normalisation and the folded network, in float32. The
-next two are timm's, where it has the network: its tensors, and what it should know of them.
+next two are timm's, where it has the network: its tensors, and what it should know of them. What
+input and output mean is in export.json, and in model.onnx itself.
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,18 @@ import numpy as np
 from jax import Array, export, lax
 from ml_collections import ConfigDict
 
-from bef_jax import checkpoint, export_timm, sharding, trained
+from bef_jax import __version__, checkpoint, export_timm, lock, sharding, trained
 from bef_jax.data import augment, synthetic
 from bef_jax.data.patch import class_names, mpp
 from bef_jax.errors import RunError, UserError
-from bef_jax.models import create
+from bef_jax.models import create, timm_config
 from bef_jax.models.fold import fold_batch_norm
-from bef_jax.runtime.files import write_json
+from bef_jax.runtime import files
+from bef_jax.summary import summary_file
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # in one file; depthwise convolution in its form or the native
 OUTPUTS = ("probability", "log_odds")
+DESCRIPTION = "export.json"
 TOLERANCE = 1e-5  # of probabilities, against the network as it was trained
 _CHECKED = 16  # patches that the files are compared on
 
@@ -42,70 +45,108 @@ def run(config: ConfigDict, workdir: Path, path: Path) -> dict:
         path: the checkpoint's folder.
 
     Returns:
-        The summary: mode, checkpoint, model, input, outputs, classes, mpp, threshold, temperature,
-        normalisation, platforms, operating_point (what the run chose on valid, or None) and, for
-        each file, its bytes, sha256 and largest difference in probability from the network; for
-        timm's also what `export_timm.write` says.
+        The summary, which export.json holds, too: mode, checkpoint, what `facts` says, platforms
+        and, for each file, its bytes, sha256 and largest difference in probability from the
+        network; for timm's also what `export_timm.write` says.
 
     Raises:
-        UserError: the checkpoint is damaged; config.eval.tta is not 1; or what ONNX or timm's
-            file takes is not installed, once the others are written.
-        RunError: an export differs from the network by more than 1e-5.
+        UserError: the checkpoint is damaged; config.eval.tta is not 1; a package that the files
+            take is not installed; nothing can be written; or another export writes there.
+        RunError: the network's scores are not finite, or an export differs from it by more than
+            1e-5.
     """
-    if config.eval.tta != 1:
-        raise UserError(f"eval.tta={config.eval.tta}: an export scores one view; give 1")
-    everywhere = sharding.replicated(sharding.make_mesh())
-    variables = trained.restore_variables(path, config, everywhere)
-    folder = workdir / "export"
-    folder.mkdir(parents=True, exist_ok=True)
-    # Off the devices: they become constants of the files.
-    files = _write_files(config, jax.device_get(variables), folder)
-    chosen = {"operating_point": checkpoint.read_run(path).get("operating_point")}
-    summary = {"mode": "export", "checkpoint": str(path), **_describe(config), **chosen}
-    summary["files"] = files
-    write_json(folder / "export.json", summary)
+    _check(config, workdir)
+    with lock.held(workdir, ".export.lock"):
+        everywhere = sharding.replicated(sharding.make_mesh())
+        variables = trained.restore_variables(path, config, everywhere)
+        said = facts(config, checkpoint.read_run(path).get("operating_point"))
+        # Off the devices: they become constants of the files.
+        written = _write_files(config, jax.device_get(variables), said, workdir / "export")
+        summary = {"mode": "export", "checkpoint": str(path), **said}
+        summary |= {"platforms": list(PLATFORMS), "files": written}
+        files.write_json(workdir / "export" / DESCRIPTION, summary)
     return summary
 
 
-def _describe(config: ConfigDict) -> dict:
-    """What a server needs to know."""
-    side = augment.PATCH
+def _check(config: ConfigDict, workdir: Path) -> None:
+    """Raises `UserError` for what would fail once the network is compiled."""
+    if config.eval.tta != 1:
+        raise UserError(f"eval.tta={config.eval.tta}: an export scores one view; give 1")
+    if config.model.num_classes != 2:
+        raise UserError(f"an export scores two classes, not {config.model.num_classes}")
+    needed = ["onnx", "onnxruntime"]
+    if not export_timm.why_not(config.model):
+        needed.append("safetensors")
+    if missing := [module for module in needed if not find_spec(module)]:
+        listed = " and ".join(missing)
+        raise UserError(f"--mode=export takes {listed}: pip install 'bef_jax[export]'")
+    names = ("model.stablehlo", "model.onnx", export_timm.FILE, timm_config.NAME, DESCRIPTION)
+    outputs = [summary_file(workdir, "export").name, *(f"export/{name}" for name in names)]
+    files.check_outputs(workdir, outputs, ["export"])
+
+
+def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
+    """Returns what a server needs to know of an exported network; None where it is not known.
+
+    Args:
+        operating_point: temperature and threshold that the run chose on valid, or None.
+    """
+    side, (negative, positive) = augment.PATCH, class_names(config)
+    mean, std = (list(config.augment[name]) for name in ("mean", "std"))
     return {
+        "version": __version__,
         "model": config.model.name,
-        "input": {"name": "image", "shape": ["n", side, side, 3], "dtype": "uint8"},
+        "input": {
+            "name": "image",
+            "shape": ["n", side, side, 3],
+            "dtype": "uint8",
+            "layout": "NHWC",
+            "channels": "RGB",
+            "range": [0, 255],
+        },
         "outputs": {name: {"shape": ["n"], "dtype": "float32"} for name in OUTPUTS},
-        "classes": list(class_names(config)),
+        "classes": [negative, positive],
         "mpp": mpp(config),
         "threshold": config.eval.threshold,
         "temperature": 1.0,
-        # Inside the files; here for whoever asks.
-        "normalisation": {"mean": list(config.augment.mean), "std": list(config.augment.std)},
-        "platforms": list(PLATFORMS),
+        "operating_point": operating_point,
+        "normalisation": {"mean": mean, "std": std, "where": "inside the file"},
+        "meaning": {
+            "probability": f"of class 1, {positive}: sigmoid(log_odds / temperature)",
+            "log_odds": f"of class 1, {positive}, over class 0, {negative}",
+            "threshold": f"class 1, {positive}, is decided on where probability >= threshold",
+            "mpp": "micrometres per pixel of the patches that the network learned from",
+            "operating_point": "temperature and threshold chosen on the validation split; the "
+            "file's own probability has the temperature above",
+            "normalisation": "(input / 255 - mean) / std; the file does it",
+        },
     }
 
 
-def _write_files(config: ConfigDict, variables: dict, folder: Path) -> dict:
+def _write_files(config: ConfigDict, variables: dict, said: dict, folder: Path) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
     score = folded_score(config, variables)
     # Drawn tissue, not noise: of noise a trained network is sure, and files that differ agree.
     images = next(synthetic.generate("test", _CHECKED, seed=0)).images
-    expected = jax.jit(_plain_score(config, variables))(images)[0]
+    scores = jax.jit(_plain_score(config, variables))(images)
+    if not np.isfinite(scores).all():
+        raise RunError("the network's scores are not finite: export an earlier checkpoint")
+    expected = scores[0]
 
     content = to_stablehlo(score)
     actual = jax.jit(export.deserialize(bytearray(content)).call)(images)[0]
-    files = {"model.stablehlo": _place(folder / "model.stablehlo", content, actual, expected)}
-    if not (find_spec("onnx") and find_spec("onnxruntime")):
-        raise UserError(f"{folder}/model.stablehlo is written; ONNX takes pip install -e .[export]")
+    written = {"model.stablehlo": _place(folder / "model.stablehlo", content, actual, expected)}
     # Here, as these packages are an extra.
     import onnxruntime
 
     from bef_jax.onnx_graph import to_onnx
 
-    content = to_onnx(score, patches(), OUTPUTS)
+    content = to_onnx(score, patches(), OUTPUTS, said)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     actual = session.run(None, {"image": images})[0]
-    files["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
-    files[export_timm.FILE] = export_timm.write(config, variables, folder)
-    return files
+    written["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
+    written[export_timm.FILE] = export_timm.write(config, variables, folder)
+    return written
 
 
 def _place(file: Path, content: bytes, actual: Array, expected: Array) -> dict:
@@ -113,9 +154,7 @@ def _place(file: Path, content: bytes, actual: Array, expected: Array) -> dict:
     difference = float(np.abs(np.asarray(actual) - np.asarray(expected)).max())
     if not difference <= TOLERANCE:  # NaN is no agreement
         raise RunError(f"{file.name} differs from the network by {difference}: not written")
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
+    files.write_bytes(file, content)
     digest = hashlib.sha256(content).hexdigest()
     return {"bytes": len(content), "sha256": digest, "max_difference": difference}
 

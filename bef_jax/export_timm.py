@@ -10,10 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data.augment import PATCH
-from bef_jax.errors import RunError, UserError
+from bef_jax.errors import RunError
 from bef_jax.models import REGISTRY, timm_config, weights
 from bef_jax.models.weight_names import TIMM, of_timm, recognise
-from bef_jax.runtime.files import write_json
+from bef_jax.runtime.files import write_bytes, write_json
 
 FILE = "model.safetensors"
 
@@ -29,23 +29,24 @@ def write(config: ConfigDict, variables: dict, folder: Path) -> dict:
         probability, and a note or None. Without a file all but the note, which says why, are None.
 
     Raises:
-        UserError: safetensors is not installed.
         RunError: what is read back is not what was written.
     """
-    reason = _reason(config.model)
-    if reason:
+    if reason := why_not(config.model):
         # Those of an earlier export are of another network.
         for name in (FILE, timm_config.NAME):
             (folder / name).unlink(missing_ok=True)
         none = dict.fromkeys(("architecture", "bytes", "sha256", "max_difference"))
         return none | {"note": reason}
+    content = _content(config, variables)
+    features = len(variables["params"]["classifier"]["kernel"])
+    # Both are read back as a pair, since what tensors mean is in config.json.
     with tempfile.TemporaryDirectory(prefix=".timm_", dir=folder) as name:
         temporary = Path(name)
-        _save(config, variables, temporary)
+        write_bytes(temporary / FILE, content)
+        write_json(temporary / timm_config.NAME, _describe(config, features))
         _check(config.model, variables, temporary / FILE)
         for file in (FILE, timm_config.NAME):
             os.replace(temporary / file, folder / file)
-    content = (folder / FILE).read_bytes()
     return {
         "architecture": _architecture(config.model),
         "bytes": len(content),
@@ -55,8 +56,8 @@ def write(config: ConfigDict, variables: dict, folder: Path) -> dict:
     }
 
 
-def _reason(model: ConfigDict) -> str | None:
-    """Why timm has no place for the network; None if it has."""
+def why_not(model: ConfigDict) -> str | None:
+    """Returns why timm has no place for the network; None if it has."""
     source = of_timm(model.name)
     if source is None:
         return f"timm has no {model.name}"
@@ -80,17 +81,13 @@ def _architecture(model: ConfigDict) -> str:
     return f"tf_{model.name}" if model.padding == "same" else model.name
 
 
-def _save(config: ConfigDict, variables: dict, folder: Path) -> None:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise UserError(f"{FILE} takes safetensors: pip install -e '.[export]'") from error
+def _content(config: ConfigDict, variables: dict) -> bytes:
+    import safetensors.numpy  # here, as it is an extra
+
     # "pt": of torch's names and layouts, as its readers expect.
     metadata = {"format": "pt", "total_stride": str(config.model.total_stride)}
-    tensors = weights.to_timm(variables, config.model)
-    safetensors.numpy.save_file(tensors, folder / FILE, metadata=metadata)
-    features = len(variables["params"]["classifier"]["kernel"])
-    write_json(folder / timm_config.NAME, _describe(config, features))
+    # Not by its own writer of files, which lets nobody but the user read them.
+    return safetensors.numpy.save(weights.to_timm(variables, config.model), metadata)
 
 
 def _describe(config: ConfigDict, features: int) -> dict:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -18,20 +19,30 @@ from bef_jax import checkpoint, scorer, sharding, trained
 from bef_jax.data import inputs
 from bef_jax.data.augment import PATCH
 from bef_jax.data.patch import class_names, mpp
-from bef_jax.errors import UserError
+from bef_jax.errors import UserError, reason_of
 from bef_jax.gradcam import make_explainer
-from bef_jax.runtime.files import user_path
+from bef_jax.runtime.files import (
+    check_regular,
+    check_types,
+    open_user_file,
+    read_json,
+    user_path,
+)
 
 # uint8 [N, 96, 96, 3], an iterator of such arrays, or the path of anything that predict takes.
 Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
 
 _BATCH = 64  # patches in a call of an exported file, and explained at once
+_LARGEST = 400 << 20  # bytes of an exported file; EfficientNet-B7 has 0.3 GB
+_EXPORT_AGAIN = "export again, or move export.json away"
 _STRIDE = 32  # between the windows of a picture above 96 px: each pixel is decided on once
 
 
 def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
     """Returns the trained network that `where` means; `bef_jax.load` says what that may be."""
     path = user_path(where).resolve()
+    if not path.is_dir():
+        check_regular(path)
     if path.is_file() and path.suffix in _READERS:
         return ExportedModel(path)
     if not path.is_dir():
@@ -184,37 +195,90 @@ class ExportedModel:
 
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
-        """What --mode=export wrote beside the file, or nothing if the file was moved alone."""
-        try:
-            return json.loads((self.file.parent / "export.json").read_text())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.file.parent}/export.json can't be read: {error}") from error
+        """What --mode=export wrote beside the file; where it was moved alone, what it says itself.
+
+        A StableHLO file says nothing itself.
+        """
+        return _described(self.file) or _said_inside(self.file)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file.parent / "export.json", _check_description, _EXPORT_AGAIN)
+    except FileNotFoundError:
+        return {}
+
+
+def _check_description(found: Any) -> None:
+    check_types(found, classes=list, mpp=int | float | None, files=dict)
+    if not all(isinstance(name, str) for name in found["classes"]):
+        raise TypeError("classes are no names")
+    for written in found["files"].values():
+        check_types(written, sha256=str | None)
+
+
+def _said_inside(file: Path) -> dict[str, Any]:
+    """What the metadata of an ONNX file say, or nothing if --mode=export did not write them."""
+    if file.suffix != ".onnx":
+        return {}
+    said = _onnx_session(file).get_modelmeta().custom_metadata_map
+    try:
+        found = {name: json.loads(said[name]) for name in ("classes", "mpp")} | {"files": {}}
+        _check_description(found)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return found
+
+
+def _content(file: Path) -> bytes:
+    """Reads an exported file, and compares it with what export.json beside it says, if there."""
+    try:
+        with open_user_file(file) as stream:
+            content = stream.read(_LARGEST + 1)
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {reason_of(error)}") from error
+    if len(content) > _LARGEST:
+        raise UserError(f"{file}: is larger than any file of --mode=export")
+    written = _described(file).get("files", {}).get(file.name)
+    # JAX's reader of a damaged file may end the process, or never come back.
+    if written and written["sha256"] != hashlib.sha256(content).hexdigest():
+        raise UserError(f"{file}: is not what export.json beside it describes; {_EXPORT_AGAIN}")
+    return content
 
 
 def _read_stablehlo(file: Path) -> Callable:
+    content = _content(file)
     try:
-        call = jax.export.deserialize(bytearray(file.read_bytes())).call
-    except Exception as error:  # a flatbuffer that was cut raises many kinds
-        raise UserError(f"{file} can't be read: {_first_line(error)}") from error
-    return jax.jit(lambda images: call(images)[1])
+        call = jax.export.deserialize(bytearray(content)).call
+        score = jax.jit(lambda images: call(images)[1])
+        # What is damaged further inside, or another program, shows now, and not when it scores.
+        score.lower(jax.ShapeDtypeStruct((1, PATCH, PATCH, 3), np.uint8))
+    except Exception as error:  # parsers of flatbuffers and of MLIR raise many kinds
+        raise UserError(f"{file} can't be read: {reason_of(error)}") from error
+    return score
 
 
 def _read_onnx(file: Path) -> Callable:
+    session = _onnx_session(file)
+    given = [(value.name, value.type, value.shape[1:]) for value in session.get_inputs()]
+    made = [value.name for value in session.get_outputs()]
+    if given != [("image", "tensor(uint8)", [PATCH, PATCH, 3])] or "log_odds" not in made:
+        raise UserError(f"{file}: is no file of --mode=export; give one, or a run's folder")
+    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})[0]
+
+
+def _onnx_session(file: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError(f"{file}: reading it takes pip install 'bef_jax[export]'") from error
+    # Its content, not its name: of a file it would read what other files that one names.
+    content, options = _content(file), onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, too
     try:
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
     except Exception as error:  # its kinds are not public
-        raise UserError(f"{file} can't be read: {_first_line(error)}") from error
-    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})[0]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{file} can't be read: {reason_of(error)}") from error
 
 
 _READERS = {".stablehlo": _read_stablehlo, ".onnx": _read_onnx}

@@ -7,7 +7,8 @@ Arrays keep JAX's order of axes (NHWC); convolutions and pooling, which ONNX kno
 stand between two transpositions, most of which a runtime's optimiser removes.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ import jax
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+from bef_jax import __version__
 
 OPSET = 18  # of 2022: reductions take their axes as an input from here on
 IR_VERSION = 9  # older runtimes refuse newer ones
@@ -98,13 +101,19 @@ class Graph:
         return self.add("Expand", [self.read(value), self.integers(*sizes)])
 
 
-def to_onnx(function: Callable, argument: jax.ShapeDtypeStruct, outputs: Sequence[str]) -> bytes:
+def to_onnx(
+    function: Callable,
+    argument: jax.ShapeDtypeStruct,
+    outputs: Sequence[str],
+    facts: Mapping[str, Any] | None = None,
+) -> bytes:
     """Translates `function(image)`, whose parameters it holds itself, into an ONNX file.
 
     Args:
         function: of one array; returns a tuple of arrays [n], float32.
         argument: the array's shape, its first axis n symbolic, and dtype.
         outputs: the names of what it returns; the input is called `image`.
+        facts: by their names, what the file says of itself: its metadata, each as JSON.
 
     Raises:
         NotImplementedError: it has a primitive that is not known here.
@@ -121,7 +130,10 @@ def to_onnx(function: Callable, argument: jax.ShapeDtypeStruct, outputs: Sequenc
     made = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in outputs]
     content = helper.make_graph(graph.nodes, "bef_jax", given, made, graph.initializers)
     opsets = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(content, opset_imports=opsets, ir_version=IR_VERSION)
+    made_by = {"producer_name": "bef_jax", "producer_version": __version__}
+    model = helper.make_model(content, opset_imports=opsets, ir_version=IR_VERSION, **made_by)
+    # Of metadata ONNX has text alone.
+    helper.set_model_props(model, {name: json.dumps(fact) for name, fact in (facts or {}).items()})
     # What is no ONNX fails here, not at a server.
     onnx.checker.check_model(model)
     return model.SerializeToString()

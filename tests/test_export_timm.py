@@ -1,6 +1,7 @@
 """timm's files, read back by this package and as timm reads them."""
 
 import functools
+import hashlib
 import json
 
 import numpy as np
@@ -42,7 +43,10 @@ def test_what_is_written_is_read_back(arg, architecture, arguments, tmp_path):
     file = tmp_path / "model.safetensors"
     assert {path.name for path in tmp_path.iterdir()} == {file.name, "config.json"}
     assert (entry["architecture"], entry["note"]) == (architecture, None)
-    assert entry["bytes"] == file.stat().st_size
+    content = file.read_bytes()
+    assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    # Whoever may read the one may read the other: a server is often another user.
+    assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
     convention = weights.convention(file, config.model)
     for field in ("padding", "bn_epsilon"):
         assert convention[field] == config.model[field]

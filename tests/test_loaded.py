@@ -1,6 +1,7 @@
 """`bef_jax.load`, as scripts and notebooks call it."""
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -21,6 +22,8 @@ from bef_jax.errors import UserError
 from bef_jax.models import create
 from bef_jax.scores import read_scores
 from bef_jax.state import create_state
+from tests.memory import growth_of
+from tests.runtime.test_files import special
 
 
 @pytest.fixture
@@ -154,6 +157,102 @@ def test_what_is_not_there_is_told(tmp_path):
             bef_jax.load(tmp_path / name).predict(np.zeros((1, 96, 96, 3), np.uint8))
 
 
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
+def test_what_is_no_regular_file_is_told_at_once(name, kind, tmp_path):
+    (tmp_path / name).symlink_to(special(tmp_path, kind))
+    with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
+        bef_jax.load(tmp_path / name)
+
+
+def tiny_onnx(file, **facts):
+    """A file that another program could have written: twice its input."""
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["n", 4]) for x in ("x", "y")]
+    nodes = [helper.make_node("Add", ["x", "x"], ["y"])]
+    graph = helper.make_graph(nodes, "graph", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    helper.set_model_props(model, facts)
+    file.write_bytes(model.SerializeToString())
+
+
+def test_another_program_s_onnx_is_told_before_it_scores(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    file = tmp_path / "other.onnx"
+    for facts in ({}, {"classes": "[1]", "mpp": "null"}, {"classes": "[", "mpp": "x"}):
+        tiny_onnx(file, **facts)
+        model = bef_jax.load(file)
+        assert (model.classes, model.mpp) == (None, None)
+        with pytest.raises(UserError, match="is no file of --mode=export"):
+            model.predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+
+def test_what_an_onnx_file_names_besides_is_not_opened(tmp_path, capfd):
+    """Weights may be in other files: one of them is a FIFO here."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    file = tmp_path / "model.onnx"
+    tiny_onnx(file)
+    model = onnx.load(file)
+    kept = model.graph.initializer.add(name="x", dims=[1, 4], data_type=1, data_location=1)
+    for key, value in (("location", "fifo"), ("offset", "0"), ("length", "16")):
+        kept.external_data.add(key=key, value=value)
+    file.write_bytes(model.SerializeToString())
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="can't be read"):
+        bef_jax.load(file).predict(np.zeros((1, 96, 96, 3), np.uint8))
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
+def test_a_file_larger_than_any_export_is_not_read(name, tmp_path):
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    model = bef_jax.load(tmp_path / name)
+
+    def predict():
+        with pytest.raises(UserError, match="larger than any"):
+            model.predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+    assert growth_of(predict) < 1 << 30
+
+
+DESCRIPTION = {"classes": ["a", "b"], "mpp": 0.5, "files": {"model.onnx": {"sha256": "0" * 64}}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "3", "null", "{}", "[" * 100_000, json.dumps(DESCRIPTION)[:50], "\0" * 100,
+     *(json.dumps(DESCRIPTION | {name: wrong}) for name, wrong in
+       [("classes", None), ("classes", [1, 2]), ("classes", "ab"), ("mpp", "0.5"), ("mpp", True),
+        ("files", []), ("files", {"model.onnx": 3}), ("files", {"model.onnx": {"sha256": 3}})])],
+)  # fmt: skip
+def test_a_description_that_was_cut_or_edited_is_one_line(content, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    (tmp_path / "export.json").write_text(content)
+    model = bef_jax.load(tmp_path / "model.onnx")
+    for use in (lambda: model.classes, lambda: model.predict(np.zeros((1, 96, 96, 3), np.uint8))):
+        with pytest.raises(UserError, match=r"export.json: damaged .*; export again") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
+def test_a_file_that_is_not_what_was_described_is_not_read(name, tmp_path):
+    """JAX's reader of a damaged file can end the process, or never return."""
+    content = b"what was exported"
+    written = {"sha256": hashlib.sha256(content).hexdigest()}
+    description = DESCRIPTION | {"files": {name: written}}
+    (tmp_path / "export.json").write_text(json.dumps(description))
+    for damaged in (content[:-1], b"W" + content[1:]):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"not what export\.json beside it describes"):
+            bef_jax.load(tmp_path / name).predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+
 @pytest.mark.slow
 def test_an_exported_file_predicts(trained, workdir, scoring, images, tmp_path):
     pytest.importorskip("onnxruntime")
@@ -171,6 +270,7 @@ def test_an_exported_file_predicts(trained, workdir, scoring, images, tmp_path):
         (tmp_path / name).write_bytes((workdir / "export" / name).read_bytes())
         alone = bef_jax.load(tmp_path / name)
         np.testing.assert_allclose(alone.predict(images[:2]), expected[:2], atol=1e-5)
+        assert alone.classes == (model.classes if name == "model.onnx" else None)
 
 
 @pytest.mark.slow
