@@ -264,6 +264,15 @@ def test_a_file_that_was_cut_is_told(of_today, tmp_path):
             read_tensors(tmp_path / "w")
 
 
+@pytest.mark.parametrize("numbers", [3, 5])
+def test_numbers_that_are_not_as_many_as_described_are_told(numbers, tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(4)}, path)
+    rewrite(path, {"0": bytes(4 * numbers)})
+    with pytest.raises(UserError, match="it was cut, or is damaged; fetch or save it again"):
+        read_tensors(path)
+
+
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_a_fifo_is_not_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)

@@ -441,9 +441,10 @@ def test_strangers_names_of_tensors_stay_one_short_line(state, tmp_path):
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "folder"])
 def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path):
     path = special(tmp_path, kind)
-    for function in (weights.convention, weights.read):
+    model = make_model("efficientnet_b0")
+    for use in (weights.resolve, weights.normalisation, lambda name: weights.read(name, model)):
         with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
-            function(path, make_model("efficientnet_b0"))
+            use(str(path))
 
 
 @pytest.mark.parametrize("name", ["pypi:resnet50", "nowhere.pth"])
