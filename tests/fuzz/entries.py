@@ -29,7 +29,7 @@ from bef_jax.data import inputs, store
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.state import TrainState
-from tests.fuzz import claims, outputs
+from tests.fuzz import claims, outputs, own
 
 SIZES = {"train": 6, "valid": 3, "test": 3}
 
@@ -301,6 +301,8 @@ def _config(folder: Path, rng: random.Random) -> None:
 
 
 def _read_config(folder: Path) -> None:
+    if not (folder / "arguments.json").is_file():
+        return
     try:
         arguments = json.loads((folder / "arguments.json").read_text())
         arguments = [text for text in arguments if isinstance(text, str)]
@@ -333,6 +335,7 @@ ENTRIES = {
     "huge hdf5.gz": Entry(claims.hdf5_gz, lambda folder: _read_input(folder / "patches.h5.gz")),
     "huge picture": Entry(claims.picture, _read_input),
     "huge pth": Entry(claims.pth, functools.partial(_read_weights, "weights.pth")),
+    "own files": Entry(own.write, own.read),
     "names": Entry(outputs.names, outputs.write_names),
     "two at once": Entry(outputs.rows_of_two, outputs.write_two),
 }
