@@ -8,17 +8,10 @@ from typing import NamedTuple
 
 import pooch
 import requests
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from bef_jax.errors import UserError
+from bef_jax.data.chunk import Begin, short_name, silent
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime.files import check_regular
 
 PCAM_URL = "https://zenodo.org/records/2546921/files/"
 RETRIES = 3  # after a broken connection, each going on where the last one stopped
@@ -56,7 +49,10 @@ PCAM_FILES = {
 
 
 def fetch_pcam(
-    folder: Path, base_url: str = PCAM_URL, files: Mapping[str, RemoteFile] = PCAM_FILES
+    folder: Path,
+    base_url: str = PCAM_URL,
+    files: Mapping[str, RemoteFile] = PCAM_FILES,
+    begin: Begin = silent,
 ) -> None:
     """Fetches those of `files` that `folder` lacks, packed or unpacked, and checks each.
 
@@ -73,40 +69,42 @@ def fetch_pcam(
     # pooch tries again with the same downloader, which goes on with what it has; a file whose
     # checksum is wrong pooch deletes, so that the next try begins at 0.
     remote = pooch.create(folder, base_url, registry=registry, retry_if_failed=RETRIES)
-    with _progress_bar() as bar:
-        for name in missing:
-            try:
-                remote.fetch(name, downloader=_ResumingDownloader(files[name].bytes, name, bar))
-            except (OSError, ValueError) as error:  # those of requests are OSErrors
-                raise UserError(
-                    f"{base_url}{name}: cannot be fetched ({error}); run again to go on, "
-                    f"or put the file into {folder} yourself"
-                ) from error
+    for name in missing:
+        try:
+            remote.fetch(name, downloader=_ResumingDownloader(files[name].bytes, name, begin))
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # those of requests are OSErrors
+            raise UserError(
+                f"{base_url}{name}: cannot be fetched ({reason_of(error)}); run again to go on, "
+                f"or put the file into {folder} yourself"
+            ) from error
 
 
 def _is_there(packed: Path) -> bool:
+    unpacked = packed.with_suffix("")
+    # A FIFO would be waited for when it is looked into, and when it is written to.
+    for file in (packed, unpacked, _part(packed)):
+        check_regular(file)
     # What has its name counts as whole: it got it after its checksum, and gzip checks its own.
-    return packed.is_file() or packed.with_suffix("").is_file()
+    return packed.is_file() or unpacked.is_file()
 
 
-def _progress_bar() -> Progress:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    name = TextColumn("{task.description}")
-    return Progress(name, *columns, console=Console(stderr=True))
+def _part(file: Path) -> Path:
+    return file.with_name(f"{file.name}.part")
 
 
 class _ResumingDownloader:
     """What pooch calls to fetch one file: appends to <name>.part, then hands it over whole."""
 
-    def __init__(self, size: int, name: str, bar: Progress):
+    def __init__(self, size: int, name: str, begin: Begin):
         self.size = size
         self.name = name
-        self.bar = bar
-        self.task = bar.add_task(name, total=size)
+        self.begin = begin
 
     def __call__(self, url: str, output_file: str, _: pooch.Pooch) -> None:
         # Pooch's own temporary file has another name each time, so it could not be resumed.
-        part = Path(output_file).with_name(f"{self.name}.part")
+        part = _part(Path(output_file).with_name(self.name))
         # Of another version, or of a server that answered with more: nothing to go on from.
         if _size(part) > self.size:
             part.unlink()
@@ -125,12 +123,13 @@ class _ResumingDownloader:
             response.raise_for_status()
             # A server that knows no ranges sends the file from its start, with status 200.
             resumed = response.status_code == requests.codes.partial_content
-            self.bar.update(self.task, completed=start if resumed else 0)
+            advance = self.begin(f"fetching {short_name(self.name)}", self.size, "bytes")
+            advance(start if resumed else 0)
             # Appended block by block: what a kill leaves is a prefix, and can be gone on from.
             with open(part, "ab" if resumed else "wb") as file:
                 for block in response.iter_content(BLOCK_BYTES):
                     file.write(block)
-                    self.bar.advance(self.task, len(block))
+                    advance(len(block))
 
 
 def _size(path: Path) -> int:

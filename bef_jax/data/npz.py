@@ -1,33 +1,44 @@
 """Decoded arrays: {train,valid,test}.npz with images, labels and, optionally, ids."""
 
 import contextlib
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from bef_jax.data import npy
 from bef_jax.data.chunk import (
-    IMAGE_SHAPE,
     READ_ORDER,
+    Begin,
     Chunk,
+    check_id_array,
+    check_ids,
     check_images,
+    check_label_array,
     check_labels,
+    counted,
+    describe,
     kept,
+    numbered,
     ranges,
+    readable,
+    silent,
 )
 from bef_jax.errors import UserError
-from bef_jax.runtime.files import user_path
+from bef_jax.runtime.files import check_regular, open_user_file, user_path
 
-_LONGEST = 4096  # bytes of a label or an id: a thousand characters
-_HEADERS = {  # of .npy, by the version of the format
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+_PIECE = 1 << 20  # bytes that are read at once
+# Bytes that a byte of a member can unpack to. What unpacks the other kinds knows no limit: it would
+# make gigabytes of a megabyte before it is asked for the first patch.
+_DENSEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
+_MEND = "write the file again"
 
 
-def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of the .npz files in `data.dir`; test.npz may be absent.
 
     A file without ids gets npz_<split>_<row>.
@@ -39,15 +50,15 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     # All are looked for before any is read: a missing one should not turn up after the first's
     # minutes.
     paths = {split: folder / f"{split}.npz" for split in READ_ORDER}
+    for path in paths.values():
+        check_regular(path)
     if not paths["test"].is_file():
         del paths["test"]
     for path in paths.values():
         if not path.is_file():
             raise UserError(f"{path}: no such file; set config.data.dir to the folder that has it")
     for split, path in paths.items():
-        with _readable(path):
-            for chunk in _read_split(split, path, data[f"{split}_size"]):
-                yield split, chunk
+        yield from _read_split(split, path, data[f"{split}_size"], begin)
 
 
 def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -58,95 +69,132 @@ def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     Raises:
         UserError: it is damaged, or its arrays are not patches and ids.
     """
-    with _readable(path), zipfile.ZipFile(path) as archive, archive.open("images.npy") as member:
-        count = _read_header(member, path)[0]
-        ids = _read_ids(path, path.stem, count)
+    with _opened(path) as archive, _Array(archive, "images", path) as images:
+        count = images.check_patches()
+        ids = _read_ids(archive, path, count)
         for rows in ranges(count):
-            yield ids[rows], _read_images(member, rows.stop - rows.start)
+            yield _ids_of(ids, path.stem, rows), images.take(rows)
+
+
+def _read_split(
+    split: str, path: Path, limit: int | None, begin: Begin
+) -> Iterator[tuple[str, Chunk]]:
+    with _opened(path) as archive, _Array(archive, "images", path) as images:
+        count = images.check_patches()
+        labels = _read_labels(archive, path, count)
+        ids = _read_ids(archive, path, count)
+        chunks = (
+            Chunk(images.take(rows), labels[rows], _ids_of(ids, f"npz_{split}", rows))
+            for rows in ranges(kept(count, limit))
+        )
+        yield from counted(split, chunks, kept(count, limit), begin)
+
+
+def _read_labels(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray:
+    with _Array(archive, "labels", path) as labels:
+        check_label_array(labels.header.shape, labels.header.dtype, count, labels.where)
+        labels.check_held()
+        return check_labels(labels.take(slice(0, count)), count, labels.where)
+
+
+def _read_ids(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray | None:
+    if "ids.npy" not in archive.namelist():
+        return None
+    with _Array(archive, "ids", path) as array:
+        held = path.stat().st_size
+        check_id_array(array.header.shape, array.header.dtype, count, held, array.where)
+        array.check_held()
+        ids = array.take(slice(0, count))
+        # astype(str) would refuse bytes beyond ASCII.
+        ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str, copy=False)
+        check_ids(ids, array.where)
+        return ids
+
+
+def _ids_of(ids: np.ndarray | None, prefix: str, rows: slice) -> np.ndarray:
+    # Chunk by chunk: a file can declare more rows than there is memory for their names.
+    return numbered(prefix, rows) if ids is None else ids[rows]
+
+
+# ---- archives and their arrays ------------------------------------------------------------------
+
+
+class _ShortReads:
+    """A file of which no single read is long: zipfile reads the list of all members at once.
+
+    Of each byte of that list it makes seven.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size if 0 <= size <= _PIECE else _PIECE + 1)
+        if len(block) > _PIECE:
+            raise ValueError("its list of members is too long")
+        return block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what zipfile and NumPy say about a damaged file into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # zipfile, zlib and NumPy's parser of headers raise many kinds
-        raise UserError(f"{path}: cannot be read ({error}); write the file again") from error
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with (
+        readable(path, _MEND),
+        open_user_file(path) as file,
+        zipfile.ZipFile(_ShortReads(file)) as archive,
+    ):
+        yield archive
 
 
-def _read_split(split: str, path: Path, limit: int | None) -> Iterator[Chunk]:
-    # Two readers of one file: a stream for the images, np.load for what is small.
-    with zipfile.ZipFile(path) as archive, archive.open("images.npy") as member:
-        shape = _read_header(member, path)
-        labels, ids = _read_labels(path, split, shape[0])
-        for rows in ranges(kept(shape[0], limit)):
-            yield Chunk(_read_images(member, rows.stop - rows.start), labels[rows], ids[rows])
+class _Array(contextlib.AbstractContextManager):
+    """An array of an archive whose header is read; its rows are taken off in order.
 
+    np.load would read the whole array, of another member where one has the plain name, and a pickle
+    in it could run code.
+    """
 
-def _read_header(member: zipfile.ZipExtFile, path: Path) -> tuple[int, ...]:
-    # 3.0 is for the names of structured dtypes, which are no patches: its KeyError is told as a
-    # file that can't be read.
-    version = np.lib.format.read_magic(member)
-    shape, fortran_order, dtype = _HEADERS[version](member)
-    check_images(shape, dtype, f"{path} (images)")
-    # Its first axis is not consecutive in the file, so that no part can be read alone.
-    if fortran_order:
-        raise UserError(f"{path} (images): Fortran order; write np.ascontiguousarray(images)")
-    return shape
+    def __init__(self, archive: zipfile.ZipFile, name: str, path: Path):
+        self.where = f"{path} ({name})"
+        self._info = archive.getinfo(f"{name}.npy")
+        if self._info.compress_type not in _DENSEST:
+            raise UserError(f"{self.where}: packed in a way that np.savez does not know; {_MEND}")
+        # Less, where the list of members says more than there is.
+        self._packed = min(self._info.compress_size, path.stat().st_size)
+        self._member = archive.open(self._info)
+        self.header = npy.read_header(self._member)
 
+    def __exit__(self, *_: object) -> None:
+        self._member.close()
 
-def _check_count(archive: zipfile.ZipFile, name: str, count: int, path: Path) -> None:
-    """Before the array is read: a file of a few bytes can declare 10^12 labels."""
-    with archive.open(name) as member:
-        version = np.lib.format.read_magic(member)
-        shape, _, dtype = _HEADERS[version](member)
-    if int(np.prod(shape, dtype=object)) != count or dtype.itemsize > _LONGEST:
-        raise UserError(
-            f"{path} ({name[:-4]}): {dtype} {list(shape)} for {count} images; "
-            "write one short value for each"
-        )
+    def check_patches(self) -> int:
+        """Returns how many patches there are."""
+        check_images(self.header.shape, self.header.dtype, self.where)
+        # Its first axis is not consecutive in the file, so that no part can be read alone.
+        if self.header.fortran_order:
+            raise UserError(f"{self.where}: Fortran order; write np.ascontiguousarray(images)")
+        self.check_held()
+        return self.header.shape[0]
 
+    def check_held(self) -> None:
+        """Refuses a header that declares more than the file can hold, or another number of bytes.
 
-def _read_images(member: zipfile.ZipExtFile, count: int) -> np.ndarray:
-    # np.load would hold the whole array in memory: only these rows are taken off the stream.
-    size = count * int(np.prod(IMAGE_SHAPE))
-    block = member.read(size)
-    if len(block) != size:
-        raise EOFError("images end too early")
-    return np.frombuffer(block, np.uint8).reshape(count, *IMAGE_SHAPE)
+        Call it before the first row is taken: anything as long as the array takes memory.
+        """
+        size = self.header.nbytes + self._member.tell()
+        if size != self._info.file_size or size > self._packed * _DENSEST[self._info.compress_type]:
+            declared = describe(self.header.shape, self.header.dtype)
+            raise UserError(f"{self.where}: declares {declared}, which it does not hold; {_MEND}")
 
-
-def _read_labels(path: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:
-        if "labels.npy" in archive.namelist():
-            _check_count(archive, "labels.npy", count, path)
-    # A pickle in a data set could run code.
-    with np.load(path, allow_pickle=False) as arrays:
-        labels = check_labels(arrays["labels"], count, f"{path} (labels)")
-    return labels, _read_ids(path, f"npz_{split}", count)
-
-
-def _read_ids(path: Path, prefix: str, count: int) -> np.ndarray:
-    with zipfile.ZipFile(path) as archive:
-        if "ids.npy" not in archive.namelist():
-            return np.asarray([f"{prefix}_{row}" for row in range(count)])
-        _check_count(archive, "ids.npy", count, path)
-    with np.load(path, allow_pickle=False) as arrays:
-        ids = arrays["ids"]
-    # astype(str) would refuse bytes beyond ASCII.
-    ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str)
-    if ids.shape != (count,):
-        raise UserError(f"{path} (ids): shape {list(ids.shape)} for {count} images; one id each")
-    _check_unique(ids, path)
-    return ids
-
-
-def _check_unique(ids: np.ndarray, path: Path) -> None:
-    names, counts = np.unique(ids, return_counts=True)
-    if len(names) < len(ids):
-        raise UserError(
-            f"{path} (ids): {names[counts.argmax()]!s} names {counts.max()} patches; "
-            "give each its own id, or leave `ids` out"
-        )
+    def take(self, rows: slice) -> np.ndarray:
+        """Returns the next rows, which are as many as `rows` has."""
+        shape = (rows.stop - rows.start, *self.header.shape[1:])
+        flat = np.empty(math.prod(shape) * self.header.dtype.itemsize, np.uint8)
+        for start in range(0, len(flat), _PIECE):
+            wanted = flat[start : start + _PIECE]
+            block = self._member.read(len(wanted))
+            if len(block) != len(wanted):
+                raise EOFError("it ends too early")
+            wanted[:] = np.frombuffer(block, np.uint8)
+        return flat.view(self.header.dtype).reshape(shape)

@@ -1,10 +1,5 @@
 """PatchCamelyon's own files: camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 or .h5.gz."""
 
-import contextlib
-import gzip
-import os
-import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,28 +7,24 @@ import h5py
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data import fetch
+from bef_jax.data import fetch, hdf5
 from bef_jax.data.chunk import (
     READ_ORDER,
+    Begin,
     Chunk,
     check_images,
+    check_label_array,
     check_labels,
+    counted,
     kept,
-    ranges,
+    numbered,
+    silent,
 )
 from bef_jax.errors import UserError
-from bef_jax.runtime.files import user_path
-
-# What h5py makes of HDF5's errors, by where in the file the damage is.
-_HDF5_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, MemoryError, OverflowError)
-# The largest file of PCam unpacks to 7.25 GB; what goes on for longer is no PCam, and would fill
-# the disk.
-_UNPACKED_LIMIT = 10**10
-_DENSEST = 2000  # pixels a byte; gzip comes to 1032 where all are equal
-CACHE_BYTES = 64 << 20  # of HDF5's chunks: a chunk is then decompressed once, whatever its shape
+from bef_jax.runtime.files import check_regular, user_path
 
 
-def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of PCam's HDF5 files in `data.dir`; the test split may be absent.
 
     The id of a patch is pcam_<split>_<row of the file>. With `data.download`, files that are
@@ -44,13 +35,12 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
     """
     folder = user_path(data.dir)
     if data.download:
-        fetch.fetch_pcam(folder)
+        fetch.fetch_pcam(folder, begin=begin)
     # All of them first: a file that is missing is named before gigabytes are unpacked.
     paths = {split: _split_paths(folder, split) for split in READ_ORDER}
     for split, found in paths.items():
         if found is not None:
-            for chunk in _read_split(split, *found, data[f"{split}_size"]):
-                yield split, chunk
+            yield from _read_split(split, *found, data[f"{split}_size"], begin)
 
 
 def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -62,17 +52,16 @@ def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         UserError: it is damaged, or holds something else than patches.
     """
     stem = path.name.removesuffix(".gz").removesuffix(".h5")
-    with _dataset(path, "x") as x:
-        _check_patches(x, path)
-        for rows in ranges(len(x)):
-            yield np.asarray([f"{stem}_{row}" for row in range(rows.start, rows.stop)]), x[rows]
+    with hdf5.dataset(path, "x") as x:
+        for rows, images in hdf5.blocks(x, _check_patches(x, path)):
+            yield numbered(stem, rows), images
 
 
-def _check_patches(x: h5py.Dataset, path: Path) -> None:
-    check_images(x.shape, x.dtype, str(path))
-    # Before they are read: a file of a few bytes can declare 10^12 labels, or patches.
-    if x.nbytes > _DENSEST * x.id.get_storage_size():
-        raise UserError(f"{path}: declares {len(x)} patches that it does not hold; fetch it")
+def _check_patches(x: h5py.Dataset, path: Path) -> int:
+    """Returns how many patches `x` holds, once it is known that it holds patches."""
+    check_images(x.shape or (), x.dtype, str(path))
+    hdf5.check_held(x, path)
+    return len(x)
 
 
 def _split_paths(folder: Path, split: str) -> tuple[Path, Path] | None:
@@ -90,53 +79,29 @@ def _split_paths(folder: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def _find(path: Path) -> Path | None:
-    packed = path.with_name(path.name + ".gz")
     # The unpacked one first: unpacking costs minutes, and room for a copy.
-    return next((candidate for candidate in (path, packed) if candidate.is_file()), None)
+    candidates = (path, path.with_name(path.name + ".gz"))
+    for candidate in candidates:
+        check_regular(candidate)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _read_split(split: str, images: Path, labels: Path, limit: int | None) -> Iterator[Chunk]:
+def _read_split(
+    split: str, images: Path, labels: Path, limit: int | None, begin: Begin
+) -> Iterator[tuple[str, Chunk]]:
     # Labels first: a file of them that can't be read shows before the images are unpacked.
-    with _dataset(labels, "y") as y, _dataset(images, "x") as x:
-        _check_patches(x, images)
-        if y.size != len(x):
-            raise UserError(f"{labels}: {y.size} labels for {len(x)} images; fetch both again")
-        flags = check_labels(y[:], len(x), str(labels))
-        for rows in ranges(kept(len(x), limit)):
-            # By row, as TFDS's ids are: a patch has one id, whichever of them it comes from.
-            ids = [f"pcam_{split}_{row}" for row in range(rows.start, rows.stop)]
-            yield Chunk(x[rows], flags[rows], np.asarray(ids))
+    with hdf5.dataset(labels, "y") as y, hdf5.dataset(images, "x", begin) as x:
+        flags = _read_labels(y, _check_patches(x, images), labels)
+        count = kept(len(x), limit)
+        # By row, as TFDS's ids are: a patch has one id, whichever of them it comes from.
+        chunks = (
+            Chunk(block, flags[rows], numbered(f"pcam_{split}", rows))
+            for rows, block in hdf5.blocks(x, count)
+        )
+        yield from counted(split, chunks, count, begin)
 
 
-@contextlib.contextmanager
-def _dataset(path: Path, name: str) -> Iterator[h5py.Dataset]:
-    """Opens the data set `name` of an HDF5 file; what HDF5 or gzip dislike is a UserError."""
-    try:
-        with _unpacked(path) as source, h5py.File(source, "r", rdcc_nbytes=CACHE_BYTES) as file:
-            if not isinstance(file.get(name), h5py.Dataset):
-                raise UserError(f"{path}: has no data set '{name}'; is it one of PCam's files?")
-            yield file[name]
-    except UserError:
-        raise
-    except (OSError, EOFError, zlib.error, *_HDF5_ERRORS) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); fetch it again, or unpack it yourself"
-        ) from error
-
-
-@contextlib.contextmanager
-def _unpacked(path: Path) -> Iterator:
-    """Gives what h5py opens: the path itself, or an unpacked copy of a .gz file."""
-    if path.suffix != ".gz":
-        yield path
-        return
-    # HDF5 seeks, gzip cannot. The copy has no name, so that even a kill leaves nothing behind.
-    # Beside the file, where there is room for data: /tmp is often small, or memory.
-    folder = path.parent if os.access(path.parent, os.W_OK) else None
-    with tempfile.TemporaryFile(dir=folder) as copy:
-        with gzip.open(path) as packed:
-            while block := packed.read(1 << 20):
-                copy.write(block)
-                if copy.tell() > _UNPACKED_LIMIT:
-                    raise UserError(f"{path}: unpacks to more than PCam's files do; fetch it again")
-        yield copy
+def _read_labels(y: h5py.Dataset, count: int, path: Path) -> np.ndarray:
+    check_label_array(y.shape or (), y.dtype, count, str(path))
+    hdf5.check_held(y, path)
+    return check_labels(y[:], count, str(path))

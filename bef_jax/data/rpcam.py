@@ -2,8 +2,11 @@
 
 import csv
 import hashlib
+import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,15 +15,20 @@ from bef_jax.data import pictures
 from bef_jax.data.chunk import (
     IMAGE_SHAPE,
     READ_ORDER,
+    Begin,
     Chunk,
     batched_rows,
+    counted,
     kept,
+    silent,
 )
-from bef_jax.errors import UserError
-from bef_jax.runtime.files import user_path
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime.files import check_regular, open_user_file, user_path
+
+_LONGEST_LINE = 1 << 16  # characters of a row of the table
 
 
-def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of Kaggle's folder `data.dir`, each split in the order of its ids.
 
     A patch's split is decided by the hash of its id, in the ratio `data.split_ratio`.
@@ -30,17 +38,15 @@ def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
             the ratio leaves a split empty.
     """
     folder = user_path(data.dir)
-    labels = _read_labels(folder / "train_labels.csv")
     # Before decoding: hundreds of thousands of files take a while, and one missing stops it.
-    _check_files(folder / "train", labels)
+    labels = _read_labels(folder)
     # Sorted: the same store, and so the same batches, whatever the order of the table.
     splits = _assign_splits(sorted(labels), data.split_ratio)
     for split in READ_ORDER:
         ids = splits[split][: kept(len(splits[split]), data[f"{split}_size"])]
         # Decoded as they are asked for, so that memory holds one chunk.
         rows = ((_decode(folder / "train" / f"{i}.tif"), labels[i], i) for i in ids)
-        for chunk in batched_rows(rows):
-            yield split, chunk
+        yield from counted(split, batched_rows(rows), len(ids), begin)
 
 
 def split_of(name: str, ratio: Sequence[float]) -> str:
@@ -75,47 +81,81 @@ def _assign_splits(ids: Sequence[str], ratio: Sequence[float]) -> dict[str, list
     return splits
 
 
-def _read_labels(path: Path) -> dict[str, int]:
-    """Returns {id: label} of train_labels.csv."""
-    labels = {}
+def _read_labels(folder: Path) -> dict[str, int]:
+    """Returns {id: label} of train_labels.csv, which has a row for each file, and none else."""
+    table = folder / "train_labels.csv"
     try:
-        # utf-8-sig drops the mark that spreadsheets put in front.
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            if not {"id", "label"} <= set(table.fieldnames or ()):
-                raise UserError(f"{path}: its first line must be id,label")
-            for row in table:
-                _add_label(labels, row, f"{path} line {table.line_num}")
+        with open_user_file(table) as file:
+            return _parse(file, table, _list(folder / "train"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; set config.data.dir to its folder") from error
+        raise UserError(f"{table}: no such file; set config.data.dir to its folder") from error
     except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from error
+        raise UserError(f"{table}: cannot be read ({reason_of(error)}); fetch it again") from error
+
+
+def _list(folder: Path) -> set[str]:
+    """Returns the names of a folder's .tif files without that ending; none is opened."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; set config.data.dir to the folder above it")
+    try:
+        # One listing: to look at each file would be a round trip each on a network drive.
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if entry.name.endswith(".tif")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({reason_of(error)})") from error
+    return {entry.name.removesuffix(".tif") for entry in found if _is_picture(entry)}
+
+
+def _is_picture(entry: os.DirEntry) -> bool:
+    """Whether it can be decoded; what is there and is no regular file is refused."""
+    if entry.is_file(follow_symlinks=False):
+        return True
+    check_regular(Path(entry.path))
+    return os.path.exists(entry.path)
+
+
+def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
+    # utf-8-sig drops the mark that spreadsheets put in front.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(_lines(text, table))
+    if not {"id", "label"} <= set(rows.fieldnames or ()):
+        raise UserError(f"{table}: its first line must be id,label")
+    labels: dict[str, int] = {}
+    for row in rows:
+        _add_label(labels, row, names, f"{table} line {rows.line_num}")
     if not labels:
-        raise UserError(f"{path}: names no patch; fetch it again")
+        raise UserError(f"{table}: names no patch; fetch it again")
+    for unlabelled in sorted(names - labels.keys())[:1]:
+        file_name = table.parent / "train" / f"{unlabelled}.tif"
+        raise UserError(f"{file_name}: train_labels.csv has no row for it; add it")
     return labels
 
 
-def _add_label(labels: dict[str, int], row: dict, where: str) -> None:
-    name = row["id"]
+def _lines(text: TextIO, table: Path) -> Iterator[str]:
+    # csv would take in a line of any length before it looks at its fields.
+    while line := text.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise UserError(
+                f"{table}: a line of more than {_LONGEST_LINE} characters; fetch it again"
+            )
+        yield line
+
+
+def _add_label(labels: dict[str, int], row: dict, names: set[str], where: str) -> None:
+    name, label = row["id"], repr(row["label"])[:40]
     if not name:
         raise UserError(f"{where}: no id; each row must be id,label")
     if row["label"] not in ("0", "1"):
-        raise UserError(f"{where}: label {row['label']!r}; it must be 0 (normal) or 1 (tumour)")
+        raise UserError(f"{where}: label {label}; it must be 0 (normal) or 1 (tumour)")
     if name in labels:
-        raise UserError(f"{where}: {name} was there before; each patch needs exactly one row")
+        raise UserError(f"{where}: {name[:100]} was there before; each patch needs exactly one row")
+    # So neither does a path lead out of the folder, nor are there more rows than files.
+    if name not in names:
+        raise UserError(
+            f"{where}: train has no file {name[:100]}.tif; fetch it, or take out the row"
+        )
     # By id, not by row: files are found by it, and splits decided.
     labels[name] = int(row["label"])
-
-
-def _check_files(folder: Path, labels: dict[str, int]) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; set config.data.dir to the folder above it")
-    # One listing of the folder: a look at each file would be a round trip each on a network drive.
-    files = {file.stem for file in folder.glob("*.tif")}
-    for missing in sorted(labels.keys() - files)[:1]:
-        raise UserError(f"{folder / missing}.tif: no such file, but train_labels.csv has its label")
-    for unlabelled in sorted(files - labels.keys())[:1]:
-        raise UserError(f"{folder / unlabelled}.tif: train_labels.csv has no row for it; add it")
 
 
 def _decode(path: Path) -> np.ndarray:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from bef_jax.data.chunk import Chunk
+from bef_jax.data.chunk import Begin, Chunk, silent
 from bef_jax.errors import UserError
 
-# Modules of this package, each with `read(data)`. A source is imported when it is read: together
-# their libraries take 0.3 s, and a run whose store is there needs none of them.
+# Modules of this package, each with `read(data, begin)`. A source is imported when it is read:
+# together their libraries take 0.3 s, and a run whose store is there needs none of them.
 SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic")
 
 
@@ -29,14 +29,18 @@ def check(data: ConfigDict) -> None:
             raise UserError(f"config.data.{split}_size is {size}; set 1 or more, or leave it empty")
 
 
-def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields every patch of `config.data.source` as (split, chunk), the test split first.
 
     The order is test, valid, train, each split whole; memory does not grow with the source.
+
+    Args:
+        data: config.data.
+        begin: told of each long piece of work, such as reading a split, and how far it is.
 
     Raises:
         UserError: a field, file, image or label that is not as it must be.
     """
     # Within a generator, so at the first chunk: who wants an answer before that calls `check`.
     check(data)
-    yield from importlib.import_module(f"bef_jax.data.{data.source}").read(data)
+    yield from importlib.import_module(f"bef_jax.data.{data.source}").read(data, begin)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data.chunk import READ_ORDER, Chunk
+from bef_jax.data.chunk import READ_ORDER, Begin, Chunk, counted, numbered, silent
 
 # Enough for a valid AUC above 0.99 after three epochs of the quickstart, and quick to draw.
 DEFAULT_SIZES = {"train": 4096, "valid": 1024, "test": 1024}
@@ -36,11 +36,11 @@ def size(data: ConfigDict, split: str) -> int:
     return DEFAULT_SIZES[split] if asked is None else asked
 
 
-def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of the patches that `data`'s sizes and seed ask for."""
     for split in READ_ORDER:
-        for chunk in generate(split, size(data, split), data.seed):
-            yield split, chunk
+        count = size(data, split)
+        yield from counted(split, generate(split, count, data.seed), count, begin)
 
 
 def generate(split: str, n: int, seed: int) -> Iterator[Chunk]:
@@ -55,8 +55,8 @@ def generate(split: str, n: int, seed: int) -> Iterator[Chunk]:
         entropy = [seed, READ_ORDER.index(split), start // BLOCK]
         images, labels = _draw(np.random.default_rng(np.random.SeedSequence(entropy)))
         count = min(BLOCK, n - start)
-        ids = [f"synthetic_{split}_{row}" for row in range(start, start + count)]
-        yield Chunk(images[:count], labels[:count], np.asarray(ids))
+        ids = numbered(f"synthetic_{split}", slice(start, start + count))
+        yield Chunk(images[:count], labels[:count], ids)
 
 
 def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

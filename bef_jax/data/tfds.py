@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,34 +13,47 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from bef_jax.data.chunk import READ_ORDER, Chunk, batched_rows, check_images, check_labels, kept
+from bef_jax.data.chunk import (
+    READ_ORDER,
+    Begin,
+    Chunk,
+    batched_rows,
+    check_images,
+    check_labels,
+    counted,
+    kept,
+    readable,
+    silent,
+)
 from bef_jax.errors import UserError
-from bef_jax.runtime.files import user_path
+from bef_jax.runtime.files import check_regular, user_path
 
 NAME = "patch_camelyon"
 FILE_FORMAT = "array_record"  # the one that a data source reads at random, without TensorFlow
+_BUILD = f"tfds build {NAME} --file_format={FILE_FORMAT}"
 TFDS_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 
 
-def read(data: ConfigDict) -> Iterator[tuple[str, Chunk]]:
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of patch_camelyon in `data.dir`, a data_dir of TFDS.
 
     Ids are those of the same patches in `pcam_hdf5`; the order is TFDS's. With `data.download`,
     a set that is not there is downloaded and prepared, which takes TensorFlow.
 
     Raises:
-        UserError: the set is not prepared, or not in the array_record format.
+        UserError: the set is not prepared, damaged, or not in the array_record format.
     """
     folder = user_path(data.dir)
-    builder = _prepared_builder(folder, data.download)
-    for split in READ_ORDER:
-        # By index: what a size of the config leaves out is never read.
-        rows = _data_source(builder, TFDS_SPLITS[split])
-        count = kept(len(rows), data[f"{split}_size"])
-        for chunk in batched_rows(_to_row(rows[i]) for i in range(count)):
-            check_images(chunk.images.shape, chunk.images.dtype, f"{folder} ({NAME})")
-            check_labels(chunk.labels, len(chunk.images), f"{folder} ({NAME})")
-            yield split, chunk
+    if not _is_prepared(folder):
+        _prepare(folder, data.download)
+    with _readable(folder):
+        builder = tfds.builder(NAME, data_dir=folder)
+        for split in READ_ORDER:
+            # By index: what a size of the config leaves out is never read.
+            rows = _data_source(builder, TFDS_SPLITS[split])
+            count = kept(len(rows), data[f"{split}_size"])
+            chunks = map(_checked, batched_rows(_to_row(rows[i]) for i in range(count)))
+            yield from counted(split, chunks, count, begin)
 
 
 def download_and_prepare(folder: Path) -> None:
@@ -52,22 +66,28 @@ def download_and_prepare(folder: Path) -> None:
         builder.download_and_prepare(file_format=FILE_FORMAT)
 
 
-def _prepared_builder(folder: Path, download: bool) -> tfds.core.DatasetBuilder:
-    if not _is_prepared(folder):
-        if not download:
-            raise UserError(
-                f"{folder}: TFDS has no prepared {NAME} there; install bef_jax[tfds] and set "
-                f"--config.data.download=True, or run `tfds build {NAME} "
-                f"--file_format={FILE_FORMAT} --data_dir={folder}`"
-            )
-        _prepare_apart(folder)
-    # Made anew: a builder reads what is prepared when it is made.
-    return tfds.builder(NAME, data_dir=folder)
+def _readable(folder: Path) -> contextlib.AbstractContextManager:
+    return readable(folder / NAME, f"prepare it again with `{_BUILD}` in another folder")
 
 
 def _is_prepared(folder: Path) -> bool:
     # TFDS warns of a folder that is not there: the error that follows says it better.
-    return (folder / NAME).is_dir() and tfds.builder(NAME, data_dir=folder).is_prepared()
+    if not os.path.isdir(folder / NAME):
+        return False
+    for file in (folder / NAME).rglob("*"):
+        if not file.is_dir():
+            check_regular(file)
+    with _readable(folder):
+        return tfds.builder(NAME, data_dir=folder).is_prepared()
+
+
+def _prepare(folder: Path, download: bool) -> None:
+    if not download:
+        raise UserError(
+            f"{folder}: TFDS has no prepared {NAME} there; install bef_jax[tfds] and set "
+            f"--config.data.download=True, or run `{_BUILD} --data_dir={folder}`"
+        )
+    _prepare_apart(folder)
 
 
 def _prepare_apart(folder: Path) -> None:
@@ -91,7 +111,7 @@ def _data_source(builder: tfds.core.DatasetBuilder, split: str):
     except (NotImplementedError, ValueError) as error:
         raise UserError(
             f"{builder.data_dir}: no {split} split that can be read without TensorFlow; prepare "
-            f"it again with `tfds build {NAME} --file_format={FILE_FORMAT}` in another folder"
+            f"it again with `{_BUILD}` in another folder"
         ) from error
 
 
@@ -100,3 +120,9 @@ def _to_row(example: dict) -> tuple[np.ndarray, int, str]:
     name = name.decode() if isinstance(name, bytes) else str(name)
     # TFDS's ids are its name of the split and the row: with the prefix those of `pcam_hdf5`.
     return example["image"], int(example["label"]), f"pcam_{name}"
+
+
+def _checked(chunk: Chunk) -> Chunk:
+    check_images(chunk.images.shape, chunk.images.dtype, NAME)
+    check_labels(chunk.labels, len(chunk.images), NAME)
+    return chunk

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -104,6 +105,33 @@ def test_complete_or_too_long_part(size, server, tmp_path):
     (tmp_path / "a.h5.gz.part").write_bytes((whole + b"x")[:size])
     fetch_all(server, tmp_path)
     assert len(server.requests) == (1 if size == 300_000 else 2)
+
+
+def test_what_is_fetched_is_told(server, tmp_path):
+    server.hang_ups = 1
+    told = []
+
+    def begin(*what):
+        told.append([what])
+        return told[-1].append
+
+    for _ in range(2):
+        with contextlib.suppress(UserError):
+            fetch.fetch_pcam(tmp_path, server.url, server.registry, begin)
+    first, again, small = told
+    assert first[0] == again[0] == ("fetching a.h5.gz", 300_000, "bytes")
+    assert sum(first[1:]) == 150_000
+    assert again[1] == 150_000 and sum(again[1:]) == 300_000
+    assert small == [("fetching b.h5.gz", 5, "bytes"), 0, 5]
+
+
+@pytest.mark.parametrize("name", ["a.h5.gz", "a.h5", "a.h5.gz.part"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
+def test_no_regular_file_in_the_place_of_one(kind, name, tmp_path, special, say):
+    special(kind, tmp_path / name)
+    files = "{'a.h5.gz': fetch.RemoteFile(1, '0' * 64)}"
+    told = say(f"fetch.fetch_pcam(Path({str(tmp_path)!r}), 'http://127.0.0.1:9/', {files})")
+    assert told == [f"{tmp_path / name}: is {kind}; name a regular file"]
 
 
 def test_wrong_checksum_is_an_error_and_does_not_stay(server, tmp_path):

@@ -227,7 +227,7 @@ NPZ_MISTAKES = {
     "no labels": ({"images": zeros(3, 96, 96, 3)}, "train.npz: cannot be read"),
     "pickle": (
         {"images": zeros(3, 96, 96, 3), "labels": np.asarray([0, 1, None])},
-        "train.npz: cannot be read",
+        "train.npz (labels): object [3]; labels must be numbers",
     ),
     "fortran": (
         {"images": np.asfortranarray(zeros(3, 96, 96, 3)), "labels": zeros(3)},
@@ -275,7 +275,7 @@ RPCAM_MISTAKES = {
     "twice": (edit_table(lambda t: [*t, t[3]]), "was there before"),
     "no rows": (edit_table(lambda t: t[:1]), "names no patch"),
     "row gone": (edit_table(lambda t: t[:-1]), "has no row for it"),
-    "file gone": (lambda f: min((f / "train").iterdir()).unlink(), ".tif: no such file"),
+    "file gone": (lambda f: min((f / "train").iterdir()).unlink(), ": train has no file "),
     "damaged": (lambda f: min((f / "train").iterdir()).write_bytes(b"no"), ".tif: cannot be read"),
     "size": (save_first(Image.new("RGB", (64, 32))), ".tif: 64x32 pixels; cut or resample it"),
     "gray": (save_first(Image.new("L", (96, 96))), ".tif: images must be RGB"),

@@ -143,3 +143,20 @@ def test_set_in_a_format_that_needs_tensorflow(tmp_path, patches, write, make_da
     for file in list(info.parent.glob("*array_record*")):
         file.rename(str(file).replace("array_record", "tfrecord"))
     expect_error(make_data("tfds", folder), "--file_format=array_record")
+
+
+def test_damaged_set_and_special_files(tmp_path, patches, write, make_data, special, say):
+    folder = prepared(PREPARE_WITHOUT_TENSORFLOW, "pcam_hdf5", tmp_path, patches, write)
+    info = folder / "patch_camelyon" / "2.0.0" / "dataset_info.json"
+    (records,) = info.parent.glob("*train*")
+    whole = records.read_bytes()
+    for damage in (whole[:1000], bytes(len(whole)), b""):
+        records.write_bytes(damage)
+        expect_error(make_data("tfds", folder), f"{folder / 'patch_camelyon'}: cannot be read")
+    records.write_bytes(whole)
+    special("a FIFO", records)
+    read = f"list(sources.read(data_of('tfds', {str(folder)!r})))"
+    assert say(read) == [f"{records}: is a FIFO; name a regular file"]
+    for text in ("{", "[]", '{"splits": 3}'):
+        info.write_text(text)
+        expect_error(make_data("tfds", folder), str(folder))

@@ -1,0 +1,172 @@
+"""One data set of an HDF5 file that somebody else wrote: it lies in the file, and is read once."""
+
+import contextlib
+import gzip
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import h5py
+import numpy as np
+from h5py import h5d, h5z
+
+from bef_jax.data.chunk import CHUNK_SIZE, Begin, ranges, readable, short_name, silent
+from bef_jax.errors import UserError
+from bef_jax.runtime.files import check_regular, open_user_file
+
+_MEND = "fetch it again, or unpack it yourself"
+_REPACK = "repack it: h5repack -l CHUNK=1x96x96x3 -f GZIP=1"
+# The largest file of PCam unpacks to 7.25 GB; what goes on for longer is no PCam, and would fill
+# the disk. Pictures of tissue shrink to two thirds, labels to a tenth.
+_UNPACKED_LIMIT = 10**10
+_UNPACKED_FREELY = 64 << 20
+_SHRUNK = 100
+_CHUNK_LIMIT = 64 << 20  # bytes of one of HDF5's chunks, unpacked
+_BAND_LIMIT = 512 << 20  # bytes of the rows that share a chunk: they are read together
+# Bytes that a byte of a chunk can unpack to. HDF5 unpacks all that there is, whatever size it says.
+_DENSEST = {h5z.FILTER_DEFLATE: 1032, h5z.FILTER_LZF: 100}
+_KEEP_SIZE = (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
+_SURE = 256 << 20  # bytes that a chunk may unpack to without a look
+
+
+@contextlib.contextmanager
+def dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Dataset]:
+    """Opens the data set `name` of a .h5 or .h5.gz.
+
+    It lies in the file itself; what it declares is the caller's to check.
+
+    Raises:
+        UserError: the file is damaged or no regular one, or has no such data set.
+    """
+    with readable(path, _MEND), _unpacked(path, begin) as source, h5py.File(source, "r") as file:
+        # Its link first: to look at the data set itself opens whatever file a link names.
+        is_own = isinstance(file.get(name, getlink=True), h5py.HardLink)
+        if not is_own or not isinstance(file[name], h5py.Dataset):
+            raise UserError(f"{path}: has no data set '{name}'; is it one of PCam's files?")
+        _check_own(file[name], path)
+        yield file[name]
+
+
+def check_held(data: h5py.Dataset, path: Path) -> None:
+    """Checks that a data set holds what it declares, and can be read in little memory.
+
+    Call it once its shape and dtype are known to be good, and before it is read.
+
+    Raises:
+        UserError: it does not.
+    """
+    if data.chunks is None:
+        held = min(data.id.get_storage_size(), data.file.id.get_filesize())
+        if data.nbytes > held:
+            raise UserError(f"{path}: declares {data.nbytes} bytes, and holds {held}; {_MEND}")
+        return
+    chunk = math.prod(data.chunks) * data.dtype.itemsize
+    band = data.chunks[0] * math.prod(data.shape[1:]) * data.dtype.itemsize
+    if chunk > _CHUNK_LIMIT or band > _BAND_LIMIT:
+        raise UserError(f"{path}: chunks of {data.chunks}, too large to be read; {_REPACK}")
+    _check_chunks(data, chunk, path)
+
+
+def blocks(data: h5py.Dataset, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields the first `count` rows, and which they are, at most 512 at a time.
+
+    Each chunk of HDF5's is unpacked once. `check_held` comes first.
+    """
+    step = data.chunks[0] if data.chunks else 1
+    # Whole chunks: 512 rows of a chunk that has 8,192 would have it unpacked 16 times.
+    band = np.empty((step * max(1, CHUNK_SIZE // step), *data.shape[1:]), data.dtype)
+    for start in range(0, count, len(band)):
+        stop = min(start + len(band), count)
+        data.read_direct(band, np.s_[start:stop], np.s_[: stop - start])
+        for rows in ranges(stop - start):
+            yield slice(start + rows.start, start + rows.stop), band[rows].copy()
+
+
+# ---- what a data set can be made of -------------------------------------------------------------
+
+
+def _check_own(data: h5py.Dataset, path: Path) -> None:
+    # Before its shape is asked for, which opens the files of a virtual one.
+    plist = data.id.get_create_plist()
+    if plist.get_layout() == h5d.VIRTUAL or plist.get_external_count():
+        raise UserError(
+            f"{path}: its data set '{data.name}' lies in other files, which are not opened; "
+            "write it as one file"
+        )
+
+
+def _check_chunks(data: h5py.Dataset, size: int, path: Path) -> None:
+    """Checks that all chunks are there, and that none unpacks to much more than its `size`."""
+    packing = _packing(data, path)
+    large = []
+
+    def look(chunk: h5d.StoreInfo) -> None:
+        # Where packing would gain nothing the filter is left out.
+        is_packed = packing and not chunk.filter_mask >> packing[0] & 1
+        if is_packed and chunk.size * _DENSEST[packing[1]] > _SURE:
+            large.append(chunk)
+
+    data.id.chunk_iter(look)
+    wanted = math.prod(-(-n // m) for n, m in zip(data.shape, data.chunks, strict=True))
+    if data.id.get_num_chunks() < wanted:
+        raise UserError(f"{path}: declares {len(data)} rows that it does not hold; {_MEND}")
+    for chunk in large:
+        if not _is_as_large(data, chunk, size, packing[1]):
+            raise UserError(
+                f"{path}: the chunk at {chunk.chunk_offset} may be too large to be read; {_REPACK}"
+            )
+
+
+def _packing(data: h5py.Dataset, path: Path) -> tuple[int, int] | None:
+    """Returns the place and the code of the filter that packs the chunks, if one does."""
+    plist = data.id.get_create_plist()
+    codes = [plist.get_filter(place)[0] for place in range(plist.get_nfilters())]
+    packing = [(place, code) for place, code in enumerate(codes) if code not in _KEEP_SIZE]
+    if len(packing) > 1 or any(code not in _DENSEST for _, code in packing):
+        raise UserError(f"{path}: packed by the filters {codes}, not by gzip alone; {_REPACK}")
+    return packing[0] if packing else None
+
+
+def _is_as_large(data: h5py.Dataset, chunk: h5d.StoreInfo, size: int, code: int) -> bool:
+    """Whether a packed chunk is sure to unpack to no more than `size` bytes."""
+    # Packing adds a thousandth at most. LZF's stream cannot be looked into here.
+    if code != h5z.FILTER_DEFLATE or chunk.size > size * 1.01 + 1024:
+        return False
+    _, packed = data.id.read_direct_chunk(chunk.chunk_offset)
+    # zlib stops at a byte too many; HDF5 would unpack all that there is.
+    return len(zlib.decompressobj().decompress(packed, size + 1)) <= size
+
+
+# ---- .gz ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path, begin: Begin) -> Iterator:
+    """Gives what h5py opens: the path itself, or an unpacked copy of a .gz file."""
+    check_regular(path)
+    if path.suffix != ".gz":
+        yield path
+        return
+    # HDF5 seeks, gzip cannot. The copy has no name, so that even a kill leaves nothing behind.
+    # Beside the file, where there is room for data: /tmp is often small, or memory.
+    folder = path.parent if os.access(path.parent, os.W_OK) else None
+    with tempfile.TemporaryFile(dir=folder) as copy:
+        _unpack(path, copy, begin)
+        yield copy
+
+
+def _unpack(path: Path, copy: IO[bytes], begin: Begin) -> None:
+    size = path.stat().st_size
+    limit = min(_UNPACKED_LIMIT, max(_UNPACKED_FREELY, _SHRUNK * size))
+    advance, before = begin(f"unpacking {short_name(path.name)}", size, "bytes"), 0
+    with open_user_file(path) as raw, gzip.open(raw) as packed:
+        while block := packed.read(1 << 20):
+            copy.write(block)
+            if copy.tell() > limit:
+                raise UserError(f"{path}: unpacks to more than PCam's files do; {_MEND}")
+            advance(raw.tell() - before)
+            before = raw.tell()
