@@ -1,11 +1,12 @@
-"""Where training stands, on stderr: a live bar on a terminal, a line now and then elsewhere."""
+"""Where long work stands, on stderr: a live bar on a terminal, a line now and then elsewhere."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from time import monotonic
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 # Short enough for a terminal of 80 columns: the AUC is of valid, the wait is for input.
@@ -17,7 +18,73 @@ FORMATS = {
 }
 
 
-class Progress:
+class _Display:
+    """A context manager with a bar of rich's, and the lines that stand in for it."""
+
+    def __init__(self, console: Console | None, line_seconds: float, *columns: ProgressColumn):
+        self._console = console or Console(stderr=True)
+        self._line_seconds = line_seconds
+        self._next_line = 0.0
+        # The summary is the only thing on stdout, so it must not be caught by the display.
+        self._bar = RichProgress(
+            *columns,
+            console=self._console,
+            # In a file or a pipe the bar would be a heap of control characters.
+            disable=not self._console.is_interactive,
+            redirect_stdout=False,
+            # rich draws in a thread of its own, which takes the GIL from the loop: ten times, by
+            # default.
+            refresh_per_second=2,
+        )
+
+    def __enter__(self):
+        """Starts the live display, if there is a terminal."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stops the display and gives the cursor back."""
+        self._bar.stop()
+
+    def log(self, text: str) -> None:
+        """Prints `text` on a line of its own, above the bar."""
+        # Plain: brackets in a path would be taken for markup.
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, text: str, now: float, is_last: bool) -> None:
+        """Prints `text` where there is no bar, if it is time for a line, or the last one."""
+        if self._bar.disable and (now >= self._next_line or is_last):
+            self._next_line = now + self._line_seconds
+            self.log(text)
+
+
+class _Pace:
+    """How fast work goes, from the first time that it is told on."""
+
+    def __init__(self, total: int):
+        self._total = total
+        self._first: tuple[int, float] | None = None
+
+    def rate(self, done: int, now: float) -> float | None:
+        """Returns how much is done in a second; None where there is too little to tell."""
+        # What came before, such as compilation, says nothing about the time left.
+        self._first = self._first or (done, now)
+        first_done, first_time = self._first
+        is_known = done > first_done and now > first_time
+        return (done - first_done) / (now - first_time) if is_known else None
+
+    def left(self, done: int, now: float) -> str | None:
+        """Returns the time left, in words."""
+        rate = self.rate(done, now)
+        return f"{timedelta(seconds=round((self._total - done) / rate))} left" if rate else None
+
+
+class Progress(_Display):
     """A context manager that shows the step, the latest figures and the time left."""
 
     def __init__(
@@ -35,40 +102,18 @@ class Progress:
             console: where to show; stderr unless told.
             line_seconds: least time between two lines, where there is no terminal.
         """
-        self._total = total_steps
-        self._console = console or Console(stderr=True)
-        self._line_seconds = line_seconds
-        self._figures: dict[str, float] = {}
-        self._first: tuple[int, float] | None = None
-        self._next_line = 0.0
-        # The summary is the only thing on stdout, so it must not be caught by the display.
-        self._bar = RichProgress(
+        super().__init__(
+            console,
+            line_seconds,
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}"),
-            console=self._console,
-            # In a file or a pipe the bar would be a heap of control characters.
-            disable=not self._console.is_interactive,
-            redirect_stdout=False,
-            # rich draws in a thread of its own, which takes the GIL from the loop: ten times, by
-            # default.
-            refresh_per_second=2,
         )
+        self._total = total_steps
+        self._figures: dict[str, float] = {}
+        # Of this start alone: a resumed run may be on other hardware.
+        self._pace = _Pace(total_steps)
         self._task = self._bar.add_task("", total=total_steps, completed=start_step, figures="")
-
-    def __enter__(self) -> "Progress":
-        """Starts the live display, if there is a terminal."""
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stops the display and gives the cursor back."""
-        self._bar.stop()
 
     def update(self, step: int, **figures: float | None) -> None:
         """Shows `step` and the figures named in FORMATS; one that is not given keeps its value.
@@ -79,25 +124,56 @@ class Progress:
         """
         self._figures |= {name: value for name, value in figures.items() if value is not None}
         now = monotonic()
-        # The clock starts at the first update: compilation says nothing about the time left.
-        self._first = self._first or (step, now)
         text = self._describe(step, now)
         self._bar.update(self._task, completed=step, figures=text)
         # The last step's line always, since a run's end is what a log is read for.
-        if self._bar.disable and (now >= self._next_line or step == self._total):
-            self._next_line = now + self._line_seconds
-            self.log(f"step {step:,}/{self._total:,}  {text}")
-
-    def log(self, text: str) -> None:
-        """Prints `text` on a line of its own, above the bar."""
-        # Plain: brackets in a path would be taken for markup.
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._line(f"step {step:,}/{self._total:,}  {text}", now, is_last=step == self._total)
 
     def _describe(self, step: int, now: float) -> str:
         shown = [form.format(self._figures[k]) for k, form in FORMATS.items() if k in self._figures]
-        first_step, first_time = self._first
-        if step > first_step:
-            # Of this start alone: a resumed run may be on other hardware.
-            seconds = (now - first_time) / (step - first_step) * (self._total - step)
-            shown.append(f"{timedelta(seconds=round(seconds))} left")
-        return "  ".join(shown)
+        left = self._pace.left(step, now)
+        return "  ".join([*shown, left] if left else shown)
+
+
+class Phases(_Display):
+    """A context manager that shows one long piece of work after another: how far, time left."""
+
+    def __init__(self, console: Console | None = None, line_seconds: float = 10.0):
+        """Sets up the display; nothing is shown before the first piece begins.
+
+        Args:
+            console: where to show; stderr unless told.
+            line_seconds: least time between two lines of a piece, where there is no terminal.
+        """
+        name, figures = TextColumn("{task.description}", markup=False), "{task.fields[figures]}"
+        super().__init__(console, line_seconds, name, BarColumn(bar_width=12), TextColumn(figures))
+
+    def begin(self, name: str, total: int, unit: str) -> Callable[[int], None]:
+        """Shows a new piece of work, and returns what is called with how much more is done.
+
+        Args:
+            name: what is done, for a reader.
+            total: of what is to be done, in units.
+            unit: patches or bytes.
+        """
+        task = self._bar.add_task(name, total=total, figures="")
+        done, start, pace = 0, monotonic(), _Pace(total)
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done, now = done + amount, monotonic()
+            figures = _figures(done, total, unit, pace, now, start)
+            self._bar.update(task, completed=done, figures=figures)
+            self._line(f"{name}: {figures}", now, is_last=done >= total)
+
+        return advance
+
+
+def _figures(done: int, total: int, unit: str, pace: _Pace, now: float, start: float) -> str:
+    scale, unit = (1e6, "MB") if unit == "bytes" else (1, unit)
+    rate = pace.rate(done, now)
+    shown = [f"{done / scale:,.0f}/{total / scale:,.0f} {unit}"]
+    if rate:
+        shown.append(f"{rate / scale:,.0f}/s")
+    end = f"in {timedelta(seconds=round(now - start))}" if done >= total else pace.left(done, now)
+    return "  ".join([*shown, end] if end else shown)

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from bef_jax import progress
-from bef_jax.progress import Progress
+from bef_jax.progress import Phases, Progress
 
 
 @pytest.fixture
@@ -98,3 +98,59 @@ def test_speaks_on_stderr_unless_told(capfd):
         shown.update(10, loss=0.5)
     captured = capfd.readouterr()
     assert captured.out == "" and "loss 0.500" in captured.err
+
+
+# --- phases
+
+
+def test_phases_tell_in_lines_how_far_they_are_and_when_they_end(clock):
+    out = console(terminal=False)
+    with Phases(console=out) as phases:
+        read = phases.begin("reading train", 5120, "patches")
+        for _ in range(10):
+            clock[0] += 4
+            read(512)
+        check = phases.begin("verifying", 3_000_000_000, "bytes")
+        clock[0] += 2
+        check(1_000_000_000)
+        clock[0] += 10
+        check(1_500_000_000)
+        clock[0] += 1
+        check(500_000_000)
+    assert out.file.getvalue().splitlines() == [
+        "reading train: 512/5,120 patches",
+        "reading train: 2,048/5,120 patches  128/s  0:00:24 left",
+        "reading train: 3,584/5,120 patches  128/s  0:00:12 left",
+        "reading train: 5,120/5,120 patches  128/s  in 0:00:40",
+        # 3 of 10 s have gone since the last line: this one is not due.
+        "verifying: 2,500/3,000 MB  150/s  0:00:03 left",
+        "verifying: 3,000/3,000 MB  182/s  in 0:00:13",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_phase_that_ended_keeps_its_clock(clock, width):
+    out = console(terminal=True, width=width)
+    with Phases(console=out) as phases:
+        for name in ("reading valid", "checking files (sha256)"):
+            advance = phases.begin(name, 32_768, "patches")
+            for _ in range(2):
+                clock[0] += 34
+                advance(16_384)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.file.getvalue())
+    first, second = shown.replace("\r", "\n").split("\n")[-3:-1]
+    for line, name in ((first, "reading valid"), (second, "checking files (sha256)")):
+        assert line.startswith(name)
+        assert "32,768/32,768 patches  482/s  in 0:01:08" in line
+
+
+def test_phases_of_strange_names_and_a_console_that_is_quiet():
+    shown = console(terminal=True)
+    with Phases(console=shown) as phases:
+        phases.begin("[bold]unpacking", 3, "bytes")(3)
+    assert "[bold]unpacking" in shown.file.getvalue()
+    for quiet in (False, True):
+        out = Console(file=io.StringIO(), quiet=quiet)
+        with Phases(console=out) as phases:
+            phases.begin("[bold]unpacking", 3, "bytes")(3)
+        assert out.file.getvalue() == ("" if quiet else "[bold]unpacking: 0/0 MB  in 0:00:00\n")
