@@ -4,10 +4,10 @@ import time
 
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bef_jax import distributed
 from bef_jax.data import store
+from bef_jax.progress import Phases
 
 
 def run(config: ConfigDict, verify: bool) -> dict:
@@ -27,7 +27,8 @@ def run(config: ConfigDict, verify: bool) -> dict:
     start = time.perf_counter()
     manifest = prepare_with_progress(config.data)
     if verify:
-        store.verify(store.store_path(config.data))
+        with _phases() as phases:
+            store.verify(store.store_path(config.data), phases.begin)
     counts, classes = manifest["counts"], manifest["class_counts"]
     return {
         "mode": "prepare",
@@ -45,26 +46,15 @@ def run(config: ConfigDict, verify: bool) -> dict:
 
 
 def prepare_with_progress(data: ConfigDict) -> dict:
-    """Calls `store.prepare`, showing on stderr how many patches of each split were read.
+    """Calls `store.prepare`, showing on stderr what it does and how far it is.
 
     Of several processes the first does so before the others, which then find its store, or, if
     each host has a disk of its own, make theirs.
     """
-    with distributed.first_alone("store"):
-        return _prepare(data)
+    with distributed.first_alone("store"), _phases() as phases:
+        return store.prepare(data, phases.begin)
 
 
-def _prepare(data: ConfigDict) -> dict:
-    # A count, no bar: sources do not say beforehand how many patches they have.
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    tasks = {}
+def _phases() -> Phases:
     # On stderr: the summary is the only line on stdout.
-    with Progress(*columns, console=Console(stderr=True, quiet=not distributed.is_first())) as bar:
-
-        def show(split: str, count: int) -> None:
-            # A line once its split comes: there may be no test.
-            if split not in tasks:
-                tasks[split] = bar.add_task("")
-            bar.update(tasks[split], description=f"prepare {split}: {count:,} patches")
-
-        return store.prepare(data, show)
+    return Phases(Console(stderr=True, quiet=not distributed.is_first()))

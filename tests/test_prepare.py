@@ -43,6 +43,26 @@ def test_nothing_goes_to_stdout(config, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_each_piece_of_work_is_a_line_on_stderr(config, capsys):
+    prepare.run(config, verify=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines if "  in 0:00:0" in line] == [
+        "reading test",
+        "reading valid",
+        "reading train",
+        "checking files (sha256)",
+        "verifying",
+    ]
+    assert "reading train: 40/40 patches" in lines[2]
+
+
+def test_a_store_that_is_there_is_not_read(config, capsys):
+    prepare.run(config, verify=False)
+    capsys.readouterr()
+    prepare.run(config, verify=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_mistakes_are_the_users(config):
     config.data.source = "npz"
     with pytest.raises(UserError, match=r"train\.npz|valid\.npz"):

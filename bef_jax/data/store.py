@@ -8,25 +8,47 @@
 
 import contextlib
 import dataclasses
+import glob
 import itertools
-import json
+import logging
 import os
 import platform
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data import sources, synthetic
+from bef_jax.data import npy, sources, synthetic
 from bef_jax.data.checksums import first_damaged
-from bef_jax.data.chunk import check_images
+from bef_jax.data.chunk import (
+    Begin,
+    check_id_array,
+    check_ids,
+    check_images,
+    check_label_array,
+    check_labels,
+    silent,
+)
 from bef_jax.data.writer import SPLITS, StoreWriter
-from bef_jax.errors import UserError
-from bef_jax.runtime.files import user_path
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime.files import (
+    check_outputs,
+    check_regular,
+    check_types,
+    open_user_file,
+    read_json,
+    user_path,
+    write_json,
+)
 
+LOG = logging.getLogger(__name__)
+
+_ELSEWHERE = "set config.data.store, which by default lies in config.data.dir"
 FORMAT_VERSION = 1  # a store of another one is refused, not guessed at
 MANIFEST = "manifest.json"
 
@@ -62,41 +84,55 @@ def store_path(data: ConfigDict) -> Path:
     if data.source == "synthetic":
         sizes = [synthetic.size(data, split) for split in SPLITS]
         name += "_" + "_".join(map(str, [*sizes, data.seed]))
-    return user_path(data.dir) / name
+    return user_path(user_path(data.dir) / name)
 
 
-def prepare(data: ConfigDict, progress: Callable[[str, int], None] | None = None) -> dict:
+def prepare(data: ConfigDict, begin: Begin = silent) -> dict:
     """Writes the store of `data` unless it is there, and returns its manifest.
 
     The store appears whole, by a rename, or not at all.
 
     Args:
         data: config.data.
-        progress: called with the split and the number of its patches read so far.
+        begin: told of each long piece of work, and how far it is.
 
     Raises:
-        UserError: the source is not as it must be, a split ends up empty, or the store that is
-            there was made with other fields.
+        UserError: the source is not as it must be, a split ends up empty, the store cannot be
+            written, or the one that is there was made with other fields.
     """
     sources.check(data)
     path = store_path(data)
     # Written last, into a folder that is then renamed: where it is, the store is whole.
-    if (path / MANIFEST).is_file():
+    if os.path.isfile(path / MANIFEST):
         return _matching_manifest(path, data)
-    # An empty folder may stay: the rename takes its place.
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists and is not a store; name another config.data.store")
-    chunks = sources.read(data)
+    # Where the folder is a link: a rename would not follow it.
+    path = path.resolve()
+    _check_place(path)
+    chunks = sources.read(data, begin)
     first = next(chunks)  # a source that is not there is refused before a folder is made
     with _temporary_folder(path) as folder:
         writer = StoreWriter(folder, data.rectify)
         for split, chunk in itertools.chain([first], chunks):
             writer.add(split, chunk)
-            if progress:
-                progress(split, writer.read_counts[split])
-        manifest = _manifest(data) | writer.close()
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        manifest = _manifest(data) | writer.close(begin)
+        write_json(folder / MANIFEST, manifest)
         return _publish(folder, path, data, manifest)
+
+
+def _check_place(path: Path) -> None:
+    """Looks whether a store can be made at `path`, before the hours that its source can take."""
+    try:
+        is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}); {_ELSEWHERE}") from error
+    # An empty folder may stay, since the rename takes its place; that of a mount it cannot take.
+    if not is_free or os.path.ismount(path):
+        raise UserError(f"{path}: exists and is not a store; name another config.data.store")
+    check_outputs(path.parent, mend=_ELSEWHERE)
+    place = next(folder for folder in path.parents if folder.exists())
+    # Each name where its folder is there already: elsewhere no name is found to be too long.
+    for name in (*path.relative_to(place).parts, _temporary_path(path).name):
+        user_path(place / name)
 
 
 def read_manifest(path: Path) -> dict:
@@ -107,19 +143,13 @@ def read_manifest(path: Path) -> dict:
     """
     file = Path(path) / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        version = manifest["format_version"]
-        if version == FORMAT_VERSION:  # another one may well have other blocks
-            _check_blocks(manifest)
+        manifest = read_json(file, _check_manifest, f"delete {path} and run --mode=prepare again")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no store there; run --mode=prepare first") from error
-    # All that damaged JSON, or JSON of another shape, raises; brackets by the thousand recurse.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: damaged; delete {path} and run --mode=prepare again") from error
-    if version != FORMAT_VERSION:
+    if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path}: store format {version}, this version reads {FORMAT_VERSION}; "
-            "run --mode=prepare with another config.data.store"
+            f"{path}: store format {manifest['format_version']}, this version reads "
+            f"{FORMAT_VERSION}; run --mode=prepare with another config.data.store"
         )
     return manifest
 
@@ -135,62 +165,97 @@ def open_split(path: Path, split: str) -> Split:
     if not manifest["counts"].get(split):
         there = ", ".join(name for name, count in manifest["counts"].items() if count)
         raise UserError(f"{path}: has no {split} split; it has {there}")
+    files = {name: path / split / f"{name}.npy" for name in ("images", "labels", "ids")}
     # By size, which costs nothing, and names the file: NumPy would only say that the map is too
     # long.
-    for name, entry in manifest["files"].items():
-        if name.startswith(f"{split}/"):
-            _check_size(path / name, entry["bytes"])
+    for name, file in files.items():
+        _check_size(file, manifest["files"][f"{split}/{name}.npy"]["bytes"])
     try:
-        # No pickles: one in a store from elsewhere could run code.
-        arrays = {
-            name: np.load(path / split / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("images", "labels", "ids")
-        }
-        _check_arrays(**arrays, count=manifest["counts"][split])
+        return _map(split, manifest["counts"][split], **files)
     except Exception as error:  # NumPy's parser of headers raises many kinds
         raise UserError(
-            f"{path / split}: damaged ({error}); delete {path} and run --mode=prepare again"
+            f"{path / split}: damaged ({reason_of(error)}); "
+            f"delete {path} and run --mode=prepare again"
         ) from error
-    return Split(split, arrays["images"], np.array(arrays["labels"]), np.array(arrays["ids"]))
 
 
-def _check_arrays(images: np.ndarray, labels: np.ndarray, ids: np.ndarray, count: int) -> None:
-    check_images(images.shape, images.dtype, "images")
-    if not len(images) == count or labels.shape != (count,) or ids.shape != (count,):
-        raise ValueError(f"not the {count} patches of the manifest")
-    if labels.dtype != np.uint8 or not np.isin(labels, (0, 1)).all() or ids.dtype.kind != "U":
-        raise ValueError("labels or ids are not what prepare writes")
+def _map(split: str, count: int, images: Path, labels: Path, ids: Path) -> Split:
+    """Maps the arrays; of what they declare, all is looked at before it is read."""
+    header, pixels = _mapped(images)
+    check_images(header.shape, header.dtype, "images")
+    if len(pixels) != count or header.fortran_order:
+        raise ValueError(f"images are not the {count} of the manifest, in C order")
+    header, flags = _mapped(labels)
+    check_label_array(header.shape, header.dtype, count, "labels")
+    header, names = _mapped(ids)
+    check_id_array(header.shape, header.dtype, count, pixels.nbytes, "ids")
+    if header.dtype.kind != "U":
+        raise ValueError(f"ids are {header.dtype}, not text")
+    check_ids(names := np.array(names), "ids")
+    return Split(split, pixels, check_labels(np.array(flags), count, "labels"), names)
 
 
-def _check_blocks(manifest: dict) -> None:
-    """Raises ValueError, KeyError, TypeError or AttributeError where a block is not as written."""
-    numbers = [*manifest["counts"].values()]
-    numbers += [entry["bytes"] for entry in manifest["files"].values()]
-    texts = [entry["sha256"] for entry in manifest["files"].values()]
-    texts += [manifest["content"]["total"]]
-    # By type, since isinstance takes True for an int.
-    if not all(type(number) is int for number in numbers):
-        raise ValueError("a count that is no whole number")
-    if not all(type(text) is str for text in texts):
-        raise ValueError("a checksum that is no text")
-    # Tried as they will be used: what is of another kind raises.
-    for pair in manifest["class_counts"].values():
-        sum(pair)
-    manifest["config"].items()
-    manifest["duplicates"].items()
+def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
+    with open_user_file(file) as stream:
+        header = npy.read_header(stream)
+        offset = stream.tell()
+    # NumPy would take the bytes of the file for addresses in memory.
+    if header.dtype.hasobject:
+        raise ValueError(f"{file.name} holds objects")
+    return header, np.memmap(os.fspath(file), header.dtype, "r", offset, header.shape)
 
 
-def verify(path: Path) -> None:
+def _check_manifest(manifest: Any) -> None:
+    """Raises ValueError, KeyError or TypeError where it is not as `prepare` writes it."""
+    check_types(manifest, format_version=int)
+    if manifest["format_version"] != FORMAT_VERSION:
+        return  # another one may well have other blocks
+    check_types(manifest, source=str, library_version=str, config=dict, counts=dict)
+    check_types(manifest, class_counts=dict, duplicates=dict, files=dict)
+    if manifest["source"] not in sources.SOURCES:
+        raise ValueError(f"source {manifest['source']}")
+    if not isinstance(manifest["config"].get("dir", ""), str):
+        raise TypeError("config.dir is no text")
+    check_types(manifest["counts"], **dict.fromkeys(SPLITS, int))
+    check_types(manifest["class_counts"], **dict.fromkeys(SPLITS, list))
+    check_types(manifest["duplicates"], dropped_within=dict, dropped_across=dict, conflicts=list)
+    check_types(manifest["content"], total=str)
+    for entry in manifest["files"].values():
+        check_types(entry, bytes=int, sha256=str)
+    for split, count in manifest["counts"].items():
+        _check_split(manifest, split, count)
+
+
+def _check_split(manifest: dict, split: str, count: int) -> None:
+    classes = manifest["class_counts"][split]
+    if not all(type(number) is int for number in classes) or len(classes) != 2:
+        raise TypeError(f"class_counts of {split} are no two numbers")
+    for dropped in ("dropped_within", "dropped_across"):
+        check_types(manifest["duplicates"][dropped], **{split: int})
+    names = [f"{split}/{name}.npy" for name in ("images", "labels", "ids")] if count else []
+    for name in names:
+        # What is empty holds no array; of the system's own files some say so, and have no end.
+        if manifest["files"][name]["bytes"] < 1:
+            raise ValueError(f"{name} is empty")
+
+
+def verify(path: Path, begin: Begin = silent) -> None:
     """Reads every file of the store at `path`, and compares its content with the manifest's sha256.
 
     Takes as long as the disk takes to read the store: 8.4 GiB of PCam. So training does not do it;
     it looks at the sizes alone.
 
+    Args:
+        path: of the store.
+        begin: told how far it is.
+
     Raises:
         UserError: no store, or naming the first damaged file.
     """
     files = read_manifest(path)["files"]
-    damaged = first_damaged(path, {name: entry["sha256"] for name, entry in files.items()})
+    advance = begin("verifying", sum(entry["bytes"] for entry in files.values()), "bytes")
+    expected = {name: entry["sha256"] for name, entry in files.items()}
+    damaged = first_damaged(path, expected, advance)
     if damaged:
         raise UserError(
             f"{damaged}: damaged, its sha256 is not the manifest's; "
@@ -199,6 +264,7 @@ def verify(path: Path) -> None:
 
 
 def _check_size(file: Path, expected: int) -> None:
+    check_regular(file)
     actual = file.stat().st_size if file.is_file() else 0
     if actual != expected:
         raise UserError(
@@ -246,7 +312,7 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
     manifest = read_manifest(path)
     made, wanted = manifest["config"], _fields(data)
     # A store may be moved, or outlive its source: the folder counts while both are there.
-    if not all(Path(fields.get("dir", "")).is_dir() for fields in (made, wanted)):
+    if not all(os.path.isdir(fields.get("dir", "")) for fields in (made, wanted)):
         wanted["dir"] = made.get("dir")
     for field, value in wanted.items():
         if value != made.get(field):
@@ -260,28 +326,42 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
 @contextlib.contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
     """Makes a folder beside `path`, and removes it in the end if it is still there."""
-    # Of host and process: on a shared disk others may be writing theirs. Beside the store, as a
-    # rename is atomic within one file system only.
-    prefix = f"{path.name}.tmp-{platform.node()}-"
-    folder = path.with_name(f"{prefix}{os.getpid()}")
+    folder = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What killed processes of this host left, each of up to a store's size.
-        for stale in path.parent.glob(f"{prefix}*"):
-            if _is_dead(stale.name.removeprefix(prefix)):
-                shutil.rmtree(stale, ignore_errors=True)
+        _remove_stale(path)
         folder.mkdir()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); set config.data.store") from error
+        raise UserError(f"{path}: cannot be written ({reason_of(error)}); {_ELSEWHERE}") from error
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _temporary_path(path: Path) -> Path:
+    # Beside the store, as a rename is atomic within one file system only.
+    return path.with_name(f"{_prefix(path)}{os.getpid()}")
+
+
+def _prefix(path: Path) -> str:
+    # Of host and process: on a shared disk others may be writing theirs.
+    return f"{path.name}.tmp-{platform.node()}-"
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what killed processes of this host left, each of up to a store's size."""
+    prefix = _prefix(path)
+    for stale in path.parent.glob(f"{glob.escape(prefix)}*"):
+        if _is_dead(stale.name.removeprefix(prefix)):
+            LOG.info("%s: removed; its prepare was killed, and this one starts at 0", stale)
+            shutil.rmtree(stale, ignore_errors=True)
+
+
 def _is_dead(pid: str) -> bool:
     """Tells whether the process that made a temporary folder on this host has ended."""
-    if not pid.isdigit():  # of a host whose name begins like ours
+    # More is no number of a process, but a host whose name begins like ours.
+    if not re.fullmatch("[0-9]{1,9}", pid):
         return False
     if int(pid) == os.getpid():  # ours is not made yet: an earlier process had our number
         return True

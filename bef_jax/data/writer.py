@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bef_jax.data.checksums import sha256
-from bef_jax.data.chunk import IMAGE_SHAPE, Chunk
+from bef_jax.data.chunk import IMAGE_SHAPE, Begin, Chunk, check_ids, silent
 from bef_jax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -56,11 +56,15 @@ class StoreWriter:
             self._conflicts.append([first_name, name])
         return False
 
-    def close(self) -> dict:
+    def close(self, begin: Begin = silent) -> dict:
         """Completes the files and returns the part of the manifest that describes them.
 
+        Args:
+            begin: told how far the checksums are.
+
         Raises:
-            UserError: train or valid holds no patch, or a split of the source kept none.
+            UserError: train or valid holds no patch, a split of the source kept none, or an id
+                names two of its patches.
         """
         # Training can do without a test split.
         for split in dict.fromkeys(["train", "valid", *self._writers]):
@@ -72,7 +76,7 @@ class StoreWriter:
                 )
         for writer in self._writers.values():
             writer.close()
-        return self._counts() | {"content": self._content(), "files": self._files()}
+        return self._counts() | {"content": self._content(), "files": self._files(begin)}
 
     def _counts(self) -> dict:
         labels = {
@@ -100,15 +104,17 @@ class StoreWriter:
             for split, found in samples.items()
         }
 
-    def _files(self) -> dict[str, dict]:
+    def _files(self, begin: Begin) -> dict[str, dict]:
+        sizes = {file: file.stat().st_size for file in sorted(self.folder.glob("*/*.npy"))}
         # Read back, up to 8.4 GiB of PCam: a hash made in passing would have the header before its
         # last change.
+        advance = begin("checking files (sha256)", sum(sizes.values()), "bytes")
         return {
             file.relative_to(self.folder).as_posix(): {
-                "bytes": file.stat().st_size,
-                "sha256": sha256(file),
+                "bytes": size,
+                "sha256": sha256(file, advance),
             }
-            for file in sorted(self.folder.glob("*/*.npy"))
+            for file, size in sizes.items()
         }
 
 
@@ -141,7 +147,9 @@ class _SplitWriter:
                 raise RuntimeError(f"{self._images.name}: the header of {len(self.ids)} grew")
         np.save(self.folder / "labels.npy", np.asarray(self.labels, np.uint8))
         # Of fixed width, 4 bytes a character of the longest: an array of objects would be a pickle.
-        np.save(self.folder / "ids.npy", np.asarray(self.ids, str))
+        ids = np.asarray(self.ids, str)
+        check_ids(ids, f"config.data: ids of {self.folder.name}")
+        np.save(self.folder / "ids.npy", ids)
 
     def _write_header(self) -> int:
         shape = (len(self.labels), *IMAGE_SHAPE)

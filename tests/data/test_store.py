@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +193,8 @@ def test_split_of_nothing_but_duplicates_is_refused(tmp_path, patches, write, ma
 
 
 def test_interrupted_prepare_leaves_nothing(npz_data, monkeypatch):
-    def read(data):
-        yield from list(real(data))[:2]
+    def read(*args):
+        yield from list(real(*args))[:2]
         raise KeyboardInterrupt
 
     real = sources.read
@@ -229,25 +230,27 @@ from bef_jax.data import store
 from bef_jax.configs.default import get_config
 data = get_config().data
 data.update({"source": "npz", "dir": sys.argv[1]})
-store.prepare(data, PROGRESS)
+store.prepare(data, BEGIN)
 """
 
 
-def test_kill_while_writing_leaves_no_store(npz_data):
-    kill = "lambda split, _: split == 'train' and os.kill(os.getpid(), signal.SIGKILL)"
-    code = PREPARE.replace("PROGRESS", kill)
+def test_kill_while_writing_leaves_no_store(npz_data, caplog):
+    kill = "lambda n: name == 'reading train' and os.kill(os.getpid(), signal.SIGKILL)"
+    code = PREPARE.replace("BEGIN", f"lambda name, *_: {kill}")
     ran = subprocess.run([sys.executable, "-c", code, npz_data.dir], cwd=ROOT)
     assert ran.returncode == -9
-    assert list(Path(npz_data.dir).glob("store_npz.tmp-*"))
+    (left,) = Path(npz_data.dir).glob("store_npz.tmp-*")
     expect_error("no store there", store.open_split, store.store_path(npz_data), "train")
-    store.prepare(npz_data)
-    assert not list(Path(npz_data.dir).glob("store_npz.tmp-*"))
+    with caplog.at_level("INFO", logger="bef_jax"):
+        store.prepare(npz_data)
+    assert not left.exists()
+    assert f"{left}: removed" in caplog.text and "starts at 0" in caplog.text
 
 
 def test_store_made_meanwhile_by_another_process_is_taken(npz_data, monkeypatch):
-    def read(data):
-        yield from real(data)
-        code = PREPARE.replace("PROGRESS", "None")
+    def read(*args):
+        yield from real(*args)
+        code = PREPARE.replace("BEGIN", "store.silent")
         subprocess.run([sys.executable, "-c", code, npz_data.dir], cwd=ROOT, check=True)
 
     real = sources.read
@@ -322,10 +325,23 @@ def test_another_format_is_named_whatever_its_manifest_holds(npz_data):
     expect_error("store format 7, this version reads 1", store.read_manifest, path)
 
 
-def test_progress_counts_every_patch_read(npz_data):
-    seen = []
-    store.prepare(npz_data, lambda *args: seen.append(args))
-    assert seen == [("test", 7), ("valid", 9), ("train", 20)]
+def test_every_long_piece_of_work_is_told_to_its_end(npz_data):
+    begun, done = {}, Counter()
+
+    def begin(name, total, unit):
+        begun[name] = (total, unit)
+        return lambda amount: done.update({name: amount})
+
+    files = store.prepare(npz_data, begin)["files"]
+    store.verify(store.store_path(npz_data), begin)
+    size = sum(entry["bytes"] for entry in files.values())
+    counts = {"test": 7, "valid": 9, "train": 20}
+    assert begun == {
+        **{f"reading {split}": (count, "patches") for split, count in counts.items()},
+        "checking files (sha256)": (size, "bytes"),
+        "verifying": (size, "bytes"),
+    }
+    assert done == {name: total for name, (total, _) in begun.items()}
 
 
 # --- memory
@@ -339,7 +355,7 @@ def peak_bytes(folder, count):
     np.savez(folder / "train.npz", images=images, labels=np.zeros(count, np.uint8))
     np.savez(folder / "valid.npz", images=~images[:1], labels=np.zeros(1, np.uint8))
     measure = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    code = PREPARE.replace("PROGRESS", "None") + measure
+    code = PREPARE.replace("BEGIN", "store.silent") + measure
     command = [sys.executable, "-c", code, folder]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     manifest = json.loads((folder / "store_npz" / store.MANIFEST).read_text())
