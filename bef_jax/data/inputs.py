@@ -55,8 +55,11 @@ def check(path: Path, split: str | None, mpp: float | None = None, lenient: bool
     if _is_store(path):
         for name in _splits(path, split):
             store.open_split(path, name)
-    # Pictures by their headers; the header of an array is looked at with its first patches.
-    elif not _is_array_file(path):
+    elif _is_array_file(path):
+        # Its first patches; but not what has to be unpacked, which takes minutes.
+        if path.suffix != ".gz":
+            next(_arrays(path))
+    else:
         _check_pictures(path, mpp, lenient)
 
 
@@ -107,8 +110,7 @@ def read(
         opened = (store.open_split(path, name) for name in _splits(path, split))
         yield from itertools.chain.from_iterable(map(_of_split, opened))
     elif _is_array_file(path):
-        stream = npz.stream if path.suffix == ".npz" else pcam_hdf5.stream
-        for ids, images in stream(path):
+        for ids, images in _arrays(path):
             yield from map(Patch, ids.tolist(), images)
     else:
         # Ids start below the input, with slashes: the same wherever the folder lies.
@@ -121,6 +123,11 @@ def read(
                 if unreadable is None:
                     raise
                 unreadable[name] = str(error).removeprefix(printable(f"{file}: "))
+
+
+def _arrays(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (ids, images) of a file of arrays, at most 512 at a time."""
+    return npz.stream(path) if path.suffix == ".npz" else pcam_hdf5.stream(path)
 
 
 def _of_split(split: store.Split) -> Iterator[Patch]:

@@ -128,11 +128,7 @@ def _check_place(path: Path) -> None:
     # An empty folder may stay, since the rename takes its place; that of a mount it cannot take.
     if not is_free or os.path.ismount(path):
         raise UserError(f"{path}: exists and is not a store; name another config.data.store")
-    check_outputs(path.parent, mend=_ELSEWHERE)
-    place = next(folder for folder in path.parents if folder.exists())
-    # Each name where its folder is there already: elsewhere no name is found to be too long.
-    for name in (*path.relative_to(place).parts, _temporary_path(path).name):
-        user_path(place / name)
+    check_outputs(_temporary_path(path), mend=_ELSEWHERE)
 
 
 def read_manifest(path: Path) -> dict:

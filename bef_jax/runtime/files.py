@@ -197,6 +197,10 @@ def _is_replaceable(file: Path) -> bool:
 def _probe(folder: Path) -> None:
     """Writes some bytes into the folder, or where it will be made, and removes them again."""
     place = next(each for each in (folder, *folder.parents) if each.exists())
+    for name in folder.relative_to(place).parts:
+        # Where its folder is not there yet, no name is found to be too long.
+        with contextlib.suppress(FileNotFoundError):
+            (place / name).stat()
     temporary = _temporary_name(place)
     try:
         with open(temporary, "xb") as stream:

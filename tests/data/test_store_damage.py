@@ -212,7 +212,7 @@ def test_a_place_that_takes_no_store_is_told_before_reading(
 def test_a_name_that_is_too_long_once_it_is_a_temporary_one(data, tmp_path, monkeypatch):
     data.store = str(tmp_path / "new" / ("a" * 250))
     monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
-    refused("can be no path (File name too long)", store.prepare, data)
+    refused("File name too long", store.prepare, data)
 
 
 def test_a_disk_that_takes_nothing_is_told_before_reading(data, monkeypatch):

@@ -144,6 +144,11 @@ def test_outputs_that_cannot_be_written_are_found_before(tmp_path, kind):
             files.check_outputs(path / "run")
 
 
+def test_a_name_that_is_too_long_is_found_where_nothing_is_yet(tmp_path):
+    with pytest.raises(UserError, match="File name too long"):
+        files.check_outputs(tmp_path / "new" / ("x" * 300) / "run")
+
+
 def test_to_look_at_outputs_changes_nothing(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     (tmp_path / "link").symlink_to("nothing")
