@@ -289,6 +289,7 @@ def _verify(path: Path, items: Iterable[str]) -> None:
 
 
 def _check_sums(found: Any) -> None:
+    check_types(found)
     check_types(found, **dict.fromkeys(found, str))
 
 

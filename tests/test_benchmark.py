@@ -141,7 +141,9 @@ def test_mistakes_are_refused_before_anything_is_compiled(tmp_path, monkeypatch)
     kernels = {"model.mbconv": "pallas"}
     assert "set config.model.mbconv=layers" in refused(tmp_path, compare="lax", **kernels)
     (tmp_path / "file").write_text("")
-    assert f"--results={tmp_path / 'file'}" in refused(tmp_path, folder=tmp_path / "file")
+    assert f"{tmp_path / 'file'}: is no folder; name another --results" in refused(
+        tmp_path, folder=tmp_path / "file"
+    )
 
 
 # ---- timing -------------------------------------------------------------------------------------
