@@ -5,7 +5,7 @@ import gzip
 import hashlib
 import os
 import shutil
-import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -60,25 +60,19 @@ def say():
 
 
 @pytest.fixture
-def special(tmp_path):
+def special():
     """Returns special(kind, path), which makes what is no regular file at `path`."""
-    sockets = []
 
     def make(kind, path):
         path.unlink(missing_ok=True)
         if kind == "a FIFO":
             os.mkfifo(path)
         elif kind == "a socket":
-            sockets.append(socket.socket(socket.AF_UNIX))
-            # By a short way, as a socket's address has 100 bytes.
-            os.symlink(path.parent, short := tmp_path / f"s{len(sockets)}")
-            sockets[-1].bind(os.path.relpath(short / path.name))
+            os.mknod(path, stat.S_IFSOCK | 0o600)
         else:
             path.symlink_to("/dev/zero")
 
-    yield make
-    for each in sockets:
-        each.close()
+    return make
 
 
 @pytest.fixture
