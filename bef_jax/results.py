@@ -3,6 +3,7 @@
 One file per hardware and day, such as amd-epyc-2-cores-2026-11-23.json, holds a list of them.
 """
 
+import fcntl
 import os
 import platform
 import re
@@ -50,8 +51,14 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
         "versions": versions(),
         "summary": summary,
     }
-    # Read again: minutes have passed, and another benchmark may have added its own.
-    write_json(file, [*_read(file), entry])
+    # Read again: minutes have passed, and another benchmark may have added its own. Locked, since
+    # of two that read at once, the one that writes first would lose its entry.
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        write_json(file, [*_read(file), entry])
+    finally:
+        os.close(folder)
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,8 @@
 import json
 import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 import jax
@@ -26,6 +28,17 @@ def test_entries_add_up_in_one_file_a_day(tmp_path):
     assert entries[0]["versions"]["jax"] == jax.__version__
     age = datetime.now().astimezone() - datetime.fromisoformat(entries[0]["timestamp"])
     assert age < timedelta(minutes=5)
+
+
+def test_two_at_once_lose_no_entry(tmp_path, monkeypatch):
+    """Reading takes a while here, in which the other one could write."""
+    read = results._read
+    monkeypatch.setattr(results, "_read", lambda file: [*read(file), *(time.sleep(0.05) or [])])
+    file = results.results_file(tmp_path, "A CPU")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: results.append(file, {"number": n}, []), range(8)))
+    numbers = [entry["summary"]["number"] for entry in json.loads(file.read_text())]
+    assert sorted(numbers) == list(range(8))
 
 
 @pytest.mark.parametrize(
