@@ -31,8 +31,9 @@ def _set_up_libraries(root: logging.Logger) -> None:
     handler.setLevel(logging.WARNING)
     root.addHandler(handler)
     absl_logging.set_verbosity(absl_logging.ERROR)
-    # Of a damaged picture our own line says what it says in several.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    # Of a damaged picture our own line says what they say in several.
+    for library in ("tifffile", "PIL"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 class Printable(logging.Formatter):

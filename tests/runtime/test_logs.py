@@ -53,3 +53,18 @@ log("jax").info("Unable to initialize backend")
 absl_logging.error("Orbax has failed")
 """)
     assert lines == ["Orbax has failed"]
+
+
+def test_readers_of_pictures_leave_the_word_to_us():
+    lines = said("""
+log("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded")
+log("tifffile").error("invalid offset")
+""")
+    assert lines == []
+
+
+def test_names_from_strangers_stay_in_their_line():
+    lines = said("""
+log("bef_jax.predict").warning("%s is no picture", "two\\nlines \\x1b[31m.png")
+""")
+    assert lines == [r"two\nlines \x1b[31m.png is no picture"]
