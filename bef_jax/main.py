@@ -240,7 +240,7 @@ def _run_mode() -> dict:
         devices.report(initialize=mode not in _HOST_ALONE)
         summary = MODES[mode](config, workdir)
     # A run that was done before says its own.
-    summary = {"seconds": time.perf_counter() - STARTED} | summary
+    summary.setdefault("seconds", time.perf_counter() - STARTED)
     if distributed.is_first():
         write_summary(workdir, summary)
     return summary
