@@ -129,9 +129,9 @@ def _plan_run(config: ConfigDict, workdir: Path, row: str, seed: int) -> Run:
 
 def _check_unchanged(run: Run) -> None:
     """Raises `UserError` where the run has begun otherwise: a table must not mix the two."""
-    mend = f"move {run.workdir} away, and it is trained again"
+    fix = f"move {run.workdir} away, and it is trained again"
     try:
-        old = read_json(run.workdir / "config.json", _fields, mend)
+        old = read_json(run.workdir / "config.json", _fields, fix)
     except FileNotFoundError:
         return
     # Both through JSON, which makes lists of tuples: else they would differ from themselves.

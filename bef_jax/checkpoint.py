@@ -46,7 +46,7 @@ _TEXTS = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")  # which Orbax reads
 _LONGEST_TEXT = 32 << 20  # bytes
 # What Orbax and ConfigDict raise at content that was cut or edited.
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-_MEND = "move the checkpoint away, or name another one by --checkpoint"
+_FIX = "move the checkpoint away, or name another one by --checkpoint"
 
 
 class Checkpoints:
@@ -153,7 +153,7 @@ def best(workdir: Path) -> Path:
 
 def _score(path: Path) -> float:
     try:
-        return read_json(path / "metrics" / "metrics", _check_score, _MEND)[_BEST]
+        return read_json(path / "metrics" / "metrics", _check_score, _FIX)[_BEST]
     except FileNotFoundError:  # saved between evaluations
         return -1.0
 
@@ -180,7 +180,7 @@ def read_run(path: Path) -> dict:
     _verify(path, ["run"])
     # Not through Orbax: it asks JAX for its devices, and hosts may only meet before that.
     try:
-        return read_json(path / "run" / "metadata", _check_run, _MEND)
+        return read_json(path / "run" / "metadata", _check_run, _FIX)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} can't be read: it has no run/metadata") from error
 
@@ -225,7 +225,7 @@ def complete(saved: dict) -> ConfigDict:
         with config.ignore_type():
             config.update(saved)
     except _DAMAGE as error:
-        raise UserError(f"its config is damaged ({reason_of(error)}); {_MEND}") from error
+        raise UserError(f"its config is damaged ({reason_of(error)}); {_FIX}") from error
     validate(config)
     return config
 
@@ -277,7 +277,7 @@ def _verify(path: Path, items: Iterable[str]) -> None:
     there = _files_below(path)
     if CHECKSUMS not in there:
         return
-    expected = read_json(path / CHECKSUMS, _check_sums, _MEND)
+    expected = read_json(path / CHECKSUMS, _check_sums, _FIX)
     # Whoever wants the configuration alone need not have the weights hashed.
     chosen = {name: value for name, value in expected.items() if name.split("/")[0] in items}
     # Names that a walk did not find are not looked up: they may lead out of the folder. A list
@@ -317,9 +317,9 @@ def _files_below(folder: Path) -> set[str]:
 def _check_file(file: Path) -> None:
     check_regular(file)
     if not file.exists():
-        raise UserError(f"{file}: links to nothing; {_MEND}")
+        raise UserError(f"{file}: links to nothing; {_FIX}")
     if file.name in _TEXTS and file.stat().st_size > _LONGEST_TEXT:
-        raise UserError(f"{file}: longer than any that is written; {_MEND}")
+        raise UserError(f"{file}: longer than any that is written; {_FIX}")
 
 
 # ---- whether it fits ----------------------------------------------------------------------------

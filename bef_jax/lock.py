@@ -31,14 +31,14 @@ def held(workdir: Path, name: str = ".lock") -> Iterator[None]:
         return
     check_regular(workdir / name)
     # No waiting: the other run may take days.
-    lock, mend = FileLock(workdir / name, timeout=0), "give another --workdir"
+    lock, fix = FileLock(workdir / name, timeout=0), "give another --workdir"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise UserError(f"{workdir}: another run writes there; wait for it, or {mend}") from error
+        raise UserError(f"{workdir}: another run writes there; wait for it, or {fix}") from error
     except OSError as error:
-        raise UserError(f"{workdir}: cannot be written ({reason_of(error)}); {mend}") from error
+        raise UserError(f"{workdir}: cannot be written ({reason_of(error)}); {fix}") from error
     try:
         yield
     finally:

@@ -180,8 +180,8 @@ def main(_: Sequence[str]) -> int:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        mend = f"if another one is lost, {distributed.AGAIN}"
-        print(f"failed: {distributed.who()}: {_one_line(error)}; {mend}", file=sys.stderr)
+        fix = f"if another one is lost, {distributed.AGAIN}"
+        print(f"failed: {distributed.who()}: {_one_line(error)}; {fix}", file=sys.stderr)
         return distributed.leave(1)
     if distributed.is_first():
         print(json.dumps(summary), flush=True)

@@ -29,7 +29,7 @@ def results_file(folder: Path, hardware: str) -> Path:
     # Letters, digits and dashes, which every file system takes.
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
     file = folder / f"{slug}-{datetime.now():%Y-%m-%d}.json"
-    check_outputs(folder, [file.name], mend="name another --results")
+    check_outputs(folder, [file.name], fix="name another --results")
     folder.mkdir(parents=True, exist_ok=True)
     _read(file)
     return file

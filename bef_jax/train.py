@@ -188,8 +188,8 @@ def _resume(run: Run, newest: Path) -> TrainState:
         state = checkpoint.restore(newest, abstract, sharding.replicated(run.mesh))
     except UserError as error:
         older = run.checkpoints.newest(at_most=int(newest.name) - 1)
-        mend = f"; to go on from {older.name}, move it away" if older else ""
-        raise UserError(f"{error}{mend}") from error
+        fix = f"; to go on from {older.name}, move it away" if older else ""
+        raise UserError(f"{error}{fix}") from error
     checkpoint.check_fits(saved["config"], run.config, newest)
     if saved.get("content", run.content) != run.content:  # older and imported ones do not say
         LOG.warning("the store holds other patches than when %s was saved", newest)

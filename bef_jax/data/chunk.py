@@ -60,12 +60,12 @@ def short_name(file_name: str) -> str:
 
 
 @contextlib.contextmanager
-def readable(path: Path, mend: str) -> Iterator[None]:
+def readable(path: Path, fix: str) -> Iterator[None]:
     """Turns what a library says about a damaged file into a UserError.
 
     Args:
         path: of the file, or the folder of the files, that the body reads.
-        mend: what a user does about it; ends the error.
+        fix: what a user does about it; ends the error.
     """
     try:
         yield
@@ -74,7 +74,7 @@ def readable(path: Path, mend: str) -> Iterator[None]:
     # zipfile, HDF5, TFDS and NumPy's parser of headers raise errors of any kind, by where in the
     # file the damage is.
     except Exception as error:
-        raise UserError(f"{path}: cannot be read ({reason_of(error)}); {mend}") from error
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}); {fix}") from error
 
 
 def ranges(count: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from bef_jax.data.chunk import CHUNK_SIZE, Begin, ranges, readable, short_name, 
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file
 
-_MEND = "fetch it again, or unpack it yourself"
+_FIX = "fetch it again, or unpack it yourself"
 _REPACK = "repack it: h5repack -l CHUNK=1x96x96x3 -f GZIP=1"
 # The largest file of PCam unpacks to 7.25 GB; what goes on for longer is no PCam, and would fill
 # the disk. Pictures of tissue shrink to two thirds, labels to a tenth.
@@ -42,7 +42,7 @@ def dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Datas
     Raises:
         UserError: the file is damaged or no regular one, or has no such data set.
     """
-    with readable(path, _MEND), _unpacked(path, begin) as source, h5py.File(source, "r") as file:
+    with readable(path, _FIX), _unpacked(path, begin) as source, h5py.File(source, "r") as file:
         # Its link first: to look at the data set itself opens whatever file a link names.
         is_own = isinstance(file.get(name, getlink=True), h5py.HardLink)
         if not is_own or not isinstance(file[name], h5py.Dataset):
@@ -62,7 +62,7 @@ def check_held(data: h5py.Dataset, path: Path) -> None:
     if data.chunks is None:
         held = min(data.id.get_storage_size(), data.file.id.get_filesize())
         if data.nbytes > held:
-            raise UserError(f"{path}: declares {data.nbytes} bytes, and holds {held}; {_MEND}")
+            raise UserError(f"{path}: declares {data.nbytes} bytes, and holds {held}; {_FIX}")
         return
     chunk = math.prod(data.chunks) * data.dtype.itemsize
     band = data.chunks[0] * math.prod(data.shape[1:]) * data.dtype.itemsize
@@ -113,7 +113,7 @@ def _check_chunks(data: h5py.Dataset, size: int, path: Path) -> None:
     data.id.chunk_iter(look)
     wanted = math.prod(-(-n // m) for n, m in zip(data.shape, data.chunks, strict=True))
     if data.id.get_num_chunks() < wanted:
-        raise UserError(f"{path}: declares {len(data)} rows that it does not hold; {_MEND}")
+        raise UserError(f"{path}: declares {len(data)} rows that it does not hold; {_FIX}")
     for chunk in large:
         if not _is_as_large(data, chunk, size, packing[1]):
             raise UserError(
@@ -167,6 +167,6 @@ def _unpack(path: Path, copy: IO[bytes], begin: Begin) -> None:
         while block := packed.read(1 << 20):
             copy.write(block)
             if copy.tell() > limit:
-                raise UserError(f"{path}: unpacks to more than PCam's files do; {_MEND}")
+                raise UserError(f"{path}: unpacks to more than PCam's files do; {_FIX}")
             advance(raw.tell() - before)
             before = raw.tell()

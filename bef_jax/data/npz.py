@@ -35,7 +35,7 @@ _PIECE = 1 << 20  # bytes that are read at once
 # Bytes that a byte of a member can unpack to. What unpacks the other kinds knows no limit: it would
 # make gigabytes of a megabyte before it is asked for the first patch.
 _DENSEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
-_MEND = "write the file again"
+_FIX = "write the file again"
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
@@ -141,7 +141,7 @@ class _ShortReads:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     with (
-        readable(path, _MEND),
+        readable(path, _FIX),
         open_user_file(path) as file,
         zipfile.ZipFile(_ShortReads(file)) as archive,
     ):
@@ -159,7 +159,7 @@ class _Array(contextlib.AbstractContextManager):
         self.where = f"{path} ({name})"
         self._info = archive.getinfo(f"{name}.npy")
         if self._info.compress_type not in _DENSEST:
-            raise UserError(f"{self.where}: packed in a way that np.savez does not know; {_MEND}")
+            raise UserError(f"{self.where}: packed in a way that np.savez does not know; {_FIX}")
         # Less, where the list of members says more than there is.
         self._packed = min(self._info.compress_size, path.stat().st_size)
         self._member = archive.open(self._info)
@@ -185,7 +185,7 @@ class _Array(contextlib.AbstractContextManager):
         size = self.header.nbytes + self._member.tell()
         if size != self._info.file_size or size > self._packed * _DENSEST[self._info.compress_type]:
             declared = describe(self.header.shape, self.header.dtype)
-            raise UserError(f"{self.where}: declares {declared}, which it does not hold; {_MEND}")
+            raise UserError(f"{self.where}: declares {declared}, which it does not hold; {_FIX}")
 
     def take(self, rows: slice) -> np.ndarray:
         """Returns the next rows, which are as many as `rows` has."""

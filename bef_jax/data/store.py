@@ -128,7 +128,7 @@ def _check_place(path: Path) -> None:
     # An empty folder may stay, since the rename takes its place; that of a mount it cannot take.
     if not is_free or os.path.ismount(path):
         raise UserError(f"{path}: exists and is not a store; name another config.data.store")
-    check_outputs(_temporary_path(path), mend=_ELSEWHERE)
+    check_outputs(_temporary_path(path), fix=_ELSEWHERE)
 
 
 def read_manifest(path: Path) -> dict:

@@ -75,13 +75,13 @@ def open_user_file(file: Path) -> BinaryIO:
 # ---- what the program wrote itself --------------------------------------------------------------
 
 
-def read_json(file: Path, check: Callable[[Any], object], mend: str) -> Any:
+def read_json(file: Path, check: Callable[[Any], object], fix: str) -> Any:
     """Reads a JSON file that this program wrote, and lets `check` look at what it holds.
 
     Args:
         check: raises ValueError, KeyError, TypeError or the like where the content has another
             shape, or other types. Whoever gets the content need not look again.
-        mend: what a user does about a damaged file; ends the error.
+        fix: what a user does about a damaged file; ends the error.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -100,7 +100,7 @@ def read_json(file: Path, check: Callable[[Any], object], mend: str) -> Any:
         raise
     except (OSError, *_DAMAGE) as error:
         why = f"no {error}" if isinstance(error, KeyError) else reason_of(error)
-        raise UserError(f"{file}: damaged ({why}); {mend}") from error
+        raise UserError(f"{file}: damaged ({why}); {fix}") from error
     return found
 
 
@@ -159,7 +159,10 @@ def write_json(file: Path, content: dict | list) -> None:
 
 
 def check_outputs(
-    folder: Path, files: Iterable[str] = (), folders: Iterable[str] = (), mend: str = ""
+    folder: Path,
+    files: Iterable[str] = (),
+    folders: Iterable[str] = (),
+    fix: str = "give another --workdir",
 ) -> None:
     """Looks whether outputs can be written, before the work that makes them; changes nothing.
 
@@ -167,15 +170,14 @@ def check_outputs(
         folder: of the outputs; it need not be there yet.
         files: names in it that will be written or replaced.
         folders: names in it of folders that will be written to.
-        mend: what a user does about it; ends the error.
+        fix: what a user does about it; ends the error.
 
     Raises:
         UserError: something else has one of the names, or nothing can be written there.
     """
-    mend = mend or "give another --workdir"
     try:
         if os.path.lexists(folder) and not folder.is_dir():
-            raise UserError(f"{folder}: is no folder; {mend}")
+            raise UserError(f"{folder}: is no folder; {fix}")
         for name in files:
             if os.path.lexists(folder / name) and not _is_replaceable(folder / name):
                 raise UserError(f"{folder / name}: a file is to be written there; move it away")
@@ -186,7 +188,7 @@ def check_outputs(
         for name in folders:
             _probe(folder / name)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({reason_of(error)}); {mend}") from error
+        raise UserError(f"{folder}: cannot be written ({reason_of(error)}); {fix}") from error
 
 
 def _is_replaceable(file: Path) -> bool:
