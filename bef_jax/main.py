@@ -195,7 +195,7 @@ def _status(summary: dict) -> int:
         return 0
     first = printable("{file}: {reason}".format(**unreadable[0]))
     print(
-        f"failed: {len(unreadable)} pictures could not be read, and have no prediction; "
+        f"failed: pictures without a prediction, since they can't be read: {len(unreadable)}; "
         f"predict_summary.json lists them; the first is {first}",
         file=sys.stderr,
     )
