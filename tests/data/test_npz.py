@@ -84,7 +84,8 @@ def test_a_list_of_members_that_says_more_than_the_file_has(tmp_path):
     text[end + 12 : end + 16] = (end - at).to_bytes(4, "little")
     path.write_bytes(text)
     assert zipfile.ZipFile(path).infolist()[0].file_size == size
-    with pytest.raises(UserError, match="declares uint8"):
+    # Newer zipfiles see it themselves.
+    with pytest.raises(UserError, match="declares uint8|Overlapped entries"):
         next(npz.stream(path))
 
 
