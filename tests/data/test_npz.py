@@ -85,7 +85,7 @@ def test_a_list_of_members_that_says_more_than_the_file_has(tmp_path):
     path.write_bytes(text)
     assert zipfile.ZipFile(path).infolist()[0].file_size == size
     # Newer zipfiles see it themselves.
-    with pytest.raises(UserError, match="declares uint8|Overlapped entries"):
+    with pytest.raises(UserError, match=r"declares uint8|Overlapped entries"):
         next(npz.stream(path))
 
 
