@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -70,29 +70,25 @@ def run(
     start = time.perf_counter()
     unreadable: dict[str, str] = {}
     patches = _shown(inputs.read(path, split, config.predict.stride, unreadable))
-    threshold = config.eval.threshold
     with lock.held(workdir, ".predict.lock"), _stage(workdir) as stage:
-        with open(stage / _FILE, "w", newline="", encoding="utf-8") as out:
-            scored = _score(checkpoint_path, config, patches)
-            found = _write(csv.writer(out), scored, threshold, stage / _MAPS)
+        found = _write(stage, _score(checkpoint_path, config, patches), config.eval.threshold)
         if not found["n"]:
             raise UserError(f"--input={path}: {_first(unreadable)}")
         _publish(stage, workdir)
-    # With reading and compiling, as whoever waits has it.
-    seconds = time.perf_counter() - start
     return {
         "mode": "predict",
         "checkpoint": str(checkpoint_path),
         "input": str(path),
         **found,
         "unreadable": [{"file": name, "reason": reason} for name, reason in unreadable.items()],
-        "threshold": threshold,
+        "threshold": config.eval.threshold,
         "temperature": 1.0,
         "tta": config.eval.tta,
         "operating_point": checkpoint.read_run(checkpoint_path).get("operating_point"),
         "predictions": str(workdir / _FILE),
         "heatmaps": [str(workdir / _MAPS / name) for name in found["heatmaps"]],
-        "images_per_second": found["n"] / seconds,
+        # With reading and compiling, as whoever waits has it.
+        "images_per_second": found["n"] / (time.perf_counter() - start),
     }
 
 
@@ -169,7 +165,13 @@ def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _write(out, scored: Iterator[Scored], threshold: float, folder: Path) -> dict:
+def _write(stage: Path, scored: Iterator[Scored], threshold: float) -> dict:
+    """Writes predictions.csv and heatmaps/ into `stage`; returns n, positives, and maps' names."""
+    with open(stage / _FILE, "w", newline="", encoding="utf-8") as file:
+        return _write_rows(csv.writer(file), scored, threshold, stage / _MAPS)
+
+
+def _write_rows(out: Any, scored: Iterator[Scored], threshold: float, folder: Path) -> dict:
     """Writes a row for each patch, and a heat map for each larger picture when it is through."""
     n = positives = 0
     maps: dict[str, None] = {}  # in order, and quick to look up

@@ -15,7 +15,7 @@ from bef_jax.data.chunk import ranges
 from bef_jax.errors import UserError, printable
 
 LOG = logging.getLogger(__name__)
-_SAME_SCALE = 1.08
+_SAME_SCALE = 1.08  # ratio of two scales: those of PCam's own two scanners differ by 7 %
 
 
 class Patch(NamedTuple):
@@ -76,13 +76,13 @@ def _check_pictures(path: Path, mpp: float | None, lenient: bool) -> None:
     if others:
         LOG.warning(
             "%d of %d pictures say another scale than the network's %.3f um/px, the first of them "
-            "%s with %.3f: scores mean little there; resample them", 
+            "%s with %.3f: scores mean little there; resample them",
             len(others), len(files), mpp, *others[0],
         )  # fmt: skip
 
 
 def _differ(own: float, mpp: float) -> bool:
-    """Whether two scales differ by more than those of PCam's own two scanners, 7 %, do."""
+    """Whether two scales, in micrometres per pixel, are too far apart to be taken for one."""
     return not 1 / _SAME_SCALE <= own / mpp <= _SAME_SCALE
 
 

@@ -44,12 +44,11 @@ def write_names(folder: Path) -> None:
     patches = inputs.read(folder, None, 32, unreadable)
     scored = (Scored(patch._replace(pixels=None), 0.5) for patch in patches)
     with tempfile.TemporaryDirectory() as name:
-        with open(Path(name) / "out.csv", "w", newline="", encoding="utf-8") as out:
-            found = predict._write(csv.writer(out), scored, 0.5, Path(name) / "maps")
+        found = predict._write(Path(name), scored, 0.5)
         if not found["n"]:
             raise UserError(predict._first(unreadable))
-        lines = (Path(name) / "out.csv").read_text(encoding="utf-8").splitlines()
-        assert len(list((Path(name) / "maps").rglob("*.png"))) == len(found["heatmaps"])
+        lines = (Path(name) / "predictions.csv").read_text(encoding="utf-8").splitlines()
+        assert len(list((Path(name) / "heatmaps").rglob("*.png"))) == len(found["heatmaps"])
     rows = list(csv.reader(lines))
     assert len(rows) == len(lines) == found["n"] + 1, "a row of more than one line"
     for cell in (row[0] for row in rows):
