@@ -16,6 +16,7 @@ from typing import NamedTuple
 from bef_jax.errors import UserError
 from tests.fuzz import mutate
 from tests.fuzz.entries import ENTRIES
+from tests.memory import begin_peak, peak
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = 20  # that one input may take, on a machine that others share
@@ -58,7 +59,7 @@ def _keep(folder: Path, place: Path) -> None:
 
 def judge(entry: str, folder: Path) -> Verdict:
     """Reads an input that is there; a refusal is one line, and the input stays as it was."""
-    before, held = _digest(folder), _begin_peak()
+    before, held = _digest(folder), begin_peak()
     try:
         with _limited(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -68,25 +69,14 @@ def judge(entry: str, folder: Path) -> Verdict:
         outcome, said = "refused", str(error)
     except BaseException:
         outcome, said = "failed", traceback.format_exc()
-    peak = _memory("VmHWM") - held
+    grown = peak() - held
     if outcome == "refused" and (not said.strip() or not said.isprintable()):
         outcome, said = "failed", f"not one line that a terminal may show: {said!r}"
-    if peak > GIB:
-        outcome, said = "failed", f"it takes {peak / GIB:.1f} GiB; {said}"
+    if grown > GIB:
+        outcome, said = "failed", f"it takes {grown / GIB:.1f} GiB; {said}"
     if _digest(folder) != before:
         outcome, said = "failed", f"the input was changed; {said}"
-    return Verdict(outcome, said, peak)
-
-
-def _begin_peak() -> int:
-    """Lets the peak of memory, which ru_maxrss is, begin anew; returns what is held now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
-def _memory(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{name}:")[1].split()[0]) * 1024
+    return Verdict(outcome, said, grown)
 
 
 def limit_memory(bytes_more: int = 4 * GIB) -> None:
