@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bef_jax.loaded import ExportedModel, TrainedModel
+    from bef_jax.scoring.loaded import ExportedModel, TrainedModel
 
 # The first line of ours that a command runs, so its time to the first step counts from here. What
 # is left out is the interpreter's own start, some 50 ms.
@@ -32,6 +32,6 @@ def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
         UserError: there is none, or it is damaged.
     """
     # Here, so that importing the package alone does not wait for JAX.
-    from bef_jax import loaded
+    from bef_jax.scoring import loaded
 
     return loaded.load(where)

@@ -1,17 +1,19 @@
 """Checks a configuration, and derives from it what depends on several fields."""
 
-import dataclasses
+import logging
 import re
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bef_jax.configs import default
-from bef_jax.data.augment import CENTER, PATCH
+from bef_jax.data.patch import CENTER_SIDE, PATCH
 from bef_jax.errors import UserError
-from bef_jax.models import REGISTRY, num_stages, parameter_paths
-from bef_jax.models.mbconv.grid import LANES
-from bef_jax.optim import is_frozen
+from bef_jax.models import REGISTRY, is_frozen, num_stages, parameter_paths
+from bef_jax.models.ops.mbconv.grid import KERNEL_CHIPS, LANES
+
+LOG = logging.getLogger(__name__)
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -53,9 +55,9 @@ RANGES = {
     "model.bn_momentum": (0, 1),
     "model.bn_epsilon": (1e-12, _FLOAT),  # the variance of a constant channel is 0
     # The center decides the label, so that no window is smaller.
-    "rcc.min_size": (CENTER[1] - CENTER[0], PATCH),
-    "rcc.max_size": (CENTER[1] - CENTER[0], PATCH),
-    "rcc.eval_size": (CENTER[1] - CENTER[0], PATCH),
+    "rcc.min_size": (CENTER_SIDE, PATCH),
+    "rcc.max_size": (CENTER_SIDE, PATCH),
+    "rcc.eval_size": (CENTER_SIDE, PATCH),
     "augment.stain": (0, 1),
     "augment.stain_shift": (0, 1),
     "data.train_size": (1, _INT),
@@ -84,15 +86,6 @@ RANGES = {
     "ablation.seeds": (1, 1000),
     "ablation.jobs": (1, _INT),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Durations:
-    """Steps that the configuration and the training split's size come to."""
-
-    steps: int
-    steps_per_epoch: int
-    eval_steps: int
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict:
@@ -228,26 +221,49 @@ def _check_ratio(ratio) -> None:
         )
 
 
-def durations(config: ConfigDict, n_train: int) -> Durations:
-    """Turns epochs into steps; `config.steps` decides over `config.epochs` when it is set.
+# ---- on the devices at hand --------------------------------------------------------------------
 
-    Raises:
-        UserError: the training split does not fill one batch, or the epochs come to more steps than
-            the state can count.
+# Images that batch normalisation needs for a mean and a variance to train with.
+_LEAST_GROUP = 16
+
+
+def check_devices(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises `UserError` unless every device gets its part of a batch, and runs what is asked for.
+
+    Kernels are for some chips alone, and take whole groups. Too few images for batch statistics
+    are a warning.
     """
-    # Whole batches: what is left over takes part in the next epoch's shuffle.
-    steps_per_epoch = n_train // config.batch_size
-    if not steps_per_epoch:
-        raise UserError(
-            f"config.batch_size={config.batch_size} exceeds the {n_train} training patches: "
-            "lower it"
+    batch = config.batch_size // config.optim.accumulate
+    _check_divisible("batch_size", batch, mesh)
+    _warn_of_small_groups(batch // config.bn_groups)
+    if config.model.mbconv == "pallas":
+        _check_kernel_devices(config, mesh)
+
+
+def _warn_of_small_groups(images: int) -> None:
+    if images < _LEAST_GROUP:
+        LOG.warning(
+            "batch statistics over %d images are noisy: raise config.batch_size, or lower "
+            "config.bn_groups or config.optim.accumulate, to have %d or more",
+            images,
+            _LEAST_GROUP,
         )
-    # At least 1: the loop takes its step modulo eval_steps, and a run of none trains nothing.
-    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-    if steps > _INT:
+
+
+def _check_kernel_devices(config: ConfigDict, mesh: Mesh) -> None:
+    device = mesh.devices.flat[0]
+    if device.device_kind not in KERNEL_CHIPS:
         raise UserError(
-            f"config.epochs={config.epochs:g} are {steps:.3g} steps: lower it, as a run takes at "
-            f"most {_INT}"
+            "config.model.mbconv=pallas is for TPU v5e, v5p and v6e, "
+            f"not for {device.device_kind}: choose layers"
         )
-    eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
-    return Durations(steps, steps_per_epoch, eval_steps)
+    # A kernel sees one group at a time, and takes its statistics on the device that has it.
+    _check_divisible("bn_groups", config.bn_groups, mesh)
+
+
+def _check_divisible(field: str, value: int, mesh: Mesh) -> None:
+    if value % mesh.size:
+        raise UserError(
+            f"config.{field}={value} can't be split over {mesh.size} devices: "
+            f"choose a multiple of {mesh.size}"
+        )

@@ -8,16 +8,25 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bef_jax import sharding, trained
-from bef_jax.calibration import tuned
-from bef_jax.compare import paired_tests
 from bef_jax.data import store
 from bef_jax.data.batches import put_batch
+from bef_jax.data.splits import warn_of_one_class
 from bef_jax.data.store import Split
-from bef_jax.intervals import intervals
-from bef_jax.metrics import Evaluation, binary_metrics
-from bef_jax.scorer import batch_size, check_finite, make_scorer, one_late, padded_rows, sigmoid
-from bef_jax.splits import warn_of_one_class
+from bef_jax.runtime import sharding
+from bef_jax.scoring import trained
+from bef_jax.scoring.calibration import tuned
+from bef_jax.scoring.intervals import intervals
+from bef_jax.scoring.metrics import Evaluation, binary_metrics
+from bef_jax.scoring.paired_tests import paired_tests
+from bef_jax.scoring.scorer import (
+    batch_size,
+    check_finite,
+    make_scorer,
+    one_late,
+    padded_rows,
+    sigmoid,
+)
+from bef_jax.training import checkpoint
 
 
 def run(
@@ -64,7 +73,7 @@ def _config_of_other(other: Path, config: ConfigDict) -> ConfigDict:
 def _evaluator(path: Path, config: ConfigDict) -> Callable[[Split], Evaluation]:
     """Evaluates the checkpoint at `path`; read and compiled once, for several splits."""
     mesh = sharding.make_mesh()
-    variables = trained.restore_variables(path, config, sharding.replicated(mesh))
+    variables = checkpoint.restore_variables(path, config, sharding.replicated(mesh))
     return functools.partial(make_evaluator(config, mesh), variables)
 
 

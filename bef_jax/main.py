@@ -27,7 +27,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 # Functions import what needs JAX, so that --help and a mistake in a flag are answered at once.
-from bef_jax import STARTED, config_files, usage
+from bef_jax import STARTED
+from bef_jax.cli import config_files, help
 from bef_jax.configs import default
 from bef_jax.errors import RunError, UserError, did_you_mean, printable
 from bef_jax.runtime import memory
@@ -42,7 +43,7 @@ _MODE = flags.DEFINE_string("mode", "train", "one of the modes")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where the run writes; default: runs/<name of --config>"
 )
-# A line of a help text begins with the modes that read the flag, if not all do (see usage.py).
+# A line of a help text begins with the modes that read the flag, if not all do (see help.py).
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
@@ -81,20 +82,21 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
 
 
 def _eval(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import evaluate, trained
+    from bef_jax import evaluate
+    from bef_jax.scoring import trained
 
     other = trained.find(_COMPARE.value) if _COMPARE.value else None
     return evaluate.run(config, _checkpoint(workdir), _SPLIT.value, other)
 
 
 def _export(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import export
+    from bef_jax.export import export
 
     return export.run(config, workdir, _checkpoint(workdir))
 
 
 def _benchmark(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import benchmark
+    from bef_jax.planning import benchmark
 
     del workdir
     results = user_path(_RESULTS.value) if _RESULTS.value else None
@@ -109,26 +111,26 @@ def _predict(config: ConfigDict, workdir: Path) -> dict:
 
 
 def _import_weights(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import import_weights
+    from bef_jax.training import import_weights
 
     return import_weights.run(config, workdir, _WEIGHTS.value)
 
 
 def _prepare(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import prepare
+    from bef_jax.data import prepare
 
     del workdir  # the store lives with its source, to be shared by runs
     return prepare.run(config, _VERIFY.value)
 
 
 def _ablate(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import ablate
+    from bef_jax.ablation import ablate
 
     return ablate.run(config, workdir, sys.argv[1:], _DRY_RUN.value)
 
 
 def _plan(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import plan
+    from bef_jax.planning import plan
 
     del workdir
     return plan.run(config, _TOPOLOGY.value, _LARGEST.value)
@@ -156,8 +158,7 @@ def main(_: Sequence[str]) -> int:
     """Runs the mode that the flags name and prints its summary."""
     import jax
 
-    from bef_jax import distributed
-    from bef_jax.runtime import logs, versions
+    from bef_jax.runtime import distributed, logs, versions
 
     logs.set_up()
     versions.warn_if_untested()
@@ -221,10 +222,9 @@ def _given_config() -> ConfigDict | None:
 
 
 def _run_mode() -> dict:
-    from bef_jax import compile_cache, distributed
     from bef_jax.config import validate
-    from bef_jax.runtime import devices
-    from bef_jax.summary import summary_file, write_summary
+    from bef_jax.runtime import compile_cache, devices, distributed
+    from bef_jax.training.outputs import summary_file, write_summary
 
     mode, given = _MODE.value, _given_config()
     workdir = _workdir(mode, given)
@@ -256,19 +256,19 @@ def _workdir(mode: str, given: ConfigDict | None) -> Path:
         return Path(f"runs/{given.name}").resolve()
     if not _CHECKPOINT.value:
         raise UserError(f"--mode={mode} takes --workdir=RUN or --checkpoint=FOLDER: give one")
-    from bef_jax import trained
+    from bef_jax.scoring import trained
 
     return trained.workdir_of(trained.find(_CHECKPOINT.value))
 
 
 def _checkpoint(workdir: Path) -> Path:
-    from bef_jax import trained
+    from bef_jax.scoring import trained
 
     return trained.find(_CHECKPOINT.value or workdir)
 
 
 def _scoring_config(workdir: Path, given: ConfigDict | None) -> ConfigDict:
-    from bef_jax import trained
+    from bef_jax.scoring import trained
 
     changes = config_flags.get_override_values(FLAGS["config"])
     return trained.scoring_config(_checkpoint(workdir), given, changes)
@@ -280,13 +280,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     Where they ask for help or the version, that is printed, and the process ends with status 0.
     """
     try:
-        if answer := usage.answer(argv, FLAGS.get_flags_for_module(__name__)):
+        if answer := help.answer(argv, FLAGS.get_flags_for_module(__name__)):
             _print_and_exit(answer)
         config_files.check_fields(argv)
         # A mode that needs no --config still takes single fields. Set here, since it reads them.
         flags.set_default(_CONFIG, default.__file__)
         program, *words = FLAGS(list(argv))
-        usage.check_mode(_MODE.value)
+        help.check_mode(_MODE.value)
         if words:
             near = did_you_mean(words[0], MODES, "--mode=")
             raise UserError(f"{words[0]} is no flag{near}")

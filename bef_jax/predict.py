@@ -18,15 +18,15 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bef_jax import checkpoint, lock, sharding, trained
 from bef_jax.data import inputs
 from bef_jax.data.inputs import Patch
 from bef_jax.data.patch import mpp
 from bef_jax.errors import UserError, printable
-from bef_jax.heatmap import Scores, name_of, remove_heatmaps, write_heatmap
-from bef_jax.runtime import files
-from bef_jax.scorer import check_finite, make_predictor
-from bef_jax.scores import csv_cell
+from bef_jax.runtime import files, lock, sharding
+from bef_jax.scoring.heatmap import Scores, name_of, remove_heatmaps, write_heatmap
+from bef_jax.scoring.scorer import check_finite, make_predictor
+from bef_jax.scoring.scores_csv import csv_cell
+from bef_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 _FILE, _MAPS, _STAGE = "predictions.csv", "heatmaps", ".predict.tmp"
@@ -146,7 +146,7 @@ def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
 def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator[Scored]:
     """Scores batch by batch: memory holds a few of them, however many patches come."""
     mesh = sharding.make_mesh()
-    variables = trained.restore_variables(path, config, sharding.replicated(mesh))
+    variables = checkpoint.restore_variables(path, config, sharding.replicated(mesh))
     predict = make_predictor(config, variables, mesh)
     waiting: deque[Patch] = deque()
 

@@ -11,12 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from bef_jax import checkpoint, distributed, lock, outputs, pretrained, sharding, trained
-from bef_jax.calibration import choose_operating_point
-from bef_jax.calls import call_sizes, check_placement
-from bef_jax.checkpoint import Checkpoints
-from bef_jax.clock import Clock, Laps
-from bef_jax.config import Durations, durations, validate
+from bef_jax.config import check_devices, validate
 from bef_jax.data import store
 from bef_jax.data.batches import (
     Batch,
@@ -26,21 +21,33 @@ from bef_jax.data.batches import (
     place_split,
     selections,
 )
+from bef_jax.data.splits import open_splits
 from bef_jax.data.store import Split
 from bef_jax.errors import DivergedError, RunError, UserError
 from bef_jax.evaluate import make_evaluator, summarise
-from bef_jax.history import History
-from bef_jax.interrupt import Interrupt
-from bef_jax.metrics import Evaluation
-from bef_jax.optim import make_schedule
-from bef_jax.progress import Progress
+from bef_jax.runtime import distributed, lock, sharding
 from bef_jax.runtime.files import user_path, write_text
-from bef_jax.scores import write_scores
-from bef_jax.splits import open_splits
-from bef_jax.state import TrainState, abstract_state, count_params, create_state, params_digest
-from bef_jax.step import compile_step, describe
-from bef_jax.steplog import StepLog
-from bef_jax.summary import read_train_summary, write_summary
+from bef_jax.runtime.interrupt import Interrupt
+from bef_jax.runtime.progress import Progress
+from bef_jax.scoring.calibration import choose_operating_point
+from bef_jax.scoring.metrics import Evaluation
+from bef_jax.scoring.scores_csv import write_scores
+from bef_jax.training import checkpoint, outputs, pretrained
+from bef_jax.training.checkpoint import Checkpoints
+from bef_jax.training.clock import Clock, Laps
+from bef_jax.training.durations import Durations, call_sizes, check_placement, durations
+from bef_jax.training.history import History
+from bef_jax.training.optim import make_schedule
+from bef_jax.training.outputs import read_train_summary, write_summary
+from bef_jax.training.state import (
+    TrainState,
+    abstract_state,
+    count_params,
+    create_state,
+    params_digest,
+)
+from bef_jax.training.step import compile_step, describe
+from bef_jax.training.steplog import StepLog
 
 LOG = logging.getLogger(__name__)
 
@@ -99,7 +106,7 @@ def train_and_evaluate(
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
     mesh = sharding.make_mesh()
-    sharding.check_batch(config, mesh)  # before data are read
+    check_devices(config, mesh)  # before data are read
     if config.init_from and not checkpoint.saved_steps(workdir):
         pretrained.find(config.init_from)  # now: reading a data set can take an hour
     splits = open_splits(config.data)
@@ -351,7 +358,7 @@ def _finish(run: Run, state: TrainState) -> dict:
     if summary["step"] >= run.durations.steps:
         # From disk also where the state at hand is the best: figures are of what others will load.
         path = checkpoint.best(run.workdir)
-        variables = trained.restore_variables(path, run.config, sharding.replicated(run.mesh))
+        variables = checkpoint.restore_variables(path, run.config, sharding.replicated(run.mesh))
         evaluations = _evaluate_best(run, variables, int(path.name))
         valid = evaluations["valid"]
         blocks = {name: summarise(seen, run.config, valid) for name, seen in evaluations.items()}
@@ -363,7 +370,7 @@ def _finish(run: Run, state: TrainState) -> dict:
 
 def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Evaluation]) -> None:
     # Here, since matplotlib and scikit-learn take 0.5 s that the first step need not wait for.
-    from bef_jax.run_report import report_run
+    from bef_jax.report.gather import report_run
 
     found = run.history.lines, evaluations, variables, summary
     page = report_run(run.workdir, run.config, run.splits, run.manifest, *found)

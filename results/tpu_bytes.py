@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from ml_collections import ConfigDict
 
-from bef_jax import hlo, plan, topology
 from bef_jax.configs.default import get_config
-from bef_jax.models import depthwise, layers, norm
-from bef_jax.models.depthwise import Padding
-from bef_jax.optim import make_schedule
-from bef_jax.state import abstract_state
-from bef_jax.step import compile_step
+from bef_jax.models import layers
+from bef_jax.models.ops import depthwise, norm
+from bef_jax.models.ops.depthwise import Padding
+from bef_jax.planning import hlo, plan, topology
+from bef_jax.training.optim import make_schedule
+from bef_jax.training.state import abstract_state
+from bef_jax.training.step import compile_step
 
 IMAGES = 256  # per chip
 

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bef_jax import topology
 from bef_jax.models import boosted
 from bef_jax.models.efficientnet import scaled
 from bef_jax.models.layers import padding_of
-from bef_jax.models.mbconv import backward, forward, grid
+from bef_jax.models.ops.mbconv import backward, forward, grid
+from bef_jax.planning import topology
 
 IMAGES = 256
 KERNELS = ("spread", "pool", "project", "project_gradients", "spread_gradients")

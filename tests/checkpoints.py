@@ -5,9 +5,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bef_jax import checkpoint, sharding
-from bef_jax.checkpoint import Checkpoints
-from bef_jax.state import TrainState
+from bef_jax.runtime import sharding
+from bef_jax.training import checkpoint
+from bef_jax.training.checkpoint import Checkpoints
+from bef_jax.training.state import TrainState
 
 STATE = TrainState(np.int32(3), {"kernel": np.arange(6, dtype=np.float32)}, {}, None, ())
 

@@ -1,6 +1,8 @@
 """Fixtures that tests of several modules share."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -24,6 +26,32 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+ROOT = Path(__file__).resolve().parents[1]
+# Tells what each line of code that it is given says to a user, with a GiB of memory to spare.
+SAY = """
+import resource, sys
+from pathlib import Path
+from bef_jax.configs.default import get_config
+from bef_jax.data import sources, store
+from bef_jax.data.sources import fetch, npz, pcam_hdf5, rpcam
+from bef_jax.errors import UserError
+from bef_jax.runtime import files
+
+def data_of(source, folder, **fields):
+    data = get_config().data
+    data.update({"source": source, "dir": folder, **fields})
+    return data
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 2**30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for line in sys.argv[1:]:
+    try:
+        print("read:", eval(line))
+    except UserError as error:
+        print(error)
+"""
+
 SHRUNK = {
     "batch_size": 8,
     "steps": 6,
@@ -44,6 +72,23 @@ def environment_of(devices: int) -> dict[str, str]:
     """The environment of a process that has so many CPU devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags}
+
+
+@pytest.fixture
+def say():
+    """Returns say(*code): what a user reads of each line; it may neither hang nor take a GiB."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory is measured as Linux tells it")
+
+    def run(*code):
+        command = [sys.executable, "-c", SAY, *code]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        lines = ran.stdout.splitlines()
+        assert len(lines) == len(code)
+        return lines
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +134,8 @@ def trained(workdir: Path, small_config: Callable[..., ConfigDict]) -> dict:
 @pytest.fixture
 def scoring(workdir: Path) -> Callable[..., tuple[ConfigDict, Path]]:
     """Returns scoring(**changes) -> (config, path) of the best checkpoint of `trained`."""
-    from bef_jax import checkpoint, trained
+    from bef_jax.scoring import trained
+    from bef_jax.training import checkpoint
 
     def make(**changes) -> tuple[ConfigDict, Path]:
         path = checkpoint.best(workdir)

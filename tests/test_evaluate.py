@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 
-from bef_jax import checkpoint, evaluate, sharding, train
+from bef_jax import evaluate, train
 from bef_jax.data import store
 from bef_jax.data.augment import eval_view
 from bef_jax.models import create
-from bef_jax.state import create_state
+from bef_jax.runtime import sharding
+from bef_jax.training import checkpoint
+from bef_jax.training.state import create_state
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 import bef_jax
-from bef_jax import pretrained, train, trained
+from bef_jax import train
 from bef_jax.configs import default
 from bef_jax.data import store
 from bef_jax.errors import UserError
 from bef_jax.models import weights
+from bef_jax.scoring import trained
+from bef_jax.training import pretrained
 
 
 def run_main(*flags, cwd=None, python=sys.executable):

@@ -15,12 +15,14 @@ import tifffile
 from PIL import Image
 
 import bef_jax
-from bef_jax import checkpoint, evaluate, lock, predict, sharding
-from bef_jax.checkpoint import Checkpoints
+from bef_jax import evaluate, predict
 from bef_jax.data import store
 from bef_jax.errors import RunError, UserError
-from bef_jax.scores import read_scores
-from bef_jax.state import abstract_state
+from bef_jax.runtime import lock, sharding
+from bef_jax.scoring.scores_csv import read_scores
+from bef_jax.training import checkpoint
+from bef_jax.training.checkpoint import Checkpoints
+from bef_jax.training.state import abstract_state
 
 
 def rows_of(workdir):

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bef_jax import checkpoint, config_files, outputs, train
+from bef_jax import train
+from bef_jax.cli import config_files
 from bef_jax.data.batches import Batch
 from bef_jax.errors import UserError
-from bef_jax.step import make_train_step
+from bef_jax.training import checkpoint, outputs
+from bef_jax.training.step import make_train_step
 from tests.conftest import SHRUNK
 
 KEYS = {

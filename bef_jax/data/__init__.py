@@ -1,1 +1,1 @@
-"""From a source on disk to batches on the device."""
+"""From a source on disk to batches on the devices: source, store, batch, augmentation."""

@@ -11,8 +11,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-PATCH = 96  # side of a patch, in pixels
-CENTER = (32, 64)  # rows and columns of the region that decides a patch's label
+from bef_jax.data.patch import CENTER, PATCH
 
 # Optical densities of haematoxylin, eosin and a residual (Ruifrok & Johnston 2001), a row each.
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], np.float32)

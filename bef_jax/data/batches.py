@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from bef_jax import sharding
 from bef_jax.data.store import Split
+from bef_jax.runtime import sharding
 
 _SHARE = 0.5  # of the accelerators' memory that a split may take: the step needs the rest
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bef_jax.data.patch import IMAGE_SHAPE
 from bef_jax.errors import UserError, reason_of
 
-IMAGE_SHAPE = (96, 96, 3)
 CHUNK_SIZE = 512  # patches, 13.5 MiB: bounds the memory of reading
 READ_ORDER = ("test", "valid", "train")  # a patch in two splits is dropped from the later one
 _LONGEST_ID = 1024  # characters

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bef_jax.data import npz, pcam_hdf5, pictures, store
-from bef_jax.data.augment import PATCH
+from bef_jax.data import pictures, store
 from bef_jax.data.chunk import ranges
+from bef_jax.data.patch import PATCH, SPLITS
+from bef_jax.data.sources import npz, pcam_hdf5
 from bef_jax.errors import UserError, printable
 
 LOG = logging.getLogger(__name__)
@@ -163,4 +164,4 @@ def _is_array_file(path: Path) -> bool:
 
 def _splits(path: Path, split: str | None) -> list[str]:
     counts = store.read_manifest(path)["counts"]
-    return [split] if split else [name for name in store.SPLITS if counts.get(name)]
+    return [split] if split else [name for name in SPLITS if counts.get(name)]

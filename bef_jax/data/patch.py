@@ -1,6 +1,12 @@
-"""What a patch is: its classes and its scale."""
+"""What a patch is: its size, its center, its scale, its classes and its splits."""
 
 from ml_collections import ConfigDict
+
+PATCH = 96  # side of a patch, in pixels
+CENTER = (32, 64)  # rows and columns of the region that decides a patch's label
+CENTER_SIDE = CENTER[1] - CENTER[0]
+IMAGE_SHAPE = (PATCH, PATCH, 3)
+SPLITS = ("train", "valid", "test")
 
 # Micrometres per pixel. PCam was cut at level 2 of CAMELYON16's slides, which two scanners made at
 # 0.243 and 0.226 a pixel; 0.972 is the first one's. RPCam and TFDS hold the same patches.

@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from bef_jax.data.augment import CENTER, PATCH
+from bef_jax.data.patch import CENTER, CENTER_SIDE, PATCH
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file
 
@@ -26,7 +26,6 @@ LIMIT = 100_000_000  # pixels, 10,000 x 10,000: what decoding holds in memory, u
 # Pillow knows many more. For EPS it runs Ghostscript, and with it a stranger's program.
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _MARGIN = CENTER[0]  # pixels of a tile around the square that decides
-_SIDE = CENTER[1] - CENTER[0]
 _WHITE = (255, 255, 255)
 _BAND = 1 << 20  # pixels that are converted at once
 _ORIENTATION = 0x0112  # the tag of EXIF and TIFF
@@ -164,7 +163,7 @@ def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
 
 def positions(length: int, stride: int) -> list[int]:
     """Where squares of 32 begin that cover `length` pixels, the last one flush with the end."""
-    last = length - _SIDE
+    last = length - CENTER_SIDE
     return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
 
 

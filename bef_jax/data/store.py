@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data import npy, sources, synthetic
-from bef_jax.data.checksums import first_damaged
+from bef_jax.data import sources
 from bef_jax.data.chunk import (
     Begin,
     check_id_array,
@@ -34,12 +33,15 @@ from bef_jax.data.chunk import (
     check_labels,
     silent,
 )
-from bef_jax.data.writer import SPLITS, StoreWriter
+from bef_jax.data.patch import SPLITS
+from bef_jax.data.sources import npy, synthetic
+from bef_jax.data.writer import StoreWriter
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import (
     check_outputs,
     check_regular,
     check_types,
+    first_damaged,
     open_user_file,
     read_json,
     user_path,

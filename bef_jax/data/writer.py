@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bef_jax.data.checksums import sha256
-from bef_jax.data.chunk import IMAGE_SHAPE, Begin, Chunk, check_ids, silent
+from bef_jax.data.chunk import Begin, Chunk, check_ids, silent
+from bef_jax.data.patch import IMAGE_SHAPE, SPLITS
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import sha256
 
-SPLITS = ("train", "valid", "test")
 DIGEST_BYTES = 16  # two of PCam's 327,680 patches collide with a chance of 1e-28
 MAX_REPORTED = 100  # pairs of ids with conflicting labels that the manifest lists
 

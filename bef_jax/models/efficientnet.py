@@ -17,9 +17,9 @@ from bef_jax.models.layers import (
     global_pool,
     padding_of,
 )
-from bef_jax.models.mbconv.block import Block, mbconv
-from bef_jax.models.mbconv.grid import LANES, Window, strips
 from bef_jax.models.network import Network
+from bef_jax.models.ops.mbconv.block import Block, mbconv
+from bef_jax.models.ops.mbconv.grid import LANES, Window, strips
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bef_jax.models.depthwise import Padding, depthwise_conv
-from bef_jax.models.norm import ACTIVATIONS, batch_norm, pointwise_batch_norm
-from bef_jax.models.pointwise import pointwise
+from bef_jax.models.ops.depthwise import Padding, depthwise_conv
+from bef_jax.models.ops.norm import ACTIVATIONS, batch_norm, pointwise_batch_norm
+from bef_jax.models.ops.pointwise import pointwise
 
 # Variance 2 / fan_out, as in the EfficientNet paper's code; a depthwise kernel's fan_out is k * k.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -6,14 +6,18 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from bef_jax.data.augment import CENTER
-from bef_jax.metrics import Evaluation
+from bef_jax.data.patch import CENTER
+from bef_jax.scoring.metrics import Evaluation
 
 SHOWN = 6  # patches of each kind
 _COVER = 0.7  # opacity of a heat map where it is hottest
 _GAP = 4  # pixels between a patch and its heat map
 _WHITE, _BLACK = 255, 0
+_PER_ROW, _FRAME = 4, 6  # patches, and pixels of white around each, in most_wrong.png
+_CONTACT_ZOOM = 2  # of most_wrong.png, whose patches would be stamps on today's screens
+_TEXT, _LINE = 15, 22  # pixels: of a caption's letters, and of the line that they stand in
 
 # Grad-CAM of patches [n, 96, 96, 3], uint8, that are called positive or not (bool [n]): maps
 # [n, 96, 96] that add up to 1, or are 0.
@@ -112,3 +116,24 @@ def framed(patch: np.ndarray) -> np.ndarray:
         patch[[first, last], first : last + 1] = colour
         patch[first : last + 1, [first, last]] = colour
     return patch
+
+
+def contact_sheet(shown: list[Shown]) -> np.ndarray:
+    """The most wrong patches side by side, uint8 [H, W, 3]; the surest, where none is wrong."""
+    wrong = [each for each in shown if each.kind.startswith("false")] or shown
+    tiles = [_captioned(each) for each in wrong]
+    # White ones fill the last row up.
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % _PER_ROW)
+    rows = [np.hstack(tiles[i : i + _PER_ROW]) for i in range(0, len(tiles), _PER_ROW)]
+    return np.vstack(rows)
+
+
+def _captioned(each: Shown) -> np.ndarray:
+    """A tile over its caption, on white, uint8 [H, W, 3]."""
+    # By a whole factor, without smoothing: else the square's line is thicker here than there.
+    pixels = each.pixels.repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
+    frame = [(_FRAME, _LINE), (_FRAME, _FRAME), (0, 0)]
+    image = Image.fromarray(np.pad(pixels, frame, constant_values=255))
+    place, font = (_FRAME, _FRAME + len(pixels)), ImageFont.load_default(_TEXT)
+    ImageDraw.Draw(image).text(place, each.caption, fill="black", font=font)
+    return np.asarray(image)

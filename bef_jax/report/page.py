@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bef_jax.metrics import Evaluation
 from bef_jax.report.gallery import Shown
+from bef_jax.scoring.metrics import Evaluation
 
 _COLUMNS = {
     "n": ("patches", "{:,}"),

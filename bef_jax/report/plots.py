@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from bef_jax.metrics import Evaluation
+from bef_jax.scoring.metrics import Evaluation
 
 RELIABILITY_BINS = 10
 _SIZE = (5.4, 4.4)  # inches: two stand side by side on a desk, and one fills a phone

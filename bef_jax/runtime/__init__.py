@@ -1,1 +1,1 @@
-"""What a run needs of the machine: its devices, its memory, and how the log speaks of them."""
+"""What a run needs of the machine: devices, processes, memory, files and signals."""

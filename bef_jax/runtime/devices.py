@@ -1,16 +1,17 @@
-"""What a run computes on, as its first lines say it, and what to install where a device is unused.
+"""The devices of this machine: their names and sizes, and what to install where one is unused.
 
 Device nodes tell which hardware a machine has, whatever JAX can use of it.
 """
 
 import importlib.util
 import logging
+import os
+import platform
 from pathlib import Path
 
 import jax
 import jaxlib
 
-from bef_jax import hardware
 from bef_jax.errors import RunError
 
 LOG = logging.getLogger(__name__)
@@ -60,13 +61,11 @@ def _devices(backend: str) -> str:
         return _host() + (f", as {count} devices" if count > 1 else "")
     # Less than the chip has, since JAX leaves a part to others. Some plug-ins don't say.
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return hardware.describe() + (f", {limit / _GIB:.1f} GiB each" if limit else "")
+    return describe() + (f", {limit / _GIB:.1f} GiB each" if limit else "")
 
 
 def _host() -> str:
-    cores = hardware.cores()
-    plural = "s" if cores > 1 else ""
-    return f"{hardware.cpu_model()}, {cores} core{plural}, {hardware.ram() / _GIB:.1f} GiB"
+    return f"{_cpu()}, {ram() / _GIB:.1f} GiB"
 
 
 def advice(root: Path = Path("/")) -> str | None:
@@ -102,3 +101,65 @@ def tpu_node(root: Path) -> Path | None:
     if any(vendor.read_text().strip() == _GOOGLE for vendor in vendors):
         return next((path for path in root.glob("dev/vfio/*") if path.name.isdigit()), None)
     return None
+
+
+# ---- names and sizes ---------------------------------------------------------------------------
+
+
+def describe() -> str:
+    """Names all devices: "AMD EPYC, 2 cores" on CPU, else "NVIDIA L4" or "8 x TPU v5 lite"."""
+    if jax.default_backend() == "cpu":
+        return _cpu()
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    return kind if count == 1 else f"{count} x {kind}"
+
+
+def _cpu() -> str:
+    available = cores()
+    return f"{cpu_model()}, {available} core{'s' if available > 1 else ''}"
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as Linux tells it; elsewhere its architecture, such as arm64."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    # One line per core, all alike: the first that has a name.
+    fields = (line.partition(":") for line in lines)
+    names = (value.strip() for key, _, value in fields if key.strip() == "model name")
+    return next(filter(None, names), platform.machine())
+
+
+def cores() -> int:
+    """Cores that this process may use: a container, or taskset, can allow it fewer than exist."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def ram(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: the machine's, or what its cgroup allows."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *_limits(root)])
+
+
+def _limits(root: Path) -> list[int]:
+    """The limits in bytes of the process's cgroup, and of those that it is in; Linux has them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # Version 2 has one tree for all; version 1 has one for each controller.
+        if controllers not in ("", "memory"):
+            continue
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        tree = root / "sys/fs/cgroup" / controllers
+        group = tree / path.lstrip("/")
+        files = [folder / name for folder in (group, *group.parents) if folder.is_relative_to(tree)]
+        texts = [file.read_text().strip() for file in files if file.exists()]
+        limits += [int(text) for text in texts if text != "max"]
+    return limits

@@ -5,12 +5,13 @@ A file that is read must be a regular one: opening a FIFO waits for a writer, an
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO
 
 from bef_jax.errors import UserError, reason_of
@@ -215,3 +216,52 @@ def _temporary_name(folder: Path) -> Path:
     # Hidden, so that whoever lists results does not meet it. Short, as `file` may have the longest
     # name that there can be.
     return folder / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+# ---- checksums ---------------------------------------------------------------------------------
+
+_BLOCK = 1 << 20
+
+
+def sha256(file: Path, advance: Callable[[int], object] = lambda _: None) -> str:
+    """Returns the sha256 of a file's content, as hex digits; the file is streamed.
+
+    Args:
+        file: a regular file.
+        advance: called with the number of bytes of each block that was read.
+    """
+    digest = hashlib.sha256()
+    with open_user_file(file) as stream:
+        # No more than it has: a link can lead to a file of the system that has no end.
+        left = os.fstat(stream.fileno()).st_size
+        while block := stream.read(min(left, _BLOCK)):
+            digest.update(block)
+            advance(len(block))
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def first_damaged(
+    folder: Path,
+    expected: Mapping[str, str],
+    advance: Callable[[int], object] = lambda _: None,
+) -> Path | None:
+    """Returns the first file, by name, that is missing or has another content, or None.
+
+    Args:
+        folder: where the files lie; what a name leads to outside of it counts as missing.
+        expected: sha256 by the file's path in `folder`, with forward slashes.
+        advance: as for `sha256`.
+    """
+    # Sorted, so that every try names the same file; those after it are not read.
+    for name in sorted(expected):
+        file = folder / name
+        is_there = _is_inside(name) and os.path.isfile(file)
+        if not is_there or sha256(file, advance) != expected[name]:
+            return file
+    return None
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts

@@ -6,8 +6,6 @@ import hashlib
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -18,45 +16,6 @@ from PIL import Image
 from bef_jax.configs.default import get_config
 
 ROOT = Path(__file__).resolve().parents[2]
-# Tells what each line of code that it is given says to a user, with a GiB of memory to spare.
-SAY = """
-import resource, sys
-from pathlib import Path
-from bef_jax.configs.default import get_config
-from bef_jax.data import checksums, fetch, npz, pcam_hdf5, rpcam, sources, store
-from bef_jax.errors import UserError
-
-def data_of(source, folder, **fields):
-    data = get_config().data
-    data.update({"source": source, "dir": folder, **fields})
-    return data
-
-pages = int(Path("/proc/self/statm").read_text().split()[0])
-limit = pages * resource.getpagesize() + 2**30
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for line in sys.argv[1:]:
-    try:
-        print("read:", eval(line))
-    except UserError as error:
-        print(error)
-"""
-
-
-@pytest.fixture
-def say():
-    """Returns say(*code): what a user reads of each line; it may neither hang nor take a GiB."""
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("memory is measured as Linux tells it")
-
-    def run(*code):
-        command = [sys.executable, "-c", SAY, *code]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert ran.returncode == 0, ran.stderr[-3000:]
-        lines = ran.stdout.splitlines()
-        assert len(lines) == len(code)
-        return lines
-
-    return run
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from bef_jax import sharding
 from bef_jax.data import batches
 from bef_jax.data.store import Split
+from bef_jax.runtime import sharding
 from tests.conftest import environment_of
 
 ROOT = Path(__file__).resolve().parents[2]

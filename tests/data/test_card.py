@@ -2,13 +2,14 @@ import pytest
 
 from bef_jax.data import near_duplicates, store
 from bef_jax.data.card import data_card
+from bef_jax.data.patch import SPLITS
 
 
 def card(config, **changes):
     store.prepare(config.data)
     folder = store.store_path(config.data)
     manifest = store.read_manifest(folder) | changes
-    splits = {name: store.open_split(folder, name) for name in store.SPLITS}
+    splits = {name: store.open_split(folder, name) for name in SPLITS}
     return dict(data_card(folder, manifest, splits))
 
 

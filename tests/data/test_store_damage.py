@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bef_jax.data import sources, store
-from bef_jax.data.checksums import sha256
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import sha256
 
 
 @pytest.fixture

@@ -21,14 +21,17 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from bef_jax import checkpoint, sharding
-from bef_jax.checkpoint import Checkpoints
 from bef_jax.config import flatten, validate
 from bef_jax.configs import default, quickstart
 from bef_jax.data import inputs, store
+from bef_jax.data.patch import SPLITS
 from bef_jax.errors import UserError
 from bef_jax.models import weights
-from bef_jax.state import TrainState
+from bef_jax.models.weights import reading
+from bef_jax.runtime import sharding
+from bef_jax.training import checkpoint
+from bef_jax.training.checkpoint import Checkpoints
+from bef_jax.training.state import TrainState
 from tests.fuzz import claims, outputs, own
 
 SIZES = {"train": 6, "valid": 3, "test": 3}
@@ -209,7 +212,7 @@ def _write(contents: dict[str, bytes], folder: Path) -> None:
 
 
 def _open_store(folder: Path) -> None:
-    for split in store.SPLITS:
+    for split in SPLITS:
         _check_split(store.open_split(folder, split))
     store.verify(folder)
 
@@ -248,12 +251,12 @@ def _model() -> ConfigDict:
 
 @functools.cache
 def _shapes() -> dict[str, tuple[int, ...]]:
-    return {name: leaf.shape for name, leaf in weights._shapes(_model()).items()}
+    return {name: leaf.shape for name, leaf in reading._shapes(_model()).items()}
 
 
 def _tensors(rng: random.Random) -> dict[str, np.ndarray]:
     """Of timm's names; the large ones are small, so that they are refused for their shapes."""
-    names = weights._names(weights.of_timm("efficientnet_b0"), _model())
+    names = reading._names(reading.of_timm("efficientnet_b0"), _model())
     kept = {ours: theirs for ours, theirs in names.items() if rng.random() < 0.99}
     noise = np.random.default_rng(rng.randrange(2**32))
     return {theirs: odd(noise.normal(size=(2, 3)), rng) for theirs in kept.values()}

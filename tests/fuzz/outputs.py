@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bef_jax import lock, predict
+from bef_jax import predict
 from bef_jax.data import inputs
 from bef_jax.errors import UserError
 from bef_jax.predict import Scored
+from bef_jax.runtime import lock
 
 _NAMES = [
     "=cmd|' calc'!A0", "+1", "-2+3", "@sum(A1)", "\ttab", "\rreturn", "two\nlines",

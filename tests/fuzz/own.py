@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from bef_jax import ablate, checkpoint, history, results
+from bef_jax.ablation import ablate
 from bef_jax.configs import quickstart
 from bef_jax.data import near_duplicates
 from bef_jax.errors import UserError
-from bef_jax.loaded import ExportedModel
-from bef_jax.metrics import Evaluation, binary_metrics
-from bef_jax.models import timm_config
-from bef_jax.scores import read_scores, write_scores
-from bef_jax.summary import read_train_summary
+from bef_jax.models.weights import timm_config
+from bef_jax.planning import records
+from bef_jax.scoring.loaded import ExportedModel
+from bef_jax.scoring.metrics import Evaluation, binary_metrics
+from bef_jax.scoring.scores_csv import read_scores, write_scores
+from bef_jax.training import checkpoint, history
+from bef_jax.training.outputs import read_train_summary
 
 _BLOCK = {"split": "valid", "n": 3, "auc": None, "accuracy": 1, "loss": 0.5, "brier": 0.1, "ece": 0}
 _CONTENTS = {
@@ -26,7 +28,7 @@ _CONTENTS = {
         "version": 1, "content": "a0",
         "found": {"train/valid": {"patches": 1, "pairs": [["a", "b"]]}},
     },
-    "results.json": [{"timestamp": "2026-11-30", "summary": {"mode": "benchmark"}}],
+    "records.json": [{"timestamp": "2026-11-30", "summary": {"mode": "benchmark"}}],
     "export.json": {"classes": ["normal", "metastasis"], "mpp": 0.972, "files": {}},
     "weights/config.json": {
         "architecture": "efficientnet_b0", "model_args": {"bn_eps": 1e-3, "pad_type": "same"},
@@ -89,7 +91,7 @@ def read(folder: Path) -> None:
         lambda: ablate._check_unchanged(run),
         lambda: _check_lines(history._read(folder / "metrics.jsonl")),
         lambda: near_duplicates._read(folder / "near_duplicates.json"),
-        lambda: results._read(folder / "results.json"),
+        lambda: records._read(folder / "records.json"),
         lambda: (exported.classes, exported.mpp),
         lambda: timm_config.read(folder / "weights" / "model.safetensors"),
         lambda: checkpoint.read_config(folder / "checkpoints" / "6"),

@@ -14,7 +14,7 @@ from bef_jax.models.layers import (
     global_pool,
     padding_of,
 )
-from bef_jax.models.norm import batch_norm
+from bef_jax.models.ops.norm import batch_norm
 
 EPSILON = 1e-3
 

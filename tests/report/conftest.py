@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bef_jax.metrics import Evaluation, binary_metrics
+from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bef_jax.metrics import Evaluation, binary_metrics
-from bef_jax.report import Content, contact_sheet, write_report
-from bef_jax.report.gallery import Shown
+from bef_jax.report import Content, write_report
+from bef_jax.report.gallery import Shown, contact_sheet
+from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 VOID = {"meta", "img", "source"}
 PLOTS = ["loss", "precision_recall", "reliability", "roc", "validation"]

@@ -10,7 +10,6 @@ import jax
 import jaxlib
 import pytest
 
-from bef_jax import hardware
 from bef_jax.errors import RunError
 from bef_jax.runtime import devices
 
@@ -21,9 +20,9 @@ def reported(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="bef_jax")
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(hardware, "cpu_model", lambda: "AMD EPYC")
-    monkeypatch.setattr(hardware, "cores", lambda: 2)
-    monkeypatch.setattr(hardware, "ram", lambda: 3 * 2**29)
+    monkeypatch.setattr(devices, "cpu_model", lambda: "AMD EPYC")
+    monkeypatch.setattr(devices, "cores", lambda: 2)
+    monkeypatch.setattr(devices, "ram", lambda: 3 * 2**29)
     chosen = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
 
@@ -133,3 +132,62 @@ def test_a_failing_plug_in_says_why(tmp_path):
     assert reason.endswith("failing.initialize(): RuntimeError: the driver is too old")
     assert line.startswith("running on ")
     assert error.startswith("error: ")
+
+
+# ---- names and sizes ---------------------------------------------------------------------------
+
+
+CPUINFO = "processor\t: 0\nmodel name\t: {}\n\nprocessor\t: 1\nmodel name\t: Other\n"
+
+
+@pytest.mark.parametrize("name", ["AMD EPYC", "Intel(R) Xeon(R) CPU @ 2.20GHz: X"])
+def test_cpu_model_is_the_first_processors(name, tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text(CPUINFO.format(name))
+    assert devices.cpu_model(file) == name
+
+
+def test_cpu_model_falls_back_to_the_architecture(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices.platform, "machine", lambda: "arm64")
+    (tmp_path / "arm").write_text("processor\t: 0\nBogoMIPS\t: 48.00\n")
+    assert devices.cpu_model(tmp_path / "arm") == "arm64"
+    assert devices.cpu_model(tmp_path / "nowhere") == "arm64"
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "NVIDIA L4"), (8, "8 x NVIDIA L4")])
+def test_accelerators_are_counted(count, name, monkeypatch):
+    device = type("Device", (), {"device_kind": "NVIDIA L4"})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device] * count)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    assert devices.describe() == name
+
+
+@pytest.mark.parametrize(("cores", "end"), [({0}, "EPYC, 1 core"), ({0, 3}, "EPYC, 2 cores")])
+def test_cores_are_those_that_the_process_may_use(cores, end, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(devices, "cpu_model", lambda: "AMD EPYC")
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: cores, raising=False)
+    assert devices.describe() == f"AMD {end}"
+
+
+@pytest.mark.parametrize(
+    ("line", "limits", "bytes_allowed"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "1024"}, 1024),
+        ("0::/a/b", {"a/b/memory.max": "512", "a/memory.max": "1024"}, 512),
+        ("4:memory:/a", {"memory/memory.limit_in_bytes": "2048"}, 2048),
+        ("1:cpu:/a", {"cpu/memory.limit_in_bytes": "2048"}, None),  # of another controller
+        ("0::/a", {"a/memory.max": str(2**60)}, None),  # more than there is
+    ],
+)
+def test_memory_is_what_the_cgroup_allows(line, limits, bytes_allowed, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{line}\n")
+    for name, text in limits.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    machine = devices.ram(tmp_path / "elsewhere")
+    assert machine > 2**28
+    assert devices.ram(tmp_path) == (bytes_allowed or machine)

@@ -1,0 +1,1 @@
+"""The command line: what --config names, and the text of --help."""

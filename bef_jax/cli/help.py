@@ -1,0 +1,201 @@
+"""What `--help` and `--version` print; JAX is not imported for it, so that they answer at once."""
+
+import dataclasses
+import inspect
+import platform
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from bef_jax import __version__
+from bef_jax.cli import config_files
+from bef_jax.configs import default
+from bef_jax.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A mode in one line, and the fields of the configuration that it reads.
+
+    Attributes:
+        fields: names, or what names start with: "data." are all fields of config.data.
+    """
+
+    line: str
+    fields: tuple[str, ...]
+
+
+def comments() -> dict[str, str]:
+    """Returns {"model.name": what it means, ...}, from the comments of configs/default.py."""
+    known, groups, found, above = default.field_names(default.get_config()), {"config": ""}, {}, []
+    for line in inspect.getsource(default).splitlines():
+        if group := re.match(r" +config\.(\w+) = (\w+) = ConfigDict\(\)", line):
+            groups[group[2]] = f"{group[1]}."
+        elif field := re.match(r" +(\w+)\.(\w+) = .+?(?:  # (.+))?$", line):
+            name = groups.get(field[1], f"{field[1]}.") + field[2]
+            text = " ".join([*above, field[3] or ""]).strip()
+            if name in known and text:
+                found[name] = text
+        above = [*above, line.strip(" #")] if line.startswith("    # ") else []
+    return found
+
+
+_OF_OTHER_MODES = ("ablation.", "benchmark.", "predict.")
+_TRAINING = tuple(name for name in comments() if not name.startswith(_OF_OTHER_MODES))
+_STEP = ("dtype", "batch_size", "bn_groups", "steps_per_call", "model.", "rcc.", "optim.accumulate")
+_SCORES = ("eval.batch_size", "eval.tta", "eval.threshold", "distributed.", "compile_cache")
+
+MODES = {
+    "train": Mode("trains, or resumes; then evaluates and reports", _TRAINING),
+    "eval": Mode("metrics of a checkpoint on a split", (*_SCORES, "data.")),
+    "predict": Mode("scores pictures, folders, .npz, .h5 or stores", ("predict.", *_SCORES)),
+    "export": Mode("a checkpoint -> StableHLO and ONNX, for serving", ("eval.tta",)),
+    "ablate": Mode("the paper's table: rows x seeds, with pictures", ("ablation.", *_TRAINING)),
+    "benchmark": Mode("images per second of training, inference, input", ("benchmark.", *_STEP)),
+    "plan": Mode("compiles for hardware that is not there: memory and speed", _STEP),
+    "prepare": Mode("a data set -> the decoded store", ("data.",)),
+    "import_weights": Mode("weights of another package -> a checkpoint", ("model.", "seed")),
+}
+
+_EXAMPLES = {
+    "bef-jax --config=quickstart": "a first look",
+    "bef-jax --config=b2 --config.data.dir=~/pcam": "trains on PCam's files",
+    "bef-jax --config=b2:batch_size=128,seed=3": "with two fields changed",
+    "bef-jax --mode=predict --workdir=runs/b2 --input=DIR": "scores pictures",
+    "bef-jax --config=path/to/mine.py --mode=plan": "a file of your own",
+}
+
+
+def answer(argv: Sequence[str], known: Sequence[flags.Flag]) -> str | None:
+    """Returns what is to be printed where `argv` asks for help or the version, else None.
+
+    Args:
+        argv: the command line, the program's name first.
+        known: the program's flags. A line of a flag's help may begin with modes ("eval, predict:
+            ..."), which are then the ones that read it.
+
+    Raises:
+        UserError: help is asked for with a mode that is unknown.
+    """
+    if "--version" in argv:
+        return _version()
+    if not {"-h", "-help", "--help", "-?"} & set(argv):
+        return None
+    mode = _mode(argv)
+    return _general(known) if mode is None else _of_mode(mode, known)
+
+
+def check_mode(mode: str) -> None:
+    """Raises `UserError` where there is no such mode."""
+    if mode not in MODES:
+        near = did_you_mean(mode, MODES)
+        raise UserError(f"--mode={mode} is unknown (there are {', '.join(MODES)}){near}")
+
+
+def _version() -> str:
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax"))
+    return f"bef-jax {__version__} ({packages}, Python {platform.python_version()})"
+
+
+def _mode(argv: Sequence[str]) -> str | None:
+    """Returns the mode that is named as --mode=eval or --mode eval, with one dash or two."""
+    found = re.findall(r"(?:^| )--?mode[= ](\S+)", " ".join(argv))
+    for mode in found:
+        check_mode(mode)
+    return found[-1] if found else None
+
+
+def _general(known: Sequence[flags.Flag]) -> str:
+    lines = {name: mode.line + " (default)" * (name == "train") for name, mode in MODES.items()}
+    texts = {_spelled(flag): "; ".join(flag.help.splitlines()) for flag in known}
+    return "\n".join(
+        [
+            "Boosted EfficientNet in JAX: metastases in 96x96 H&E patches of lymph nodes.",
+            "",
+            "  bef-jax --config=NAME [--mode=MODE] [--workdir=DIR] [--config.FIELD=VALUE ...]",
+            "  bef-jax --mode=MODE --workdir=DIR [...]       for eval, predict and export",
+            "",
+            "Modes; bef-jax --mode=MODE --help lists the flags and fields of one:",
+            *_table(lines),
+            "",
+            "Flags:",
+            *_table(texts),
+            "",
+            *textwrap.wrap("Names for --config: " + ", ".join(config_files.names()), _width()),
+            "",
+            "Examples:",
+            *_table(_EXAMPLES, widest=56),
+        ]
+    )
+
+
+def _of_mode(mode: str, known: Sequence[flags.Flag]) -> str:
+    texts = {_spelled(flag): text for flag in known if (text := _help(flag, mode))}
+    own = "; a checkpoint brings its own" if "--checkpoint=" in texts else ""
+    return "\n".join(
+        [
+            f"bef-jax --mode={mode}: {MODES[mode].line}",
+            "",
+            "Flags:",
+            *_table(texts),
+            "",
+            f"Fields of the configuration and their defaults{own}:",
+            *_table(_fields(mode)),
+        ]
+    )
+
+
+def _fields(mode: str) -> dict[str, str]:
+    """Returns {"--config.seed=0": what it means, ...} of the fields that `mode` reads."""
+    found, values = comments(), default.get_config()
+    names = [
+        name
+        for start in MODES[mode].fields
+        for name in found
+        if name == start or (start.endswith(".") and name.startswith(start))
+    ]
+    return {f"--config.{name}={_shown(values, name)}": found[name] for name in names}
+
+
+def _help(flag: flags.Flag, mode: str) -> str:
+    """Returns what `mode` is told of a flag: nothing where the flag is of other modes."""
+    for line in flag.help.splitlines():
+        modes, colon, text = line.partition(": ")
+        if not colon or not set(modes.split(", ")) <= set(MODES):
+            return line
+        if mode in modes.split(", "):
+            return text
+    return ""
+
+
+def _spelled(flag: flags.Flag) -> str:
+    if not flag.boolean:
+        return f"--{flag.name}="
+    return f"--no{flag.name}" if flag.default else f"--{flag.name}"
+
+
+def _shown(values: ConfigDict, name: str) -> str:
+    for key in name.split("."):
+        values = values[key]
+    return "" if values is None else str(values)
+
+
+def _width() -> int:
+    return min(100, shutil.get_terminal_size().columns)
+
+
+def _table(rows: dict[str, str], widest: int = 36) -> Iterator[str]:
+    """Yields the lines of two columns; what is too long for the first has a line of its own."""
+    indent = min(widest, max(map(len, rows)) + 4)
+    for left, right in rows.items():
+        lines = textwrap.wrap(right, _width() - indent)
+        if len(left) + 4 > indent:
+            yield f"  {left}"
+        else:
+            yield f"  {left}".ljust(indent) + lines.pop(0)
+        yield from (" " * indent + line for line in lines)

@@ -1,0 +1,60 @@
+"""--mode=prepare: a source of patches becomes a decoded store."""
+
+import time
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from bef_jax.data import store
+from bef_jax.runtime import distributed
+from bef_jax.runtime.progress import Phases
+
+
+def run(config: ConfigDict, verify: bool) -> dict:
+    """Writes the store that `config.data` names, unless it is there, and describes it.
+
+    Args:
+        config: the whole configuration; only config.data matters.
+        verify: reads the store back and compares every file with its checksum.
+
+    Returns:
+        The summary: mode, store, counts, positive_fraction, duplicates, content, verified,
+        wall_seconds.
+
+    Raises:
+        UserError: see `store.prepare` and `store.verify`.
+    """
+    start = time.perf_counter()
+    manifest = prepare_with_progress(config.data)
+    if verify:
+        with _phases() as phases:
+            store.verify(store.store_path(config.data), phases.begin)
+    counts, classes = manifest["counts"], manifest["class_counts"]
+    return {
+        "mode": "prepare",
+        "store": str(store.store_path(config.data)),
+        "counts": counts,
+        # A source may have no test split.
+        "positive_fraction": {
+            split: classes[split][1] / count if count else None for split, count in counts.items()
+        },
+        "duplicates": manifest["duplicates"],
+        "content": manifest["content"],
+        "verified": verify,
+        "wall_seconds": time.perf_counter() - start,
+    }
+
+
+def prepare_with_progress(data: ConfigDict) -> dict:
+    """Calls `store.prepare`, showing on stderr what it does and how far it is.
+
+    Of several processes the first does so before the others, which then find its store, or, if
+    each host has a disk of its own, make theirs.
+    """
+    with distributed.first_alone("store"), _phases() as phases:
+        return store.prepare(data, phases.begin)
+
+
+def _phases() -> Phases:
+    # On stderr: the summary is the only line on stdout.
+    return Phases(Console(stderr=True, quiet=not distributed.is_first()))

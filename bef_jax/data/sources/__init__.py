@@ -1,0 +1,47 @@
+"""The sources of patches, by name: each is read once, into a store."""
+
+import importlib
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from bef_jax.data.chunk import Begin, Chunk, silent
+from bef_jax.data.patch import SPLITS
+from bef_jax.errors import UserError
+
+# Modules of this package, each with `read(data, begin)`. A source is imported when it is read:
+# together their libraries take 0.3 s, and a run whose store is there needs none of them.
+SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic")
+
+
+def check(data: ConfigDict) -> None:
+    """Checks the fields of `config.data` that decide what is read.
+
+    Raises:
+        UserError: an unknown source, or a split size below 1.
+    """
+    if data.source not in SOURCES:
+        raise UserError(
+            f"config.data.source: unknown source {data.source!r}; one of {', '.join(SOURCES)}"
+        )
+    for split in SPLITS:
+        size = data[f"{split}_size"]
+        if size is not None and size < 1:
+            raise UserError(f"config.data.{split}_size is {size}; set 1 or more, or leave it empty")
+
+
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
+    """Yields every patch of `config.data.source` as (split, chunk), the test split first.
+
+    The order is test, valid, train, each split whole; memory does not grow with the source.
+
+    Args:
+        data: config.data.
+        begin: told of each long piece of work, such as reading a split, and how far it is.
+
+    Raises:
+        UserError: a field, file, image or label that is not as it must be.
+    """
+    # Within a generator, so at the first chunk: who wants an answer before that calls `check`.
+    check(data)
+    yield from importlib.import_module(f"bef_jax.data.sources.{data.source}").read(data, begin)

@@ -1,0 +1,200 @@
+"""Decoded arrays: {train,valid,test}.npz with images, labels and, optionally, ids."""
+
+import contextlib
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from bef_jax.data.chunk import (
+    READ_ORDER,
+    Begin,
+    Chunk,
+    check_id_array,
+    check_ids,
+    check_images,
+    check_label_array,
+    check_labels,
+    counted,
+    describe,
+    kept,
+    numbered,
+    ranges,
+    readable,
+    silent,
+)
+from bef_jax.data.sources import npy
+from bef_jax.errors import UserError
+from bef_jax.runtime.files import check_regular, open_user_file, user_path
+
+_PIECE = 1 << 20  # bytes that are read at once
+# Bytes that a byte of a member can unpack to. What unpacks the other kinds knows no limit: it would
+# make gigabytes of a megabyte before it is asked for the first patch.
+_DENSEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
+_FIX = "write the file again"
+
+
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
+    """Yields (split, chunk) of the .npz files in `data.dir`; test.npz may be absent.
+
+    A file without ids gets npz_<split>_<row>.
+
+    Raises:
+        UserError: a file is missing, damaged, or its arrays are not patches and labels.
+    """
+    folder = user_path(data.dir)
+    # All are looked for before any is read: a missing one should not turn up after the first's
+    # minutes.
+    paths = {split: folder / f"{split}.npz" for split in READ_ORDER}
+    for path in paths.values():
+        check_regular(path)
+    if not paths["test"].is_file():
+        del paths["test"]
+    for path in paths.values():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; set config.data.dir to the folder that has it")
+    for split, path in paths.items():
+        yield from _read_split(split, path, data[f"{split}_size"], begin)
+
+
+def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (ids, images) of one .npz file, which needs no labels, at most 512 at a time.
+
+    A file without ids gets <its name>_<row>.
+
+    Raises:
+        UserError: it is damaged, or its arrays are not patches and ids.
+    """
+    with _opened(path) as archive, _Array(archive, "images", path) as images:
+        count = images.check_patches()
+        ids = _read_ids(archive, path, count)
+        for rows in ranges(count):
+            yield _ids_of(ids, path.stem, rows), images.take(rows)
+
+
+def _read_split(
+    split: str, path: Path, limit: int | None, begin: Begin
+) -> Iterator[tuple[str, Chunk]]:
+    with _opened(path) as archive, _Array(archive, "images", path) as images:
+        count = images.check_patches()
+        labels = _read_labels(archive, path, count)
+        ids = _read_ids(archive, path, count)
+        chunks = (
+            Chunk(images.take(rows), labels[rows], _ids_of(ids, f"npz_{split}", rows))
+            for rows in ranges(kept(count, limit))
+        )
+        yield from counted(split, chunks, kept(count, limit), begin)
+
+
+def _read_labels(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray:
+    with _Array(archive, "labels", path) as labels:
+        check_label_array(labels.header.shape, labels.header.dtype, count, labels.where)
+        labels.check_held()
+        return check_labels(labels.take(slice(0, count)), count, labels.where)
+
+
+def _read_ids(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray | None:
+    if "ids.npy" not in archive.namelist():
+        return None
+    with _Array(archive, "ids", path) as array:
+        held = path.stat().st_size
+        check_id_array(array.header.shape, array.header.dtype, count, held, array.where)
+        array.check_held()
+        ids = array.take(slice(0, count))
+        # astype(str) would refuse bytes beyond ASCII.
+        ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str, copy=False)
+        check_ids(ids, array.where)
+        return ids
+
+
+def _ids_of(ids: np.ndarray | None, prefix: str, rows: slice) -> np.ndarray:
+    # Chunk by chunk: a file can declare more rows than there is memory for their names.
+    return numbered(prefix, rows) if ids is None else ids[rows]
+
+
+# ---- archives and their arrays ------------------------------------------------------------------
+
+
+class _ShortReads:
+    """A file of which no single read is long: zipfile reads the list of all members at once.
+
+    Of each byte of that list it makes seven.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size if 0 <= size <= _PIECE else _PIECE + 1)
+        if len(block) > _PIECE:
+            raise ValueError("its list of members is too long")
+        return block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with (
+        readable(path, _FIX),
+        open_user_file(path) as file,
+        zipfile.ZipFile(_ShortReads(file)) as archive,
+    ):
+        yield archive
+
+
+class _Array(contextlib.AbstractContextManager):
+    """An array of an archive whose header is read; its rows are taken off in order.
+
+    np.load would read the whole array, of another member where one has the plain name, and a pickle
+    in it could run code.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, name: str, path: Path):
+        self.where = f"{path} ({name})"
+        self._info = archive.getinfo(f"{name}.npy")
+        if self._info.compress_type not in _DENSEST:
+            raise UserError(f"{self.where}: packed in a way that np.savez does not know; {_FIX}")
+        # Less, where the list of members says more than there is.
+        self._packed = min(self._info.compress_size, path.stat().st_size)
+        self._member = archive.open(self._info)
+        self.header = npy.read_header(self._member)
+
+    def __exit__(self, *_: object) -> None:
+        self._member.close()
+
+    def check_patches(self) -> int:
+        """Returns how many patches there are."""
+        check_images(self.header.shape, self.header.dtype, self.where)
+        # Its first axis is not consecutive in the file, so that no part can be read alone.
+        if self.header.fortran_order:
+            raise UserError(f"{self.where}: Fortran order; write np.ascontiguousarray(images)")
+        self.check_held()
+        return self.header.shape[0]
+
+    def check_held(self) -> None:
+        """Refuses a header that declares more than the file can hold, or another number of bytes.
+
+        Call it before the first row is taken: anything as long as the array takes memory.
+        """
+        size = self.header.nbytes + self._member.tell()
+        if size != self._info.file_size or size > self._packed * _DENSEST[self._info.compress_type]:
+            declared = describe(self.header.shape, self.header.dtype)
+            raise UserError(f"{self.where}: declares {declared}, which it does not hold; {_FIX}")
+
+    def take(self, rows: slice) -> np.ndarray:
+        """Returns the next rows, which are as many as `rows` has."""
+        shape = (rows.stop - rows.start, *self.header.shape[1:])
+        flat = np.empty(math.prod(shape) * self.header.dtype.itemsize, np.uint8)
+        for start in range(0, len(flat), _PIECE):
+            wanted = flat[start : start + _PIECE]
+            block = self._member.read(len(wanted))
+            if len(block) != len(wanted):
+                raise EOFError("it ends too early")
+            wanted[:] = np.frombuffer(block, np.uint8)
+        return flat.view(self.header.dtype).reshape(shape)

@@ -1,0 +1,163 @@
+"""Kaggle's layout of RPCam: train/<id>.tif and train_labels.csv, without a split of its own."""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from bef_jax.data import pictures
+from bef_jax.data.chunk import READ_ORDER, Begin, Chunk, batched_rows, counted, kept, silent
+from bef_jax.data.patch import IMAGE_SHAPE, SPLITS
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime.files import check_regular, open_user_file, user_path
+
+_LONGEST_LINE = 1 << 16  # characters of a row of the table
+
+
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
+    """Yields (split, chunk) of Kaggle's folder `data.dir`, each split in the order of its ids.
+
+    A patch's split is decided by the hash of its id, in the ratio `data.split_ratio`.
+
+    Raises:
+        UserError: a file is missing, damaged or not a patch, a row of the table is wrong, or
+            the ratio leaves a split empty.
+    """
+    folder = user_path(data.dir)
+    # Before decoding: hundreds of thousands of files take a while, and one missing stops it.
+    labels = _read_labels(folder)
+    # Sorted: the same store, and so the same batches, whatever the order of the table.
+    splits = _assign_splits(sorted(labels), data.split_ratio)
+    for split in READ_ORDER:
+        ids = splits[split][: kept(len(splits[split]), data[f"{split}_size"])]
+        # Decoded as they are asked for, so that memory holds one chunk.
+        rows = ((_decode(folder / "train" / f"{i}.tif"), labels[i], i) for i in ids)
+        yield from counted(split, batched_rows(rows), len(ids), begin)
+
+
+def split_of(name: str, ratio: Sequence[float]) -> str:
+    """Returns the split of the patch with the id `name`, for the shares of train, valid, test.
+
+    It depends on nothing but the id and the ratio: not on the other patches, nor on their order.
+    """
+    # Not hash(), which Python salts in each process.
+    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 * sum(ratio)
+    if share < ratio[0]:
+        return "train"
+    # A share can come to sum(ratio) itself, as 2**64 - 1 rounds to 2**64: without a test split that
+    # must not be test.
+    return "valid" if share < ratio[0] + ratio[1] or not ratio[2] else "test"
+
+
+def _assign_splits(ids: Sequence[str], ratio: Sequence[float]) -> dict[str, list[str]]:
+    if len(ratio) != 3 or min(ratio) < 0 or min(ratio[:2]) == 0:
+        raise UserError(
+            f"config.data.split_ratio is {tuple(ratio)}; "
+            "set the shares of train, valid and test, the first two above 0"
+        )
+    splits = {split: [] for split in READ_ORDER}
+    for name in ids:
+        splits[split_of(name, ratio)].append(name)
+    for split, share in zip(SPLITS, ratio, strict=True):
+        if share and not splits[split]:
+            raise UserError(
+                f"config.data.split_ratio leaves no patch of {len(ids)} for the {split} split; "
+                "give it a larger share, or use more patches"
+            )
+    return splits
+
+
+def _read_labels(folder: Path) -> dict[str, int]:
+    """Returns {id: label} of train_labels.csv, which has a row for each file, and none else."""
+    table = folder / "train_labels.csv"
+    try:
+        with open_user_file(table) as file:
+            return _parse(file, table, _list(folder / "train"))
+    except FileNotFoundError as error:
+        raise UserError(f"{table}: no such file; set config.data.dir to its folder") from error
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{table}: cannot be read ({reason_of(error)}); fetch it again") from error
+
+
+def _list(folder: Path) -> set[str]:
+    """Returns the names of a folder's .tif files without that ending; none is opened."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; set config.data.dir to the folder above it")
+    try:
+        # One listing: to look at each file would be a round trip each on a network drive.
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if entry.name.endswith(".tif")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({reason_of(error)})") from error
+    return {entry.name.removesuffix(".tif") for entry in found if _is_picture(entry)}
+
+
+def _is_picture(entry: os.DirEntry) -> bool:
+    """Whether it can be decoded; what is there and is no regular file is refused."""
+    if entry.is_file(follow_symlinks=False):
+        return True
+    check_regular(Path(entry.path))
+    return os.path.exists(entry.path)
+
+
+def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
+    # utf-8-sig drops the mark that spreadsheets put in front.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(_lines(text, table))
+    if not {"id", "label"} <= set(rows.fieldnames or ()):
+        raise UserError(f"{table}: its first line must be id,label")
+    labels: dict[str, int] = {}
+    for row in rows:
+        _add_label(labels, row, names, f"{table} line {rows.line_num}")
+    if not labels:
+        raise UserError(f"{table}: names no patch; fetch it again")
+    for unlabelled in sorted(names - labels.keys())[:1]:
+        file_name = table.parent / "train" / f"{unlabelled}.tif"
+        raise UserError(f"{file_name}: train_labels.csv has no row for it; add it")
+    return labels
+
+
+def _lines(text: TextIO, table: Path) -> Iterator[str]:
+    # csv would take in a line of any length before it looks at its fields.
+    while line := text.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise UserError(
+                f"{table}: a line of more than {_LONGEST_LINE} characters; fetch it again"
+            )
+        yield line
+
+
+def _add_label(labels: dict[str, int], row: dict, names: set[str], where: str) -> None:
+    name, label = row["id"], repr(row["label"])[:40]
+    if not name:
+        raise UserError(f"{where}: no id; each row must be id,label")
+    if row["label"] not in ("0", "1"):
+        raise UserError(f"{where}: label {label}; it must be 0 (normal) or 1 (tumour)")
+    if name in labels:
+        raise UserError(f"{where}: {name[:100]} was there before; each patch needs exactly one row")
+    # So neither does a path lead out of the folder, nor are there more rows than files.
+    if name not in names:
+        raise UserError(
+            f"{where}: train has no file {name[:100]}.tif; fetch it, or take out the row"
+        )
+    # By id, not by row: files are found by it, and splits decided.
+    labels[name] = int(row["label"])
+
+
+def _decode(path: Path) -> np.ndarray:
+    """Returns the pixels of a .tif file, uint8 [96, 96, 3]."""
+    return pictures.read(path, _check_patch)
+
+
+def _check_patch(path: Path, header: pictures.Header) -> None:
+    height, width = header.height, header.width
+    if (height, width) != IMAGE_SHAPE[:2]:
+        raise UserError(f"{path}: {width}x{height} pixels; cut or resample it to 96x96 RGB first")
+    if header.mode != "RGB":
+        raise UserError(f"{path}: images must be RGB of 8 bits, not {header.mode}; convert it")

@@ -1,0 +1,219 @@
+"""Procedural H&E-like tissue with PatchCamelyon's label rule.
+
+A patch is positive when its central 32x32 pixels hold tumour-like nuclei: larger, darker, more
+irregular and more crowded than the rest. The same nuclei in the rim are a distractor, equally
+likely in both classes, and the rim is drawn before the label: it says nothing about it.
+
+Tissue is drawn as the amounts of two stains, haematoxylin (nuclei) and eosin (the rest), and
+turned into colour by Beer-Lambert's law, as light through a slide is.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from bef_jax.data.chunk import READ_ORDER, Begin, Chunk, counted, numbered, silent
+from bef_jax.data.patch import PATCH
+
+# Enough for a valid AUC above 0.99 after three epochs of the quickstart, and quick to draw.
+DEFAULT_SIZES = {"train": 4096, "valid": 1024, "test": 1024}
+BLOCK = 128  # patches drawn at once: small enough for the cache, and the unit of determinism
+STAMP = 19  # side of a drawn nucleus, odd
+REACH = STAMP // 2  # a nucleus paints nothing farther from its centre, in pixels
+CENTRE_SPREAD = 16 - REACH  # centres of deciding nuclei lie this near the patch's: all inside
+RIM_START = 17 + REACH  # centres of distractors lie at least this far: all outside
+RIM_END = 48
+BANK_SIZE = 256  # different nuclei of each kind
+# Optical density of red, green and blue for a unit of each stain (Macenko et al. 2009).
+STAINS = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558]], np.float32)
+
+
+def size(data: ConfigDict, split: str) -> int:
+    """Returns how many patches `split` has: data.<split>_size, or its default."""
+    asked = data[f"{split}_size"]
+    return DEFAULT_SIZES[split] if asked is None else asked
+
+
+def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
+    """Yields (split, chunk) of the patches that `data`'s sizes and seed ask for."""
+    for split in READ_ORDER:
+        count = size(data, split)
+        yield from counted(split, generate(split, count, data.seed), count, begin)
+
+
+def generate(split: str, n: int, seed: int) -> Iterator[Chunk]:
+    """Yields `n` patches of a split, in chunks of at most BLOCK.
+
+    Patch i depends on (split, seed, i) alone: a longer run begins with the shorter one. On another
+    CPU, or with another BLAS, a few pixels in 10^8 come out brighter or darker by 1.
+    """
+    for start in range(0, n, BLOCK):
+        # A generator per block, not one for the split: a block does not depend on how many came
+        # before. The last is drawn whole and cut, so that it does not depend on the size either.
+        entropy = [seed, READ_ORDER.index(split), start // BLOCK]
+        images, labels = _draw(np.random.default_rng(np.random.SeedSequence(entropy)))
+        count = min(BLOCK, n - start)
+        ids = numbered(f"synthetic_{split}", slice(start, start + count))
+        yield Chunk(images[:count], labels[:count], ids)
+
+
+def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draws BLOCK patches: uint8 [BLOCK, 96, 96, 3] and their labels uint8 [BLOCK]."""
+    eosin, tissue = _draw_stroma(rng)
+    nuclei = _draw_normal_nuclei(rng, tissue)
+    _draw_rim_tumour(rng, nuclei)
+    # After all that is drawn outside of the centre, which so can't depend on it. The order of draws
+    # is part of what a seed means.
+    labels = rng.integers(0, 2, BLOCK, dtype=np.uint8)
+    _draw_central_tumour(rng, nuclei, labels)
+    return _expose(rng, nuclei, eosin), labels
+
+
+def _draw_stroma(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns eosin [BLOCK, 96, 96], and the share of tissue there, 0 in the white gaps."""
+    fibres = _smooth_noise(rng, 9) + 0.6 * _smooth_noise(rng, 24) + 0.35 * _smooth_noise(rng, 48)
+    # [BLOCK, 96, 96]. By patch how much is gap: some have none, as in slides.
+    gaps = _smooth_noise(rng, 6) - rng.uniform(0.3, 2.5, (BLOCK, 1, 1)).astype(np.float32)
+    tissue = 1 - np.clip(3 * gaps, 0, 0.92)
+    return tissue * np.clip(0.42 + 0.13 * fibres, 0.05, None), tissue
+
+
+def _smooth_noise(rng: np.random.Generator, knots: int) -> np.ndarray:
+    """Returns noise [BLOCK, 96, 96] of unit scale, interpolated between knots x knots values."""
+    weights = _interpolation(knots)
+    values = rng.standard_normal((BLOCK, knots, knots), dtype=np.float32)
+    # [96, knots] @ [BLOCK, knots, knots] @ [knots, 96]: separable, so two small products.
+    return weights @ values @ weights.T
+
+
+@functools.cache
+def _interpolation(knots: int) -> np.ndarray:
+    """Returns the float32 matrix [96, knots] of a smooth interpolation on an even grid."""
+    place = np.linspace(0, knots - 1, PATCH)[:, None]
+    weights = np.exp(-((place - np.arange(knots)) ** 2) / (2 * 0.6**2))
+    # Unit variance of the sum, for values of unit variance.
+    return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _draw_normal_nuclei(rng: np.random.Generator, tissue: np.ndarray) -> np.ndarray:
+    """Returns haematoxylin [BLOCK, 96 + 2 REACH, 96 + 2 REACH] of lymphocytes and stroma cells."""
+    # With a margin, so that a nucleus at the border is painted without a test, and cut off later.
+    canvas = np.zeros((BLOCK, PATCH + 2 * REACH, PATCH + 2 * REACH), np.float32)
+    for kind, fewest, most in (("lymphocyte", 15, 75), ("stroma", 2, 12)):
+        counts = rng.integers(fewest, most, BLOCK)
+        centres = rng.uniform(0, PATCH - 1, (BLOCK, most, 2))
+        _stamp(rng, canvas, kind, counts, centres)
+    inner = slice(REACH, REACH + PATCH)
+    canvas[:, inner, inner] *= tissue > 0.5  # no nuclei float in the gaps
+    return canvas
+
+
+def _draw_rim_tumour(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Adds two clusters of tumour nuclei to the rim of about 60% of the patches."""
+    # Each is there in 37% of the patches, so one or both in 1 - 0.63^2 = 60%. Without them any
+    # tumour nucleus would tell the label, and looking at the centre would not be learnt.
+    for _ in range(2):
+        side, along = rng.integers(0, 4, BLOCK), rng.uniform(-RIM_END, RIM_END, BLOCK)
+        across = rng.uniform(RIM_START, RIM_END, BLOCK)
+        middle = np.stack([along, across], axis=-1)
+        # Offsets from the centre, (row, column): four sides from one, by a swap and a sign.
+        middle[side % 2 == 1] = middle[side % 2 == 1, ::-1]
+        middle[side >= 2] *= -1
+        offsets = middle[:, None] + rng.normal(0, 8, (BLOCK, 9, 2))
+        # Whatever fell too near the centre is pushed out along its ray.
+        distance = np.abs(offsets).max(axis=-1, keepdims=True)
+        offsets *= np.maximum(1, RIM_START / distance)
+        counts = rng.integers(3, 10, BLOCK) * (rng.random(BLOCK) < 0.37)
+        _stamp(rng, canvas, "tumour", counts, _to_pixels(offsets))
+
+
+def _draw_central_tumour(rng: np.random.Generator, canvas: np.ndarray, labels: np.ndarray) -> None:
+    """Adds tumour nuclei to the central 32x32 of the patches whose label is 1."""
+    # A square of centres whose nuclei, REACH around them, end inside the central 32x32.
+    offsets = rng.uniform(-CENTRE_SPREAD, CENTRE_SPREAD, (BLOCK, 6, 2))
+    _stamp(rng, canvas, "tumour", rng.integers(3, 7, BLOCK) * labels, _to_pixels(offsets))
+
+
+def _to_pixels(offsets: np.ndarray) -> np.ndarray:
+    """Turns offsets from the patch's centre into pixels, kept within the patch."""
+    return np.clip(offsets + (PATCH - 1) / 2, 0, PATCH - 1)
+
+
+def _stamp(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    kind: str,
+    counts: np.ndarray,
+    centres: np.ndarray,
+) -> None:
+    """Paints counts[i] nuclei of a kind on canvas[i], at centres[i, :counts[i]] (row, column).
+
+    Where nuclei overlap, the darker shows.
+    """
+    choice = rng.integers(0, BANK_SIZE, centres.shape[:2])
+    corners = np.rint(centres).astype(int)  # the canvas has a margin of REACH
+    span = np.arange(STAMP)
+    # Nucleus by nucleus, over all patches at once: within a turn each canvas gets at most one, as
+    # NumPy keeps only one of several values assigned to a place.
+    for k in range(centres.shape[1]):
+        patches = np.flatnonzero(counts > k)
+        rows = corners[patches, k, 0][:, None, None] + span[:, None]
+        columns = corners[patches, k, 1][:, None, None] + span
+        place = (patches[:, None, None], rows, columns)
+        canvas[place] = np.maximum(canvas[place], _bank(kind)[choice[patches, k]])
+
+
+@functools.cache
+def _bank(kind: str) -> np.ndarray:
+    """Returns BANK_SIZE nuclei of a kind: haematoxylin, float32 [BANK_SIZE, STAMP, STAMP]."""
+    radius, elongation, irregularity, stain, grain = {
+        "lymphocyte": ((3.0, 4.2), (1.0, 1.25), 0.04, (0.75, 1.25), 0.15),
+        "stroma": ((2.6, 3.4), (1.8, 2.6), 0.05, (0.6, 1.0), 0.15),
+        "tumour": ((4.8, 6.6), (1.0, 1.35), 0.1, (1.25, 1.8), 0.3),
+    }[kind]
+    # Of the kind, not of the seed: all data sets share a bank, and only their composition differs.
+    # Not hash(), which Python salts in each process.
+    rng = np.random.default_rng(sum(kind.encode()))
+    column = (BANK_SIZE, 1, 1)
+    y, x = np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1]
+    # [BANK_SIZE, 1, 1] against [STAMP, STAMP]: all nuclei of a bank at once.
+    turn, stretch = rng.uniform(0, np.pi, column), np.sqrt(rng.uniform(*elongation, column))
+    along, across = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    distance, angle = np.hypot(along / stretch, across * stretch), np.arctan2(across, along)
+    edge = rng.uniform(*radius, column)
+    for lobes in (2, 3, 5):
+        phase = rng.uniform(0, 2 * np.pi, column)
+        edge = edge * (1 + irregularity * rng.normal(0, 1, column) * np.cos(lobes * angle + phase))
+    # A soft edge, as of a lens; the clip keeps exp from overflowing.
+    inside = 1 / (1 + np.exp(np.clip((distance - edge) / 0.45, -30, 30)))
+    inside *= np.maximum(abs(x), abs(y)) < REACH  # nothing is cut off at the stamp's border
+    # Coarse grains of chromatin within, and the darker membrane that tells neighbours apart.
+    chromatin = 0.85 + grain * _smooth(rng.normal(0, 1, (BANK_SIZE, STAMP, STAMP)))
+    chromatin += 0.35 * np.exp(-(((distance - edge + 1) / 0.9) ** 2))
+    return (inside * rng.uniform(*stain, column) * np.clip(chromatin, 0.4, 1.6)).astype(np.float32)
+
+
+def _smooth(noise: np.ndarray) -> np.ndarray:
+    """Averages each value of [..., H, W] with its neighbours on a torus, keeping the variance."""
+    rows = noise + 0.6 * (np.roll(noise, 1, -2) + np.roll(noise, -1, -2))
+    both = rows + 0.6 * (np.roll(rows, 1, -1) + np.roll(rows, -1, -1))
+    return both / (1 + 2 * 0.6**2)
+
+
+def _expose(rng: np.random.Generator, canvas: np.ndarray, eosin: np.ndarray) -> np.ndarray:
+    """Returns the colour of stained tissue: uint8 [BLOCK, 96, 96, 3]."""
+    inner = slice(REACH, REACH + PATCH)
+    grain = rng.standard_normal(eosin.shape, dtype=np.float32)
+    # Slides differ in how strongly, and how purely, each stain took.
+    strength = rng.uniform(0.7, 1.3, (BLOCK, 2, 1)).astype(np.float32)
+    purity = rng.normal(1, 0.06, (BLOCK, 2, 3)).astype(np.float32)
+    stains = STAINS * strength * purity
+    # A little haematoxylin lies over all tissue.
+    nuclei = canvas[:, inner, inner] + 0.12 * eosin
+    density = np.stack([nuclei, eosin], axis=-1).reshape(BLOCK, -1, 2) @ stains
+    density += 0.02 * grain.reshape(BLOCK, -1, 1) + 0.03
+    # Below 0 density light would be above 255, and wrap around in uint8.
+    light = 255 * np.exp(-np.maximum(density, 0))
+    return light.astype(np.uint8).reshape(BLOCK, PATCH, PATCH, 3)

@@ -1,0 +1,1 @@
+"""A checkpoint becomes files for serving: StableHLO, ONNX and the format of timm."""

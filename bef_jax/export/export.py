@@ -1,0 +1,196 @@
+"""--mode=export: a checkpoint becomes files that others run without this package.
+
+    <workdir>/export/{model.stablehlo,model.onnx,model.safetensors,config.json,export.json}
+
+The first two take uint8 patches and carry normalisation and the folded network, in float32. The
+next two are timm's, where it has the network: its tensors, and what it should know of them. What
+input and output mean is in export.json, and in model.onnx itself.
+"""
+
+import hashlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, export, lax
+from ml_collections import ConfigDict
+
+from bef_jax import __version__
+from bef_jax.data import augment
+from bef_jax.data.patch import PATCH, class_names, mpp
+from bef_jax.data.sources import synthetic
+from bef_jax.errors import RunError, UserError
+from bef_jax.export import timm
+from bef_jax.models import create
+from bef_jax.models.fold import fold_batch_norm
+from bef_jax.models.weights import timm_config
+from bef_jax.runtime import files, lock, sharding
+from bef_jax.training import checkpoint
+from bef_jax.training.outputs import summary_file
+
+PLATFORMS = ("cpu", "cuda", "tpu")  # in one file; depthwise convolution in its form or the native
+OUTPUTS = ("probability", "log_odds")
+DESCRIPTION = "export.json"
+TOLERANCE = 1e-5  # of probabilities, against the network as it was trained
+_CHECKED = 16  # patches that the files are compared on
+
+Score = Callable[[Array], tuple[Array, Array]]
+
+
+def run(config: ConfigDict, workdir: Path, path: Path) -> dict:
+    """Writes the files of a checkpoint, each checked against the network before it is in place.
+
+    Args:
+        config: as `trained.scoring_config` makes it for the checkpoint.
+        path: the checkpoint's folder.
+
+    Returns:
+        The summary, which export.json holds, too: mode, checkpoint, what `facts` says, platforms
+        and, for each file, its bytes, sha256 and largest difference in probability from the
+        network; for timm's also what `timm.write` says.
+
+    Raises:
+        UserError: the checkpoint is damaged; config.eval.tta is not 1; a package that the files
+            take is not installed; nothing can be written; or another export writes there.
+        RunError: the network's scores are not finite, or an export differs from it by more than
+            1e-5.
+    """
+    _check(config, workdir)
+    with lock.held(workdir, ".export.lock"):
+        everywhere = sharding.replicated(sharding.make_mesh())
+        variables = checkpoint.restore_variables(path, config, everywhere)
+        said = facts(config, checkpoint.read_run(path).get("operating_point"))
+        # Off the devices: they become constants of the files.
+        written = _write_files(config, jax.device_get(variables), said, workdir / "export")
+        summary = {"mode": "export", "checkpoint": str(path), **said}
+        summary |= {"platforms": list(PLATFORMS), "files": written}
+        files.write_json(workdir / "export" / DESCRIPTION, summary)
+    return summary
+
+
+def _check(config: ConfigDict, workdir: Path) -> None:
+    """Raises `UserError` for what would fail once the network is compiled."""
+    if config.eval.tta != 1:
+        raise UserError(f"eval.tta={config.eval.tta}: an export scores one view; give 1")
+    if config.model.num_classes != 2:
+        raise UserError(f"an export scores two classes, not {config.model.num_classes}")
+    needed = ["onnx", "onnxruntime"]
+    if not timm.why_not(config.model):
+        needed.append("safetensors")
+    if missing := [module for module in needed if not find_spec(module)]:
+        listed = " and ".join(missing)
+        raise UserError(f"--mode=export takes {listed}: pip install 'bef_jax[export]'")
+    names = ("model.stablehlo", "model.onnx", timm.FILE, timm_config.NAME, DESCRIPTION)
+    outputs = [summary_file(workdir, "export").name, *(f"export/{name}" for name in names)]
+    files.check_outputs(workdir, outputs, ["export"])
+
+
+def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
+    """Returns what a server needs to know of an exported network; None where it is not known.
+
+    Args:
+        operating_point: temperature and threshold that the run chose on valid, or None.
+    """
+    side, (negative, positive) = PATCH, class_names(config)
+    mean, std = (list(config.augment[name]) for name in ("mean", "std"))
+    return {
+        "version": __version__,
+        "model": config.model.name,
+        "input": {
+            "name": "image",
+            "shape": ["n", side, side, 3],
+            "dtype": "uint8",
+            "layout": "NHWC",
+            "channels": "RGB",
+            "range": [0, 255],
+        },
+        "outputs": {name: {"shape": ["n"], "dtype": "float32"} for name in OUTPUTS},
+        "classes": [negative, positive],
+        "mpp": mpp(config),
+        "threshold": config.eval.threshold,
+        "temperature": 1.0,
+        "operating_point": operating_point,
+        "normalisation": {"mean": mean, "std": std, "where": "inside the file"},
+        "meaning": {
+            "probability": f"of class 1, {positive}: sigmoid(log_odds / temperature)",
+            "log_odds": f"of class 1, {positive}, over class 0, {negative}",
+            "threshold": f"class 1, {positive}, is decided on where probability >= threshold",
+            "mpp": "micrometres per pixel of the patches that the network learned from",
+            "operating_point": "temperature and threshold chosen on the validation split; the "
+            "file's own probability has the temperature above",
+            "normalisation": "(input / 255 - mean) / std; the file does it",
+        },
+    }
+
+
+def _write_files(config: ConfigDict, variables: dict, said: dict, folder: Path) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    score = folded_score(config, variables)
+    # Drawn tissue, not noise: of noise a trained network is sure, and files that differ agree.
+    images = next(synthetic.generate("test", _CHECKED, seed=0)).images
+    scores = jax.jit(_plain_score(config, variables))(images)
+    if not np.isfinite(scores).all():
+        raise RunError("the network's scores are not finite: export an earlier checkpoint")
+    expected = scores[0]
+
+    content = to_stablehlo(score)
+    actual = jax.jit(export.deserialize(bytearray(content)).call)(images)[0]
+    written = {"model.stablehlo": _place(folder / "model.stablehlo", content, actual, expected)}
+    # Here, as these packages are an extra.
+    import onnxruntime
+
+    from bef_jax.export.onnx_graph import to_onnx
+
+    content = to_onnx(score, patches(), OUTPUTS, said)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    actual = session.run(None, {"image": images})[0]
+    written["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
+    written[timm.FILE] = timm.write(config, variables, folder)
+    return written
+
+
+def _place(file: Path, content: bytes, actual: Array, expected: Array) -> dict:
+    """Writes what agrees with the network, whole or not at all, and describes it."""
+    difference = float(np.abs(np.asarray(actual) - np.asarray(expected)).max())
+    if not difference <= TOLERANCE:  # NaN is no agreement
+        raise RunError(f"{file.name} differs from the network by {difference}: not written")
+    files.write_bytes(file, content)
+    digest = hashlib.sha256(content).hexdigest()
+    return {"bytes": len(content), "sha256": digest, "max_difference": difference}
+
+
+def patches() -> jax.ShapeDtypeStruct:
+    """The argument of an export: [n, 96, 96, 3], uint8, n symbolic."""
+    return jax.ShapeDtypeStruct(export.symbolic_shape(f"n, {PATCH}, {PATCH}, 3"), jnp.uint8)
+
+
+def to_stablehlo(score: Score) -> bytes:
+    """One file for all of PLATFORMS; `jax.export.deserialize` reads it."""
+    return bytes(export.export(jax.jit(score), platforms=PLATFORMS)(patches()).serialize())
+
+
+def folded_score(config: ConfigDict, variables: dict) -> Score:
+    """Returns `score(images)`, as eval's: uint8 [n, 96, 96, 3] -> probability and log-odds, [n]."""
+    model = create(config.model, folded=True)
+    return _score(model, config, fold_batch_norm(variables, config.model.bn_epsilon))
+
+
+def _plain_score(config: ConfigDict, variables: dict) -> Score:
+    """Likewise, of the network as it was trained."""
+    return _score(create(config.model), config, variables)
+
+
+def _score(model, config: ConfigDict, variables: dict) -> Score:
+    def score(images: Array) -> tuple[Array, Array]:
+        logits = model.apply(variables, augment.eval_view(images, config), train=False)
+        # Not logits[:, 1], which is a gather where n is symbolic.
+        negative, positive = (lax.index_in_dim(logits, i, 1, keepdims=False) for i in (0, 1))
+        log_odds = positive - negative
+        # In float32 the surest patches all have probability 1, and tie: log-odds do not.
+        return jax.nn.sigmoid(log_odds), log_odds
+
+    return score

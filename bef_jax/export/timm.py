@@ -1,0 +1,140 @@
+"""A checkpoint as timm keeps its own: model.safetensors, and config.json beside it."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bef_jax.data.patch import PATCH
+from bef_jax.errors import RunError
+from bef_jax.models import REGISTRY, weights
+from bef_jax.models.weights import timm_config
+from bef_jax.models.weights.names import TIMM, of_timm, recognise
+from bef_jax.runtime.files import write_bytes, write_json
+
+FILE = "model.safetensors"
+
+
+def write(config: ConfigDict, variables: dict, folder: Path) -> dict:
+    """Writes both files, checked by being read back, if timm has the network.
+
+    Args:
+        variables: {params, batch_stats} of numpy arrays, not folded.
+
+    Returns:
+        The file's architecture (timm's name of the network), bytes, sha256, largest difference in
+        probability, and a note or None. Without a file all but the note, which says why, are None.
+
+    Raises:
+        RunError: what is read back is not what was written.
+    """
+    if reason := why_not(config.model):
+        # Those of an earlier export are of another network.
+        for name in (FILE, timm_config.NAME):
+            (folder / name).unlink(missing_ok=True)
+        none = dict.fromkeys(("architecture", "bytes", "sha256", "max_difference"))
+        return none | {"note": reason}
+    content = _content(config, variables)
+    features = len(variables["params"]["classifier"]["kernel"])
+    # Both are read back as a pair, since what tensors mean is in config.json.
+    with tempfile.TemporaryDirectory(prefix=".timm_", dir=folder) as name:
+        temporary = Path(name)
+        write_bytes(temporary / FILE, content)
+        write_json(temporary / timm_config.NAME, _describe(config, features))
+        _check(config.model, variables, temporary / FILE)
+        for file in (FILE, timm_config.NAME):
+            os.replace(temporary / file, folder / file)
+    return {
+        "architecture": _architecture(config.model),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "max_difference": 0.0,  # the tensors are the same
+        "note": _note(config.model),
+    }
+
+
+def why_not(model: ConfigDict) -> str | None:
+    """Returns why timm has no place for the network; None if it has."""
+    source = of_timm(model.name)
+    if source is None:
+        return f"timm has no {model.name}"
+    boosts = {"attention": model.attention != "none", "fusion": model.fusion}
+    if any(boosts.values()):
+        return f"timm has no place for {' and '.join(name for name, on in boosts.items() if on)}"
+    # Its EfficientNets take both kinds of padding, and any epsilon.
+    usual = (source.padding, source.bn_epsilon)
+    if source is not TIMM and (model.padding, model.bn_epsilon) != usual:
+        return f"timm's {model.name} has padding={usual[0]} and bn_epsilon={usual[1]:g} alone"
+    return None
+
+
+def _note(model: ConfigDict) -> str | None:
+    if model.total_stride == 32:
+        return None
+    return f"timm's network has total stride 32, not {model.total_stride}: its scores are others"
+
+
+def _architecture(model: ConfigDict) -> str:
+    return f"tf_{model.name}" if model.padding == "same" else model.name
+
+
+def _content(config: ConfigDict, variables: dict) -> bytes:
+    import safetensors.numpy  # here, as it is an extra
+
+    # "pt": of torch's names and layouts, as its readers expect.
+    metadata = {"format": "pt", "total_stride": str(config.model.total_stride)}
+    # Not by its own writer of files, which lets nobody but the user read them.
+    return safetensors.numpy.save(weights.to_timm(variables, config.model), metadata)
+
+
+def _describe(config: ConfigDict, features: int) -> dict:
+    """What timm reads from config.json; what it does not know there is left alone."""
+    model, source = config.model, of_timm(config.model.name)
+    side = config.rcc.eval_size if config.rcc.enabled else PATCH
+    ends = {"first_conv": "stem/kernel", "classifier": "classifier/kernel"}
+    stages = REGISTRY[model.name].args[0].stages
+    return {
+        "architecture": _architecture(model),
+        "num_classes": model.num_classes,
+        "num_features": features,
+        "global_pool": "avg",
+        "model_args": _arguments(model),
+        "total_stride": model.total_stride,
+        "pretrained_cfg": {
+            "num_classes": model.num_classes,
+            "input_size": [3, side, side],
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "mean": list(config.augment.mean),
+            "std": list(config.augment.std),
+        }
+        | {
+            name: source.translate(end, stages).removesuffix(".weight")
+            for name, end in ends.items()
+        },
+    }
+
+
+def _arguments(model: ConfigDict) -> dict:
+    """Of timm's create_model: where batch normalisation is not as the architecture's name says."""
+    source = of_timm(model.name)
+    usual = recognise([source.sign], _architecture(model), model.name)
+    arguments = {}
+    if model.bn_epsilon != usual.bn_epsilon:
+        arguments["bn_eps"] = model.bn_epsilon
+    # Its other networks take neither.
+    if source is TIMM and model.bn_momentum != usual.bn_momentum:
+        arguments["bn_momentum"] = round(1 - model.bn_momentum, 9)
+    return arguments
+
+
+def _check(model: ConfigDict, variables: dict, file: Path) -> None:
+    same = jax.tree.map(np.array_equal, weights.read(file, model), variables)
+    trained_with = weights.convention(file, model)
+    fields = ("padding", "bn_epsilon")
+    if not jax.tree.all(same) or any(trained_with[field] != model[field] for field in fields):
+        raise RunError(f"{file.name} is not read back as it was written: not kept")

@@ -1,0 +1,202 @@
+"""EfficientNet's block in training as one function, with a gradient of its own, for TPU.
+
+It computes what `efficientnet.MBConv` composes of layers, from the expansion to the projection, by
+the kernels of `forward` and `backward`. For the backward pass it keeps its narrow input and one
+wide map. What norms and squeeze-excite need of wide maps are sums per image and channel, which the
+kernels bring along; the rest is algebra.
+
+Within a group of the batch maps are [H, W, C, N], as the kernels have them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from bef_jax.models.ops.mbconv import algebra, backward, forward
+from bef_jax.models.ops.mbconv.algebra import Expansion, Params
+from bef_jax.models.ops.mbconv.grid import Strip
+from bef_jax.runtime import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What of a block is known when it is traced.
+
+    Attributes:
+        strips: of its maps, by rows (`grid.strips`).
+        groups: parts of the batch with statistics of their own.
+        epsilon: added to variances.
+        activation: of `norm.ACTIVATIONS`.
+    """
+
+    strips: tuple[Strip, ...]
+    groups: int
+    epsilon: float
+    activation: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def mbconv(x: Array, params: Params, block: Block) -> tuple[Array, Params]:
+    """Expands, convolves by channel, gates by squeeze-excite and projects, with both norms within.
+
+    Args:
+        x: [N, H, W, K]; N a multiple of 128 * groups.
+        params: of these layers, by their names in `efficientnet.MBConv`; without expand_conv and
+            expand_norm x is not expanded, without squeeze_excite there is no gate.
+
+    Returns:
+        y: [N, H', W', M], of x's dtype, before the projection's norm.
+        statistics: {norm's name: (mean, variance)}, [groups, E] each, float32, through which no
+            gradient flows.
+    """
+    return _forward(x, params, block)[0]
+
+
+def _forward(x: Array, params: Params, block: Block):
+    parts = x.reshape(block.groups, -1, *x.shape[1:])
+    y, statistics, kept = _by_group(functools.partial(_group_forward, block), parts, params)
+    return (y.reshape(-1, *y.shape[2:]), statistics), (parts, params, kept)
+
+
+def _backward(block: Block, residuals, cotangents):
+    parts, params, kept = residuals
+    by_y = cotangents[0].reshape(block.groups, -1, *cotangents[0].shape[1:])
+    function = functools.partial(_group_backward, block)
+    by_x, by_params = _by_group(function, (parts, kept, by_y), params)
+    # Over groups, and so over devices, once for all parameters: with the step's other gradients.
+    by_params = jax.tree.map(lambda by_group: by_group.sum(0), by_params)
+    return by_x.reshape(-1, *by_x.shape[2:]), by_params
+
+
+mbconv.defvjp(_forward, _backward)
+
+
+def _by_group(function: Callable, parts: Any, params: Params) -> Any:
+    """function(part, params) for each part along the first axis, on the device that holds it."""
+
+    def here(parts, params):
+        leaves, structure = jax.tree.flatten(parts)
+        each = (structure.unflatten(leaves) for leaves in zip(*leaves, strict=True))
+        results = [function(part, params) for part in each]
+        return jax.tree.map(lambda *values: jnp.stack(values), *results)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return here(parts, params)
+    # XLA can't cut a kernel of ours by itself: it would bring all parts to all devices.
+    cut, everywhere = PartitionSpec(sharding.AXIS), PartitionSpec()
+    specs = {"in_specs": (cut, everywhere), "out_specs": cut, "check_vma": False}
+    return jax.shard_map(here, mesh=mesh, **specs)(parts, params)
+
+
+# ---- one group ----------------------------------------------------------------------------------
+
+
+def _group_forward(block: Block, x: Array, params: Params):
+    """[n, H, W, K] -> y [n, H', W', M], the norms' statistics, and what the gradient needs."""
+    x, act = x.transpose(1, 2, 3, 0), block.activation
+    taps, project = _weights(params, x.dtype)
+    expand, statistics = algebra.expansion(x, params, block.epsilon)
+    spread = [
+        forward.spread(_rows(x, strip.inputs), *_factors(expand), taps, strip, act)
+        for strip in block.strips
+    ]
+    d, moments = [maps for maps, _ in spread], _sum([sums for _, sums in spread])
+    norm, variance = algebra.norm(moments, params["depthwise_norm"], _positions(d), block.epsilon)
+    columns = jnp.stack([norm.factor, norm.offset], 1)
+    cut = [(maps, strip.channels) for maps, strip in zip(d, block.strips, strict=True)]
+    pooled = _sum([forward.pool(maps, columns, size, act) for maps, size in cut]) / _positions(d)
+    gate = algebra.excite(params.get("squeeze_excite"), pooled)
+    y = [forward.project(maps, columns, gate, project, size, act) for maps, size in cut]
+    y = jnp.concatenate(y).transpose(3, 0, 1, 2)
+    statistics["depthwise_norm"] = norm.mean, variance
+    return y, statistics, (expand, norm, pooled, d)
+
+
+def _group_backward(block: Block, part, params: Params) -> tuple[Array, Params]:
+    """The gradients of x [n, H, W, K] and of the parameters, from that of y."""
+    x, (expand, norm, pooled, d), by_y = part
+    x, by_y, act = x.transpose(1, 2, 3, 0), by_y.transpose(1, 2, 3, 0), block.activation
+    cut = [(s, maps, _rows(by_y, s.outputs)) for s, maps in zip(block.strips, d, strict=True)]
+    by_params, columns, images = _gated_backward(cut, norm, pooled, params, act)
+    taps, project = _weights(params, x.dtype)
+    weights, shift = _factors(expand)
+    shift = jnp.zeros_like(columns[:, :1]) if shift is None else shift
+    weights = weights, taps, project, jnp.concatenate([columns, shift], 1)
+    results = [
+        backward.spread_gradients(_rows(x, strip.inputs), *maps, weights, images, strip, act)
+        for strip, *maps in cut
+    ]
+    by_x = _overlapped([result[0] for result in results], block.strips, len(x))
+    *by_expand, by_taps = _sum([result[1:] for result in results])
+    by_x, by_expansion = algebra.expansion_gradient(x, expand, params, by_x, *by_expand)
+    by_taps = algebra.like(params["depthwise_conv"], by_taps.sum(0).T)
+    by_params = {**by_params, **by_expansion, "depthwise_conv": by_taps}
+    return by_x.transpose(3, 0, 1, 2), {name: by_params[name] for name in params}
+
+
+def _gated_backward(
+    cut: list, norm: algebra.Norm, pooled: Array, params: Params, act: str
+) -> tuple[Params, Array, Array]:
+    """From y back to d: the norm, squeeze-excite and the projection.
+
+    Args:
+        cut: (strip, its d, its gradient of y) of each strip.
+
+    Returns:
+        Their gradients; and four columns and two images, as `backward.spread_gradients` takes them.
+    """
+    positions = _positions([d for _, d, _ in cut])
+    _, project = _weights(params, cut[0][1].dtype)
+    columns = jnp.stack([norm.factor, norm.offset], 1)
+    gate, excite_gradient = jax.vjp(algebra.excite, params.get("squeeze_excite"), pooled)
+    results = [
+        backward.project_gradients(*maps, columns, gate, project, strip.channels, act)
+        for strip, *maps in cut
+    ]
+    sums, by_project = _sum(results)
+    by_excite, by_pooled = excite_gradient(sums[0])
+    pull = by_pooled / positions  # what each position takes of the mean's gradient
+    by_norm, by_d = algebra.norm_gradient(norm, sums, gate, pull, positions)
+    by_project = algebra.like(params["project_conv"], by_project.sum(0))
+    by_params = {
+        "depthwise_norm": by_norm, "project_conv": by_project, "squeeze_excite": by_excite,
+    }  # fmt: skip
+    return by_params, jnp.stack([norm.factor, norm.offset, *by_d], 1), jnp.stack([gate, pull])
+
+
+def _rows(maps: Array, rows: tuple[int, int]) -> Array:
+    return maps[slice(*rows)]
+
+
+def _overlapped(parts: list[Array], strips: tuple[Strip, ...], height: int) -> Array:
+    """Puts strips' gradients together; where inputs belong to two strips they add up."""
+    margins = [(strip.inputs[0], height - strip.inputs[1]) for strip in strips]
+    rest = ((0, 0),) * 3
+    return sum(jnp.pad(part, (rows, *rest)) for part, rows in zip(parts, margins, strict=True))
+
+
+def _sum(results: list) -> Any:
+    return jax.tree.map(lambda *values: sum(values), *results)
+
+
+def _positions(strips: list[Array]) -> int:
+    return sum(math.prod(maps.shape[:2]) for maps in strips)
+
+
+def _factors(expand: Expansion | None) -> tuple[Array | None, Array | None]:
+    """Weights [E, K] and shift [E, 1] of an expansion, as the kernels take them."""
+    return (None, None) if expand is None else (expand.weights.T, expand.shift[:, None])
+
+
+def _weights(params: Params, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """The depthwise taps [E, k * k] and the projection [E, M], as the kernels take them."""
+    taps, project = params["depthwise_conv"]["kernel"], params["project_conv"]["kernel"]
+    return taps.reshape(-1, taps.shape[-1]).T, project[0, 0].astype(dtype)

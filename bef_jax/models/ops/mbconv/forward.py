@@ -1,0 +1,134 @@
+"""The forward pass of a block as Pallas kernels, in the order in which it calls them."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from bef_jax.models.ops.mbconv import grid, vectors
+from bef_jax.models.ops.mbconv.grid import LANES, Strip, Window
+from bef_jax.models.ops.norm import ACTIVATIONS
+
+_floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+
+
+def spread(
+    x: Array,
+    expand: Array | None,
+    shift: Array | None,
+    taps: Array,
+    strip: Strip,
+    activation: str,
+) -> tuple[Array, Array]:
+    """Expansion, activation and depthwise convolution, with the sums for the norm that follows.
+
+    Args:
+        x: [H, W, K, N], floating; N a multiple of 128.
+        expand: [E, K], of x's dtype.
+        shift: [E, 1], float32.
+        taps: [E, k * k], float32.
+        strip: what of the maps these rows are.
+
+    Returns:
+        d: [H', W', E, N], of x's dtype: depthwise(activation(expand @ x + shift)).
+        moments: [2, E, N], float32, the sums over positions of d and of d^2.
+    """
+    window, block = strip.window, strip.channels
+    kernel = functools.partial(_spread, window=window, activation=ACTIVATIONS[activation])
+    (hidden, count), images = taps.shape, x.shape[-1]
+    cut = grid.maps if expand is None else grid.whole
+    inputs = [(x, cut), (expand, grid.rows), (shift, grid.rows), (taps, grid.rows)]
+    result = jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype)
+    outputs = [(result, grid.maps), (_floats((2, hidden, images)), grid.maps)]
+    scratch = [((*window.phases, block, LANES), jnp.float32), vectors.wide_shape(count, block)]
+    expanded = 0 if expand is None else math.prod(window.size) * hidden * images
+    products = expanded * x.shape[-2] + result.size * count
+    return grid.run(kernel, inputs, outputs, scratch, block, products, expanded)
+
+
+def _spread(
+    x, expand, shift, taps, d, moments, padded, wide, *, window: Window, activation: Callable
+):
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        vectors.clear(padded)  # the margins stay so; the rest is written for each block
+
+    moments[...] = jnp.zeros_like(moments)
+    vectors.widen(taps, wide)
+
+    def fill(position, z):
+        padded[position] = z if expand is None else activation(z)
+
+    def convolve(row, _):
+        for columns, channels in vectors.pieces(window.outputs[1], len(taps)):
+            taken = (
+                vectors.tap(padded, row, columns, channels, i, j, window.stride)
+                for i, j in window.taps
+            )
+            total = sum(part * wide[index, channels] for index, part in enumerate(taken))
+            d[row, columns, channels] = total.astype(d.dtype)
+            moments[0, channels] += total.sum(0)
+            moments[1, channels] += (total * total).sum(0)
+
+    vectors.each_hidden(x, expand, shift, window, fill)
+    lax.fori_loop(0, window.outputs[0], convolve, None)
+
+
+def pool(d: Array, norm: Array, block: int, activation: str) -> Array:
+    """The sums over positions of activation(d * norm[0] + norm[1]), [E, N], float32.
+
+    Args:
+        d: [H', W', E, N], from `spread`.
+        norm: [E, 2], float32, factor and offset.
+    """
+    kernel = functools.partial(_pool, activation=ACTIVATIONS[activation])
+    inputs, outputs = [(d, grid.maps), (norm, grid.rows)], [(_floats(d.shape[2:]), grid.maps)]
+    return grid.run(kernel, inputs, outputs, [vectors.wide_shape(2, block)], block, d.size, d.size)[
+        0
+    ]
+
+
+def _pool(d, norm, pooled, wide, *, activation: Callable):
+    pooled[...] = jnp.zeros_like(pooled)
+    vectors.widen(norm, wide)
+
+    def add(row, _):
+        for column in range(d.shape[1]):
+            pooled[...] += activation(vectors.affine(d[row, column].astype(jnp.float32), wide))
+
+    lax.fori_loop(0, d.shape[0], add, None)
+
+
+def project(
+    d: Array, norm: Array, gate: Array, weights: Array, block: int, activation: str
+) -> Array:
+    """weights^T @ (activation(d * norm[0] + norm[1]) * gate), [H', W', M, N], of d's dtype.
+
+    Args:
+        d, norm: as in `pool`.
+        gate: [E, N], float32.
+        weights: [E, M], of d's dtype.
+    """
+    kernel = functools.partial(_project, activation=ACTIVATIONS[activation])
+    shape = (*d.shape[:2], weights.shape[1], d.shape[3])
+    inputs = [(d, grid.maps), (norm, grid.rows), (gate, grid.maps), (weights, grid.rows)]
+    outputs = [(jax.ShapeDtypeStruct(shape, d.dtype), grid.whole)]
+    scratch = [((*shape[:3], LANES), jnp.float32), vectors.wide_shape(2, block)]
+    products = d.size * weights.shape[1]
+    return grid.run(kernel, inputs, outputs, scratch, block, products, d.size)[0]
+
+
+def _project(d, norm, gate, weights, y, total, wide, *, activation: Callable):
+    vectors.widen(norm, wide)
+
+    def add(row, _):
+        for column in range(d.shape[1]):
+            value = d[row, column].astype(jnp.float32)
+            gated = activation(vectors.affine(value, wide)) * gate[...]
+            total[row, column] += vectors.dot(weights[...], gated.astype(d.dtype), over=0)
+
+    vectors.accumulate(total, y, lambda: lax.fori_loop(0, d.shape[0], add, None))

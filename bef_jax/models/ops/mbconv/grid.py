@@ -1,0 +1,235 @@
+"""How the kernels cut maps into what stays on a TPU's chip.
+
+Maps are [H, W, C, N]: channels along a vector register's sublanes, images along its lanes. So the
+taps of a depthwise convolution are other registers, not shifted ones, and little is padded. A
+kernel runs over blocks of 128 images and, within them, over blocks of the E hidden channels.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from bef_jax.models.ops.depthwise import Padding
+
+# JAX's names of v5e, v5p and v6e: those before have 16 MiB of vector memory, of those after nothing
+# was compiled.
+KERNEL_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
+
+LANES = 128  # images of a block
+_SUBLANES = 8  # a block's channels are a multiple of them
+_MOST_CHANNELS = 96  # of a block: each 8 are instructions of their own, and products busy by then
+_VMEM = 58 * 2**20  # of 64 MiB on v5p, of 128 MiB on v5e and v6e; XLA keeps the rest
+_STAYS = 12 * 2**20  # maps that XLA may keep on the chip from kernel to kernel
+_BUDGET = 56 * 2**20  # the compiler keeps some of it for itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The geometry of a depthwise convolution.
+
+    A map that it reads is kept padded and split into its phases, [A, stride, B, stride, C, N]:
+    padded position (stride * a + p, stride * b + q) is element [a, p, b, q]. So a row of taps is
+    consecutive at stride 2, too.
+    """
+
+    size: tuple[int, int]
+    kernel: int
+    stride: int
+    padding: Padding
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """H', W'."""
+        sides = zip(self.size, self.padding, strict=True)
+        height, width = ((n + sum(pad) - self.kernel) // self.stride + 1 for n, pad in sides)
+        return height, width
+
+    @property
+    def margin(self) -> int:
+        """Zeros before a padded cotangent: how far a tap reaches within its phase."""
+        return (self.kernel - 1) // self.stride
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """A, B: as many as inputs or taps reach."""
+        sides = zip(self.size, self.padding, self.outputs, strict=True)
+        a, b = (max((n + pad[0] - 1) // self.stride + 1, m + self.margin) for n, pad, m in sides)
+        return a, b
+
+    @property
+    def phases(self) -> tuple[int, int, int, int]:
+        """The shape of a padded map, without its channels and images."""
+        return self.padded[0], self.stride, self.padded[1], self.stride
+
+    @property
+    def taps(self) -> list[tuple[int, int]]:
+        """All (i, j), in the order in which a kernel's taps lie."""
+        return [(i, j) for i in range(self.kernel) for j in range(self.kernel)]
+
+    def inside(self, axis: int, phase: int) -> tuple[int, int]:
+        """The elements of a phase along an axis that are inputs, not padding: [first, last)."""
+        before = self.padding[axis][0] - phase
+        return -(-before // self.stride), (before + self.size[axis] - 1) // self.stride + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """Rows of a block's maps that the kernels take at once, for all columns.
+
+    Attributes:
+        inputs: [first, last) of the rows of x, with those that neighbours read, too.
+        outputs: [first, last) of the rows of d and y.
+        window: of these rows: where they end within the map they are not padded.
+        channels: hidden channels at a time.
+    """
+
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    window: Window
+    channels: int
+
+
+def strips(
+    window: Window, inputs: int, hidden: int, outputs: int, itemsize: int
+) -> tuple[Strip, ...]:
+    """Cuts maps into strips of rows that fit on the chip, as few as keep the matrix unit busy.
+
+    Arguments are those of `channel_block`.
+
+    Raises:
+        ValueError: not even one row fits.
+    """
+    height, channels = window.outputs[0], (inputs, hidden, outputs, itemsize)
+    # Products of 8 rows leave the matrix unit idle: more strips, which read a few rows twice, are
+    # faster (compiled for v5e, 7.3 M cycles for 9.4 M in B3's blocks of 48 x 48).
+    wanted = (_SUBLANES,) if inputs == hidden else (2 * _SUBLANES, _SUBLANES)
+    for least, count in itertools.product(wanted, range(1, height + 1)):
+        ends = [height * i // count for i in range(count + 1)]
+        found = tuple(_strip(window, *rows, *channels) for rows in itertools.pairwise(ends))
+        if all(strip.channels >= least for strip in found):
+            return found
+    raise ValueError(f"no kernel takes maps of {window.size} with {hidden} channels: choose layers")
+
+
+def _strip(window: Window, first: int, last: int, *channels: int) -> Strip:
+    (top, _), columns = window.padding
+    start = first * window.stride - top  # of the padded rows that the strip's taps reach
+    stop = (last - 1) * window.stride + window.kernel - top
+    rows = max(start, 0), min(stop, window.size[0])
+    padding = (rows[0] - start, stop - rows[1]), columns
+    part = Window((rows[1] - rows[0], window.size[1]), window.kernel, window.stride, padding)
+    return Strip(rows, (first, last), part, channel_block(part, *channels))
+
+
+def channel_block(window: Window, inputs: int, hidden: int, outputs: int, itemsize: int) -> int:
+    """How many of a block's channels the kernels take at a time; 0 where none fit on the chip.
+
+    Args:
+        inputs, hidden, outputs: channels K, E and M; there is no expansion if K is E.
+        itemsize: bytes of the activations' dtype.
+    """
+    size, result = math.prod(window.size), math.prod(window.outputs)
+    padded = math.prod(window.phases)
+    cotangent = math.prod(side + window.margin for side in window.padded)
+    # Bytes per image: of whole maps, which are there once; and per channel of a block, of which
+    # scratch is there once, and twice what is loaded or written while another block is worked on.
+    kept = 8 * window.kernel**2 + 72 + window.padded[1] * itemsize
+    kept += sum(2 * (itemsize + 4) * -(-columns // LANES) for columns in (inputs, outputs))
+    whole = result * outputs * itemsize
+    each = kept + (padded + cotangent) * 4 + result * 2 * itemsize
+    if inputs == hidden:
+        each += size * 4 * itemsize
+    else:
+        whole, each = whole + size * inputs * (2 * itemsize + 4), each + padded * itemsize
+    most = min(
+        (_BUDGET // LANES - whole) // each,  # `spread_gradients`
+        (_BUDGET // LANES - result * outputs * (itemsize + 4)) // (kept + result * 2 * itemsize),
+        _MOST_CHANNELS,
+    )
+    blocks = range(_SUBLANES, most + 1, _SUBLANES)
+    return max((block for block in blocks if hidden % block == 0), default=0)
+
+
+def run(kernel: Callable, inputs, outputs, scratch, block: int, products: int, activations: int):
+    """Calls a kernel for every block: of images, and within them of channels.
+
+    Args:
+        inputs, outputs: (array, or its shape, or None; how it is cut into blocks).
+        scratch: (shape, dtype), or None, of what a block keeps on the chip.
+        products: multiplications, each with an addition, and
+        activations: evaluations of an activation or its slope, for XLA's account of costs.
+    """
+    arrays, shapes = [array for array, _ in inputs], [shape for shape, _ in outputs]
+    given = [(array, cut) for array, cut in (*inputs, *outputs) if array is not None]
+    *_, hidden, images = next(array.shape for array, cut in given if cut is maps)
+    moved = sum(math.prod(array.shape) * array.dtype.itemsize for array, _ in given)
+
+    def call(*arrays: Array, interpret: bool):
+        return pl.pallas_call(
+            kernel,
+            out_shape=shapes,
+            grid=(images // LANES, hidden // block),
+            in_specs=[_spec(array, cut, block) for array, cut in inputs],
+            out_specs=[_spec(shape, cut, block) for shape, cut in outputs],
+            scratch_shapes=[buffer and pltpu.VMEM(*buffer) for buffer in scratch],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * products, transcendentals=activations, bytes_accessed=moved
+            ),
+            interpret=interpret,
+        )(*arrays)
+
+    def on_tpu(*arrays: Array):
+        # A kernel loads the next block of wide maps by itself while it works. XLA would first bring
+        # large ones to the chip as a whole, and others away for them; small ones may stay there.
+        pairs = zip(arrays, inputs, strict=True)
+        large = [cut is maps and x.nbytes > _STAYS for x, (_, cut) in pairs]
+        arrays = (_in_hbm(x) if flag else x for x, flag in zip(arrays, large, strict=True))
+        return call(*arrays, interpret=False)
+
+    # Elsewhere interpreted: the same arithmetic, slowly, for tests.
+    elsewhere = functools.partial(call, interpret=True)
+    return lax.platform_dependent(*arrays, tpu=on_tpu, default=elsewhere)
+
+
+def _in_hbm(x: Array) -> Array:
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+def _spec(array, cut: Callable, block: int) -> pl.BlockSpec | None:
+    return None if array is None else cut(array.shape, block)
+
+
+def whole(shape: Sequence[int], block: int) -> pl.BlockSpec:
+    """Maps [H, W, C, N] of few channels: all of them stay on the chip for all blocks of images'."""
+    # One buffer, not two: the next images' are loaded when these are done.
+    return pl.BlockSpec(
+        (*shape[:-1], LANES), lambda n, e: (0, 0, 0, n), pipeline_mode=pl.Buffered(1)
+    )
+
+
+def maps(shape: Sequence[int], block: int) -> pl.BlockSpec:
+    """[..., E, N]."""
+    rest = len(shape) - 2
+    return pl.BlockSpec((*shape[:-2], block, LANES), lambda n, e: (*(0,) * rest, e, n))
+
+
+def rows(shape: Sequence[int], block: int) -> pl.BlockSpec:
+    """[..., E, K], for all images."""
+    rest = len(shape) - 2
+    return pl.BlockSpec((*shape[:-2], block, shape[-1]), lambda n, e: (*(0,) * rest, e, 0))
+
+
+def parts(shape: Sequence[int], block: int) -> pl.BlockSpec:
+    """[N / 128, ..., E, K]: what each block of images adds."""
+    rest = len(shape) - 3
+    size = (None, *shape[1:-2], block, shape[-1])
+    return pl.BlockSpec(size, lambda n, e: (n, *(0,) * rest, e, 0))

@@ -1,0 +1,381 @@
+"""--mode=plan: compiles the training step for hardware that need not be there, before renting it.
+
+It is the step that training compiles. What the compiler says of it (memory, arithmetic, bytes
+moved, collectives) is held against the chip's published peaks. What a compiler does not say is
+None.
+"""
+
+import dataclasses
+import logging
+import math
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from bef_jax.config import check_devices
+from bef_jax.data.batches import Batch, fits_memory
+from bef_jax.data.patch import PATCH
+from bef_jax.errors import UserError
+from bef_jax.models.ops.mbconv.grid import LANES
+from bef_jax.planning import chips, hlo, topology
+from bef_jax.planning.chips import Chip
+from bef_jax.planning.flops import training_flops
+from bef_jax.planning.topology import Topology
+from bef_jax.runtime import sharding
+from bef_jax.training.optim import make_schedule
+from bef_jax.training.state import TrainState, abstract_state
+from bef_jax.training.step import compile_step
+
+LOG = logging.getLogger(__name__)
+
+PCAM_TRAIN = 262_144  # patches; what a run trains on that does not say how many it has
+BATCH_UNIT = 8  # images per device that batch sizes differ by: 8 rows fill a TPU's vector register
+ATTEMPTS = 3  # compilations that the search for the largest batch may take
+
+# Of what crosses a device's links, per byte that a collective leaves on it, at best: a ring of n.
+_WIRE = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+
+# XLA chooses among kernels by timing them, which takes the GPU. Without, its default for products,
+# tiles of Triton's, does not fit every shape and fails: cuBLAS's kernels do.
+_OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What a compiler says of one device's part of a step; None where it says nothing.
+
+    Attributes:
+        flops: floating-point operations, those of the augmentation and the optimiser too.
+        bytes_accessed: that its operations read and write, on-chip memory counted like the other.
+        hbm_traffic: bytes that cross between main memory and the chip (`hlo.hbm_bytes`).
+        hbm_bytes: memory that it needs.
+        collectives: as `hlo.collectives` counts them.
+        seconds: that compiling took.
+        refused: whether the compiler stopped since the step needs more memory than there is.
+    """
+
+    flops: float | None
+    bytes_accessed: float | None
+    hbm_traffic: float | None
+    hbm_bytes: int | None
+    collectives: dict[str, dict[str, int]] | None
+    seconds: float
+    refused: bool = False
+
+
+def run(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
+    """Plans the training of `config` on the topology `name`, such as v5e:2x4.
+
+    Args:
+        config: the whole configuration.
+        name: of a topology (`topology.parse`).
+        largest: whether to look for the largest batch, by two or more further compilations.
+
+    Returns:
+        The summary; its keys are stable.
+
+    Raises:
+        UserError: the topology is not known or can't share the batch, or its compiler is missing.
+    """
+    if not name:
+        raise UserError("--topology is missing: write one like --topology=v5e:2x4")
+    # Before anything asks JAX for devices: a plan is made with the CPU alone.
+    place = topology.parse(name)
+    mesh = topology.make_mesh(place)
+    check_devices(config, mesh)
+    LOG.info("compiling %s for %d x %s", config.model.name, mesh.size, place.chip.kind)
+    figures = measure(config, mesh, place.chip)
+    summary = summarise(config, mesh, place, figures)
+    if largest:
+        summary["largest_batch_per_device"] = _largest(config, mesh, place.chip, figures)
+    _print_table(summary)
+    return summary
+
+
+def summarise(config: ConfigDict, mesh: Mesh, place: Topology, figures: Figures) -> dict:
+    """The plan's keys, but for the largest batch."""
+    chip, state = place.chip, abstract_state(config)
+    # None is no answer: a compiler that says nothing has not said that it fits.
+    fits = _known(figures.hbm_bytes, chip.hbm_bytes) and figures.hbm_bytes <= chip.hbm_bytes
+    fits = False if figures.refused else fits
+    seconds, bound = roofline(figures, chip, mesh.size)
+    images = config.batch_size // mesh.size
+    return {
+        "mode": "plan",
+        "topology": place.name,
+        "device_kind": chip.kind,
+        "n_devices": mesh.size,
+        "model": config.model.name,
+        "dtype": config.dtype,
+        "bn_groups": config.bn_groups,
+        "placement": "host" if placed_split(config, mesh, chip) is None else "device",
+        "batch_size": config.batch_size,
+        "batch_per_device": images,
+        "flops_per_device": figures.flops,
+        "flops_per_image": _known(figures.flops) and figures.flops / images,
+        # The network's own arithmetic; the compiled figure has augmentation and optimiser besides.
+        "model_flops_per_image": training_flops(config),
+        "bytes_accessed_per_device": figures.bytes_accessed,
+        "hbm_traffic_per_device": figures.hbm_traffic,
+        "hbm_bytes_per_device": figures.hbm_bytes,
+        "hbm_capacity_bytes": _known(chip.hbm_bytes) and int(chip.hbm_bytes),
+        "fits": fits,
+        "largest_batch_per_device": None,
+        "parameter_bytes": count_bytes(state.params),
+        "state_bytes": count_bytes(state),
+        "collectives": figures.collectives,
+        "roofline_step_ms": _known(seconds) and 1e3 * seconds,
+        "roofline_images_per_second": _known(seconds) and config.batch_size / seconds,
+        "bound_by": bound,
+        "compile_seconds": figures.seconds,
+    }
+
+
+def _known(*values) -> bool | None:
+    """True, or None if a value is None: `_known(x) and f(x)` is None where x is."""
+    return None if None in values else True
+
+
+def count_bytes(tree) -> int:
+    """Bytes of all arrays of a tree, or of what has their shapes and dtypes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# ---- compiling ----------------------------------------------------------------------------------
+
+
+def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
+    """Compiles the step for `mesh`, and asks the compiler about it."""
+    # Its constants are all that a schedule changes of the program.
+    schedule = make_schedule(config, steps=1_000_000, steps_per_epoch=10_000)
+    state, placed = _place(abstract_state(config), mesh), placed_split(config, mesh, chip)
+    start = time.perf_counter()
+    try:
+        options = _OPTIONS.get(chip.platform)
+        compiled = compile_step(config, schedule, mesh, state, placed, options=options)
+    except jax.errors.JaxRuntimeError as error:
+        # libtpu refuses what does not fit, which is an answer to a plan; all else is a failure.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.perf_counter() - start
+        return Figures(None, None, None, bytes_wanted(str(error)), None, seconds, refused=True)
+    seconds = time.perf_counter() - start
+    memory = _memory(compiled)
+    LOG.info("compiled in %.0f s; memory per device: %s", seconds, _shown(memory, "GB", 1e9))
+    # Of a loop, as accumulation is, XLA counts one turn: that is no step's figure.
+    costs = (compiled.cost_analysis() or {}) if config.optim.accumulate == 1 else {}
+    accessed, text = _positive(costs.get("bytes accessed")), compiled.as_text()
+    return Figures(
+        flops=_positive(costs.get("flops")),
+        bytes_accessed=accessed,
+        # Less by XLA's count where an operation reads a part of an array, as a gather does.
+        hbm_traffic=_known(accessed) and min(accessed, hlo.hbm_bytes(text)),
+        hbm_bytes=memory,
+        collectives=hlo.collectives(text),
+        seconds=seconds,
+    )
+
+
+def _place(state: TrainState, mesh: Mesh) -> TrainState:
+    everywhere = sharding.replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
+    )
+
+
+def placed_split(config: ConfigDict, mesh: Mesh, chip: Chip) -> Batch | None:
+    """The shapes of the training split on the devices, if training would place it there.
+
+    The split has config.data.train_size patches, or as many as PCam's.
+    """
+    # No store is opened: who plans may not have the data.
+    patches = config.data.train_size or PCAM_TRAIN
+    # As `batches.place` pads it.
+    images = (-(-patches // mesh.size) * mesh.size, PATCH, PATCH, 3)
+    memory = chip.hbm_bytes and chip.hbm_bytes * mesh.size
+    auto = memory is not None and fits_memory(math.prod(images), memory)
+    if not {"host": False, "device": True, "auto": auto}[config.data.placement]:
+        return None
+    rows = sharding.by_rows(mesh)
+    return Batch(
+        jax.ShapeDtypeStruct(images, jnp.uint8, sharding=rows),
+        jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=rows),
+    )
+
+
+def _positive(value: float | None) -> float | None:
+    return value if value and value > 0 else None  # some compilers say -1 for unknown
+
+
+def _memory(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes that a device holds while the step runs, its program among them."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return None
+    # What is donated is counted once: its output aliases its argument.
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return held + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+
+
+def bytes_wanted(message: str) -> int | None:
+    """What libtpu says that a program it refuses would use: "Used 17.36G of 15.75G hbm"."""
+    # In the error's text alone; K, M, G are powers of 1024 there.
+    match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    return round(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2])))) if match else None
+
+
+# ---- what it comes to ---------------------------------------------------------------------------
+
+
+def roofline(figures: Figures, chip: Chip, n: int) -> tuple[float | None, str | None]:
+    """The least seconds that a step can take, and which peak it meets first.
+
+    Arithmetic, memory and links are taken to work all the time, at their published peak and all at
+    once (Williams et al. 2009), so a real step takes longer: the images/s are an upper bound.
+
+    Args:
+        n: devices.
+
+    Returns:
+        Seconds and compute, memory or interconnect; None twice where something is not known.
+    """
+    peak = chips.peak_flops(chip.kind, "bfloat16")  # no floating-point type has a higher one
+    if _known(peak, figures.flops, figures.hbm_traffic, figures.collectives) is None:
+        return None, None
+    times = {"compute": figures.flops / peak, "memory": figures.hbm_traffic / chip.hbm_bandwidth}
+    if figures.collectives and chip.link_bandwidth:
+        sent = sum(_WIRE[kind](n) * sums["bytes"] for kind, sums in figures.collectives.items())
+        times["interconnect"] = sent / chip.link_bandwidth
+    bound = max(times, key=times.get)
+    return times[bound], bound
+
+
+def _largest(config: ConfigDict, mesh: Mesh, chip: Chip, figures: Figures) -> int | None:
+    """The largest batch per device that fits, in steps that keep the configuration possible."""
+    if chip.hbm_bytes is None:
+        return None
+    # Each micro-batch splits over the devices and over the groups of batch normalisation.
+    group = LANES if config.model.mbconv == "pallas" else 1
+    rows = config.optim.accumulate * math.lcm(group * config.bn_groups, mesh.size)
+    unit = math.lcm(rows // mesh.size, BATCH_UNIT)
+
+    def memory(batch: int) -> int | None:
+        # A copy: the caller's still says what was asked for.
+        larger = config.copy_and_resolve_references()
+        larger.batch_size = batch * mesh.size
+        LOG.info("does a batch of %d per device fit?", batch)
+        return measure(larger, mesh, chip).hbm_bytes
+
+    known = {config.batch_size // mesh.size: figures.hbm_bytes}
+    return largest_batch(memory, known, chip.hbm_bytes, unit)
+
+
+def largest_batch(
+    memory: Callable[[int], int | None], known: dict[int, int | None], capacity: float, unit: int
+) -> int | None:
+    """The largest batch whose memory is at most `capacity`: a multiple of `unit`, or the known one.
+
+    Memory grows with the batch nearly along a line: two measurements give it, a third checks what
+    it foretells, and one that does not fit takes the place of the farther of the two.
+
+    Args:
+        memory: bytes that a batch per device needs; None if it does not fit, and nobody says more.
+        known: {batch: bytes} that is known beforehand, of one batch.
+        capacity: bytes.
+
+    Returns:
+        A batch that was measured to fit; None if none was found.
+    """
+    known = dict(known)
+    (batch,) = known
+    # Twice or half as much gives the line a long base; a compilation takes minutes, a guess too
+    # near would be wasted.
+    candidate = 2 * _round_down(batch, unit) if _fits(known[batch], capacity) else batch // 2
+    for _ in range(ATTEMPTS):
+        candidate = max(_round_down(candidate, unit), unit)
+        # The line's answer has been measured: nothing more is to be learnt.
+        if candidate in known:
+            break
+        known[candidate] = memory(candidate)
+        candidate = _foretold(known, capacity)
+    fitting = [batch for batch, size in known.items() if _fits(size, capacity)]
+    return max(fitting, default=None)
+
+
+def _round_down(batch: int, unit: int) -> int:
+    return batch // unit * unit
+
+
+def _fits(size: int | None, capacity: float) -> bool:
+    return size is not None and size <= capacity
+
+
+def _foretold(known: dict[int, int | None], capacity: float) -> int:
+    """Where the line through the two measurements nearest to the capacity meets it."""
+    sized = {batch: size for batch, size in known.items() if size is not None}
+    # A refusal that names no size leaves nothing to draw a line through.
+    if len(sized) < 2:
+        return min(known) // 2
+    (b0, m0), (b1, m1) = sorted(sized.items(), key=lambda item: abs(item[1] - capacity))[:2]
+    # Rounded down; a flat line says nothing, so it doubles.
+    return int(b0 + (capacity - m0) * (b1 - b0) / (m1 - m0)) if m1 != m0 else 2 * max(b0, b1)
+
+
+# ---- for people ---------------------------------------------------------------------------------
+
+
+def _print_table(summary: dict) -> None:
+    """Writes the plan to stderr, for people."""
+    title = f"{summary['model']} on {summary['topology']}: {summary['n_devices']} devices"
+    table = Table("", "", title=title, show_header=False)
+    for row in _rows(summary):
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+
+
+def _rows(summary: dict) -> list[tuple[str, str]]:
+    fits = {True: "yes", False: "no", None: "not known"}[summary["fits"]]
+    needed = _shown(summary["hbm_bytes_per_device"], "GB", 1e9)
+    return [
+        ("images per device and step", _shown(summary["batch_per_device"])),
+        ("memory per device", f"{needed} of {_shown(summary['hbm_capacity_bytes'], 'GB', 1e9)}"),
+        ("fits", fits),
+        ("largest batch per device", _shown(summary["largest_batch_per_device"])),
+        ("arithmetic per image, compiled", _shown(summary["flops_per_image"], "GFLOP", 1e9)),
+        ("the network's alone", _shown(summary["model_flops_per_image"], "GFLOP", 1e9)),
+        ("from and to memory per device", _shown(summary["hbm_traffic_per_device"], "GB", 1e9)),
+        ("parameters", _shown(summary["parameter_bytes"], "MB", 1e6)),
+        *_collective_rows(summary["collectives"]),
+        ("a step, at least", _shown(summary["roofline_step_ms"], "ms", 1)),
+        ("images/s, upper bound", _shown(summary["roofline_images_per_second"])),
+        ("bound by", summary["bound_by"] or "not known"),
+    ]
+
+
+def _collective_rows(collectives: dict | None) -> list[tuple[str, str]]:
+    if collectives is None:
+        return [("collectives", _shown(None))]
+    return [
+        (kind, f"{sums['count']} of {_shown(sums['bytes'], 'MB in all', 1e6)}")
+        for kind, sums in collectives.items()
+    ]
+
+
+def _shown(value: float | None, unit: str = "", scale: float | None = None) -> str:
+    """Whole numbers unless there is a scale, then two decimals of the unit."""
+    if value is None:
+        return "not reported"
+    return f"{value / scale:,.2f} {unit}" if scale else f"{value:,.0f}"

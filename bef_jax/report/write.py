@@ -1,0 +1,102 @@
+"""Writes the report: one page with all that a reader needs to judge a run.
+
+The page carries its pictures, works offline and runs no script, so that one file can be mailed.
+The plots also lie beside it as PNG.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bef_jax.report import page, plots
+from bef_jax.report.gallery import Explain, contact_sheet, show
+from bef_jax.report.plots import DARK, LIGHT, Theme
+from bef_jax.runtime.files import write_bytes, write_text
+from bef_jax.scoring.metrics import Evaluation
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report is about.
+
+    Attributes:
+        history: the lines of metrics.jsonl; of several lines of one step the last counts.
+        evaluations: by split.
+        images: by split, indexable uint8 [N, 96, 96, 3] in the order of the evaluation's ids; a
+            split without images is left out of the gallery.
+        summary: of the run; its blocks by split and its scalars are shown.
+        tables: further ones by their title, each a list of rows of name and value.
+        explain: Grad-CAM (`gallery.Explain`), if there is to be one.
+    """
+
+    history: list[dict[str, Any]]
+    evaluations: Mapping[str, Evaluation]
+    images: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    tables: Mapping[str, list[list[Any]]] = field(default_factory=dict)
+    explain: Explain | None = None
+
+
+def write_report(report_dir: Path, content: Content) -> Path:
+    """Writes plots, most_wrong.png and index.html into `report_dir`, and returns the page's path.
+
+    The folder is made when it is missing; what it holds is replaced file by file.
+    """
+    report_dir.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        name: _save(report_dir / f"{name}.png", draw) for name, draw in _plots(content).items()
+    }
+    galleries = {
+        split: show(seen, content.images[split], content.explain)
+        for split, seen in content.evaluations.items()
+        if split in content.images
+    }
+    shown = [each for gallery in galleries.values() for each in gallery]
+    if shown:
+        write_bytes(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
+    # In base64, a third larger than as files: what one file that can be mailed costs.
+    tiles = {
+        split: [(each, _uri(_png(each.pixels))) for each in gallery]
+        for split, gallery in galleries.items()
+    }
+    title = report_dir.resolve().parent.name
+    text = page.render(title, content.evaluations, content.summary, pictures, tiles, content.tables)
+    # Last: who reloads sees the old page, or all of the new one.
+    write_text(report_dir / "index.html", text)
+    return report_dir / "index.html"
+
+
+def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
+    # Functions, as each plot is drawn twice, in the colours of both themes.
+    history, evaluations = content.history, content.evaluations
+    return {
+        "loss": lambda theme: plots.loss(history, theme),
+        "validation": lambda theme: plots.validation(history, theme),
+        "roc": lambda theme: plots.roc(evaluations, theme),
+        "precision_recall": lambda theme: plots.precision_recall(evaluations, theme),
+        "reliability": lambda theme: plots.reliability(evaluations, theme),
+    }
+
+
+def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
+    """Writes the light picture to `path`, and returns both as data: addresses."""
+    light, dark = (plots.png(draw(theme)) for theme in (LIGHT, DARK))
+    write_bytes(path, light)
+    return _uri(light), _uri(dark)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    # optimize: the page carries every tile, so bytes count for more than the time to pack them.
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

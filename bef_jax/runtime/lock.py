@@ -1,0 +1,45 @@
+"""One run at a time in a workdir."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime import distributed
+from bef_jax.runtime.files import check_regular
+
+
+@contextlib.contextmanager
+def held(workdir: Path, name: str = ".lock") -> Iterator[None]:
+    """Holds a lock in the workdir inside; of several processes of one run, the first does.
+
+    The operating system drops the lock with its owner, so a killed run holds nothing. Two runs in
+    one workdir would delete each other's checkpoints, and mix their lines in metrics.jsonl.
+
+    Args:
+        name: of the lock's file. Modes that write other files, such as predict, have their own, so
+            that they can look at a run that still trains.
+
+    Raises:
+        UserError: another run holds it, or nothing can be written there.
+    """
+    # The workdir is shared: the others would meet the lock of their own run.
+    if not distributed.is_first():
+        yield
+        return
+    check_regular(workdir / name)
+    # No waiting: the other run may take days.
+    lock, fix = FileLock(workdir / name, timeout=0), "give another --workdir"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{workdir}: another run writes there; wait for it, or {fix}") from error
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be written ({reason_of(error)}); {fix}") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,1 @@
+"""From images to log-odds, and from log-odds to metrics, intervals and heat maps."""

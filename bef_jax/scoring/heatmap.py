@@ -1,0 +1,127 @@
+"""Probabilities drawn over the picture that they were found in."""
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from bef_jax.data import pictures
+from bef_jax.data.patch import CENTER_SIDE
+from bef_jax.errors import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LONGEST = 1600  # pixels of the drawing's longer side: what a screen shows
+_INCHES = 10  # of the same
+_STRIP = 10  # times as long as it is wide
+_BAND = 1 << 22  # pixels that are reduced at once
+_MARK = "bef_jax heat map"  # in each PNG, so that it is known again
+
+
+@dataclass
+class Scores:
+    """The probabilities of one picture's tiles."""
+
+    squares: list[tuple[int, int, float]] = field(default_factory=list)
+
+    def add(self, y: int, x: int, probability: float) -> None:
+        """Adds the tile whose deciding square has its upper left corner at (y, x)."""
+        self.squares.append((y, x, probability))
+
+    def spread(self, height: int, width: int, scale: int) -> np.ndarray:
+        """Probabilities [H / scale, W / scale], float32: of each pixel the largest about it.
+
+        NaN where no square lies, which happens at strides above 32.
+        """
+        found = np.full((-(-height // scale), -(-width // scale)), np.nan, np.float32)
+        for y, x, probability in self.squares:
+            top, left = y // scale, x // scale
+            bottom, right = -(-(y + CENTER_SIDE) // scale), -(-(x + CENTER_SIDE) // scale)
+            area = found[top:bottom, left:right]
+            np.fmax(area, probability, out=area)
+        return found
+
+
+def name_of(picture: str) -> str:
+    """Returns the name of a picture's map, a PNG.
+
+    Args:
+        picture: its name below the input, with folders: equal names in two of them do not meet.
+    """
+    path = PurePosixPath(picture)
+    if path.suffix == ".png":
+        return picture
+    # With the suffix, since a.tif and a.jpg have a map each; but a name has 255 bytes at most.
+    is_long = len(os.fsencode(path.name)) > 251
+    return str(path.with_suffix(".png")) if is_long else f"{picture}.png"
+
+
+def write_heatmap(file: Path, picture: Path, scores: Scores, threshold: float) -> None:
+    """Draws the probabilities over the picture, as a PNG.
+
+    Left the picture, right the same under its map; where a patch is called positive is outlined.
+    """
+    pixels = pictures.read(picture)
+    scale = max(1, -(-max(pixels.shape[:2]) // _LONGEST))
+    found = scores.spread(*pixels.shape[:2], scale)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure = _draw(_reduced(pixels, scale), found, picture.name, threshold)
+    figure.savefig(file, format="png", dpi=150, metadata={"Software": _MARK})
+
+
+def remove_heatmaps(folder: Path) -> None:
+    """Removes the maps that were written into `folder`, and folders that are empty then.
+
+    Other files stay: the folder may be somebody's own, and only have the name.
+    """
+    for file in folder.rglob("*.png"):
+        if file.is_file() and not file.is_symlink() and _is_ours(file):
+            file.unlink()
+    for below in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):  # not empty
+            below.rmdir()
+
+
+def _is_ours(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        # The text that the PNG carries stands before its pixels.
+        return _MARK.encode() in stream.read(1024)
+
+
+def _reduced(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """Means over squares of `scale` pixels, uint8 [H / scale, W / scale, 3], rounded up."""
+    # By bands, since Pillow's image of a large picture takes more memory than the array.
+    rows = max(1, _BAND // (scale * pixels.shape[1])) * scale
+    bands = (pixels[top : top + rows] for top in range(0, len(pixels), rows))
+    return np.concatenate([Image.fromarray(np.ascontiguousarray(x)).reduce(scale) for x in bands])
+
+
+def _draw(pixels: np.ndarray, found: np.ndarray, name: str, threshold: float) -> "Figure":
+    from matplotlib.figure import Figure  # here: it takes a while, and few inputs need it
+
+    height, width = found.shape
+    # A strip would be a line if it were drawn to scale, so it is stretched.
+    is_strip = max(height, width) > _STRIP * min(height, width)
+    drawn = [max(side / max(height, width), 1 / _STRIP) * _INCHES for side in (height, width)]
+    figure = Figure((2 * drawn[1] + 1.2, drawn[0] + 0.6), layout="constrained")
+    plain, covered = figure.subplots(1, 2)
+    for axes in (plain, covered):
+        axes.imshow(pixels, interpolation="nearest", aspect="auto" if is_strip else "equal")
+        axes.set_axis_off()
+    # Cividis: one hue for the colour-blind too, and dark where nothing was found.
+    layer = covered.imshow(
+        found, cmap="cividis", vmin=0, vmax=1, alpha=0.6, aspect=covered.get_aspect()
+    )
+    # A strip that is one pixel wide when drawn has no outlines.
+    if np.nanmax(found) >= threshold > np.nanmin(found) and min(found.shape) > 1:
+        covered.contour(np.nan_to_num(found) >= threshold, levels=[0.5], colors="#D55E00")
+    # A file's name is no formula, and need not even be text.
+    plain.set_title(printable(name), loc="left", parse_math=False)
+    covered.set_title(f"largest probability {np.nanmax(found):.3f}", loc="left")
+    figure.colorbar(layer, ax=covered, label="probability of a metastasis", shrink=0.8)
+    return figure

@@ -1,0 +1,82 @@
+"""95% confidence intervals of the figures that `metrics` gives without one."""
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+
+from bef_jax.scoring.metrics import Evaluation
+
+LEVEL = 0.95
+RESAMPLES = 1000  # so that each end of a percentile interval rests on 25 of them
+
+
+def intervals(evaluation: Evaluation) -> dict[str, list[float] | None]:
+    """Intervals [low, high] of accuracy, sensitivity, specificity, average_precision, f1 and brier.
+
+    Proportions have Wilson's; the others the bootstrap's, over patches. A patch counts as one
+    sample, although those of one slide are alike: between slides, figures vary more than this says.
+    None where a figure is not defined. ECE has none: resampling adds noise to every bin, so that
+    its bootstrap lies above the figure itself.
+    """
+    probabilities, positive = evaluation.probabilities, evaluation.labels == 1
+    called = probabilities >= evaluation.metrics["threshold"]
+    has_both = 0 < positive.sum() < positive.size
+    return {
+        "accuracy": wilson(called == positive),
+        "sensitivity": wilson(called[positive]),
+        "specificity": wilson(~called[~positive]),
+        "average_precision": bootstrap(_average_precision, positive, probabilities)
+        if has_both
+        else None,
+        "f1": bootstrap(_f1, positive, called),
+        "brier": bootstrap(_brier, positive, probabilities),
+    }
+
+
+def wilson(successes: np.ndarray) -> list[float] | None:
+    """Wilson's interval [low, high] of a proportion, from bool [N]; None without samples."""
+    from scipy.stats import binomtest  # here: the first training step need not wait for it
+
+    if not len(successes):
+        return None
+    found = binomtest(int(np.sum(successes)), len(successes)).proportion_ci(LEVEL, "wilson")
+    return [float(found.low), float(found.high)]
+
+
+def bootstrap(figure: Callable[..., float], *samples: np.ndarray) -> list[float] | None:
+    """The percentile interval [low, high] of `figure(*samples)`, the same at every call.
+
+    Args:
+        figure: of arrays [N], which are drawn together, to a number.
+        samples: those arrays.
+
+    Returns:
+        None where a resample leaves the figure undefined.
+    """
+    n, rng = len(samples[0]), np.random.default_rng(0)
+    draws = (rng.integers(0, n, n) for _ in range(RESAMPLES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of resamples with one class alone
+        found = np.array([figure(*(sample[rows] for sample in samples)) for rows in draws])
+    tail = 50 * (1 - LEVEL)
+    ends = np.percentile(found, [tail, 100 - tail])
+    return ends.tolist() if np.isfinite(ends).all() else None
+
+
+def _average_precision(positive: np.ndarray, probabilities: np.ndarray) -> float:
+    # scikit-learn's figure. Its own function, called a thousand times, takes seconds of a short
+    # run for looking at its arguments.
+    order = np.argsort(-probabilities, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # of those that tie
+    hits = np.cumsum(positive[order])[last]
+    return np.diff(hits, prepend=0) @ (hits / (last + 1)) / hits[-1]
+
+
+def _f1(positive: np.ndarray, called: np.ndarray) -> float:
+    either = called.sum() + positive.sum()
+    return 2 * (called & positive).sum() / either if either else np.nan
+
+
+def _brier(positive: np.ndarray, probabilities: np.ndarray) -> float:
+    return np.mean((probabilities - positive) ** 2)

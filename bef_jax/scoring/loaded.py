@@ -1,0 +1,335 @@
+"""Trained networks in Python: what `bef_jax.load` returns."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.export
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bef_jax.data import inputs
+from bef_jax.data.patch import PATCH, class_names, mpp
+from bef_jax.errors import UserError, reason_of
+from bef_jax.runtime import sharding
+from bef_jax.runtime.files import (
+    check_regular,
+    check_types,
+    open_user_file,
+    read_json,
+    user_path,
+)
+from bef_jax.scoring import scorer, trained
+from bef_jax.scoring.gradcam import make_explainer
+from bef_jax.training import checkpoint
+
+# uint8 [N, 96, 96, 3], an iterator of such arrays, or the path of anything that predict takes.
+Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
+
+_BATCH = 64  # patches in a call of an exported file, and explained at once
+_LARGEST = 400 << 20  # bytes of an exported file; EfficientNet-B7 has 0.3 GB
+_EXPORT_AGAIN = "export again, or move export.json away"
+_STRIDE = 32  # between the windows of a picture above 96 px: each pixel is decided on once
+
+
+def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
+    """Returns the trained network that `where` means; `bef_jax.load` says what that may be."""
+    path = user_path(where).resolve()
+    if not path.is_dir():
+        check_regular(path)
+    if path.is_file() and path.suffix in _READERS:
+        return ExportedModel(path)
+    if not path.is_dir():
+        raise UserError(
+            f"load({str(where)!r}): no such folder; give a run's folder, a checkpoint's folder, "
+            "or a .stablehlo or .onnx file of --mode=export"
+        )
+    folder = trained.find(path)
+    config = trained.scoring_config(folder)
+    if config.model.num_classes != 2:
+        raise UserError(f"{folder}: load scores two classes, not {config.model.num_classes}")
+    return TrainedModel(folder, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint that scores patches, on all devices.
+
+    Weights are read, and programs compiled, when they are first needed, and then kept.
+
+    Attributes:
+        checkpoint: its folder.
+        config: with which it was trained, and scores.
+    """
+
+    checkpoint: Path
+    config: ConfigDict
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers."""
+        return class_names(self.config)
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres per pixel of the patches that it learned from; None if unknown."""
+        return mpp(self.config)
+
+    @property
+    def threshold(self) -> float:
+        """The probability from which --mode=predict calls a patch positive."""
+        return self.config.eval.threshold
+
+    @functools.cached_property
+    def operating_point(self) -> dict[str, Any] | None:
+        """`temperature` and `threshold` that training chose on valid; None if it did not."""
+        return checkpoint.read_run(self.checkpoint).get("operating_point")
+
+    def predict(self, images: Images) -> np.ndarray:
+        """Returns the probability of class 1, float64 [N], as --mode=predict gives it.
+
+        Args:
+            images: uint8 [N, 96, 96, 3], an iterator of such arrays, or a path.
+
+        Raises:
+            UserError: the images have another shape or type, or can't be read.
+            RunError: a score is not finite.
+        """
+        return _finite(self._predict(self._patches(images)))
+
+    def features(self, images: Images) -> np.ndarray:
+        """Returns the vector before the classifier, float32 [N, D]; takes what `predict` takes."""
+        width = self._variables["params"]["classifier"]["kernel"].shape[0]
+        found = self._features(self._patches(images))
+        return _joined(found, np.empty((0, width), np.float32))
+
+    def gradcam(self, images: Images) -> np.ndarray:
+        """Returns Grad-CAM maps of class 1, float32 [N, 96, 96], each scaled to a maximum of 1.
+
+        A map is 0 all over where no part of the patch raises the score. Takes what `predict` takes.
+        """
+        batches = map(np.stack, scorer.in_batches(self._patches(images), _BATCH))
+        maps = (_scaled(self._explain(batch, np.ones(len(batch), bool))) for batch in batches)
+        return _joined(maps, np.empty((0, PATCH, PATCH), np.float32))
+
+    def _patches(self, images: Images) -> Iterator[np.ndarray]:
+        return patches_of(images, self.config.predict.stride, self.mpp)
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        return sharding.make_mesh()
+
+    @functools.cached_property
+    def _variables(self) -> dict:
+        everywhere = sharding.replicated(self._mesh)
+        return checkpoint.restore_variables(self.checkpoint, self.config, everywhere)
+
+    @functools.cached_property
+    def _predict(self) -> Callable:
+        return scorer.make_predictor(self.config, self._variables, self._mesh)
+
+    @functools.cached_property
+    def _features(self) -> Callable:
+        return scorer.make_featurizer(self.config, self._variables, self._mesh)
+
+    @functools.cached_property
+    def _explain(self) -> Callable:
+        return make_explainer(self.config, self._variables)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedModel:
+    """A file of --mode=export that scores patches, on one device.
+
+    Attributes:
+        file: model.stablehlo or model.onnx.
+    """
+
+    file: Path
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes; None if the file and its export.json do not say."""
+        names = self._description.get("classes")
+        return names and tuple(names)
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres per pixel of the patches that it learned from; None if unknown."""
+        return self._description.get("mpp")
+
+    def predict(self, images: Images) -> np.ndarray:
+        """Returns the probability of class 1, float64 [N]; takes what `TrainedModel.predict` does.
+
+        Raises:
+            UserError: the images have another shape or type, or can't be read.
+            RunError: a score is not finite.
+        """
+        # One device: that is what the file was exported for.
+        mesh = Mesh(np.array(jax.local_devices()[:1]), (sharding.AXIS,))
+        found = scorer.map_patches(
+            self._log_odds, patches_of(images, _STRIDE, self.mpp), _BATCH, mesh
+        )
+        return _finite(map(scorer.sigmoid, found))
+
+    def features(self, images: Images) -> NoReturn:
+        """Raises `UserError`: the file gives scores alone."""
+        self._refuse("no features")
+
+    def gradcam(self, images: Images) -> NoReturn:
+        """Raises `UserError`: the file gives scores alone."""
+        self._refuse("no Grad-CAM")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{self.file}: an exported file gives {what}; load its checkpoint instead")
+
+    @functools.cached_property
+    def _log_odds(self) -> Callable:
+        return _READERS[self.file.suffix](self.file)
+
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        """What --mode=export wrote beside the file; where it was moved alone, what it says itself.
+
+        A StableHLO file says nothing itself.
+        """
+        return _described(self.file) or _said_inside(self.file)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file.parent / "export.json", _check_description, _EXPORT_AGAIN)
+    except FileNotFoundError:
+        return {}
+
+
+def _check_description(found: Any) -> None:
+    check_types(found, classes=list, mpp=int | float | None, files=dict)
+    if not all(isinstance(name, str) for name in found["classes"]):
+        raise TypeError("classes are no names")
+    for written in found["files"].values():
+        check_types(written, sha256=str | None)
+
+
+def _said_inside(file: Path) -> dict[str, Any]:
+    """What the metadata of an ONNX file say, or nothing if --mode=export did not write them."""
+    if file.suffix != ".onnx":
+        return {}
+    said = _onnx_session(file).get_modelmeta().custom_metadata_map
+    try:
+        found = {name: json.loads(said[name]) for name in ("classes", "mpp")} | {"files": {}}
+        _check_description(found)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return found
+
+
+def _content(file: Path) -> bytes:
+    """Reads an exported file, and compares it with what export.json beside it says, if there."""
+    try:
+        with open_user_file(file) as stream:
+            content = stream.read(_LARGEST + 1)
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {reason_of(error)}") from error
+    if len(content) > _LARGEST:
+        raise UserError(f"{file}: is larger than any file of --mode=export")
+    written = _described(file).get("files", {}).get(file.name)
+    # JAX's reader of a damaged file may end the process, or never come back.
+    if written and written["sha256"] != hashlib.sha256(content).hexdigest():
+        raise UserError(f"{file}: is not what export.json beside it describes; {_EXPORT_AGAIN}")
+    return content
+
+
+def _read_stablehlo(file: Path) -> Callable:
+    content = _content(file)
+    try:
+        call = jax.export.deserialize(bytearray(content)).call
+        score = jax.jit(lambda images: call(images)[1])
+        # What is damaged further inside, or another program, shows now, and not when it scores.
+        score.lower(jax.ShapeDtypeStruct((1, PATCH, PATCH, 3), np.uint8))
+    except Exception as error:  # parsers of flatbuffers and of MLIR raise many kinds
+        raise UserError(f"{file} can't be read: {reason_of(error)}") from error
+    return score
+
+
+def _read_onnx(file: Path) -> Callable:
+    session = _onnx_session(file)
+    given = [(value.name, value.type, value.shape[1:]) for value in session.get_inputs()]
+    made = [value.name for value in session.get_outputs()]
+    if given != [("image", "tensor(uint8)", [PATCH, PATCH, 3])] or "log_odds" not in made:
+        raise UserError(f"{file}: is no file of --mode=export; give one, or a run's folder")
+    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})[0]
+
+
+def _onnx_session(file: Path) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{file}: reading it takes pip install 'bef_jax[export]'") from error
+    # Its content, not its name: of a file it would read what other files that one names.
+    content, options = _content(file), onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, too
+    try:
+        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    except Exception as error:  # its kinds are not public
+        raise UserError(f"{file} can't be read: {reason_of(error)}") from error
+
+
+_READERS = {".stablehlo": _read_stablehlo, ".onnx": _read_onnx}
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+def patches_of(images: Images, stride: int, mpp: float | None = None) -> Iterator[np.ndarray]:
+    """Yields patches, uint8 [96, 96, 3] each, of an array, an iterator of arrays, or a path.
+
+    Args:
+        stride: between the windows of pictures above 96 px, in pixels.
+        mpp: micrometres per pixel of the network; pictures that say another are warned of.
+
+    Raises:
+        UserError: an array has another shape or type, or the path can't be read.
+    """
+    if isinstance(images, str | os.PathLike):
+        path = user_path(images)
+        inputs.check(path, None, mpp)
+        return (patch.pixels for patch in inputs.read(path, None, stride))
+    # What has a shape is one array, of NumPy, JAX or torch.
+    arrays = [images] if hasattr(images, "shape") else images
+    return (patch for array in arrays for patch in _checked(array))
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype != np.uint8 or array.shape[1:] != (PATCH, PATCH, 3):
+        raise UserError(
+            f"images are {array.dtype} {list(array.shape)}: give uint8 [N, {PATCH}, {PATCH}, 3], "
+            "RGB in 0 .. 255"
+        )
+    return array
+
+
+def _scaled(maps: np.ndarray) -> np.ndarray:
+    """Maps [n, H, W], each with its maximum brought to 1, if it has any."""
+    most = maps.max((1, 2), keepdims=True)
+    return maps / np.where(most > 0, most, 1)
+
+
+def _finite(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Joins probabilities; each must be finite."""
+    found = _joined(parts, np.empty(0))
+    scorer.check_finite(found, range(len(found)))
+    return found
+
+
+def _joined(parts: Iterable[np.ndarray], empty: np.ndarray) -> np.ndarray:
+    """Parts one after the other; `empty` has the shape and type of no patch at all."""
+    return np.concatenate([empty, *parts])

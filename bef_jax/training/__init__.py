@@ -1,0 +1,1 @@
+"""From one training step to a run: state, optimiser, checkpoints, and what a run logs."""

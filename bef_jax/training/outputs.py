@@ -1,0 +1,66 @@
+"""What runs write into a workdir: the names of their files, and the summary of each mode."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bef_jax.runtime.files import check_outputs, check_types, read_json, write_json
+
+_SCORES = ("scores_valid.csv", "scores_test.csv")
+FILES = ("config.json", "metrics.jsonl", "train_summary.json", *_SCORES)
+FOLDERS = ("checkpoints", "tensorboard", "report")
+_PLOTS = ("loss", "validation", "roc", "precision_recall", "reliability", "most_wrong")
+REPORT = ("index.html", *(f"{name}.png" for name in _PLOTS))
+_FIGURES = ("auc", "accuracy", "loss", "brier", "ece")  # None where it is not defined
+
+
+def check(workdir: Path, also: Iterable[str] = ()) -> None:
+    """Raises `UserError` where a run, or what starts it, could not write what it will write.
+
+    Args:
+        also: names of further files.
+    """
+    check_outputs(workdir, [*FILES, *also], FOLDERS)
+    check_outputs(workdir / "report", REPORT)
+
+
+def write_summary(workdir: Path, summary: dict) -> None:
+    """Writes WORKDIR/<mode>_summary.json, whole or not at all."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(summary_file(workdir, summary["mode"]), summary)
+
+
+def summary_file(workdir: Path, mode: str) -> Path:
+    """Returns the path of a mode's summary."""
+    return workdir / f"{mode}_summary.json"
+
+
+def read_train_summary(workdir: Path) -> dict | None:
+    """Returns what a training run left, its keys and types checked; None if it has left nothing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = summary_file(workdir, "train")
+    try:
+        return read_json(file, _check_train, "delete it and run again")
+    except FileNotFoundError:
+        return None
+
+
+def _check_train(found: Any) -> None:
+    check_types(found, step=int, params=int, images_per_second=float, wall_seconds=float)
+    check_types(found, best_step=int | None, valid=dict | None, test=dict | None)
+    figures = [found["images_per_second"], found["wall_seconds"]]
+    for split in ("valid", "test"):
+        if (block := found[split]) is None:
+            continue
+        check_types(block, split=str, n=int, **dict.fromkeys(_FIGURES, int | float | None))
+        figures += [block[name] for name in _FIGURES if block[name] is not None]
+        if block["split"] != split:
+            raise ValueError(f"{split} is of {block['split']}")
+    if not all(map(math.isfinite, figures)) or found["wall_seconds"] <= 0:
+        raise ValueError("a figure that is not finite, or no time at all")
+    if not 0 <= found["step"] < 2**31:
+        raise ValueError(f"step is {found['step']}")

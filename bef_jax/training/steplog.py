@@ -1,0 +1,115 @@
+"""From the metrics of single steps to lines of metrics.jsonl and the progress bar."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bef_jax.data.batches import batch_indices
+from bef_jax.data.store import Split
+from bef_jax.errors import DivergedError
+from bef_jax.runtime.progress import Progress
+from bef_jax.training.clock import Clock
+from bef_jax.training.durations import Durations
+from bef_jax.training.history import History
+
+
+class StepLog:
+    """Holds the metrics of the steps since the last line, on the device, until one is due.
+
+    A line is written while the next step runs, so the devices never wait for the host.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        spans: Durations,
+        train: Split,
+        history: History,
+        clock: Clock,
+        bar: Progress,
+    ):
+        """Begins with nothing logged; rates count from here."""
+        self._config, self._spans, self._train = config, spans, train
+        self._history, self._clock, self._bar = history, clock, bar
+        self._pending: list[tuple[int, dict, int]] = []  # step, its call's metrics, place in them
+        self._in_flight = 0  # how many of them the last call took
+        self._mark = clock.training_seconds(), clock.seconds("wait")
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of the call that made the state of `step`, without waiting.
+
+        Args:
+            metrics: float32 by name; scalars of a single step, or [n] of the call's n steps.
+        """
+        # Only references are kept: arrays that the device has yet to compute. A call of n steps has
+        # one array of n for each figure.
+        self._in_flight = n = metrics["loss"].size
+        self._pending += [(step - n + 1 + place, metrics, place) for place in range(n)]
+
+    def flush(self, everything: bool) -> None:
+        """Writes the lines that are due, of all steps but those in flight.
+
+        Args:
+            everything: waits for the last step too, and writes it: before evaluating or saving.
+
+        Raises:
+            DivergedError: a loss is not finite; names the step and the batch's ids.
+        """
+        every = self._config.log_every
+        # To read what is in flight would stop the host until the devices are done, and leave them
+        # idle until it has dispatched again.
+        done = self._pending if everything else self._pending[: -self._in_flight]
+        # Else a line ends at a multiple of log_every, however many steps a call takes.
+        ready = [item for item in done if everything or item[0] <= done[-1][0] // every * every]
+        if not ready:
+            return
+        self._pending = self._pending[len(ready) :]
+        steps = [step for step, _, _ in ready]
+        # One call, so that copies of all figures are under way at once.
+        fetched = jax.device_get([metrics for _, metrics, _ in ready])
+        values = [
+            {name: np.ravel(value)[place] for name, value in metrics.items()}
+            for metrics, (_, _, place) in zip(fetched, ready, strict=True)
+        ]
+        # Before anything is written, and before a save, which so never holds what is not finite.
+        self._check_finite(steps, values)
+        rates = self._rates(len(steps))
+        lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)
+        for _, line in lines:
+            self._write(*zip(*line, strict=True), rates)
+
+    def _write(self, steps: list[int], values: list[dict], rates: dict[str, float]) -> None:
+        figures = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+        # The last, not the mean: it is known exactly, and a schedule is read off by step.
+        figures["learning_rate"] = float(values[-1]["learning_rate"])
+        epoch = steps[-1] / self._spans.steps_per_epoch
+        self._history.write(steps[-1], epoch=epoch, **figures, **rates)
+        self._bar.update(steps[-1], **figures, **rates)
+
+    def _rates(self, steps: int) -> dict[str, float]:
+        """Images per second and the share of time waiting for input, since the last line."""
+        now = self._clock.training_seconds(), self._clock.seconds("wait")
+        # Two flushes can fall together, and a rate divides by it.
+        spent, waited = (max(a - b, 1e-9) for a, b in zip(now, self._mark, strict=True))
+        self._mark = now
+        return {
+            "images_per_second": steps * self._config.batch_size / spent,
+            "input_wait_fraction": min(waited / spent, 1.0),
+        }
+
+    def _check_finite(self, steps: list[int], values: list[dict]) -> None:
+        for step, metrics in zip(steps, values, strict=True):
+            if math.isfinite(metrics["loss"]):
+                continue
+            config, n = self._config, len(self._train)
+            # Computed anew: a batch is a function of the step, so none had to be kept. Step N
+            # trains on the batch of step N - 1, as steps are counted when they are done.
+            rows = batch_indices(config.seed, step - 1, n, config.batch_size)
+            ids = ", ".join(map(str, self._train.ids[rows]))
+            text = f"the loss of step {step} is not finite; its batch: {ids}"
+            # The loss of step N is that of the state of step N - 1, which so is not known to be
+            # good; the one before it had a finite loss.
+            raise DivergedError(text, last_good=step - 2)

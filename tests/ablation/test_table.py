@@ -1,0 +1,116 @@
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from bef_jax.ablation.table import tabulate, write_table
+from bef_jax.errors import UserError
+from bef_jax.scoring.metrics import Evaluation, binary_metrics
+from bef_jax.scoring.paired_tests import delong_test
+from bef_jax.scoring.scores_csv import write_scores
+
+
+@dataclass
+class Finished:
+    row: str
+    seed: int
+    workdir: Path
+    block: dict = field(default_factory=dict)
+
+    def summary(self):
+        figures = {"params": 5, "images_per_second": 10.0 + self.seed, "wall_seconds": 1.0}
+        return {"valid": self.block, "test": None, "best_step": 3} | figures
+
+
+def runs(folder, rows=("baseline", "all"), seeds=(0, 1, 2), n=200):
+    labels = np.random.default_rng(0).integers(0, 2, n).astype(np.uint8)
+    found = []
+    for seed in seeds:
+        for gain, row in enumerate(rows):
+            rng = np.random.default_rng([seed, gain])
+            scores = stats.norm.cdf((1 + gain) * labels - 0.7 + rng.normal(size=n))
+            workdir = folder / f"{row}{seed}"
+            workdir.mkdir()
+            metrics = binary_metrics(scores, labels)
+            seen = Evaluation("valid", np.arange(n).astype(str), labels, scores, metrics)
+            write_scores(workdir / "scores_valid.csv", seen)
+            found.append(Finished(row, seed, workdir, {"split": "valid", **metrics}))
+    return found, labels
+
+
+def scores_of(run):
+    lines = list(csv.DictReader((run.workdir / "scores_valid.csv").open()))
+    return np.array([float(line["probability"]) for line in lines])
+
+
+def test_means_deviations_and_both_tests(tmp_path):
+    finished, labels = runs(tmp_path)
+    table = tabulate(finished, 0.5)
+    scores = {row: [scores_of(run) for run in finished if run.row == row] for row in table["rows"]}
+    aucs = {row: [roc_auc_score(labels, s) for s in of_row] for row, of_row in scores.items()}
+    for row, values in aucs.items():
+        assert table["rows"][row]["auc"] == pytest.approx(np.mean(values))
+        assert table["rows"][row]["auc_std"] == pytest.approx(np.std(values, ddof=1))
+    against = table["rows"]["all"]["against"]
+    assert against["seeds_p"] == pytest.approx(
+        stats.ttest_rel(aucs["all"], aucs["baseline"]).pvalue
+    )
+    averaged = [np.mean(scores[row], axis=0) for row in ("all", "baseline")]
+    expected = delong_test(*averaged, labels)
+    assert {name: against[name] for name in expected} == expected
+    assert table["rows"]["baseline"]["against"] is None
+    assert table["rows"]["all"]["images_per_second"] == 11.0
+
+
+@pytest.mark.parametrize("change", [np.flip, lambda ids: np.char.add(ids, "x")])
+def test_runs_of_other_patches_or_of_another_order_are_refused(change, tmp_path):
+    finished, labels = runs(tmp_path)
+    ids = change(np.arange(len(labels)).astype(str))
+    scores = Evaluation("valid", ids, labels, scores_of(finished[-1]), {})
+    write_scores(finished[-1].workdir / "scores_valid.csv", scores)
+    with pytest.raises(UserError, match="scored on different patches, or in another order"):
+        tabulate(finished, 0.5)
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+    finished, _ = runs(tmp_path, seeds=(0,))
+    row = tabulate(finished, 0.5)["rows"]["all"]
+    assert (row["auc_std"], row["against"]["seeds_p"]) == (None, None)
+    assert row["against"]["delong_p"] is not None
+
+
+def test_without_a_baseline_there_is_nothing_to_differ_from(tmp_path):
+    finished, _ = runs(tmp_path, rows=("rds", "all"))
+    assert {row["against"] is None for row in tabulate(finished, 0.5)["rows"].values()} == {True}
+
+
+def test_only_seeds_that_both_have_are_compared(tmp_path):
+    finished, labels = runs(tmp_path)
+    short = [run for run in finished if (run.row, run.seed) != ("baseline", 2)]
+    against = tabulate(short, 0.5)["rows"]["all"]["against"]
+    averaged = [
+        np.mean([scores_of(run) for run in short if run.row == row and run.seed < 2], axis=0)
+        for row in ("all", "baseline")
+    ]
+    assert against["seeds"] == 2
+    assert against["auc_difference"] == delong_test(*averaged, labels)["auc_difference"]
+
+
+def test_files_say_what_the_table_says(tmp_path):
+    finished, _ = runs(tmp_path)
+    table = tabulate(finished, 0.5)
+    write_table(tmp_path, table, finished)
+    (line,) = [
+        line for line in (tmp_path / "ablation.md").read_text().splitlines() if "all four" in line
+    ]
+    row = table["rows"]["all"]
+    assert f"{row['auc']:.4f} +- {row['auc_std']:.4f}" in line
+    rows = {r["row"]: r for r in csv.DictReader((tmp_path / "ablation.csv").open(newline=""))}
+    assert float(rows["all"]["auc"]) == row["auc"]
+    assert float(rows["all"]["delong_p"]) == row["against"]["delong_p"]
+    assert rows["baseline"]["delong_p"] == ""
+    assert len(list(csv.DictReader((tmp_path / "ablation_runs.csv").open(newline="")))) == 6

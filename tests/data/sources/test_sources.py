@@ -1,0 +1,302 @@
+import tracemalloc
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from bef_jax.data import sources
+from bef_jax.data.sources import rpcam
+from bef_jax.errors import UserError
+
+
+def read_all(data):
+    """Returns {split: (images, labels, ids)} of all chunks, in the order of reading."""
+    found = {}
+    for split, chunk in sources.read(data):
+        found.setdefault(split, []).append(chunk)
+    return {
+        split: tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
+        for split, chunks in found.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["pcam_hdf5", "pcam_hdf5_gz", "npz"])
+def test_split_sources_give_back_what_was_written(layout, tmp_path, patches, write, make_data):
+    folder = write(layout, tmp_path / "raw", patches)
+    before = sorted(folder.iterdir())
+    found = read_all(make_data(layout.removesuffix("_gz"), folder))
+    assert list(found) == ["test", "valid", "train"]
+    for split, (images, labels) in patches.items():
+        np.testing.assert_array_equal(found[split][0], images)
+        np.testing.assert_array_equal(found[split][1], labels)
+        assert found[split][2][3].endswith(f"{split}_3")
+        assert found[split][1].dtype == np.uint8
+    assert sorted(folder.iterdir()) == before  # unpacked copies are gone
+
+
+@pytest.mark.parametrize("layout", ["pcam_hdf5", "npz"])
+def test_test_split_may_be_absent_and_sizes_keep_the_first(
+    layout, tmp_path, patches, write, make_data
+):
+    del patches["test"]
+    folder = write(layout, tmp_path, patches)
+    found = read_all(make_data(layout, folder, train_size=5, valid_size=1000))
+    assert list(found) == ["valid", "train"]
+    np.testing.assert_array_equal(found["train"][0], patches["train"][0][:5])
+    assert len(found["valid"][1]) == 9
+
+
+@pytest.mark.parametrize("layout", ["pcam_hdf5", "npz"])
+def test_chunks_are_small(layout, tmp_path, write, make_data):
+    images = np.zeros((1100, 96, 96, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(1100) % 256
+    tiny = (images[:1], np.ones(1, np.uint8))
+    folder = write(layout, tmp_path, {"train": (images, np.zeros(1100, np.uint8)), "valid": tiny})
+    chunks = [chunk for split, chunk in sources.read(make_data(layout, folder)) if split == "train"]
+    assert [len(chunk.labels) for chunk in chunks] == [512, 512, 76]
+    np.testing.assert_array_equal(np.concatenate([chunk.images for chunk in chunks]), images)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_streams_stored_and_deflated_members(save, tmp_path, make_data):
+    images = np.zeros((4096, 96, 96, 3), np.uint8)
+    for split in ("train", "valid"):
+        save(tmp_path / f"{split}.npz", images=images, labels=np.zeros(4096, np.int64))
+    del images
+    tracemalloc.start()
+    for _ in sources.read(make_data("npz", tmp_path)):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4096 * 96 * 96 * 3 / 2  # two chunks and a little, of eight
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_npz_keeps_its_ids(kind, tmp_path, patches, make_data):
+    for split, (images, labels) in patches.items():
+        ids = np.asarray([f"{split}-{i}" for i in range(len(labels))]).astype(
+            "S16" if kind is bytes else "U16"
+        )
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=labels, ids=ids)
+    assert read_all(make_data("npz", tmp_path))["valid"][2][2] == "valid-2"
+
+
+# --- Kaggle's layout
+
+
+def test_rpcam_reads_every_patch_once_with_its_label(tmp_path, patches, write, make_data):
+    folder = write("rpcam", tmp_path, patches)
+    found = read_all(make_data("rpcam", folder, split_ratio=(0.5, 0.3, 0.2)))
+    wanted = {
+        image.tobytes(): label
+        for images, labels in patches.values()
+        for image, label in zip(images, labels, strict=True)
+    }
+    got = {
+        image.tobytes(): label
+        for images, labels, _ in found.values()
+        for image, label in zip(images, labels, strict=True)
+    }
+    assert got == wanted
+
+
+def test_rpcam_split_ignores_the_order_of_rows_and_forgives_spreadsheets(
+    tmp_path, patches, write, make_data
+):
+    folder = write("rpcam", tmp_path, patches)
+    data = make_data("rpcam", folder, split_ratio=(0.5, 0.3, 0.2))
+    before = read_all(data)
+    head, *rows = (folder / "train_labels.csv").read_text().splitlines()
+    shuffled = "\r\n".join([head, *reversed(rows)]) + "\r\n"
+    (folder / "train_labels.csv").write_bytes(b"\xef\xbb\xbf" + shuffled.encode())
+    after = read_all(data)
+    for split in before:
+        for one, other in zip(before[split], after[split], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_split_of_follows_the_ratio_and_the_id_alone():
+    names = [f"patch{i}" for i in range(20000)]
+    splits = [rpcam.split_of(name, (0.7, 0.2, 0.1)) for name in names]
+    shares = [splits.count(split) / len(names) for split in ("train", "valid", "test")]
+    # Five standard deviations of a binomial share of 20,000.
+    np.testing.assert_allclose(shares, (0.7, 0.2, 0.1), atol=5 * np.sqrt(0.25 / 20000))
+    assert splits == [rpcam.split_of(name, (7, 2, 1)) for name in names]
+    assert "test" not in {rpcam.split_of(name, (0.7, 0.3, 0)) for name in names}
+    # A share that grows keeps what it had.
+    grown = [rpcam.split_of(name, (0.8, 0.1, 0.1)) for name in names]
+    assert all(new == "train" for old, new in zip(splits, grown, strict=True) if old == "train")
+
+
+def test_rpcam_decodes_by_tifffile_what_pillow_cannot(
+    tmp_path, patches, write, make_data, monkeypatch
+):
+    folder = write("rpcam", tmp_path, patches)
+    path = min((folder / "train").iterdir())
+    pixels = tifffile.imread(path)
+    tifffile.imwrite(path, pixels, compression="jpegxl", compressionargs={"lossless": True})
+    with pytest.raises(OSError):
+        Image.open(path).load()
+    np.testing.assert_array_equal(rpcam._decode(path), pixels)
+
+
+# --- mistakes: one line that names the file
+
+
+def break_hdf5(folder, split="train", x=None, y=None):
+    for name, array in (("x", x), ("y", y)):
+        if array is not None:
+            with h5py.File(folder / f"camelyonpatch_level_2_split_{split}_{name}.h5", "w") as file:
+                file[name] = array
+
+
+def zeros(*shape, dtype=np.uint8):
+    return np.zeros(shape, dtype)
+
+
+HDF5_MISTAKES = {
+    "wrong side": ({"x": zeros(20, 64, 64, 3)}, "train_x.h5: images must be uint8"),
+    "wrong channels": ({"x": zeros(20, 96, 96, 4)}, "train_x.h5: images must be uint8"),
+    "wrong type": ({"x": zeros(20, 96, 96, 3, dtype=np.float32)}, "float32"),
+    "empty": ({"x": zeros(0, 96, 96, 3), "y": zeros(0, 1, 1, 1)}, "train_x.h5: holds no patch"),
+    "fewer labels": ({"y": zeros(19, 1, 1, 1)}, "train_y.h5: 19 labels for 20 images"),
+    "two labels each": ({"y": zeros(10, 2, 1, 1)}, "train_y.h5: 20 labels for 20 images"),
+    "label 2": ({"y": zeros(20, 1, 1, 1) + 2}, "train_y.h5: label 2 in row 0"),
+    "label 0.5": ({"y": zeros(20, 1, 1, 1) + 0.5}, "train_y.h5: label 0.5 in row 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", HDF5_MISTAKES)
+def test_hdf5_mistakes(mistake, tmp_path, patches, write, make_data):
+    folder = write("pcam_hdf5", tmp_path, patches)
+    arrays, message = HDF5_MISTAKES[mistake]
+    break_hdf5(folder, **arrays)
+    expect_error(make_data("pcam_hdf5", folder), message)
+
+
+def expect_error(data, message):
+    with pytest.raises(UserError) as caught:
+        list(sources.read(data))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "lost"),
+    [
+        ("pcam_hdf5", "camelyonpatch_level_2_split_valid_x.h5"),
+        ("pcam_hdf5", "camelyonpatch_level_2_split_test_y.h5"),  # half a split
+        ("npz", "valid.npz"),
+        ("rpcam", "train_labels.csv"),
+    ],
+)
+def test_missing_file(layout, lost, tmp_path, patches, write, make_data):
+    folder = write(layout, tmp_path, patches)
+    (folder / lost).unlink()
+    expect_error(make_data(layout, folder), f"{folder / lost}")
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("pcam_hdf5", "camelyonpatch_level_2_split_train_x.h5"),
+        ("pcam_hdf5_gz", "camelyonpatch_level_2_split_train_x.h5.gz"),
+        ("npz", "train.npz"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+def test_damaged_file(layout, name, damage, tmp_path, patches, write, make_data):
+    folder = write(layout, tmp_path, patches)
+    whole = (folder / name).read_bytes()
+    wrong = {"cut": whole[: len(whole) // 2], "text": b"not found" * 99, "empty": b""}[damage]
+    (folder / name).write_bytes(wrong)
+    expect_error(make_data(layout.removesuffix("_gz"), folder), f"{folder / name}: cannot be read")
+    assert not list(folder.glob("tmp*"))
+
+
+def test_hdf5_without_its_data_set(tmp_path, patches, write, make_data):
+    folder = write("pcam_hdf5", tmp_path, patches)
+    with h5py.File(folder / "camelyonpatch_level_2_split_valid_x.h5", "w") as file:
+        file["images"] = patches["valid"][0]
+    expect_error(make_data("pcam_hdf5", folder), "valid_x.h5: has no data set 'x'")
+
+
+NPZ_MISTAKES = {
+    "no images": ({"labels": zeros(3)}, "train.npz: cannot be read"),
+    "no labels": ({"images": zeros(3, 96, 96, 3)}, "train.npz: cannot be read"),
+    "pickle": (
+        {"images": zeros(3, 96, 96, 3), "labels": np.asarray([0, 1, None])},
+        "train.npz (labels): object [3]; labels must be numbers",
+    ),
+    "fortran": (
+        {"images": np.asfortranarray(zeros(3, 96, 96, 3)), "labels": zeros(3)},
+        "Fortran order",
+    ),
+    "ids that repeat": (
+        {"images": zeros(3, 96, 96, 3), "labels": zeros(3), "ids": np.asarray(["a", "b", "b"])},
+        "train.npz (ids): b names 2 patches",
+    ),
+    "ids": (
+        {"images": zeros(3, 96, 96, 3), "labels": zeros(3), "ids": np.asarray(["a"])},
+        "train.npz (ids): <U1 [1] for 3 images",
+    ),
+    "float images": (
+        {"images": zeros(3, 96, 96, 3, dtype=np.float32), "labels": zeros(3)},
+        "train.npz (images): images must be uint8",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", NPZ_MISTAKES)
+def test_npz_mistakes(mistake, tmp_path, patches, write, make_data):
+    folder = write("npz", tmp_path, patches)
+    arrays, message = NPZ_MISTAKES[mistake]
+    np.savez(folder / "train.npz", **arrays)
+    expect_error(make_data("npz", folder), message)
+
+
+def edit_table(change):
+    def edit(folder):
+        table = folder / "train_labels.csv"
+        table.write_text("\n".join(change(table.read_text().splitlines())) + "\n")
+
+    return edit
+
+
+def save_first(image):
+    return lambda folder: image.save(min((folder / "train").iterdir()), format="tiff")
+
+
+RPCAM_MISTAKES = {
+    "label 2": (edit_table(lambda t: [*t[:1], t[1][:-1] + "2", *t[2:]]), "csv line 2: label '2'"),
+    "no label": (edit_table(lambda t: [*t[:1], t[1][:-2], *t[2:]]), "csv line 2: label None"),
+    "header": (edit_table(lambda t: t[1:]), "its first line must be id,label"),
+    "twice": (edit_table(lambda t: [*t, t[3]]), "was there before"),
+    "no rows": (edit_table(lambda t: t[:1]), "names no patch"),
+    "row gone": (edit_table(lambda t: t[:-1]), "has no row for it"),
+    "file gone": (lambda f: min((f / "train").iterdir()).unlink(), ": train has no file "),
+    "damaged": (lambda f: min((f / "train").iterdir()).write_bytes(b"no"), ".tif: cannot be read"),
+    "size": (save_first(Image.new("RGB", (64, 32))), ".tif: 64x32 pixels; cut or resample it"),
+    "gray": (save_first(Image.new("L", (96, 96))), ".tif: images must be RGB"),
+}
+
+
+@pytest.mark.parametrize("mistake", RPCAM_MISTAKES)
+def test_rpcam_mistakes(mistake, tmp_path, patches, write, make_data):
+    folder = write("rpcam", tmp_path, patches)
+    damage, message = RPCAM_MISTAKES[mistake]
+    damage(folder)
+    expect_error(make_data("rpcam", folder, split_ratio=(0.5, 0.3, 0.2)), message)
+
+
+@pytest.mark.parametrize("ratio", [(1.0, 0.0, 0.0), (0.9, -0.1, 0.2), (0.999998, 1e-6, 1e-6)])
+def test_rpcam_ratio_that_leaves_a_split_empty(ratio, tmp_path, patches, write, make_data):
+    folder = write("rpcam", tmp_path, patches)
+    expect_error(make_data("rpcam", folder, split_ratio=ratio), "config.data.split_ratio")
+
+
+def test_unknown_source_and_size(tmp_path, make_data):
+    expect_error(make_data("imagenet", tmp_path), "config.data.source: unknown source 'imagenet'")
+    expect_error(make_data("npz", tmp_path, valid_size=0), "config.data.valid_size is 0")

@@ -1,0 +1,113 @@
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+from bef_jax.data.sources import synthetic
+
+
+def draw(split, n, seed=0):
+    chunks = list(synthetic.generate(split, n, seed))
+    return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
+
+
+@pytest.fixture(scope="module")
+def patches():
+    return draw("train", 2048)
+
+
+def linear_auc(features, labels):
+    """AUC of a logistic regression on the half of the patches that it was not fitted to."""
+    half = len(labels) // 2
+    scaler = StandardScaler().fit(features[:half])
+    model = LogisticRegression(max_iter=1000).fit(scaler.transform(features[:half]), labels[:half])
+    return roc_auc_score(labels[half:], model.decision_function(scaler.transform(features[half:])))
+
+
+def darkness(images, top):
+    """Features of the darkest pixels of red, where haematoxylin absorbs: [N, 2 * len(top)]."""
+    red = np.sort(images[..., 0].reshape(len(images), -1), axis=1)
+    return np.concatenate([red[:, top], (red[:, None] < [[60], [100]]).mean(axis=2)], axis=1)
+
+
+def test_shapes_ids_and_balance(patches):
+    images, labels, ids = patches
+    assert images.shape == (2048, 96, 96, 3)
+    assert images.dtype == labels.dtype == np.uint8
+    assert len(set(ids)) == 2048
+    assert abs(labels.mean() - 0.5) < 5 * 0.5 / np.sqrt(2048)
+    assert len({image.tobytes() for image in images}) == 2048
+
+
+def test_patches_depend_on_split_seed_and_index_alone(patches):
+    again = draw("train", 200)
+    for one, other in zip(again, patches, strict=True):
+        np.testing.assert_array_equal(one, other[:200])
+    variants = [
+        draw(split, 8, seed)[0] for split, seed in (("train", 0), ("train", 1), ("test", 0))
+    ]
+    for one, other in itertools.combinations(variants, 2):
+        assert (one != other).mean() > 0.5
+
+
+def test_length_is_exact():
+    for n in (1, 127, 128, 129):
+        assert len(draw("valid", n)[1]) == n
+
+
+def test_the_centre_decides(patches):
+    images, labels, _ = patches
+    centre = images[:, 32:64, 32:64]
+    assert linear_auc(darkness(centre, [0, 20, 60, 120, 200]), labels) > 0.97
+
+
+def test_the_rim_says_nothing(patches):
+    images, labels, _ = patches
+    rim = images.copy()
+    rim[:, 32:64, 32:64] = 255
+    features = np.concatenate(
+        [darkness(rim, [0, 50, 200, 800]), rim.mean(axis=(1, 2)), rim.std(axis=(1, 2))], axis=1
+    )
+    # Four standard deviations of the AUC of a coin's toss over 1024 patches.
+    assert abs(linear_auc(features, labels) - 0.5) < 4 * np.sqrt(1 / (12 * 256) + 1 / (12 * 256))
+
+
+def test_the_rim_of_a_patch_is_drawn_without_its_label(monkeypatch):
+    real = synthetic._draw_central_tumour
+
+    def opposite(rng, canvas, labels):
+        real(rng, canvas, 1 - labels)
+
+    before = draw("train", 128)[0]
+    monkeypatch.setattr(synthetic, "_draw_central_tumour", opposite)
+    after = draw("train", 128)[0]
+    changed = (before != after).any(axis=(0, 3))
+    inside = np.zeros_like(changed)
+    inside[32:64, 32:64] = True
+    assert changed[inside].mean() > 0.7  # all but the corners
+    assert not changed[~inside].any()
+
+
+def test_distractors_are_as_common_in_both_classes(patches):
+    images, labels, _ = patches
+    rim = images[..., 0].astype(int)
+    rim[:, 22:74, 22:74] = 255
+    tumour = (rim < 70).sum(axis=(1, 2)) > 40
+    shares = [tumour[labels == label].mean() for label in (0, 1)]
+    assert min(shares) > 0.2
+    assert abs(shares[0] - shares[1]) < 4 * np.sqrt(2 * 0.25 / 1024)
+
+
+def test_colour_alone_does_not_decide(patches):
+    images, labels, _ = patches
+    assert linear_auc(images.mean(axis=(1, 2)), labels) < 0.8
+
+
+def test_colours_are_those_of_stained_tissue(patches):
+    mean = patches[0].mean(axis=(0, 1, 2)) / 255
+    # Means of PCam, and room for being another scanner: green is what both stains absorb.
+    np.testing.assert_allclose(mean, (0.70, 0.54, 0.69), atol=0.12)
+    assert mean.argmin() == 1

@@ -1,0 +1,56 @@
+"""Classes of the splits, which are counted before the first step."""
+
+import numpy as np
+import pytest
+
+from bef_jax.configs import default
+from bef_jax.data.splits import check_classes, open_splits
+from bef_jax.data.store import Split
+from bef_jax.errors import UserError
+
+
+def split(name, labels):
+    ids = np.array([f"{name}_{row}" for row in range(len(labels))])
+    return Split(name, np.zeros((len(labels), 96, 96, 3), np.uint8), np.uint8(labels), ids)
+
+
+def check(**labels):
+    check_classes({name: split(name, of_split) for name, of_split in labels.items()})
+
+
+def test_each_split_s_classes_are_counted(caplog):
+    with caplog.at_level("INFO"):
+        check(train=[0, 1, 1], valid=[0, 1], test=[1, 1, 0])
+    assert caplog.messages == [
+        "train split: 1 normal, 2 metastasis",
+        "valid split: 1 normal, 1 metastasis",
+        "test split: 1 normal, 2 metastasis",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "counts"), [([0] * 3, "3 normal, 0 meta"), ([1] * 3, "0 normal, 3 meta")]
+)
+def test_one_class_can_not_be_trained_on(labels, counts):
+    with pytest.raises(UserError, match=rf"^train split: {counts}\w+: .* give it both$"):
+        check(train=labels, valid=[0, 1])
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("name", ["valid", "test"])
+def test_one_class_in_a_split_to_score_is_a_warning(name, label, caplog):
+    splits = {"train": [0, 1], "valid": [0, 1], "test": [0, 1]} | {name: [label] * 2}
+    with caplog.at_level("WARNING"):
+        check(**splits)
+    (line,) = caplog.messages
+    assert line.startswith(f"{name}: all 2 patches are of class {label}, so AUC")
+
+
+def test_a_store_of_one_class_is_refused_when_it_is_opened(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), np.uint8)
+    for name, labels in (("train", [0] * 4), ("valid", [0, 1])):
+        rows = slice(0, 4) if name == "train" else slice(4, 6)
+        np.savez(tmp_path / f"{name}.npz", images=images[rows], labels=np.uint8(labels))
+    data = default.get_config(f"data.source=npz,data.dir={tmp_path}").data
+    with pytest.raises(UserError, match="train split: 4 normal, 0 metastasis"):
+        open_splits(data)

@@ -1,0 +1,229 @@
+"""Exports against the unfolded network, and in processes that lack this package."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from bef_jax.data.augment import eval_view
+from bef_jax.errors import RunError, UserError
+from bef_jax.export import export
+from bef_jax.models import create
+from bef_jax.runtime import lock, sharding
+from bef_jax.scoring import trained
+from bef_jax.training import checkpoint
+from bef_jax.training.checkpoint import Checkpoints
+from bef_jax.training.state import create_state
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def save_checkpoint(config, workdir):
+    state = create_state(config, sharding.replicated(sharding.make_mesh()))
+    run = {"config": json.loads(config.to_json_best_effort())}
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save(0, state, run, None)
+    checkpoints.close()
+    return state.eval_variables()
+
+
+def make_images(n):
+    return np.random.default_rng(1).integers(0, 256, (n, 96, 96, 3), np.uint8)
+
+
+def probability(config, variables, images):
+    logits = create(config.model).apply(variables, eval_view(images, config), train=False)
+    return np.asarray(jax.nn.softmax(logits)[:, 1])
+
+
+SERVER = """
+import json, sys
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("alone/model.onnx")
+said = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+given, low_high = said["input"], said["input"]["range"]
+images = np.load("patches.npy")
+assert images.dtype == given["dtype"] and list(images.shape[1:]) == given["shape"][1:]
+assert [given["layout"], given["channels"], low_high] == ["NHWC", "RGB", [0, 255]]
+outputs = dict(zip(said["outputs"], session.run(list(said["outputs"]), {given["name"]: images})))
+scores = 1 / (1 + np.exp(-outputs["log_odds"] / said["temperature"]))
+decided = [said["classes"][int(score >= said["threshold"])] for score in scores]
+print(json.dumps([said, outputs["probability"].tolist(), scores.tolist(), decided]))
+"""
+
+
+def check_that_the_onnx_file_alone_is_enough(folder, summary, expected):
+    """In a process without this package, which knows the file's own metadata and nothing else."""
+    onnx = pytest.importorskip("onnx")
+    (folder / "alone").mkdir()
+    (folder / "alone" / "model.onnx").write_bytes((folder / "export" / "model.onnx").read_bytes())
+    code = f"import sys; sys.modules['bef_jax'] = sys.modules['jax'] = None\n{SERVER}"
+    command = [sys.executable, "-P", "-c", code]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    said, probabilities, scores, decided = json.loads(result.stdout)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert decided == [summary["classes"][int(p >= summary["threshold"])] for p in scores]
+    model = onnx.load(folder / "alone" / "model.onnx")
+    assert said == {prop.key: json.loads(prop.value) for prop in model.metadata_props}
+    assert (model.producer_name, model.producer_version) == ("bef_jax", summary["version"])
+    assert said == {name: summary[name] for name in said}
+    assert {"version", "classes", "mpp", "normalisation", "input", "outputs", "meaning",
+            "threshold", "temperature", "operating_point"} <= set(said)  # fmt: skip
+    assert said["meaning"]["probability"] == (
+        "of class 1, metastasis: sigmoid(log_odds / temperature)"
+    )
+
+
+def test_facts_are_the_checkpoint_s(small_config):
+    config = small_config(**{"data.source": "rpcam", "eval.threshold": 0.3})
+    chosen = {"temperature": 1.5, "threshold": 0.4}
+    found = export.facts(config, chosen)
+    assert (found["mpp"], found["threshold"], found["operating_point"]) == (0.972, 0.3, chosen)
+    assert found["normalisation"]["mean"] == list(config.augment.mean)
+    assert found["normalisation"]["std"] == list(config.augment.std)
+    assert export.facts(small_config(), None)["mpp"] is None
+    json.dumps(found)
+
+
+# ---- what is told before anything is compiled ---------------------------------------------------
+
+
+@pytest.fixture
+def before_work(small_config, tmp_path, monkeypatch):
+    """Returns run(workdir, **fields), which exports a checkpoint, and may do no work."""
+
+    def run(workdir, **fields):
+        path = tmp_path / "checkpoint" / "0"
+        for name in ("state", "run"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        export.run(small_config(**fields), workdir, path)
+
+    monkeypatch.setattr(checkpoint, "restore_variables", lambda *_: pytest.fail("it has begun"))
+    return run
+
+
+OUTPUTS = ["export_summary.json", *(f"export/{name}" for name in (
+    "model.onnx", "model.stablehlo", "model.safetensors", "config.json", "export.json"
+))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("export", os.mkfifo), *((name, make) for name in OUTPUTS for make in (os.mkfifo, os.mkdir))],
+)
+def test_something_else_in_an_output_s_place(name, make, before_work, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: a .* is to be .*there; move it away"):
+        before_work(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere"])
+def test_a_workdir_that_cannot_be_written(name, before_work, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"(is no folder|cannot be written.*); give another"):
+        before_work(tmp_path / name)
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxruntime", "safetensors"])
+def test_a_package_that_is_missing(module, before_work, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == module else name)
+    fields = {"model.name": "efficientnet_b0", "model.attention": "none", "model.fusion": False}
+    with pytest.raises(UserError, match=rf"takes {module}: pip install 'bef_jax\[export\]'"):
+        before_work(tmp_path, **fields)
+    assert not (tmp_path / "export").exists()
+
+
+def test_more_classes_than_a_score_tells_apart(before_work, tmp_path):
+    with pytest.raises(UserError, match="scores two classes, not 3"):
+        before_work(tmp_path, **{"model.num_classes": 3})
+
+
+def test_another_export_that_writes_there(before_work, tmp_path):
+    with lock.held(tmp_path, ".export.lock"), pytest.raises(UserError, match="another run writes"):
+        before_work(tmp_path)
+    # A run that trains there is no hindrance.
+    with lock.held(tmp_path), pytest.raises(pytest.fail.Exception, match="it has begun"):
+        before_work(tmp_path)
+
+
+def test_scores_that_are_not_finite_are_not_exported(small_config, tmp_path):
+    config = small_config()
+    variables = save_checkpoint(config, tmp_path)
+    for value in (np.nan, np.inf):  # the latter has a probability, of 1
+        bias = variables["params"]["classifier"]["bias"]
+        variables["params"]["classifier"]["bias"] = bias.at[1].set(value)
+        with pytest.raises(RunError, match="scores are not finite: export an earlier checkpoint"):
+            export._write_files(config, variables, {}, tmp_path / "export")
+    assert not list((tmp_path / "export").iterdir())
+
+
+# ---- what is exported ---------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+@pytest.mark.slow
+def test_both_files_score_as_the_network_does_where_the_package_is_not(small_config, tmp_path):
+    pytest.importorskip("onnxruntime")
+    config = small_config()
+    variables = save_checkpoint(config, tmp_path)
+    path = checkpoint.best(tmp_path)
+    summary = export.run(trained.scoring_config(path), tmp_path, path)
+    images = make_images(5)  # not as many as the export was checked with
+    np.save(tmp_path / "patches.npy", images)
+    expected = probability(config, variables, images)
+    section = README.split("## Serving")[1].split("\n## ")[0]
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert [len(example.splitlines()) <= 10 for example in examples] == [True, True]
+    for example in examples:
+        # -P, and a folder elsewhere: what is imported comes from neither the tree nor the tests.
+        code = f"import sys; sys.modules['bef_jax'] = None\n{example}"
+        command = [sys.executable, "-P", "-c", code]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-5)
+    assert json.loads((tmp_path / "export" / "export.json").read_text()) == summary
+    check_that_the_onnx_file_alone_is_enough(tmp_path, summary, expected)
+    assert summary["files"]["model.safetensors"]["note"] == "timm has no efficientnet_test"
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {
+        "export.json", "model.onnx", "model.stablehlo"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "efficientnet_lite0", "resnet50", "densenet121"]
+)
+def test_onnx_of_every_family(name, small_config):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from bef_jax.export.onnx_graph import to_onnx
+
+    config = small_config(**{"model.name": name})
+    state = create_state(config, sharding.replicated(sharding.make_mesh()))
+    variables, images = state.eval_variables(), make_images(2)
+    score = export.folded_score(config, variables)
+    content = to_onnx(score, export.patches(), export.OUTPUTS)
+    actual = onnxruntime.InferenceSession(content).run(["probability"], {"image": images})[0]
+    np.testing.assert_allclose(actual, probability(config, variables, images), atol=1e-5)
+
+
+def test_a_disagreeing_export_is_not_put_in_place(tmp_path):
+    file = tmp_path / "model.onnx"
+    for wrong in (0.6, np.nan):
+        with pytest.raises(RunError, match="differs from the network"):
+            export._place(file, b"", np.array([wrong]), np.array([0.5]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_views_are_refused(small_config, tmp_path):
+    save_checkpoint(small_config(**{"eval.tta": 8}), tmp_path)
+    path = checkpoint.best(tmp_path)
+    with pytest.raises(UserError, match=r"eval\.tta=8"):
+        export.run(trained.scoring_config(path), tmp_path, path)

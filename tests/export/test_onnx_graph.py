@@ -1,0 +1,40 @@
+"""ONNX of small functions, run by onnxruntime; whole networks are in test_export.py."""
+
+import json
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+from jax import lax
+
+from bef_jax.export.onnx_graph import to_onnx
+
+
+def test_a_choice_between_what_is_broadcast_is_broadcast_itself():
+    def choose(x):
+        def wide(v):
+            return lax.broadcast_in_dim(v, x.shape, (0,))
+
+        top = x.max(1)
+        return lax.select(wide(jnp.isfinite(top)), wide(top), wide(0 * top)).sum(1)
+
+    (n,) = jax.export.symbolic_shape("n")
+    file = to_onnx(choose, jax.ShapeDtypeStruct((n, 4), jnp.float32), ["sums"])
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    session = onnxruntime.InferenceSession(file)
+    (name,) = (given.name for given in session.get_inputs())
+    (sums,) = session.run(None, {name: x})
+    np.testing.assert_allclose(sums, 4 * x.max(1), rtol=1e-6)
+
+
+def test_facts_come_back_from_the_file_as_they_were():
+    facts = {"classes": ["a", "b"], "mpp": None, "threshold": 0.3, "more": {"x": [1, "\u00b5m"]}}
+    (n,) = jax.export.symbolic_shape("n")
+    argument = jax.ShapeDtypeStruct((n, 4), jnp.float32)
+    model = onnx.load_model_from_string(to_onnx(lambda x: (x.sum(1),), argument, ["y"], facts))
+    assert {prop.key: json.loads(prop.value) for prop in model.metadata_props} == facts
+    none = onnx.load_model_from_string(to_onnx(lambda x: (x.sum(1),), argument, ["y"]))
+    assert not none.metadata_props

@@ -1,0 +1,106 @@
+"""timm's files, read back by this package and as timm reads them."""
+
+import functools
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from bef_jax.configs.default import get_config
+from bef_jax.errors import RunError
+from bef_jax.export import timm
+from bef_jax.models import weights
+from bef_jax.models.weights import reading
+
+safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
+TORCH = "model.padding=symmetric,model.bn_epsilon=1e-5"
+
+
+@functools.cache
+def variables_of(name):
+    """Which neither padding nor batch normalisation shows in."""
+    rng = np.random.default_rng(0)
+    shapes = reading._shapes(get_config(f"model.name={name}").model)
+    flat = {name: rng.normal(size=leaf.shape).astype("float32") for name, leaf in shapes.items()}
+    return unflatten_dict(flat, sep="/")
+
+
+@pytest.mark.parametrize(
+    ("arg", "architecture", "arguments"),
+    [
+        ("model.name=efficientnet_b0", "tf_efficientnet_b0", {}),
+        (f"model.name=efficientnet_b0,{TORCH}", "efficientnet_b0", {}),
+        ("model.name=efficientnet_lite0,model.bn_epsilon=1e-4,model.bn_momentum=0.99",
+         "tf_efficientnet_lite0", {"bn_eps": 1e-4, "bn_momentum": 0.01}),
+        (f"model.name=resnet50,model.bn_momentum=0.5,{TORCH}", "resnet50", {}),
+    ],
+)  # fmt: skip
+def test_what_is_written_is_read_back(arg, architecture, arguments, tmp_path):
+    config = get_config(arg)
+    variables = variables_of(config.model.name)
+    entry = timm.write(config, variables, tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, "config.json"}
+    assert (entry["architecture"], entry["note"]) == (architecture, None)
+    content = file.read_bytes()
+    assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    # Whoever may read the one may read the other: a server is often another user.
+    assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    convention = weights.convention(file, config.model)
+    for field in ("padding", "bn_epsilon"):
+        assert convention[field] == config.model[field]
+    if "efficientnet" in architecture:
+        assert convention["bn_momentum"] == config.model.bn_momentum
+    trained = weights.normalisation(file)
+    assert trained == {"mean": config.augment.mean, "std": config.augment.std}
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert (described["architecture"], described["model_args"]) == (architecture, arguments)
+    assert described["num_classes"] == described["pretrained_cfg"]["num_classes"] == 2
+    # timm takes the classifier out by its name there, for another number of classes.
+    with safetensors.safe_open(file, "np") as tensors:
+        name = described["pretrained_cfg"]["classifier"]
+        kernel = tensors.get_tensor(f"{name}.weight")
+        assert kernel.shape == (2, described["num_features"])
+        np.testing.assert_array_equal(kernel.T, variables["params"]["classifier"]["kernel"])
+        assert f"{described['pretrained_cfg']['first_conv']}.weight" in tensors.keys()  # noqa: SIM118
+
+
+def test_another_total_stride_is_noted_and_the_crop_is_timm_s_input_size(tmp_path):
+    config = get_config("model.name=efficientnet_b0,model.total_stride=16,rcc.eval_size=64")
+    entry = timm.write(config, variables_of("efficientnet_b0"), tmp_path)
+    assert "total stride 32, not 16" in entry["note"]
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["total_stride"] == 16
+    assert described["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt", "total_stride": "16"}
+
+
+@pytest.mark.parametrize(
+    ("arg", "note"),
+    [
+        ("model.name=efficientnet_test", "timm has no efficientnet_test"),
+        ("model.attention=cbam,model.fusion=True", "timm has no place for attention and fusion"),
+        ("model.fusion=True", "timm has no place for fusion"),
+        ("model.name=resnet50", "timm's resnet50 has padding=symmetric and bn_epsilon=1e-05 alone"),
+    ],
+)
+def test_what_timm_has_no_place_for_is_not_written(arg, note, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"of an earlier export")
+    entry = timm.write(get_config(arg), {}, tmp_path)
+    assert entry.pop("note") == note
+    assert set(entry.values()) == {None}
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_read_back_the_same_is_not_kept(tmp_path, monkeypatch):
+    config = get_config("model.name=efficientnet_b0")
+    variables = variables_of(config.model.name)
+    written = weights.to_timm(variables, config.model)
+    broken = written | {"bn1.weight": written["bn1.weight"] + 1}
+    monkeypatch.setattr(weights, "to_timm", lambda *_: broken)
+    with pytest.raises(RunError, match="not read back"):
+        timm.write(config, variables, tmp_path)
+    assert not list(tmp_path.iterdir())

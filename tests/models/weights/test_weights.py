@@ -1,0 +1,456 @@
+"""Networks with imported weights, against the packages that the weights come from."""
+
+import contextlib
+import copy
+import functools
+import logging
+import pickle
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bef_jax import models
+from bef_jax.configs.default import get_config
+from bef_jax.errors import UserError
+from bef_jax.export import timm as export_timm
+from bef_jax.models import weights
+from bef_jax.models.ops import norm
+from bef_jax.models.weights import reading
+from tests.memory import growth_of
+from tests.runtime.test_files import special
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev]'")
+LITE0 = "pypi:efficientnet-lite0"
+# torch pads stride 2 as the source did; nothing may be random.
+STILL = {"num_classes": 1000, "dropout": 0.0, "drop_path": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_model(name, **fields):
+    model = get_config().model
+    model.update({"name": name, **STILL, **fields})
+    return model
+
+
+def efficientnet_pytorch(name):
+    module = pytest.importorskip("efficientnet_pytorch")
+    return from_name(module, name.replace("_", "-"))
+
+
+def lite(variant):
+    module = pytest.importorskip("efficientnet_lite_pytorch")
+    return from_name(module, f"efficientnet-lite{variant}")
+
+
+def from_name(module, name):
+    """Padding for the images that come; by default it is for those of the network's own size."""
+    network = module.EfficientNet.from_name(name, drop_connect_rate=0.0, image_size=None)
+    network._dropout.p = 0.0
+    return randomised(network)
+
+
+def timm(name):
+    module = pytest.importorskip("timm", reason="timm wants an environment of its own")
+    return randomised(module.create_model(name))
+
+
+def torchvision(name):
+    module = pytest.importorskip("torchvision", reason="torchvision wants its own environment")
+    network = getattr(module.models, name)()
+    for layer in network.modules():
+        if isinstance(layer, (torch.nn.Dropout, module.ops.StochasticDepth)):
+            layer.p = 0.0
+    return randomised(network)
+
+
+def randomised(network):
+    """Random norms, with statistics near those of images: others let the signal die out or grow.
+
+    Five times as far, and torch itself is off by 2e-3 (B1) to 2e-1 (B3) in float32, from float64.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    momentum = layers[0].momentum
+    for layer in layers:
+        layer.weight.data.uniform_(0.7, 1.3)
+        layer.bias.data.normal_(0, 0.1)
+        layer.momentum = 1.0
+    with torch.no_grad():
+        network.train()(make_images(96)[1])
+    for layer in layers:
+        layer.momentum = momentum
+        layer.running_mean += torch.randn_like(layer.running_mean) * layer.running_var.sqrt() / 50
+        layer.running_var *= torch.empty_like(layer.running_var).uniform_(0.95, 1.05)
+    return network
+
+
+def check_parity(network, model, file, pixels=96):
+    """Logits and statistics of 16 images of 96 pixels, gradients of 16 of `pixels`."""
+    model.update({k: v for k, v in weights.convention(file, model).items() if k != "source"})
+    variables, ours = weights.import_weights(file, model), models.create(model)
+    x, images = make_images(96)
+    with torch.no_grad():
+        expected = network.eval()(images).numpy()
+    assert expected.std(axis=0).mean() > 0.01 * np.abs(expected).max()  # it sees the images
+    assert distance(jax.jit(ours.apply)(variables, x), expected) < 1e-4
+    # float64 there: in float32 its own gradients are off by as much as the tolerance.
+    network = network.double().train()
+    original = copy.deepcopy(network)
+    original(images.double())
+    state = {key: x.numpy() for key, x in original.state_dict().items()}
+    check_tree("batch_stats", train(ours, variables, x)[1], state, file, model)
+    x, images = make_images(pixels)
+    with smooth() if cornered(model.name) else contextlib.nullcontext():
+        network(images.double()).square().mean().backward()
+        gradients = train(ours, variables, x)[0]
+    theirs = {key: p.grad.numpy() for key, p in network.named_parameters()}
+    check_tree("params", gradients, theirs, file, model)
+
+
+def cornered(name):
+    """Whether its activation is ReLU or ReLU6."""
+    return "lite" in name or not name.startswith("efficientnet")
+
+
+@contextlib.contextmanager
+def smooth():
+    """SiLU for ReLU and ReLU6, here and in torch: at a corner float32 may take the other side.
+
+    torch's own gradients in float32 and float64 differ by up to 0.3 (Lite1 to Lite4) and 0.1
+    (ResNet-50) for that. The slopes are compared where they are defined (`test_layers`).
+    """
+
+    def silu(x, *bounds, **inplace):
+        return torch.nn.functional.silu(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "relu", silu)
+        patch.setattr(torch.nn.functional, "hardtanh", silu)  # ReLU6 is that
+        for name in ("relu", "relu6"):
+            patch.setitem(norm.ACTIVATIONS, name, nn.silu)
+            patch.setitem(norm.SLOPES, name, norm.SLOPES["silu"])
+        patch.setattr(nn, "relu", nn.silu)
+        jax.clear_caches()  # the network has been compiled as it is
+        yield
+    jax.clear_caches()
+
+
+def make_images(pixels):
+    """16 of them, for us and for torch."""
+    x = np.random.default_rng(0).normal(size=(16, pixels, pixels, 3)).astype(np.float32)
+    return x, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+
+
+def check_tree(part, tree, theirs, file, model):
+    """Each tensor to 1e-3 of its greatest value, or of a thousandth of the greatest of all."""
+    names = reading._names(reading._source(file, reading._load(file), model), model)
+    floor = 1e-3 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
+    for name, leaf in flatten_dict(tree, sep="/").items():
+        expected = reading._from_torch(theirs[names[f"{part}/{name}"]], leaf.ndim)
+        assert distance(leaf, expected, floor) < 1e-3, name
+
+
+def distance(actual, expected, floor=0.0):
+    """The greatest difference, relative to the greatest value."""
+    return np.abs(actual - expected).max() / max(np.abs(expected).max(), floor)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train(network, variables, images):
+    """Gradients of the mean squared logit, and the batch statistics after the pass."""
+
+    def loss(params):
+        logits, updates = network.apply(
+            variables | {"params": params}, images, train=True, mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )  # fmt: skip
+        return jnp.mean(jnp.square(logits)), updates["batch_stats"]
+
+    return jax.grad(loss, has_aux=True)(variables["params"])
+
+
+def save(network, folder):
+    path = folder / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_lite0_with_its_imagenet_weights_is_the_original():
+    network, file = lite(0), weights.resolve(LITE0)
+    network.load_state_dict(torch.load(file, weights_only=True))
+    check_parity(network, make_model("efficientnet_lite0"), file)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("variant", range(1, 5))
+def test_lite1_to_lite4_are_efficientnet_lite_pytorch_s(variant, tmp_path):
+    network = lite(variant)
+    model = make_model(f"efficientnet_lite{variant}")
+    check_parity(network, model, save(network, tmp_path))
+
+
+@pytest.mark.slow
+def test_b0_is_efficientnet_pytorch_s(tmp_path):
+    network = efficientnet_pytorch("efficientnet_b0")
+    check_parity(network, make_model("efficientnet_b0"), save(network, tmp_path))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("variant", range(1, 8))
+def test_b1_to_b7_are_efficientnet_pytorch_s(variant, tmp_path):
+    network = efficientnet_pytorch(f"efficientnet_b{variant}")
+    model = make_model(f"efficientnet_b{variant}")
+    check_parity(network, model, save(network, tmp_path), pixels=64)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", [f"efficientnet_b{i}" for i in range(4)])
+def test_b0_to_b3_are_timm_s(name, tmp_path):
+    network = timm(name)
+    check_parity(network, make_model(name), save(network, tmp_path))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_b5", "resnet50", "densenet121"])
+def test_networks_are_torchvision_s(name, tmp_path):
+    network = torchvision(name)
+    check_parity(network, make_model(name), save(network, tmp_path))
+
+
+# ---- the way back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b1", "efficientnet_lite0"])
+def test_what_goes_to_timm_comes_back_the_same(name, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    model = make_model(name)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(
+        functools.partial(models.create(model).init, train=False),
+        jax.random.key(0), jnp.zeros((1, 32, 32, 3)),
+    )  # fmt: skip
+    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("float32"), shapes)
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(weights.to_timm(variables, model), path)
+    jax.tree.map(np.testing.assert_array_equal, weights.read(path, model), variables)
+
+
+def test_timm_has_no_place_for_boosts(caplog):
+    caplog.set_level(logging.INFO)
+    model = make_model("efficientnet_b0", attention="cbam", fusion=True)
+    shapes = reading._shapes(model)
+    flat = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    state = weights.to_timm(unflatten_dict(flat, sep="/"), model)
+    assert "attention_2, " in caplog.text and "classifier" in caplog.text
+    assert "classifier.weight" not in state
+    assert state["blocks.1.0.se.conv_reduce.weight"].shape == (4, 96, 1, 1)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b2"])
+def test_timm_loads_what_it_is_given(name, tmp_path):
+    network = timm(name)
+    model = make_model(name.removeprefix("tf_"))
+    variables = weights.import_weights(save(network, tmp_path), model)
+    state = {k: torch.from_numpy(v) for k, v in weights.to_timm(variables, model).items()}
+    other = timm(name)
+    other.load_state_dict(state, strict=True)
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "name",
+    ["efficientnet_b0", "tf_efficientnet_b2", "tf_efficientnet_lite0", "resnet50", "densenet121"],
+)
+def test_timm_loads_what_is_exported(name, tmp_path):
+    """By the file alone, and with config.json, which here says another epsilon, too."""
+    epsilon = {"bn_eps": 2e-3} if "efficientnet" in name else {}
+    network = randomised(pytest.importorskip("timm").create_model(name, **epsilon)).eval()
+    path = save(network, tmp_path).rename(tmp_path / f"{name}.pth")
+    config = get_config()
+    config.model = make_model(name.removeprefix("tf_"))
+    convention = weights.convention(path, config.model)
+    config.model.update({field: convention[field] for field in ("padding", "bn_epsilon")})
+    config.model.bn_epsilon = epsilon.get("bn_eps", config.model.bn_epsilon)
+    variables = weights.import_weights(path, config.model)
+    assert export_timm.write(config, variables, tmp_path)["architecture"] == name
+    images = make_images(96)[1]
+    file, create_model = tmp_path / "model.safetensors", sys.modules["timm"].create_model
+    for other in (
+        create_model(name, checkpoint_path=str(file), **epsilon),
+        create_model(f"local-dir:{tmp_path}", pretrained=True),
+    ):
+        with torch.no_grad():
+            assert torch.equal(other.eval()(images), network(images))
+
+
+@pytest.mark.parametrize(
+    ("file", "architecture", "padding", "epsilon"),
+    [
+        ("efficientnet_b0.safetensors", None, "symmetric", 1e-5),
+        ("tf_efficientnet_b0.safetensors", None, "same", 1e-3),
+        ("model.safetensors", "efficientnet_b0", "symmetric", 1e-5),
+        ("model.safetensors", "tf_efficientnet_b0", "same", 1e-3),
+    ],
+)
+def test_timm_s_name_of_a_network_tells_its_padding(file, architecture, padding, epsilon, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file({"conv_stem.weight": np.zeros(1, np.float32)}, tmp_path / file)
+    if architecture:
+        (tmp_path / "config.json").write_text(f'{{"architecture": "{architecture}"}}')
+    convention = weights.convention(tmp_path / file, make_model("efficientnet_b0"))
+    assert convention["source"] == "timm"
+    assert (convention["padding"], convention["bn_epsilon"]) == (padding, epsilon)
+
+
+# ---- files that do not fit ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def state():
+    return torch.load(weights.resolve(LITE0), weights_only=True)
+
+
+def test_boosts_and_other_classes_start_from_the_same_weights(caplog):
+    caplog.set_level(logging.INFO)
+    boosts = {"num_classes": 2, "attention": "cbam", "fusion": True, "total_stride": 16}
+    found = flatten_dict(weights.read(LITE0, make_model("efficientnet_lite0", **boosts)))
+    plain = flatten_dict(weights.read(LITE0, make_model("efficientnet_lite0")))
+    assert "the classifier is left out" in caplog.text
+    assert {name[1] for name in plain} - {name[1] for name in found} == {"classifier"}
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, plain[name])
+
+
+def test_all_that_is_wrong_is_listed(state, tmp_path):
+    path = tmp_path / "w.pth"
+    broken = dict(state)
+    broken["extra.weight"] = broken.pop("_bn0.bias")
+    broken["_conv_head.weight"] = broken["_conv_head.weight"][:7]
+    torch.save(broken, path)
+    with pytest.raises(UserError) as error:
+        weights.read(path, make_model("efficientnet_lite0"))
+    for text in ("_bn0.bias is missing", "(7, 320, 1, 1)", "extra.weight is unexpected"):
+        assert text in str(error.value)
+
+
+def test_another_network_s_weights_are_refused():
+    with pytest.raises(UserError, match=r"57934424.pth is not of .*=efficientnet_b0: .* more"):
+        weights.read(LITE0, make_model("efficientnet_b0"))
+
+
+@pytest.mark.parametrize("state", [{"a": torch.zeros(1)}, {}, [1, 2], {"a": 1}])
+def test_a_file_of_something_else_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth is .*(of no known source|it holds no dict)"):
+        weights.read(tmp_path / "w.pth", make_model("efficientnet_b0"))
+
+
+class Trap:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
+def test_a_pickled_object_is_refused_and_runs_nothing(suffix, write, tmp_path):
+    path, trapped = tmp_path / f"w{suffix}", tmp_path / "trapped"
+    write({"_conv_stem.weight": torch.zeros(1), "x": Trap(trapped)}, path)
+    with pytest.raises(UserError, match="is no file of tensors alone"):
+        weights.read(path, make_model("efficientnet_b0"))
+    assert not trapped.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files_are_refused(suffix, content, tmp_path):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"w{suffix} is no "):
+        weights.read(path, make_model("efficientnet_b0"))
+
+
+# ---- files that claim what they are not ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["_fc.weight", "_conv_head.weight", "_bn0.num_batches_tracked"])
+@pytest.mark.parametrize("of_today", [True, False])
+def test_a_number_that_claims_to_be_a_huge_tensor_takes_no_memory(of_today, key, state, tmp_path):
+    path, model = tmp_path / "w.pth", make_model("efficientnet_lite0")
+    huge = torch.zeros(1, dtype=torch.float16).expand(40_000, 40_000)
+    torch.save(dict(state) | {key: huge}, path, _use_new_zipfile_serialization=of_today)
+    fits = key != "_conv_head.weight"  # the classifier is left out, and counters are
+
+    def read():
+        expected = (
+            contextlib.nullcontext() if fits
+            else pytest.raises(UserError, match=r"_conv_head.weight is \(40000, 40000\)$")
+        )  # fmt: skip
+        with expected:
+            weights.read(path, model)
+
+    assert growth_of(read) < 300 << 20  # in float32 it has 6.4 GB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_network_s_weights_are_read_in_less_than_a_gibibyte(dtype, tmp_path):
+    model = make_model("efficientnet_b7")
+    shapes = reading._shapes(model)
+    ours = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    tensors = weights.to_timm(unflatten_dict(ours, sep="/"), model)
+    saved = {key: torch.from_numpy(x).to(getattr(torch, dtype)) for key, x in tensors.items()}
+    torch.save(saved, tmp_path / "w.pth")
+    del saved
+    assert growth_of(lambda: weights.read(tmp_path / "w.pth", model)) < 1 << 30
+
+
+def test_what_is_beyond_float32_is_told_and_no_number(state, tmp_path):
+    for value in (1e300, float("nan")):
+        kernel = torch.full(state["_conv_stem.weight"].shape, value, dtype=torch.float64)
+        torch.save(dict(state) | {"_conv_stem.weight": kernel}, tmp_path / "w.pth")
+        with pytest.raises(UserError, match=r"lite0: _conv_stem\.weight is not finite$"):
+            weights.read(tmp_path / "w.pth", make_model("efficientnet_lite0"))
+
+
+def test_strangers_names_of_tensors_stay_one_short_line(state, tmp_path):
+    odd = {f"{row}\n\x1b[31m" + "x" * 10**5: torch.zeros(1) for row in range(30)}
+    for held in (odd, dict(state) | odd):
+        torch.save(held, tmp_path / "w.pth")
+        with pytest.raises(UserError, match=r"\\n\\x1b\[31mxxx") as error:
+            weights.read(tmp_path / "w.pth", make_model("efficientnet_lite0"))
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 4000
+    assert str(error.value).count("is unexpected") == 20
+    assert str(error.value).endswith(" and 10 more")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "folder"])
+def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path):
+    path = special(tmp_path, kind)
+    model = make_model("efficientnet_b0")
+    for use in (weights.resolve, weights.normalisation, lambda name: weights.read(name, model)):
+        with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
+            use(str(path))
+
+
+@pytest.mark.parametrize("name", ["pypi:resnet50", "nowhere.pth"])
+def test_a_name_that_stands_for_nothing(name):
+    with pytest.raises(UserError, match=f"{name}: no such file"):
+        weights.resolve(name)

@@ -1,0 +1,94 @@
+import importlib.util
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from bef_jax.errors import UserError
+from bef_jax.planning import chips, topology
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape"),
+    [
+        ("v5e:2x4", "TPU v5 lite", (2, 4)),
+        ("v4:2x2x1", "TPU v4", (2, 2, 1)),
+        ("h100:8", "NVIDIA H100 80GB HBM3", (8,)),
+        ("cpu:16", "cpu", (16,)),
+    ],
+)
+def test_names_are_read(name, kind, shape):
+    place = topology.parse(name)
+    assert (place.chip.kind, place.shape) == (kind, shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("v9:2x4", ["v9:2x4", "h100:8"]),
+        ("v5e", ["unknown"]),
+        ("v5e:0x4", ["unknown"]),  # libtpu would divide by it
+        ("v5e:2x4x", ["unknown"]),
+        ("v5e:8", ["v5e takes a shape", "2x4"]),
+        ("h100:2x4", ["h100 takes a number"]),
+        ("h100:9", ["1 to 8"]),
+    ],
+)
+def test_other_names_are_refused(name, words):
+    with pytest.raises(UserError) as refusal:
+        topology.parse(name)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"), [("v5e:2x4", ["plan"]), ("l4:1", ["cuda12", "cuda13"])]
+)
+def test_a_missing_compiler_names_its_extras(name, extras, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError) as refusal:
+        topology.make_mesh(topology.parse(name))
+    for extra in extras:
+        assert f"pip install -e .[{extra}]" in str(refusal.value)
+
+
+@pytest.mark.parametrize("plugin", ["jax_cuda12_plugin", "jax_cuda13_plugin"])
+def test_either_plug_in_compiles_for_gpus(plugin, monkeypatch):
+    def describe(name, platform, **options):
+        raise NotImplementedError(platform)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: module == plugin or None)
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    with pytest.raises(NotImplementedError, match="cuda"):
+        topology.make_mesh(topology.parse("h100:8"))
+
+
+def test_what_libtpu_refuses_is_one_line(monkeypatch):
+    def refuse(*args, **options):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: 3x5 is\nnot divisible")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: module)
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "1")
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.setenv(name, "kept")
+    with pytest.raises(UserError, match=r"v5e:3x5.*3x5 is not divisible$"):
+        topology.make_mesh(topology.parse("v5e:3x5"))
+
+
+@pytest.mark.parametrize("name", [name for name in chips.CHIPS if name != "cpu"])
+def test_every_chip_has_all_its_peaks(name):
+    chip = chips.CHIPS[name]
+    assert chips.peak_flops(chip.kind, "bfloat16") > 100e12
+    # Of one magnitude: a slip of GB for GiB/s, or of bits for bytes, is another.
+    assert 1e9 < chip.hbm_bytes < 1e11 < chip.hbm_bandwidth < 1e13
+    assert 1e10 < chip.link_bandwidth < chip.hbm_bandwidth
+
+
+@pytest.mark.parametrize("name", ["a100", "h100", "l4"])
+def test_the_target_of_a_gpu_is_shipped_and_names_it(name):
+    file = topology.resources.files("bef_jax.planning") / "gpu_targets" / f"{name}.textproto"
+    text, chip = file.read_text(), chips.CHIPS[name]
+    assert f'device_description_str: "{chip.kind}"' in text
+    assert f"device_memory_size: {chip.hbm_bytes:.0f}" in text
+    assert f"memory_bandwidth: {chip.hbm_bandwidth:.0f}" in text

@@ -1,0 +1,86 @@
+import logging
+import os
+import signal
+import threading
+
+import jax
+import pytest
+from jax.experimental import multihost_utils
+
+from bef_jax.runtime.interrupt import SIGNALS, Interrupt
+
+
+def send(sign):
+    os.kill(os.getpid(), sign)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_only_asks(sign, caplog):
+    with caplog.at_level(logging.WARNING), Interrupt() as interrupt:
+        assert not interrupt.requested
+        send(sign)
+        assert interrupt.requested
+    assert signal.Signals(sign).name in caplog.text
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_sigint_stops_at_once(first):
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        send(first)
+        send(signal.SIGINT)
+
+
+def test_a_second_sigterm_does_not():
+    """Launchers repeat it while the save is under way."""
+    with Interrupt() as interrupt:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert interrupt.requested
+
+
+def test_handlers_are_given_back():
+    before = [signal.getsignal(sign) for sign in SIGNALS]
+    with Interrupt():
+        assert all(signal.getsignal(sign) != old for sign, old in zip(SIGNALS, before, strict=True))
+    assert [signal.getsignal(sign) for sign in SIGNALS] == before
+    with pytest.raises(RuntimeError), Interrupt():
+        raise RuntimeError
+    assert [signal.getsignal(sign) for sign in SIGNALS] == before
+
+
+def test_other_threads_catch_nothing():
+    seen = []
+
+    def work():
+        with Interrupt() as interrupt:
+            seen.append(([signal.getsignal(sign) for sign in SIGNALS], interrupt.requested))
+
+    before = [signal.getsignal(sign) for sign in SIGNALS]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
+
+
+@pytest.mark.parametrize("agreed", [1, 5, 7])
+def test_of_several_processes_all_are_asked_about_every_step(agreed, monkeypatch):
+    """Also where a call takes several, and where the run goes on from a later step than agreed."""
+    asked = []
+
+    def reached(step):
+        asked.append(step)
+        return step == agreed
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    interrupt = Interrupt()
+    stopped = next(step for step in (3, 4, 6, 8) if interrupt.stops_at(step))
+    assert stopped == {1: 3, 5: 6, 7: 8}[agreed]
+    assert asked == list(range(agreed + 1))
+
+
+def test_of_several_processes_jax_keeps_sigterm(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt():
+        assert signal.getsignal(signal.SIGTERM) == before

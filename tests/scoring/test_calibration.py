@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, recall_score
+
+from bef_jax.scoring.calibration import choose_threshold, fit_temperature, temper, tuned
+from bef_jax.scoring.metrics import Evaluation, binary_metrics
+
+
+def sure(n=4000, factor=3.0, seed=0):
+    """Probabilities whose log-odds are `factor` times what they should be, and labels."""
+    rng = np.random.default_rng(seed)
+    log_odds = 2 * rng.normal(size=n)
+    return expit(factor * log_odds), (rng.random(n) < expit(log_odds)).astype(int)
+
+
+def evaluation(split, probabilities, labels):
+    metrics = binary_metrics(probabilities, labels)
+    return Evaluation(split, np.arange(len(labels)).astype(str), labels, probabilities, metrics)
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_temperature_undoes_what_was_too_sure(factor):
+    assert fit_temperature(*sure(20_000, factor)) == pytest.approx(factor, rel=0.06)
+
+
+def test_temperature_is_a_logistic_regression_without_intercept():
+    probabilities, labels = sure(500)
+    regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
+    regression.fit(logit(probabilities)[:, None], labels)
+    expected = 1 / regression.coef_[0, 0]
+    assert fit_temperature(probabilities, labels) == pytest.approx(expected, rel=1e-4)
+
+
+def test_tempering_keeps_the_order_and_certainty_finite():
+    probabilities = np.array([0.0, 1e-300, 0.2, 0.9, 1.0])
+    tempered = temper(probabilities, 2.0)
+    assert np.isfinite(tempered).all() and (np.diff(tempered) >= 0).all()
+    assert tempered[2] == pytest.approx(1 / (1 + np.sqrt(0.8 / 0.2)))
+
+
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_threshold_is_youdens(decimals):
+    probabilities, labels = sure(300)
+    probabilities = probabilities if decimals is None else probabilities.round(decimals)
+
+    def youden(threshold):
+        called = probabilities >= threshold
+        return recall_score(labels, called) + recall_score(labels, called, pos_label=0)
+
+    chosen = choose_threshold(probabilities, labels)
+    assert chosen in probabilities
+    assert youden(chosen) == pytest.approx(max(map(youden, np.unique(probabilities))))
+
+
+NOTHING_TO_CHOOSE = {
+    "positives alone": ([0.1, 0.9, 0.4], [1, 1, 1]),
+    "negatives alone": ([0.1, 0.9, 0.4], [0, 0, 0]),
+    "one score for all": ([0.5, 0.5, 0.5], [0, 1, 1]),
+    "one other score for all": ([0.7, 0.7, 0.7], [0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING_TO_CHOOSE)
+def test_where_nothing_can_be_chosen_figures_are_null(case):
+    probabilities, labels = map(np.array, NOTHING_TO_CHOOSE[case])
+    assert choose_threshold(probabilities, labels) is None
+    assert fit_temperature(probabilities, labels) is None
+    blocks = tuned(evaluation("valid", probabilities, labels), evaluation("test", *sure(50)))
+    assert {key: x for block in blocks.values() for key, x in block.items() if x is not None} == {
+        "chosen_on": "valid"
+    }
+
+
+def test_a_network_that_is_right_of_all_has_no_temperature():
+    probabilities, labels = np.array([0.2, 0.4, 0.6, 0.9]), np.array([0, 0, 1, 1])
+    assert fit_temperature(probabilities, labels) is None
+    assert choose_threshold(probabilities, labels) == 0.6
+    assert fit_temperature(1 - probabilities, labels) is None  # nor one that is wrong of all
+
+
+def test_what_is_chosen_on_valid_is_applied_to_test():
+    valid = evaluation("valid", *sure(1000, seed=1))
+    test = evaluation("test", *sure(1000, seed=2))
+    blocks = tuned(valid, test)
+    temperature = fit_temperature(valid.probabilities, valid.labels)
+    threshold = choose_threshold(valid.probabilities, valid.labels)
+    cooled = expit(logit(test.probabilities) / temperature)
+    called = test.probabilities >= threshold
+    assert blocks["calibrated"]["temperature"] == temperature
+    assert blocks["calibrated"]["loss"] == pytest.approx(log_loss(test.labels, cooled))
+    assert blocks["calibrated"]["loss"] < test.metrics["loss"]
+    assert blocks["operating_point"]["threshold"] == threshold
+    assert blocks["operating_point"]["sensitivity"] == recall_score(test.labels, called)
+    assert {block["chosen_on"] for block in blocks.values()} == {"valid"}

@@ -1,0 +1,93 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bef_jax.models import create
+from bef_jax.runtime import sharding
+from bef_jax.scoring import gradcam
+from bef_jax.training.state import create_state
+
+
+class Features(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(4, (3, 3), use_bias=False)(x)
+
+
+class Linear(nn.Module):
+    """Features, mean pooling, and a product: Grad-CAM has a closed form."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = Features(name="block_00")(x)
+        return nn.Dense(2, name="classifier")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_of_a_linear_head_it_is_cam(sign):
+    """Zhou et al. 2016: the features, weighted by the classifier's row, over the positions."""
+    images = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+    model = Linear()
+    variables = model.init(jax.random.key(0), images)
+    (found,) = gradcam.stage_maps(model, variables, images, jnp.full(3, sign), ["block_00"])
+    params = variables["params"]
+    features = Features().apply({"params": params["block_00"]}, images)
+    kernel = params["classifier"]["kernel"]
+    weights = sign * (kernel[:, 1] - kernel[:, 0]) / 64
+    np.testing.assert_allclose(found, np.maximum(features @ weights, 0), atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def patches():
+    return np.random.default_rng(1).integers(0, 256, (11, 96, 96, 3), dtype=np.uint8)
+
+
+def explainer(config):
+    state = create_state(config, sharding.replicated(sharding.make_mesh()))
+    return gradcam.make_explainer(config, state.eval_variables())
+
+
+@pytest.mark.parametrize("attention", ["none", "cbam"])
+def test_maps_add_up_to_one_or_are_nothing(attention, small_config, patches):
+    config = small_config(**{"model.attention": attention})
+    maps = explainer(config)(patches, np.arange(11) % 2 == 0)
+    assert maps.shape == (11, 96, 96) and (maps >= 0).all()
+    sums = maps.sum((1, 2))
+    # The mean over stages, of which one may say nothing.
+    assert ((sums < 1 + 1e-4) & (sums >= 0)).all() and sums.max() > 0.3
+    margin = (96 - config.rcc.eval_size) // 2
+    assert maps[:, :margin].sum() == maps[:, :, -margin:].sum() == 0
+
+
+def test_a_patch_is_explained_alike_in_any_company(small_config, patches):
+    explain, called = explainer(small_config()), np.arange(11) % 3 == 0
+    together = explain(patches, called)
+    for row in (0, 8, 10):
+        alone = explain(patches[row : row + 1], called[row : row + 1])
+        np.testing.assert_allclose(alone[0], together[row], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "fusion", "expected"),
+    [
+        ("efficientnet_b3", "none", True, ["block_04", "block_07", "block_17", "block_25"]),
+        ("efficientnet_b3", "cbam", True, [f"attention_{number}" for number in (2, 3, 5, 7)]),
+        ("resnet50", "none", True, ["block_02", "block_06", "block_12", "block_15"]),
+        ("efficientnet_b3", "none", False, ["block_25"]),
+        ("efficientnet_b3", "cbam", False, ["attention_7"]),
+    ],
+)
+def test_what_is_explained_are_the_stages_that_the_classifier_sees(
+    name, attention, fusion, expected, small_config
+):
+    fields = {"model.name": name, "model.attention": attention, "model.fusion": fusion}
+    config = small_config(**fields)
+    assert gradcam.fused_outputs(create(config.model, folded=True)) == expected
+
+
+def test_without_cropping_a_map_covers_the_whole_patch(small_config, patches):
+    maps = explainer(small_config(**{"rcc.enabled": False}))(patches, np.arange(11) % 2 == 0)
+    rim = [maps[:, :20], maps[:, -20:], maps[:, :, :20], maps[:, :, -20:]]
+    assert all(part.sum() > 0 for part in rim)

@@ -1,0 +1,308 @@
+"""`bef_jax.load`, as scripts and notebooks call it."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.special import softmax
+
+import bef_jax
+from bef_jax import predict, train
+from bef_jax.data import store
+from bef_jax.data.augment import eval_view
+from bef_jax.errors import UserError
+from bef_jax.export import export
+from bef_jax.models import create
+from bef_jax.runtime import sharding
+from bef_jax.scoring.scores_csv import read_scores
+from bef_jax.training import checkpoint
+from bef_jax.training.checkpoint import Checkpoints
+from bef_jax.training.state import create_state
+from tests.memory import growth_of
+from tests.runtime.test_files import special
+
+
+@pytest.fixture
+def images(small_config):
+    data = small_config().data
+    store.prepare(data)
+    return np.asarray(store.open_split(store.store_path(data), "test").images)
+
+
+def save(config, workdir):
+    """A checkpoint of random weights, and its variables."""
+    state = create_state(config, sharding.replicated(sharding.make_mesh()))
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save(0, state, {"config": json.loads(config.to_json_best_effort())}, None)
+    checkpoints.close()
+    return state.eval_variables()
+
+
+def logits_of(config, variables, images):
+    return create(config.model).apply(variables, eval_view(images, config), train=False)
+
+
+def test_predict_gives_what_the_mode_gives_to_the_last_digit(trained, workdir, scoring, images):
+    np.savez(workdir / "patches.npz", images=images)
+    config, path = scoring()
+    predict.run(config, workdir, path, workdir / "patches.npz")
+    with open(workdir / "predictions.csv", newline="") as file:
+        expected = [float(row["probability"]) for row in csv.DictReader(file)]
+    model = bef_jax.load(str(workdir))
+    found = model.predict(images)
+    assert found.dtype == np.float64
+    assert found.tolist() == expected
+    assert model.predict(workdir / "patches.npz").tolist() == expected
+    assert model.predict(iter([images[:3], images[3:4], images[4:]])).tolist() == expected
+    assert model.checkpoint == checkpoint.best(workdir).resolve()
+
+
+@pytest.mark.slow
+def test_without_any_config_it_is_the_evaluation_of_training(small_config, tmp_path):
+    fields = {"model.total_stride": 16, "rcc.eval_size": 64, "eval.tta": 8}
+    train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
+    _, _, expected = read_scores(tmp_path / "scores_valid.csv")
+    model = bef_jax.load(tmp_path)
+    split = store.open_split(store.store_path(model.config.data), "valid")
+    np.testing.assert_allclose(model.predict(split.images), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model.name": "efficientnet_b0", "model.total_stride": 16},
+        {"model.name": "efficientnet_lite0", "model.attention": "none", "model.fusion": False},
+        {"model.name": "resnet50"},
+    ],
+    ids=["boosted b0", "lite0", "resnet50"],
+)
+@pytest.mark.slow
+def test_every_family_scores_as_its_layers_do(fields, small_config, images, tmp_path):
+    config = small_config(**fields)
+    variables = save(config, tmp_path)
+    apply = jax.jit(lambda x: logits_of(config, variables, x))
+    expected = softmax(np.asarray(apply(images[:4]), np.float64), axis=1)[:, 1]
+    np.testing.assert_allclose(bef_jax.load(tmp_path).predict(images[:4]), expected, rtol=1e-4)
+
+
+def test_features_are_what_the_classifier_reads(small_config, images, tmp_path):
+    config = small_config()
+    variables = save(config, tmp_path)
+    features = bef_jax.load(tmp_path).features(images)
+    layer = variables["params"]["classifier"]
+    expected = logits_of(config, variables, images)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features @ layer["kernel"] + layer["bias"], expected, atol=1e-4)
+
+
+def test_gradcam_is_of_class_1_between_0_and_1(trained, workdir, images):
+    model = bef_jax.load(workdir)
+    maps = model.gradcam(images)
+    assert (maps.shape, maps.dtype) == ((len(images), 96, 96), np.float32)
+    assert maps.min() == 0
+    largest = maps.max((1, 2))
+    assert set(np.round(largest, 6)) <= {0.0, 1.0}
+    # The network sees the central 48 pixels alone.
+    assert not maps[:, :24].any()
+    np.testing.assert_allclose(model.gradcam(images[2:3]), maps[2:3], atol=1e-4)
+
+
+def test_any_number_of_patches_even_none(trained, workdir, images):
+    model = bef_jax.load(workdir)
+    whole = model.predict(images)
+    assert model.predict(images[:0]).shape == (0,)
+    assert model.features(images[:0]).shape == (0, model.features(images[:1]).shape[1])
+    assert model.gradcam(images[:0]).shape == (0, 96, 96)
+    alone = np.concatenate([model.predict(image[None]) for image in images[:4]])
+    np.testing.assert_allclose(alone, whole[:4], rtol=1e-5)
+
+
+def test_it_tells_its_classes_scale_and_threshold(small_config, tmp_path):
+    save(small_config(**{"data.source": "rpcam", "eval.threshold": 0.3}), tmp_path / "rpcam")
+    save(small_config(), tmp_path / "drawn")
+    real, drawn = bef_jax.load(tmp_path / "rpcam"), bef_jax.load(tmp_path / "drawn")
+    assert real.classes == ("normal", "metastasis")
+    assert (real.mpp, drawn.mpp) == (0.972, None)
+    assert (real.threshold, drawn.threshold) == (0.3, 0.5)
+    assert real.operating_point is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (np.zeros((2, 96, 96, 3), np.float32), "float32"),
+        (np.zeros((96, 96, 3), np.uint8), r"\[96, 96, 3\]"),
+        (np.zeros((2, 64, 64, 3), np.uint8), r"give uint8 \[N, 96, 96, 3\]"),
+        ("nowhere.png", "no such file"),
+    ],
+)
+def test_images_of_another_kind_are_told(wrong, words, trained, workdir):
+    with pytest.raises(UserError, match=words):
+        bef_jax.load(workdir).predict(wrong)
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"load\('nowhere'\): no such folder"):
+        bef_jax.load("nowhere")
+    with pytest.raises(UserError, match="no checkpoint there"):
+        bef_jax.load(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"none")
+    (tmp_path / "model.stablehlo").write_bytes(b"none")
+    for name in ("model.onnx", "model.stablehlo"):
+        with pytest.raises(UserError, match=name):
+            bef_jax.load(tmp_path / name).predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
+def test_what_is_no_regular_file_is_told_at_once(name, kind, tmp_path):
+    (tmp_path / name).symlink_to(special(tmp_path, kind))
+    with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
+        bef_jax.load(tmp_path / name)
+
+
+def tiny_onnx(file, **facts):
+    """A file that another program could have written: twice its input."""
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["n", 4]) for x in ("x", "y")]
+    nodes = [helper.make_node("Add", ["x", "x"], ["y"])]
+    graph = helper.make_graph(nodes, "graph", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    helper.set_model_props(model, facts)
+    file.write_bytes(model.SerializeToString())
+
+
+def test_another_program_s_onnx_is_told_before_it_scores(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    file = tmp_path / "other.onnx"
+    for facts in ({}, {"classes": "[1]", "mpp": "null"}, {"classes": "[", "mpp": "x"}):
+        tiny_onnx(file, **facts)
+        model = bef_jax.load(file)
+        assert (model.classes, model.mpp) == (None, None)
+        with pytest.raises(UserError, match="is no file of --mode=export"):
+            model.predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+
+def test_what_an_onnx_file_names_besides_is_not_opened(tmp_path, capfd):
+    """Weights may be in other files: one of them is a FIFO here."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    file = tmp_path / "model.onnx"
+    tiny_onnx(file)
+    model = onnx.load(file)
+    kept = model.graph.initializer.add(name="x", dims=[1, 4], data_type=1, data_location=1)
+    for key, value in (("location", "fifo"), ("offset", "0"), ("length", "16")):
+        kept.external_data.add(key=key, value=value)
+    file.write_bytes(model.SerializeToString())
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="can't be read"):
+        bef_jax.load(file).predict(np.zeros((1, 96, 96, 3), np.uint8))
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
+def test_a_file_larger_than_any_export_is_not_read(name, tmp_path):
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    model = bef_jax.load(tmp_path / name)
+
+    def predict():
+        with pytest.raises(UserError, match="larger than any"):
+            model.predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+    assert growth_of(predict) < 1 << 30
+
+
+DESCRIPTION = {"classes": ["a", "b"], "mpp": 0.5, "files": {"model.onnx": {"sha256": "0" * 64}}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "3", "null", "{}", "[" * 100_000, json.dumps(DESCRIPTION)[:50], "\0" * 100,
+     *(json.dumps(DESCRIPTION | {name: wrong}) for name, wrong in
+       [("classes", None), ("classes", [1, 2]), ("classes", "ab"), ("mpp", "0.5"), ("mpp", True),
+        ("files", []), ("files", {"model.onnx": 3}), ("files", {"model.onnx": {"sha256": 3}})])],
+)  # fmt: skip
+def test_a_description_that_was_cut_or_edited_is_one_line(content, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    (tmp_path / "export.json").write_text(content)
+    model = bef_jax.load(tmp_path / "model.onnx")
+    for use in (lambda: model.classes, lambda: model.predict(np.zeros((1, 96, 96, 3), np.uint8))):
+        with pytest.raises(UserError, match=r"export.json: damaged .*; export again") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
+def test_a_file_that_is_not_what_was_described_is_not_read(name, tmp_path):
+    """JAX's reader of a damaged file can end the process, or never return."""
+    content = b"what was exported"
+    written = {"sha256": hashlib.sha256(content).hexdigest()}
+    description = DESCRIPTION | {"files": {name: written}}
+    (tmp_path / "export.json").write_text(json.dumps(description))
+    for damaged in (content[:-1], b"W" + content[1:]):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"not what export\.json beside it describes"):
+            bef_jax.load(tmp_path / name).predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+
+@pytest.mark.slow
+def test_an_exported_file_predicts(trained, workdir, scoring, images, tmp_path):
+    pytest.importorskip("onnxruntime")
+    config, path = scoring()
+    export.run(config, workdir, path)
+    expected = bef_jax.load(workdir).predict(images)
+    for name in ("model.stablehlo", "model.onnx"):
+        model = bef_jax.load(workdir / "export" / name)
+        np.testing.assert_allclose(model.predict(images), expected, atol=1e-5)
+        assert (model.classes, model.mpp) == (("normal", "metastasis"), None)
+        for method in (model.features, model.gradcam):
+            with pytest.raises(UserError, match="load its checkpoint"):
+                method(images)
+        # Where a server has the file alone.
+        (tmp_path / name).write_bytes((workdir / "export" / name).read_bytes())
+        alone = bef_jax.load(tmp_path / name)
+        np.testing.assert_allclose(alone.predict(images[:2]), expected[:2], atol=1e-5)
+        assert alone.classes == (model.classes if name == "model.onnx" else None)
+
+
+@pytest.mark.slow
+def test_a_picture_is_cut_into_windows(trained, workdir, images, tmp_path):
+    Image.fromarray(np.concatenate(images[:2], axis=1)).save(tmp_path / "two.png")
+    model = bef_jax.load(workdir)
+    found = model.predict(tmp_path / "two.png")
+    assert found.shape == (3 * 6,)
+    np.testing.assert_allclose(found[[7, 10]], model.predict(images[:2]), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_uses_all_devices(trained, workdir, images, tmp_path):
+    np.save(tmp_path / "images.npy", images)
+    code = (
+        "import sys, jax, numpy, bef_jax; assert jax.device_count() == 8\n"
+        "model = bef_jax.load(sys.argv[1]); images = numpy.load(sys.argv[2])\n"
+        "print(model.predict(images).tolist()); print(model.features(images).shape[0])"
+    )
+    from tests.conftest import environment_of
+
+    command = [sys.executable, "-c", code, str(workdir), str(tmp_path / "images.npy")]
+    result = subprocess.run(command, env=environment_of(8), capture_output=True, text=True)
+    probabilities, count = result.stdout.splitlines()
+    expected = bef_jax.load(workdir).predict(images)
+    np.testing.assert_allclose(json.loads(probabilities), expected, rtol=1e-5)
+    assert int(count) == len(images)
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import sys, bef_jax; bef_jax.load; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

@@ -1,0 +1,92 @@
+"""The house: which room may know which, and how full a room may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "bef_jax"
+
+# Lowest first. A module imports from its own floor and from those below it. A room is a folder of
+# the package, or a single module; the longest name that fits a module decides.
+FLOORS = (
+    {"errors", "configs", "runtime", "data.patch"},
+    {"data"},
+    {"models"},
+    {"config"},
+    {"training"},
+    {"scoring"},
+    {"report", "export", "ablation", "planning"},
+    {"train", "evaluate", "predict"},
+    {"cli", "main", "__main__"},
+)
+FULL = 13  # modules of one folder
+
+
+def names_of(path):
+    """The dotted name of a module below the package: '' is the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {names_of(path): path for path in PACKAGE.rglob("*.py")} | {"configs": None}
+
+
+def imported(path):
+    """The modules of the package that a file imports, at its top or within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            package, _, name = module.partition(".")
+            if package == "bef_jax":
+                # What a module exports is of that module.
+                yield name if name in MODULES else name.rpartition(".")[0]
+
+
+def room_of(module):
+    """The longest name in FLOORS that a module is, or lies in."""
+    rooms = [room for floor in FLOORS for room in floor]
+    return max((room for room in rooms if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+def floor_of(module):
+    return next(number for number, floor in enumerate(FLOORS) if room_of(module) in floor)
+
+
+IMPORTS = {
+    module: set(imported(path)) - {""} for module, path in MODULES.items() if module and path
+}
+
+
+@pytest.mark.parametrize("module", sorted(IMPORTS))
+def test_no_module_imports_from_a_floor_above(module):
+    above = {other for other in IMPORTS[module] if floor_of(other) > floor_of(module)}
+    assert not above
+
+
+def test_rooms_know_each_other_in_no_circle():
+    """Where a room imports another one, that one never leads back to it."""
+    doors = {}
+    for module, others in IMPORTS.items():
+        doors.setdefault(room_of(module), set()).update(map(room_of, others))
+    while doors:
+        # A room that knows no other one that is left is taken away, until none is left.
+        free = {room for room, others in doors.items() if not others & doors.keys() - {room}}
+        assert free, doors
+        doors = {room: others for room, others in doors.items() if room not in free}
+
+
+def test_no_folder_is_too_full():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    counts = {folder.name: len([*folder.glob("[!_]*.py")]) for folder in folders}
+    assert max(counts.values()) <= FULL, counts
+
+
+def test_every_folder_says_what_it_is_for():
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder

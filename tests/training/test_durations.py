@@ -1,0 +1,45 @@
+import itertools
+
+import pytest
+
+from bef_jax.configs.default import get_config
+from bef_jax.errors import UserError
+from bef_jax.training.durations import Durations, call_sizes, check_placement
+
+
+def make_config(steps_per_call=1, every_steps=500, placement="auto"):
+    config = get_config()
+    config.steps_per_call, config.data.placement = steps_per_call, placement
+    config.checkpoint.every_steps = every_steps
+    return config
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 29])
+@pytest.mark.parametrize("steps_per_call", [1, 2, 4, 7])
+@pytest.mark.parametrize(("eval_steps", "every_steps"), [(5, 8), (8, 4), (1, 3), (100, 100)])
+def test_calls_end_at_every_evaluation_and_save(start, steps_per_call, eval_steps, every_steps):
+    spans = Durations(steps=30, steps_per_epoch=10, eval_steps=eval_steps)
+    sizes = list(call_sizes(make_config(steps_per_call, every_steps), spans, start))
+    ends = set(itertools.accumulate(sizes, initial=start))
+    events = {step for step in range(start, 31) if not (step % eval_steps and step % every_steps)}
+    assert events | {start, 30} <= ends
+    assert max(ends) == 30
+    assert set(sizes) <= {1, steps_per_call}
+
+
+def test_calls_are_as_long_as_they_may():
+    spans = Durations(steps=23, steps_per_epoch=10, eval_steps=10)
+    sizes = list(call_sizes(make_config(4), spans, 0))
+    assert sizes == [4, 4, 1, 1, 4, 4, 1, 1, 1, 1, 1]
+
+
+def test_a_run_at_its_end_makes_no_call():
+    spans = Durations(steps=30, steps_per_epoch=10, eval_steps=10)
+    assert list(call_sizes(make_config(4), spans, 30)) == []
+
+
+def test_several_steps_from_the_host_are_refused():
+    with pytest.raises(UserError, match=r"config.steps_per_call=2 .*config.data.placement=auto "):
+        check_placement(make_config(2), placed=False)
+    check_placement(make_config(2), placed=True)
+    check_placement(make_config(1), placed=False)

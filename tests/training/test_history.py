@@ -1,0 +1,187 @@
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from bef_jax.errors import UserError
+from bef_jax.training.history import History
+
+
+@pytest.fixture
+def history(tmp_path):
+    opened = History(tmp_path)
+    yield opened
+    opened.close()
+
+
+def on_disk(folder):
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+    """TensorBoard's files: records of length, checksum, event, checksum."""
+    found = []
+    for file in sorted((folder / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def scalars(folder):
+    """(tag, step, value) of all events."""
+    return [(v.tag, e.step, v.simple_value) for e in events(folder) for v in e.summary.value]
+
+
+def test_lines_are_written_at_once(history, tmp_path):
+    history.write(20, epoch=0.5, loss=0.25)
+    expected = [{"step": 20, "epoch": 0.5, "loss": 0.25}]
+    assert on_disk(tmp_path) == expected == history.lines
+    history.write(40, valid_auc=0.75)
+    assert on_disk(tmp_path) == [*expected, {"step": 40, "valid_auc": 0.75}]
+    history.close()  # its thread writes
+    assert scalars(tmp_path) == [("epoch", 20, 0.5), ("loss", 20, 0.25), ("valid_auc", 40, 0.75)]
+
+
+def test_a_later_run_goes_on(history, tmp_path):
+    history.write(1, epoch=0.5, loss=3.0)
+    later = History(tmp_path)
+    later.write(2, epoch=1.0, loss=2.0)
+    later.close()
+    assert (
+        later.lines
+        == on_disk(tmp_path)
+        == [
+            {"step": 1, "epoch": 0.5, "loss": 3.0},
+            {"step": 2, "epoch": 1.0, "loss": 2.0},
+        ]
+    )
+
+
+def test_truncate_drops_what_came_after(history, tmp_path):
+    for step in (10, 20, 20, 30):
+        history.write(step, loss=1.0)
+    history.truncate(20)
+    assert [line["step"] for line in history.lines] == [10, 20, 20]
+    assert on_disk(tmp_path) == history.lines
+    history.write(25, loss=0.5)
+    assert [line["step"] for line in on_disk(tmp_path)] == [10, 20, 20, 25]
+    assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(history, tmp_path):
+    history.write(1, epoch=0.5, loss=3.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    later = History(tmp_path)
+    later.truncate(5)
+    later.write(2, epoch=1.0, loss=2.0)
+    later.close()
+    assert [line["step"] for line in on_disk(tmp_path)] == [1, 2]
+    assert on_disk(tmp_path) == later.lines
+
+
+def test_a_fresh_workdir_has_no_lines(history):
+    assert history.lines == []
+
+
+# What a power cut, an editor or another program leaves in place of a line.
+NO_LINES = [
+    b"3", b"{}", b"null", b"[]", b'"x"', b'{"step": null}', b"\xff", b"\0" * 100, b"",
+    b"{", b"[" * 9000,
+    b'{"step": 2, "epoch": 1.0, "loss": "low"}', b'{"step": 2, "loss": 1.0}',
+    b'{"step": 2.0, "epoch": 1.0}', b'{"step": true, "epoch": 1.0}', b'{"step": -1, "epoch": 1.0}',
+    b'{"step": 2, "epoch": null, "loss": 1.0}', b'{"step": 2, "epoch": NaN}',
+    b'{"step": 2, "epoch": 1.0, "loss": 1' + b"0" * 400 + b"}", b'{"step": 2, "epoch": [1.0]}',
+    b'{"step": 2, "epoch": 1.0, "loss": true}', b"x" * 200_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_LINES, ids=range(len(NO_LINES)))
+def test_what_is_no_line_of_a_run_is_left_out(text, history, tmp_path):
+    history.write(1, epoch=0.5, loss=3.0)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(text + b"\n")
+    history.write(2, epoch=1.0, grad_norm=float("inf"))
+    later = History(tmp_path)
+    later.truncate(2)
+    later.close()
+    assert [line["step"] for line in later.lines] == [1, 2]
+    assert len(on_disk(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
+def test_what_is_no_file_is_refused_at_once(kind, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}[kind](
+        file
+    )
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: is a {kind}"):
+        History(tmp_path)
+
+
+def test_a_fresh_start_begins_a_fresh_file(history, tmp_path):
+    """What a run left that was killed before its first save: nothing goes on from there."""
+    for step in (1, 2):
+        history.write(step, epoch=1.0, loss=3.0)
+    later = History(tmp_path)
+    later.truncate(0)
+    later.write(1, epoch=1.0, loss=2.0)
+    later.close()
+    assert [line["loss"] for line in on_disk(tmp_path)] == [2.0]
+
+
+def test_tensorboard_is_told_which_steps_come_again(history, tmp_path):
+    history.write(1, epoch=1.0, loss=3.0)
+    history.truncate(5)
+    history.close()
+    (start,) = [e for e in events(tmp_path) if e.session_log.status == SessionLog.START]
+    assert start.step == 6
+
+
+def test_no_file_appears_before_the_first_line(history, tmp_path):
+    history.truncate(0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def many_names(file):
+    for start in range(0, 1 << 22, 256):
+        names = (b'"%028d":1.5' % number for number in range(start, start + 256))
+        file.write(b'{"step":1,"epoch":1,' + b",".join(names) + b"}\n")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.truncate(1 << 40),
+        lambda file: file.write(b'{"step": 1, "epoch": 0.5}\n' * 1_400_000),
+        pytest.param(many_names, marks=pytest.mark.slow),
+    ],
+    ids=["sparse", "short lines", "many names"],
+)
+def test_a_file_longer_than_any_is_refused_in_little_memory(write, tmp_path):
+    with (tmp_path / "metrics.jsonl").open("wb") as file:
+        write(file)
+    code = """
+import resource, sys
+from bef_jax.history import History
+
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+before = most()
+try:
+    History(sys.argv[1])
+except Exception as error:
+    print(type(error).__name__, most() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    name, mebibytes = done.stdout.split()
+    assert name == "UserError"
+    assert int(mebibytes) < 1024

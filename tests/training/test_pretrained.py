@@ -1,0 +1,97 @@
+import json
+import os
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from bef_jax.configs.default import get_config
+from bef_jax.errors import UserError
+from bef_jax.runtime import sharding
+from bef_jax.training import pretrained, state
+from bef_jax.training.checkpoint import Checkpoints
+
+SOURCE = "model.name=efficientnet_test,model.num_classes=3,ema_decay=0.0,seed=1"
+BOOSTED = "model.name=efficientnet_test,model.attention=cbam,model.fusion=True"
+EVERYWHERE = sharding.replicated(sharding.make_mesh())
+
+
+def shapes(**sizes):
+    """Stand-ins of arrays: shapes(stem=(3, 2)) has 'params/stem/kernel' of shape (3, 2)."""
+    named = {f"params/{name}/kernel": size for name, size in sizes.items()}
+    return {name: types.SimpleNamespace(shape=size) for name, size in named.items()}
+
+
+def same(one, other):
+    """{parameter: whether the two trees have the same bits there}."""
+    return flatten_dict(jax.tree.map(np.array_equal, one, other), sep="/")
+
+
+def test_a_plain_network_starts_a_boosted_one(tmp_path):
+    """Of other classes, without average; what it lacks is as a run from scratch has it."""
+    config, scratch = get_config(BOOSTED), get_config(SOURCE)
+    source = state.create_state(scratch, EVERYWHERE)
+    # Apart from the ones and zeros that statistics begin with.
+    source = source.replace(batch_stats=jax.tree.map(lambda x: x + 0.5, source.batch_stats))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    saved_config = json.loads(scratch.to_json_best_effort())
+    checkpoints.save(7, source, {"config": saved_config}, None)
+    checkpoints.close()
+    config.init_from = str(tmp_path / "checkpoints" / "7")
+    started, renewed = pretrained.start(config, EVERYWHERE)
+    fresh = state.create_state(config, EVERYWHERE)
+    trunk = [name for name in source.params if name != "classifier"]
+    new = [name for name in fresh.params if name not in trunk]
+    assert "attention_3" in new
+    assert renewed == sorted(new)
+    for part, parts, origin in (("params", trunk, source), ("params", new, fresh),
+                                ("batch_stats", source.batch_stats, source)):  # fmt: skip
+        for name in parts:
+            pair = getattr(started, part)[name], getattr(origin, part)[name]
+            assert all(same(*pair).values()), name
+    assert started.step == 0
+    assert all(same(started.ema["params"], started.params).values())
+    assert all(same(started.ema["batch_stats"], started.batch_stats).values())
+    assert jax.tree.all(jax.tree.map(np.array_equal, started.opt_state, fresh.opt_state))
+
+
+def test_fresh_are_another_classifier_and_attention_that_the_source_lacks():
+    source = shapes(stem=(3, 2), attention_2=(4, 4), classifier=(9, 1000))
+    wanted = shapes(stem=(3, 2), attention_2=(4, 4), attention_3=(5, 5), classifier=(9, 2))
+    assert pretrained.fresh_parts(source, wanted, "x") == ["attention_3", "classifier"]
+    assert pretrained.fresh_parts(wanted, wanted, "x") == []
+
+
+def test_all_that_does_not_fit_is_listed():
+    source = shapes(stem=(3, 2), block_01=(4, 4), attention_2=(1, 1), classifier=(9, 9))
+    wanted = shapes(stem=(3, 3), block_00=(4, 4), attention_2=(2, 2), classifier=(9, 2))
+    with pytest.raises(UserError) as caught:
+        pretrained.fresh_parts(source, wanted, "weights.pth")
+    assert str(caught.value) == (
+        "config.init_from=weights.pth is not of this network: "
+        "params/attention_2/kernel is (1, 1), not (2, 2), params/block_00/kernel is missing, "
+        "params/block_01/kernel is unexpected, params/stem/kernel is (3, 2), not (3, 3)"
+    )
+
+
+def test_a_long_list_is_cut():
+    wanted = shapes(**{f"block_{i:02d}": (1, 1) for i in range(30)})
+    with pytest.raises(UserError, match=r"block_19/kernel is missing and 10 more$"):
+        pretrained.fresh_parts({}, wanted, "x")
+
+
+def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="can't be read"):
+        pretrained.find(str(tmp_path))
+
+
+def test_a_source_that_is_no_file_or_has_a_damaged_config_is_named_at_once(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth: is a FIFO"):
+        pretrained.find(str(tmp_path / "weights.pth"))
+    (tmp_path / "0" / "run").mkdir(parents=True)
+    (tmp_path / "0" / "run" / "metadata").write_text('{"config": {"model": {"gone": 1}}}')
+    with pytest.raises(UserError, match=r"0: config\.model\.gone is unknown"):
+        pretrained.find(str(tmp_path / "0"))
