@@ -159,7 +159,7 @@ def compile_kernel(name: str, shape: Shape, strip: grid.Strip) -> None:
     half = functools.partial(array, dtype=jnp.bfloat16)
     hidden, window = shape.hidden, strip.window
     x = half(*window.size, shape.inputs, IMAGES)
-    d, by_y = (half(*window.outputs, channels, IMAGES) for channels in (hidden, shape.outputs))
+    d, dy = (half(*window.outputs, channels, IMAGES) for channels in (hidden, shape.outputs))
     weights = half(hidden, shape.outputs)
     expand, shift = half(hidden, shape.inputs), array(hidden, 1)
     if shape.inputs == hidden:
@@ -172,11 +172,11 @@ def compile_kernel(name: str, shape: Shape, strip: grid.Strip) -> None:
         "project": (lambda *a: forward.project(*a, block, "silu"), (d, norm, gate, weights)),
         "project_gradients": (
             lambda *a: backward.project_gradients(*a, block, "silu"),
-            (d, by_y, norm, gate, weights),
+            (d, dy, norm, gate, weights),
         ),
         "spread_gradients": (
             lambda *a: backward.spread_gradients(*a, strip, "silu"),
-            (x, d, by_y, (expand, taps, weights, array(hidden, 5)), array(2, hidden, IMAGES)),
+            (x, d, dy, (expand, taps, weights, array(hidden, 5)), array(2, hidden, IMAGES)),
         ),
     }
     function, arguments = calls[name]

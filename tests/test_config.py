@@ -3,9 +3,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -357,36 +359,54 @@ def test_flatten_names_every_field():
     assert checks.flatten(config) == {"a": 1, "b.c": "x", "b.d.e": None}
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, (150, 15, 15)),
-        ({"epochs": 0.5, "eval.every_epochs": 0.2}, (8, 15, 3)),
-        ({"epochs": 3, "steps": 7}, (7, 15, 15)),
-        ({"epochs": 0.001, "eval.every_epochs": 0.001}, (1, 15, 1)),
-        ({"batch_size": 1000}, (10, 1, 1)),
-    ],
-)
-def test_durations(fields, expected):
-    derived = checks.durations(changed(**fields), 1000)
-    assert (derived.steps, derived.steps_per_epoch, derived.eval_steps) == expected
-
-
-def test_a_split_smaller_than_a_batch_is_refused():
-    with pytest.raises(UserError, match=r"config\.batch_size=64 exceeds the 63 training patches"):
-        checks.durations(default.get_config(), 63)
-    assert checks.durations(default.get_config(), 64).steps_per_epoch == 1
-
-
-def test_more_epochs_than_the_state_can_count_steps_are_refused():
-    with pytest.raises(UserError, match=r"config\.epochs=1e\+09 are 1\.5e\+10 steps: lower it"):
-        checks.durations(changed(epochs=1e9), 1000)
-    assert checks.durations(changed(epochs=1e9, steps=7), 1000).steps == 7
-    never = checks.durations(changed(**{"eval.every_epochs": 1e30}), 1000)
-    assert never.eval_steps > never.steps
-
-
 def test_an_argument_that_is_a_dict_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"argument 'epochs=\{\}'") as caught:
         default.get_config("epochs={}")
     assert "\n" not in str(caught.value)
+
+
+# ---- on the devices at hand, none of which is here ---------------------------------------------
+
+
+def check_on(kind, devices=8, **fields):
+    config = default.get_config()
+    config.update_from_flattened_dict({"batch_size": 1024, **fields})
+    device = SimpleNamespace(device_kind=kind)
+    mesh = SimpleNamespace(size=devices, devices=np.full(devices, device))
+    checks.check_devices(config, mesh)
+
+
+def test_micro_batches_are_shared_evenly():
+    check_on("cpu")
+    with pytest.raises(UserError, match=r"config.batch_size=20 can't be split over 8 devices"):
+        check_on("cpu", **{"batch_size": 20})
+    with pytest.raises(UserError, match=r"config.batch_size=8 can't be split over 16 devices"):
+        check_on("cpu", devices=16, **{"batch_size": 32, "optim.accumulate": 4})
+
+
+@pytest.mark.parametrize(
+    ("fields", "images"),
+    [
+        ({"batch_size": 64, "bn_groups": 8}, 8),
+        ({"batch_size": 8}, 8),  # the size of a group counts, and not how many there are
+        ({"batch_size": 1024, "bn_groups": 8, "optim.accumulate": 16}, 8),
+        ({"batch_size": 128, "bn_groups": 8}, None),
+    ],
+)
+def test_few_images_for_batch_statistics_are_a_warning(fields, images, caplog):
+    check_on("cpu", **fields)
+    said = [f"batch statistics over {images} images are noisy"] if images else []
+    assert [line.partition(":")[0] for line in caplog.messages] == said
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
+def test_kernels_take_whole_groups_on_chips_that_hold_them(kind):
+    check_on(kind, **{"model.mbconv": "pallas", "bn_groups": 8})
+    with pytest.raises(UserError, match=r"config.bn_groups=4 can't be split over 8 devices"):
+        check_on(kind, **{"model.mbconv": "pallas", "bn_groups": 4})
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU7x", "NVIDIA H100 80GB HBM3", "cpu"])
+def test_kernels_are_refused_elsewhere(kind):
+    with pytest.raises(UserError, match=f"not for {kind}: choose layers"):
+        check_on(kind, **{"model.mbconv": "pallas", "bn_groups": 8})

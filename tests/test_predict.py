@@ -224,7 +224,7 @@ def test_what_is_missing_is_said_before_a_checkpoint_is_read(small_config, tmp_p
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from bef_jax import predict, trained
+from bef_jax import predict; from bef_jax.scoring import trained
 workdir = Path(sys.argv[1])
 best = trained.find(workdir)
 config = trained.scoring_config(best, None, {"eval.batch_size": 64, "rcc.eval_size": 32})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -42,71 +43,93 @@ DENSENET121 = Architecture(
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1x1, norm, ReLU, 3x3 to `growth` features, which join the input's."""
+    """Norm, ReLU, 1x1, norm, ReLU, 3x3 to `growth` features, which join those of the input.
+
+    Attributes:
+        input_norm: makes the norm of the input, with a ReLU after it, by its name.
+        norm: makes the norm after the 1x1, with a ReLU after it.
+    """
 
     growth: int
+    input_norm: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
     dtype: jnp.dtype
-    input_norm: functools.partial
-    norm: functools.partial
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         conv = functools.partial(Conv, dtype=self.dtype)
         # [N, H, W, C] -> [N, H, W, 4 growth] -> [N, H, W, growth]: the 3x3 sees as many features in
         # the last layer as in the first.
-        y = self.input_norm(activation="relu", name="input_norm")(x, train)
-        y = conv(_BOTTLENECK * self.growth, 1, name="bottleneck_conv")(y)
-        y = self.norm(activation="relu", name="bottleneck_norm")(y, train)
-        # New features go last: a norm's parameters then belong to the channels that torchvision's
-        # do.
-        return jnp.concatenate([x, conv(self.growth, 3, name="growth_conv")(y)], axis=-1)
+        y = self.input_norm(name="input_norm")(x, train)
+        y = conv(_BOTTLENECK * self.growth, kernel=1, name="bottleneck_conv")(y)
+        y = self.norm(name="bottleneck_norm")(y, train)
+        y = conv(self.growth, kernel=3, name="growth_conv")(y)
+        # New features go last: the parameters of a norm then belong to the same channels as in
+        # torchvision.
+        return jnp.concatenate([x, y], axis=-1)
 
 
 class Transition(nn.Module):
     """Norm, ReLU, 1x1 to half the features, average pool of `stride` x `stride`."""
 
     stride: int
+    input_norm: Callable[..., nn.Module]
     dtype: jnp.dtype
-    input_norm: functools.partial
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        x = self.input_norm(activation="relu", name="input_norm")(x, train)
+        x = self.input_norm(name="input_norm")(x, train)
         # Both are linear and the convolution mixes no positions, so the pool may come first: the
         # product has a quarter of the positions then.
-        # At total stride 8 the last transition's side is 1: a pool that does nothing.
+        # At total stride 8 the last transition has a side of 1: a pool that does nothing.
         x = average_pool(x, self.stride)
-        return Conv(x.shape[-1] // 2, 1, dtype=self.dtype, name="conv")(x)
+        return Conv(x.shape[-1] // 2, kernel=1, dtype=self.dtype, name="conv")(x)
 
 
 class DenseNet(Network):
     """DenseNets with bottlenecks, by their architecture; `Network` has the switches.
 
-    A norm before its convolution stays one when the network is folded.
+    A norm before its convolution stays a norm when the network is folded.
     """
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Images [N, H, W, 3], normalised, -> logits [N, num_classes], float32."""
+        # Each layer sees features that other norms see as well, so no convolution before an
+        # input_norm can take it in.
+        input_norm = self.norm(activation="relu", folded=False)
+        norm, pooled = self.norm(activation="relu"), []
         stem_stride, stages = self.strides()
-        stem = Conv(self.architecture.stem, 7, stem_stride, self.padding, self.dtype, name="stem")
-        x = self.norm()(activation="relu", name="stem_norm")(stem(images), train)
-        # Stage 1's stride, which reduced downsampling leaves alone: it takes the stem's, then the
-        # last.
+        x = Conv(
+            features=self.architecture.stem,
+            kernel=7,
+            stride=stem_stride,
+            padding=self.padding,
+            dtype=self.dtype,
+            name="stem",
+        )(images)
+        x = norm(name="stem_norm")(x, train)
+        # The stride of stage 1. Reduced downsampling leaves it alone: it takes the stride of the
+        # stem, and then the last one.
         x = max_pool(x, self.padding)
-        x, pooled = self.trunk(x, stages, functools.partial(self._stage, train=train))
+        for number, stage in enumerate(stages, 1):
+            if number > 1:
+                x = Transition(
+                    stride=stage.stride,
+                    input_norm=input_norm,
+                    dtype=self.dtype,
+                    name=f"transition_{number - 1}",
+                )(x, train)
+            for index in self.block_indices(number):
+                layer = self.maybe_remat(DenseLayer)(
+                    growth=self.architecture.growth,
+                    input_norm=input_norm,
+                    norm=norm,
+                    dtype=self.dtype,
+                    name=f"block_{index:02d}",
+                )
+                x = layer(x, train)
+            x = self.boost(x, number, pooled)
         # What is fused of a stage is its features before any norm, as the next stage gets them.
-        x = self.norm(folded=False)(activation="relu", name="head_norm")(x, train)
+        x = input_norm(name="head_norm")(x, train)
         return self.classify([*pooled, global_pool(x)], train)
-
-    def _stage(self, x: Array, number: int, stage: Stage, train: bool) -> Array:
-        # One for all layers of the stage: each sees features that other norms see as well, so that
-        # no convolution before it can take it in.
-        input_norm = self.norm(folded=False)
-        if number > 1:
-            name = f"transition_{number - 1}"
-            x = Transition(stage.stride, self.dtype, input_norm, name=name)(x, train)
-        for index in self.blocks(number):
-            layers = (self.architecture.growth, self.dtype, input_norm, self.norm())
-            x = self.block(DenseLayer)(*layers, name=f"block_{index:02d}")(x, train)
-        return x

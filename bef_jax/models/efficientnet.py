@@ -1,8 +1,8 @@
 """EfficientNet (Tan & Le 2019): B0 to B7 by compound scaling, and Lite0 to Lite4."""
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from bef_jax.models.layers import (
     Conv,
     DepthwiseConv,
     DropPath,
-    PointwiseKernel,
     SqueezeExcite,
     global_pool,
     padding_of,
+    pointwise_conv_norm,
 )
 from bef_jax.models.network import Network
-from bef_jax.models.ops.mbconv.block import Block, mbconv
-from bef_jax.models.ops.mbconv.grid import LANES, Window, strips
+from bef_jax.models.ops.mbconv.block import mbconv, plan_kernels
+from bef_jax.models.ops.mbconv.grid import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,72 +134,76 @@ def round_channels(channels: float) -> int:
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck: expand 1x1, depthwise, squeeze-excite, project 1x1, residual."""
+    """Inverted bottleneck: expand 1x1, depthwise, squeeze-excite, project 1x1, residual.
+
+    Attributes:
+        stride: of this block; `stage.stride` is that of the first block of its stage.
+        norm: makes a norm without activation, by its name.
+        active_norm: makes a norm with the activation after it.
+        padding, depthwise, form: as `padding`, `depthwise` and `mbconv` of `Network`.
+        kernels: what the Pallas kernels need of the norms: (bn_groups, bn_epsilon, activation).
+    """
 
     stage: Stage
     stride: int
     drop_path: float
+    squeeze_excite: bool
+    norm: Callable[..., nn.Module]
+    active_norm: Callable[..., nn.Module]
+    padding: str
+    depthwise: str
+    form: str
+    kernels: tuple[int, float, str]
     dtype: jnp.dtype
-    depthwise: functools.partial
-    norm: functools.partial
-    activation: str = "silu"
-    squeeze_excite: bool = True
-    form: str = "layers"
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         inputs = x
-        # Layers make the parameters, and the one form has those of the other.
-        block = self._kernel_block(x.shape) if train and not self.is_initializing() else None
-        x = self._by_layers(x, train) if block is None else self._by_kernels(x, block)
+        # Layers always make the parameters: kernels and layers have the same ones.
+        if self.form == "pallas" and train and not self.is_initializing():
+            x = self._by_kernels(x)
+        else:
+            x = self._by_layers(x, train)
         # No activation: on few channels it would lose what it sets to 0 (Sandler et al. 2018,
         # section 3.2).
         x = self.norm(name="project_norm")(x, train)
-        # No block of stride 2 keeps its channels, so shapes tell where there is a residual.
+        # No block of stride 2 keeps its channels, so shapes say where there is a residual.
         if x.shape != inputs.shape:
             return x
         return DropPath(self.drop_path)(x, train) + inputs
 
     def _by_layers(self, x: Array, train: bool) -> Array:
         stage, inputs = self.stage, x.shape[-1]
-        active = functools.partial(self.norm, activation=self.activation)
         if stage.expand != 1:
-            # The kernel, not its product: where positions are many the norm takes its statistics
-            # from the narrow input, and saves passes over the hidden maps, the network's largest.
-            kernel = PointwiseKernel(inputs * stage.expand, self.dtype, name="expand_conv")(inputs)
-            x = active(name="expand_norm")(x, train, kernel)
+            x = pointwise_conv_norm(x, inputs * stage.expand, self.active_norm, "expand", train)
         # [N, H', W', hidden] from here to the projection.
-        x = self.depthwise(stage.kernel, self.stride, name="depthwise_conv")(x)
-        x = active(name="depthwise_norm")(x, train)
+        x = DepthwiseConv(
+            kernel=stage.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            form=self.depthwise,
+            dtype=self.dtype,
+            name="depthwise_conv",
+        )(x)
+        x = self.active_norm(name="depthwise_norm")(x, train)
         if self.squeeze_excite:
-            # A quarter of the block's input, not of its hidden features: as in the paper's code.
+            # A quarter of the input of the block, not of its hidden features: as in the code of
+            # the paper.
             x = SqueezeExcite(max(inputs // 4, 1), name="squeeze_excite")(x)
         return Conv(stage.channels, kernel=1, dtype=self.dtype, name="project_conv")(x)
 
-    def _by_kernels(self, x: Array, block: Block) -> Array:
+    def _by_kernels(self, x: Array) -> Array:
+        """Computes what `_by_layers` does in training, by Pallas kernels for TPU: experimental."""
+        stage, (groups, epsilon, activation) = self.stage, self.kernels
+        padding = padding_of(stage.kernel, self.stride, x.shape[1:3], self.padding)
+        window = Window(x.shape[1:3], stage.kernel, self.stride, padding)
+        plan = plan_kernels(window, x, stage.expand, stage.channels, groups, epsilon, activation)
         params = self.variables["params"]
         names = [name for name in params if name != "project_norm"]
-        x, statistics = mbconv(x, {name: params[name] for name in names}, block)
+        x, statistics = mbconv(x, {name: params[name] for name in names}, plan)
         for name, moments in statistics.items():
             self.norm(name=name).record(*moments)
         return x
-
-    def _kernel_block(self, shape: tuple[int, ...]) -> Block | None:
-        """What the kernels have to know; None where the network is one of layers."""
-        stage, norm = self.stage, self.norm(parent=None)
-        if self.form == "layers":
-            return None
-        if shape[0] % (norm.groups * LANES):
-            raise ValueError(
-                f"kernels take {LANES} images at a time, of each of {norm.groups} groups"
-            )
-        padding = padding_of(
-            stage.kernel, self.stride, shape[1:3], self.depthwise.keywords["padding"]
-        )
-        window = Window(shape[1:3], stage.kernel, self.stride, padding)
-        channels = shape[-1], shape[-1] * stage.expand, stage.channels
-        cut = strips(window, *channels, jnp.dtype(self.dtype).itemsize)
-        return Block(cut, norm.groups, norm.epsilon, self.activation)
 
 
 class EfficientNet(Network):
@@ -208,25 +212,38 @@ class EfficientNet(Network):
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Images [N, H, W, 3], normalised, -> logits [N, num_classes], float32."""
-        norm = functools.partial(self.norm(), activation=self.architecture.activation)
+        architecture, pooled = self.architecture, []
+        norm, active_norm = self.norm(), self.norm(activation=architecture.activation)
         stem_stride, stages = self.strides()
-        stem = Conv(self.architecture.stem, 3, stem_stride, self.padding, self.dtype, name="stem")
-        x = norm(name="stem_norm")(stem(images), train)
-        x, pooled = self.trunk(x, stages, functools.partial(self._stage, train=train))
-        # [N, H', W', C] -> [N, H', W', head]; of a 96 px patch 3x3 positions, or 6x6, or 12x12.
-        x = Conv(self.architecture.head, 1, dtype=self.dtype, name="head")(x)
-        x = norm(name="head_norm")(x, train)
+        x = Conv(
+            features=architecture.stem,
+            kernel=3,
+            stride=stem_stride,
+            padding=self.padding,
+            dtype=self.dtype,
+            name="stem",
+        )(images)
+        x = active_norm(name="stem_norm")(x, train)
+        for number, stage in enumerate(stages, 1):
+            for index in self.block_indices(number):
+                block = self.maybe_remat(MBConv)(
+                    stage=stage,
+                    stride=stage.stride if index == self.block_indices(number)[0] else 1,
+                    drop_path=self.drop_rate(index),
+                    squeeze_excite=architecture.squeeze_excite,
+                    norm=norm,
+                    active_norm=active_norm,
+                    padding=self.padding,
+                    depthwise=self.depthwise,
+                    form=self.mbconv,
+                    kernels=(self.bn_groups, self.bn_epsilon, architecture.activation),
+                    dtype=self.dtype,
+                    # A name without the stride: weights of total stride 32 fit 16 and 8.
+                    name=f"block_{index:02d}",
+                )
+                x = block(x, train)
+            x = self.boost(x, number, pooled)
+        # [N, H', W', C] -> [N, H', W', head]. A 96 px patch has 3x3, 6x6 or 12x12 positions here.
+        x = Conv(architecture.head, kernel=1, dtype=self.dtype, name="head")(x)
+        x = active_norm(name="head_norm")(x, train)
         return self.classify([*pooled, global_pool(x)], train)
-
-    def _stage(self, x: Array, number: int, stage: Stage, train: bool) -> Array:
-        depthwise = functools.partial(
-            DepthwiseConv, padding=self.padding, form=self.depthwise, dtype=self.dtype
-        )
-        switches = self.architecture.activation, self.architecture.squeeze_excite, self.mbconv
-        for index in self.blocks(number):
-            stride = stage.stride if index == self.blocks(number)[0] else 1
-            layers = (self.drop_rate(index), self.dtype, depthwise, self.norm())
-            # A name without the stride: weights of total stride 32 fit 16 and 8.
-            block = self.block(MBConv)(stage, stride, *layers, *switches, name=f"block_{index:02d}")
-            x = block(x, train)
-        return x

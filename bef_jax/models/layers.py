@@ -4,6 +4,8 @@ Activations have the dtype of the configuration; parameters, batch statistics an
 over positions or images are float32.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,8 @@ def padding_of(kernel: int, stride: int, size: tuple[int, int], convention: str)
     `symmetric` is torch's: (kernel - 1) // 2 on every side. They differ at stride 2 only.
     """
     if convention == "symmetric":
-        return (((kernel - 1) // 2,) * 2,) * 2
+        side = (kernel - 1) // 2
+        return (side, side), (side, side)
     # By the map's size: at stride 2 a 3x3 on an even side pads 0 before and 1 after.
     return tuple(lax.padtype_to_pads(size, (kernel, kernel), (stride, stride), "SAME"))
 
@@ -59,19 +62,6 @@ class Conv(nn.Module):
         )
 
 
-class PointwiseKernel(nn.Module):
-    """The kernel of a 1 x 1 convolution, [K, features], to hand to the norm that follows it."""
-
-    features: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, channels: int) -> Array:
-        # Four axes, as every convolution's: the names and layouts of weights have no exception.
-        kernel = self.param("kernel", conv_init, (1, 1, channels, self.features))
-        return kernel[0, 0].astype(self.dtype)
-
-
 class DepthwiseConv(nn.Module):
     """A depthwise k x k convolution without bias: [N, H, W, C] -> [N, H', W', C]."""
 
@@ -98,7 +88,7 @@ class BatchNorm(nn.Module):
         groups: the batch is cut into this many consecutive parts with statistics of their own. One
             part per device needs no collective; their mean enters the running statistics.
         activation: of `norm.ACTIVATIONS`, applied to the result. One gradient for both keeps x
-            alone, where two would keep what lies between them as well, and pass over it once more.
+            alone, where two would also keep what lies between them, and pass over it once more.
     """
 
     momentum: float = 0.9
@@ -109,7 +99,10 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, kernel: Array | None = None) -> Array:
-        """Normalises x, or x @ kernel if the kernel [K, C] of a 1 x 1 convolution is given."""
+        """Normalises x, or x @ kernel if the kernel [K, C] of a 1 x 1 convolution is given.
+
+        The kernel comes from `pointwise_conv_norm`.
+        """
         # [C]; x has K channels where there is a kernel.
         channels = (x if kernel is None else kernel).shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
@@ -160,6 +153,38 @@ class Bias(nn.Module):
         x = pointwise(x, kernel)
         y = x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(self.dtype)
         return ACTIVATIONS[self.activation](y)
+
+
+class _PointwiseKernel(nn.Module):
+    """The kernel of a 1 x 1 convolution, [1, 1, K, features], without its product."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        # Four axes, as every convolution: the names and layouts of weights have no exception.
+        return self.param("kernel", conv_init, (1, 1, x.shape[-1], self.features))
+
+
+def pointwise_conv_norm(
+    x: Array, features: int, norm: Callable[..., nn.Module], name: str, train: bool
+) -> Array:
+    """Applies a 1 x 1 convolution and its norm as one operation, in the scope of the caller.
+
+    Where positions are many, the norm takes its statistics from the narrow x, not from the product
+    (`norm.pointwise_batch_norm`). That saves passes over the product, the largest map there is.
+
+    Args:
+        x: [N, H, W, K].
+        features: C, channels of the result.
+        norm: makes a `BatchNorm` or a `Bias`.
+        name: parameters are called <name>_conv and <name>_norm, as of two layers.
+
+    Returns:
+        [N, H, W, C].
+    """
+    kernel = _PointwiseKernel(features, name=f"{name}_conv")(x)[0, 0].astype(x.dtype)
+    return norm(name=f"{name}_norm")(x, train, kernel)
 
 
 def global_pool(x: Array) -> Array:

@@ -1,7 +1,7 @@
 """What every network here has in common: its switches, the boosts, and the classifier."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -59,13 +59,22 @@ class Network(nn.Module):
         """The stem's stride and the stages, at the total stride asked for."""
         return boosted.reduce_downsampling(2, self.architecture.stages, self.total_stride)
 
-    def norm(self, folded: bool | None = None) -> functools.partial:
-        """Makes norms; `folded=False` is for one that follows no convolution to go into."""
-        # By position, so in the order of the attributes of `layers.Bias` and `layers.BatchNorm`.
+    def norm(self, activation: str = "none", folded: bool | None = None) -> functools.partial:
+        """Returns what makes a norm, by its name: a `BatchNorm`, or a `Bias` in a folded network.
+
+        Args:
+            activation: applied to the result.
+            folded: False for a norm that follows no convolution to be folded into.
+        """
         if self.folded if folded is None else folded:
-            return functools.partial(Bias, self.dtype)
+            return functools.partial(Bias, dtype=self.dtype, activation=activation)
         return functools.partial(
-            BatchNorm, self.bn_momentum, self.bn_epsilon, self.bn_groups, self.dtype
+            BatchNorm,
+            momentum=self.bn_momentum,
+            epsilon=self.bn_epsilon,
+            groups=self.bn_groups,
+            dtype=self.dtype,
+            activation=activation,
         )
 
     def fused(self) -> tuple[int, ...]:
@@ -75,39 +84,40 @@ class Network(nn.Module):
         strides = [stage.stride for stage in self.architecture.stages]
         return tuple(self.fusion_stages) or boosted.fused_stages(strides)
 
-    def trunk(
-        self, x: Array, stages: Sequence, run: Callable[[Array, int, Any], Array]
-    ) -> tuple[Array, list[Array]]:
-        """Runs the stages, `x = run(x, number, stage)`, with attention where it is asked for.
+    def boost(self, x: Array, number: int, pooled: list[Array]) -> Array:
+        """Applies attention and fusion after stage `number`, where they are asked for.
+
+        Args:
+            x: the features of the stage, [N, H, W, C].
+            pooled: with fusion, the pooled features [N, C] of a fused stage are appended to it.
 
         Returns:
-            The last stage's features and, with fusion, the pooled ones [N, C] of the fused stages.
+            The features that the next stage reads.
         """
-        pooled = []
-        for number, stage in enumerate(stages, 1):
-            x = run(x, number, stage)
-            if number in self.fused():
-                # On the trunk, not on a branch to the classifier: the next stage sees the gated
-                # features, too. The abstract leaves this open.
-                x = self._attend(x, number)
-                pooled += [global_pool(x)] if self.fusion else []
-        return x, pooled
-
-    def _attend(self, x: Array, number: int) -> Array:
-        if self.attention == "none":
+        if number not in self.fused():
             return x
-        cbam = boosted.CBAM(
-            self.attention_reduction, self.attention_kernel, name=f"attention_{number}"
-        )
-        return cbam(x)
+        if self.attention == "cbam":
+            # On the trunk, not on a branch to the classifier: the next stage also sees the gated
+            # features. The abstract leaves this open.
+            x = boosted.CBAM(
+                reduction=self.attention_reduction,
+                kernel=self.attention_kernel,
+                name=f"attention_{number}",
+            )(x)
+        if self.fusion:
+            pooled.append(global_pool(x))
+        return x
 
-    def block(self, kind: type[nn.Module]) -> type[nn.Module]:
-        """The class of a block, called as `block(x, train)`; with `remat` it keeps x alone."""
+    def maybe_remat(self, block: type[nn.Module]) -> type[nn.Module]:
+        """Returns the class of a block; with `remat` its gradient keeps the input alone.
+
+        Blocks are called as `block(x, train)`.
+        """
         # `train` (0 is self, 1 is x) decides what is traced. Draws and statistics are the same.
-        return nn.remat(kind, static_argnums=(2,)) if self.remat == "block" else kind
+        return nn.remat(block, static_argnums=(2,)) if self.remat == "block" else block
 
-    def blocks(self, number: int) -> range:
-        """The indices of the blocks of stage `number`, over the whole network from 0."""
+    def block_indices(self, number: int) -> range:
+        """Returns the indices of the blocks of stage `number`; the network counts them from 0."""
         # Numbered through, as the paper counts the blocks that it fuses.
         repeats = [stage.repeats for stage in self.architecture.stages]
         return range(sum(repeats[: number - 1]), sum(repeats[:number]))

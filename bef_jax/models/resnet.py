@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -41,31 +42,37 @@ RESNET50 = Architecture(
 
 
 class Bottleneck(nn.Module):
-    """Reduce 1x1 to a quarter of `channels`, 3x3, expand 1x1; added to the shortcut, then ReLU."""
+    """Reduce 1x1 to a quarter of `channels`, 3x3, expand 1x1; added to the shortcut, then ReLU.
+
+    Attributes:
+        norm: makes a norm without activation, by its name.
+        active_norm: makes a norm with a ReLU after it.
+    """
 
     channels: int
     stride: int
     drop_path: float
+    norm: Callable[..., nn.Module]
+    active_norm: Callable[..., nn.Module]
     padding: str
     dtype: jnp.dtype
-    norm: functools.partial
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         conv = functools.partial(Conv, padding=self.padding, dtype=self.dtype)
-        active = functools.partial(self.norm, activation="relu")
         hidden = self.channels // 4
-        y = active(name="reduce_norm")(conv(hidden, 1, name="reduce_conv")(x), train)
-        # The stride here, not in the 1x1 before, which would leave three of four positions unread:
-        # that is version 1.5, whose weights torchvision has.
-        y = conv(hidden, 3, self.stride, name="spatial_conv")(y)
-        y = active(name="spatial_norm")(y, train)
-        y = conv(self.channels, 1, name="expand_conv")(y)
-        # The ReLU is for the sum: here it would make the residual nonnegative.
+        y = conv(hidden, kernel=1, name="reduce_conv")(x)
+        y = self.active_norm(name="reduce_norm")(y, train)
+        # The stride is here, not in the 1x1 before, which would leave three of four positions
+        # unread. This is version 1.5, whose weights torchvision has.
+        y = conv(hidden, kernel=3, stride=self.stride, name="spatial_conv")(y)
+        y = self.active_norm(name="spatial_norm")(y, train)
+        y = conv(self.channels, kernel=1, name="expand_conv")(y)
+        # The ReLU follows the sum: here it would make the residual nonnegative.
         y = self.norm(name="expand_norm")(y, train)
-        # Also in stage 1, which has no stride but four times the stem's channels.
+        # Also in stage 1, which has no stride but four times the channels of the stem.
         if x.shape != y.shape:
-            x = conv(self.channels, 1, self.stride, name="shortcut_conv")(x)
+            x = conv(self.channels, kernel=1, stride=self.stride, name="shortcut_conv")(x)
             x = self.norm(name="shortcut_norm")(x, train)
         return nn.relu(DropPath(self.drop_path)(y, train) + x)
 
@@ -76,25 +83,35 @@ class ResNet(Network):
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Images [N, H, W, 3], normalised, -> logits [N, num_classes], float32."""
-        stem_stride, (first, *others) = self.strides()
-        stem = Conv(self.architecture.stem, 7, stem_stride, self.padding, self.dtype, name="stem")
-        x = self.norm()(activation="relu", name="stem_norm")(stem(images), train)
+        norm, active_norm, pooled = self.norm(), self.norm(activation="relu"), []
+        stem_stride, stages = self.strides()
+        x = Conv(
+            features=self.architecture.stem,
+            kernel=7,
+            stride=stem_stride,
+            padding=self.padding,
+            dtype=self.dtype,
+            name="stem",
+        )(images)
+        x = active_norm(name="stem_norm")(x, train)
         x = max_pool(x, self.padding)
-        # Stage 1's stride is the max-pool's: so counted, stem and stages come to 32 as in every
-        # family, and reduced downsampling needs no exception. Here the blocks must not take it
-        # again.
-        stages = (dataclasses.replace(first, stride=1), *others)
-        x, pooled = self.trunk(x, stages, functools.partial(self._stage, train=train))
-        # Where the last stage is fused, the head's features, which it makes, are there already.
+        for number, stage in enumerate(stages, 1):
+            for index in self.block_indices(number):
+                # The max-pool has taken the stride of stage 1. So counted, stem and stages come
+                # to 32 as in every family, and reduced downsampling needs no exception.
+                strided = number > 1 and index == self.block_indices(number)[0]
+                block = self.maybe_remat(Bottleneck)(
+                    channels=stage.channels,
+                    stride=stage.stride if strided else 1,
+                    drop_path=self.drop_rate(index),
+                    norm=norm,
+                    active_norm=active_norm,
+                    padding=self.padding,
+                    dtype=self.dtype,
+                    name=f"block_{index:02d}",
+                )
+                x = block(x, train)
+            x = self.boost(x, number, pooled)
+        # Where the last stage is fused, it has pooled the features of the head already.
         head = [] if pooled and len(stages) in self.fused() else [global_pool(x)]
         return self.classify([*pooled, *head], train)
-
-    def _stage(self, x: Array, number: int, stage: Stage, train: bool) -> Array:
-        for index in self.blocks(number):
-            stride = stage.stride if index == self.blocks(number)[0] else 1
-            layers = (self.drop_rate(index), self.padding, self.dtype, self.norm())
-            block = self.block(Bottleneck)(
-                stage.channels, stride, *layers, name=f"block_{index:02d}"
-            )
-            x = block(x, train)
-        return x

@@ -62,7 +62,7 @@ def fused_outputs(model: nn.Module) -> list[str]:
     return [
         f"attention_{number}"
         if model.attention != "none" and number in model.fused()
-        else f"block_{model.blocks(number)[-1]:02d}"
+        else f"block_{model.block_indices(number)[-1]:02d}"
         for number in (model.fused() if model.fusion else last)
     ]
 

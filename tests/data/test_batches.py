@@ -226,7 +226,7 @@ import re
 import jax
 import numpy as np
 
-from bef_jax import sharding
+from bef_jax.runtime import sharding
 from bef_jax.data import batches
 from bef_jax.data.store import Split
 

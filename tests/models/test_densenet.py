@@ -36,10 +36,10 @@ def test_total_stride_8_takes_the_pool_of_the_last_transition_away():
 @pytest.mark.parametrize("pixels", [8, 7])
 def test_transition_equals_the_paper_s_order(pixels):
     # Norm, ReLU, convolution, and only then the pool.
-    norm = DenseNet(DENSENET121).norm()
+    norm = DenseNet(DENSENET121).norm(activation="relu")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, pixels, pixels, 6)).astype(np.float32)
-    module = Transition(2, np.float32, norm)
+    module = Transition(stride=2, input_norm=norm, dtype=np.float32)
     variables = module.init(jax.random.key(0), x, train=False)
     positive = np.maximum(x / np.sqrt(1 + 1e-3), 0)
     product = positive @ variables["params"]["conv"]["kernel"][0, 0]

@@ -282,8 +282,8 @@ def test_batch_norm_in_bfloat16_keeps_float32_statistics():
         actual = updates["batch_stats"][name]
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, expected, rtol=1e-4)
-    by_x = jax.grad(lambda x: batch_norm(x, jnp.ones(3), jnp.ones(3), 1, EPSILON)[0][0].sum())(x)
-    assert by_x.dtype == jnp.bfloat16
+    dx = jax.grad(lambda x: batch_norm(x, jnp.ones(3), jnp.ones(3), 1, EPSILON)[0][0].sum())(x)
+    assert dx.dtype == jnp.bfloat16
     assert layer.apply(variables, x, False).dtype == jnp.bfloat16
 
 

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import logging, sys, time
 import jax, jax.numpy as jnp
-from bef_jax import compile_cache
+from bef_jax.runtime import compile_cache
 
 logging.basicConfig()
 compile_cache.enable(sys.argv[1])

@@ -12,7 +12,7 @@ from bef_jax.runtime import lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from bef_jax import lock
+from bef_jax.runtime import lock
 with lock.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -4,7 +4,7 @@ import pytest
 
 from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
-from bef_jax.training.durations import Durations, call_sizes, check_placement
+from bef_jax.training.durations import Durations, call_sizes, check_placement, durations
 
 
 def make_config(steps_per_call=1, every_steps=500, placement="auto"):
@@ -43,3 +43,38 @@ def test_several_steps_from_the_host_are_refused():
         check_placement(make_config(2), placed=False)
     check_placement(make_config(2), placed=True)
     check_placement(make_config(1), placed=False)
+
+
+def changed(**fields):
+    config = get_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (150, 15, 15)),
+        ({"epochs": 0.5, "eval.every_epochs": 0.2}, (8, 15, 3)),
+        ({"epochs": 3, "steps": 7}, (7, 15, 15)),
+        ({"epochs": 0.001, "eval.every_epochs": 0.001}, (1, 15, 1)),
+        ({"batch_size": 1000}, (10, 1, 1)),
+    ],
+)
+def test_durations(fields, expected):
+    derived = durations(changed(**fields), 1000)
+    assert (derived.steps, derived.steps_per_epoch, derived.eval_steps) == expected
+
+
+def test_a_split_smaller_than_a_batch_is_refused():
+    with pytest.raises(UserError, match=r"config\.batch_size=64 exceeds the 63 training patches"):
+        durations(get_config(), 63)
+    assert durations(get_config(), 64).steps_per_epoch == 1
+
+
+def test_more_epochs_than_the_state_can_count_steps_are_refused():
+    with pytest.raises(UserError, match=r"config\.epochs=1e\+09 are 1\.5e\+10 steps: lower it"):
+        durations(changed(epochs=1e9), 1000)
+    assert durations(changed(epochs=1e9, steps=7), 1000).steps == 7
+    never = durations(changed(**{"eval.every_epochs": 1e30}), 1000)
+    assert never.eval_steps > never.steps

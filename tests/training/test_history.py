@@ -170,7 +170,7 @@ def test_a_file_longer_than_any_is_refused_in_little_memory(write, tmp_path):
         write(file)
     code = """
 import resource, sys
-from bef_jax.history import History
+from bef_jax.training.history import History
 
 def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

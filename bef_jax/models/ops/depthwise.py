@@ -44,10 +44,10 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding, form: str):
     return depthwise_conv(x, kernel, stride, padding, form), (x, kernel)
 
 
-def _backward(stride: int, padding: Padding, form: str, residuals, cotangent: Array):
+def _backward(stride: int, padding: Padding, form: str, residuals, g: Array):
     shifted = functools.partial(_shifted_gradients, stride=stride, padding=padding)
     native = functools.partial(_native_gradients, stride=stride, padding=padding)
-    return _lower(form, shifted, native)(*residuals, cotangent)
+    return _lower(form, shifted, native)(*residuals, g)
 
 
 def _lower(form: str, shifted: Callable, native: Callable) -> Callable:
@@ -72,10 +72,10 @@ def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     )
 
 
-def _native_gradients(x: Array, kernel: Array, cotangent: Array, stride: int, padding: Padding):
+def _native_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: Padding):
     # The convolution itself, which nobody takes here, is left out by XLA.
     _, pullback = jax.vjp(lambda x, kernel: _native(x, kernel, stride, padding), x, kernel)
-    return pullback(cotangent)
+    return pullback(g)
 
 
 # ---- shift, multiply, add -----------------------------------------------------------------------
@@ -116,22 +116,24 @@ def _crop(x: Array, corner: Sequence[int], size: tuple[int, int]) -> Array:
     return x[:, top : top + height, left : left + width]
 
 
-def _shifted_gradients(x: Array, kernel: Array, cotangent: Array, stride: int, padding: Padding):
-    """Both gradients read one padded cotangent: what is padded is kept in memory.
+def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: Padding):
+    """Returns dx and dkernel, given g, the gradient of the output.
+
+    Both read one padded g: what is padded is kept in memory.
 
     XLA fuses anything else that is elementwise into every tap, and would compute the gradient that
     comes from above, batch normalisation's and SiLU's, k * k times.
     """
     k, sides = kernel.shape[0], x.shape[1:3]
     spans = [_span(k, stride, side, pad) for side, pad in zip(sides, padding, strict=True)]
-    corner, size = [span.before for span in spans], cotangent.shape[1:3]
-    padded = jnp.pad(cotangent, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
+    corner, size = [span.before for span in spans], g.shape[1:3]
+    padded = jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
     phases = _padded_phases(x, stride, padding)
     # In one barrier: one like the forward pass's would be merged with it, and then every tap, with
     # two users, would be copied out.
     phases, padded = lax.optimization_barrier((phases, padded))
-    by_input = _input_gradient(padded, kernel, stride, spans)
-    return by_input, _kernel_gradient(phases, kernel, _crop(padded, corner, size))
+    dx = _input_gradient(padded, kernel, stride, spans)
+    return dx, _kernel_gradient(phases, kernel, _crop(padded, corner, size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ class _Span:
     Position stride * a + phase of the padded input got tap stride * i + phase of output a - i.
     """
 
-    before: int  # zeros before the cotangent
+    before: int  # zeros before g
     after: int  # zeros after it
     length: int  # positions a of every phase
     start: int  # where the input begins in the phases put together
@@ -159,8 +161,8 @@ def _span(k: int, stride: int, side: int, pad: tuple[int, int]) -> _Span:
 def _input_gradient(padded: Array, kernel: Array, stride: int, spans: list[_Span]) -> Array:
     """Each phase of the input gets the taps that fell on it: a correlation of its own.
 
-    Dilating the cotangent with zeros instead would multiply stride^2 times as much, mostly by zero.
-    All phases are one loop over [N, a, phase, b, phase, C], a broadcast of the cotangent: put
+    Dilating g with zeros instead would multiply stride^2 times as much, mostly by zero.
+    All phases are one loop over [N, a, phase, b, phase, C], a broadcast of g: put
     together from stride^2 arrays, every element would look up which one it comes from.
     """
     k, channels = kernel.shape[0], kernel.shape[-1]
@@ -180,24 +182,24 @@ def _input_gradient(padded: Array, kernel: Array, stride: int, spans: list[_Span
     return _crop(whole, [span.start for span in spans], tuple(span.side for span in spans))
 
 
-def _kernel_gradient(phases: list[list[Array]], kernel: Array, cotangent: Array) -> Array:
-    """Multiplies every tap with the cotangent and sums over images and positions.
+def _kernel_gradient(phases: list[list[Array]], kernel: Array, g: Array) -> Array:
+    """Multiplies every tap with g and sums over images and positions.
 
     The sum is in float32, but for the first _GROUP images, whose products have the inputs' dtype.
 
     A plain sum runs at a tenth of the memory's speed. Adding the products of a few images first is
     elementwise, so it vectorises along channels; what is left is summed by a matrix product.
     """
-    k, channels, n = kernel.shape[0], kernel.shape[-1], len(cotangent)
+    k, channels, n = kernel.shape[0], kernel.shape[-1], len(g)
     # The largest divisor: a batch of a prime number above _GROUP has groups of 1.
     group = next(size for size in range(min(_GROUP, n), 0, -1) if n % size == 0)
-    taps = _taps(phases, cotangent.shape[1:3])
+    taps = _taps(phases, g.shape[1:3])
     grouped = functools.partial(_split, group=group)
-    upstream = grouped(cotangent)
+    g_parts = grouped(g)
 
     def reduce(tap: Array) -> Array:
         # [N / group, H', W', C], then [positions, C].
-        products = sum(a * b for a, b in zip(grouped(tap), upstream, strict=True))
+        products = sum(a * b for a, b in zip(grouped(tap), g_parts, strict=True))
         products = lax.optimization_barrier(products.reshape(-1, channels))
         ones = jnp.ones((1, len(products)), products.dtype)
         return jnp.matmul(ones, products, preferred_element_type=jnp.float32)

@@ -1,8 +1,15 @@
 """Batch normalisation (Ioffe & Szegedy 2015), with gradients that pass over memory least.
 
-A training step moves more bytes than it multiplies numbers, on CPU as on accelerators, and most of
-them on behalf of batch normalisation. So what can be computed again is not kept, and where a 1 x 1
-convolution widens many positions, the statistics come from its narrow input.
+A training step moves more bytes than it multiplies numbers, on CPU as on accelerators, and batch
+normalisation moves most of them. So the backward pass computes again what is cheap, instead of
+reading it. Where a 1 x 1 convolution widens many positions, the statistics come from its input.
+
+Symbols: x the input, mean and var its statistics per channel over n positions, and
+
+    inverse_std = 1 / sqrt(var + epsilon)
+    normalised = (x - mean) * inverse_std
+    z = normalised * scale + bias
+    y = activation(z)
 """
 
 import functools
@@ -14,9 +21,24 @@ from jax import Array, lax
 
 from bef_jax.models.ops.pointwise import grouped_moments, grouped_pointwise
 
-# By name, since a custom gradient's static arguments must be hashable, and stay the same object
-# from one trace to the next: a lambda made in a layer would compile anew.
+# By name, because the static arguments of a custom gradient must be hashable and the same object
+# in every trace: a lambda made in a layer would be compiled again each time.
 ACTIVATIONS = {"none": lambda x: x, "silu": nn.silu, "relu": nn.relu, "relu6": nn.relu6}
+
+
+def _silu_derivative(z: Array) -> Array:
+    # (z sigmoid)' = sigmoid + z sigmoid (1 - sigmoid), with one exponential.
+    sigmoid = nn.sigmoid(z)
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+# activation'(z). At a corner it is 0, as in torch.
+DERIVATIVES = {
+    "none": jnp.ones_like,
+    "silu": _silu_derivative,
+    "relu": lambda z: (z > 0).astype(z.dtype),
+    "relu6": lambda z: ((z > 0) & (z < 6)).astype(z.dtype),
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -25,8 +47,8 @@ def batch_norm(
 ):
     """Normalises each of `groups` parts of the batch by its own statistics, then activates.
 
-    The statistics come from one pass over x (E[x^2] - E[x]^2). The gradient is the closed form, and
-    computes from x again what it needs: on every platform that is cheaper than memory.
+    The statistics come from one pass over x, as E[x^2] - E[x]^2. The gradient is the closed form.
+    It recomputes what it needs from x, because that is cheaper than memory on every platform.
 
     Args:
         x: [N, ..., C]; N a multiple of `groups`.
@@ -40,41 +62,49 @@ def batch_norm(
 
 def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation: str):
     parts, axes = _parts(x.astype(jnp.float32), groups)  # XLA fuses the cast into what reads x
-    # [groups, 1, 1, 1, C] or [1, 1, 1, C], as `square` and `var`. Both sums in one pass; the mean
-    # first and then the deviations would be two. The difference loses some mean^2 / 2^24: little,
-    # where means are of the size of deviations.
+    # mean, square and var are [groups, 1, 1, 1, C], or [1, 1, 1, C] for one group. Both sums take
+    # one pass together; deviations from a mean would need a second one. The difference below
+    # loses about mean^2 / 2^24, which is little where means are of the size of deviations.
     mean = jnp.mean(parts, axes, keepdims=True)
     square = jnp.mean(parts * parts, axes, keepdims=True)
-    # Rounding can leave a constant channel's difference below 0, and a negative root is NaN.
+    # Rounding can make the difference of a constant channel negative, and its root NaN.
     var = jnp.maximum(square - mean * mean, 0.0)
     multiplier = scale * lax.rsqrt(var + epsilon)
-    y = parts * multiplier + (bias - mean * multiplier)
-    y = ACTIVATIONS[activation](y)
+    z = parts * multiplier + (bias - mean * multiplier)
+    y = ACTIVATIONS[activation](z)
     statistics = mean.reshape(groups, -1), var.reshape(groups, -1)
-    # Of the large arrays x alone is kept, neither the normalised x nor what the activation was of.
+    # x is the only large array that is kept: `normalised` and z are computed again from it.
     return (y.reshape(x.shape).astype(x.dtype), *statistics), (x, scale, bias, mean, var)
 
 
 def _batch_norm_backward(groups: int, epsilon: float, activation: str, residuals, cotangents):
+    """Returns dx, dscale and dbias, given g, the gradient of y.
+
+    dz = g * activation'(z)
+    dbias = sum(dz)
+    dscale = sum(dz * normalised) = (sum(dz * x) - mean * dbias) * inverse_std
+    dx = scale * inverse_std * (dz - (dbias + normalised * dscale) / n)
+
+    The last line is Ioffe & Szegedy 2015, section 3, with the gradients of mean and variance put
+    in. n is the number of positions of a group.
+    """
     x, scale, bias, mean, var = residuals
-    x = lax.optimization_barrier(x)  # or XLA would keep the forward pass's sigmoid in memory
-    # As forwards; reductions have the shape of mean and var.
+    g, _, _ = cotangents  # running statistics are no part of the loss
+    x = lax.optimization_barrier(x)  # otherwise XLA keeps the sigmoid of the forward pass in memory
     parts, axes = _parts(x.astype(jnp.float32), groups)
-    # Those of mean and var are left out: running statistics are no part of the loss.
-    upstream = cotangents[0].reshape(parts.shape).astype(jnp.float32)
-    inverse = lax.rsqrt(var + epsilon)
-    activated = (parts - mean) * (inverse * scale) + bias
-    upstream = upstream * SLOPES[activation](activated)
-    by_bias = jnp.sum(upstream, axes, keepdims=True)
-    # sum(upstream * normalised), by sums over x itself: one pass gives both.
-    by_scale = (jnp.sum(upstream * parts, axes, keepdims=True) - mean * by_bias) * inverse
-    # Ioffe & Szegedy 2015, section 3, with the gradients of mean and variance put in.
-    count = parts.size // (groups * x.shape[-1])
-    normalised = (parts - mean) * inverse
-    by_x = scale * inverse * (upstream - (by_bias + normalised * by_scale) / count)
-    # Scale and bias are shared by the groups: [C].
+    g = g.reshape(parts.shape).astype(jnp.float32)
+    inverse_std = lax.rsqrt(var + epsilon)
+    z = (parts - mean) * (inverse_std * scale) + bias
+    dz = g * DERIVATIVES[activation](z)
+    # [groups, 1, 1, 1, C] each, as mean and var. XLA takes both sums in one pass over x and dz.
+    dbias = jnp.sum(dz, axes, keepdims=True)
+    dscale = (jnp.sum(dz * parts, axes, keepdims=True) - mean * dbias) * inverse_std
+    n = parts.size // (groups * x.shape[-1])
+    normalised = (parts - mean) * inverse_std
+    dx = scale * inverse_std * (dz - (dbias + normalised * dscale) / n)
+    # The groups share scale and bias: [C].
     total = functools.partial(jnp.sum, axis=tuple(range(parts.ndim - 1)))
-    return by_x.reshape(x.shape).astype(x.dtype), total(by_scale), total(by_bias)
+    return dx.reshape(x.shape).astype(x.dtype), total(dscale), total(dbias)
 
 
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
@@ -90,12 +120,13 @@ def pointwise_batch_norm(
     epsilon: float,
     activation: str = "none",
 ):
-    """activation(batch_norm(x @ kernel)), without a pass over x @ kernel for its statistics.
+    """Returns activation(batch_norm(x @ kernel)), whose statistics need no pass over x @ kernel.
 
-    The product is linear, so its mean is mean(x) @ kernel, and its variance the diagonal of
-    kernel^T cov(x) kernel. Known beforehand, they go into the kernel. Backwards alike: what batch
-    normalisation adds to the gradient is a linear map of x. It costs two products with the
-    [K, K] covariance, and saves five passes over [N, H, W, C], where C is 6 K in EfficientNet.
+    The product is linear, so its mean is mean(x) @ kernel, and its variance is the diagonal of
+    kernel^T cov(x) kernel. Both are known before the product, so they go into the kernel. The
+    gradient is alike: what batch normalisation adds to it is a linear map of x. This costs two
+    products with the [K, K] covariance. It saves five passes over [N, H, W, C], where C is 6 K in
+    EfficientNet.
 
     Args:
         x: [N, H, W, K]; N a multiple of `groups`.
@@ -111,67 +142,83 @@ def pointwise_batch_norm(
 
 def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, activation: str):
     parts = x.reshape(groups, -1, *x.shape[1:])
-    # Centered first, unlike in `batch_norm`: kernel^T cov(x) kernel is a sum of K^2 terms that
-    # cancel, and would keep the error of E[x y] - E[x] E[y]. x is narrow, so its copy is cheap.
+    # x is centered first, unlike in `batch_norm`, because kernel^T cov(x) kernel sums K^2 terms
+    # that cancel, and would keep the error of E[x y] - E[x] E[y]. x is narrow: its copy is cheap.
     center, centered = _centered(parts)
     covariance = grouped_moments(centered, centered) / _positions(parts)
-    # [groups, C] each, but spread [groups, K, C] = cov(x) @ kernel, which the gradient wants again.
+    # mean and var are [groups, C]. cov_kernel [groups, K, C] is kept for the gradient.
     mean = _exact("gk,kc->gc", center, kernel)
-    spread = _exact("gkl,lc->gkc", covariance, kernel)
-    var = jnp.maximum(jnp.sum(kernel * spread, 1), 0.0)
+    cov_kernel = _exact("gkl,lc->gkc", covariance, kernel)
+    var = jnp.maximum(jnp.sum(kernel * cov_kernel, 1), 0.0)
     multiplier = scale * lax.rsqrt(var + epsilon)
-    # [groups, K, C]: a kernel per group, as each has its own deviations.
+    # [groups, K, C]: a kernel for each group, because each has its own deviations.
     weights = (kernel * multiplier[:, None]).astype(x.dtype)
-    # Already normalised but for the shift, since the deviations are in the weights.
     product = grouped_pointwise(parts, weights)
-    # With the rounded weights' mean: in bfloat16 the other is a little off.
+    # The shift uses the mean of the rounded weights: in bfloat16 the exact one is a little off.
     shift = _per_group(bias - _exact("gk,gkc->gc", center, weights))
-    y = ACTIVATIONS[activation](product + shift).astype(x.dtype).reshape(*x.shape[:-1], -1)
-    # Of the maps of C channels the product alone is kept; its activation is computed again.
-    return (y, mean, var), (x, kernel, scale, product, shift, spread, var)
+    z = product + shift
+    y = ACTIVATIONS[activation](z).astype(x.dtype).reshape(*x.shape[:-1], -1)
+    # The product is the only map of C channels that is kept: z is computed again.
+    return (y, mean, var), (x, kernel, scale, product, shift, cov_kernel, var)
 
 
 def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals, cotangents):
-    x, kernel, scale, product, shift, spread, var = residuals
+    """Returns dx, dkernel, dscale and dbias, given g, the gradient of y.
+
+    With centered = x - mean(x) and normalised = inverse_std * centered @ kernel,
+
+    dz = g * activation'(z)
+    dbias = sum(dz)
+    moments = centered^T @ dz
+    dscale = sum(dz * normalised) = inverse_std * sum_k(kernel * moments)
+    dkernel = scale * inverse_std * (moments - cov(x) @ kernel * inverse_std * dscale)
+
+    and the gradient of x is that of x @ kernel, as in `_batch_norm_backward`, times kernel^T:
+
+    dx = scale * inverse_std * (dz - (dbias + normalised * dscale) / n) @ kernel^T
+       = dz @ scaled^T - centered @ correction - constant, with
+    scaled = kernel * scale * inverse_std
+    correction = (scaled * inverse_std * dscale) @ kernel^T / n, which is [K, K], and
+    constant = scaled @ dbias / n, which is [K].
+
+    So all that the statistics add to dx has the width of x, not of the product.
+    """
+    x, kernel, scale, product, shift, cov_kernel, var = residuals
+    g, _, _ = cotangents  # running statistics are no part of the loss
     parts = x.reshape(groups, -1, *x.shape[1:])
     product = lax.optimization_barrier(product)  # as in _batch_norm_backward
-    upstream = cotangents[0].reshape(product.shape) * SLOPES[activation](product + shift)
-    # Rounded before the products, as the forward pass rounds its factors.
-    upstream = upstream.astype(x.dtype)
+    dz = g.reshape(product.shape) * DERIVATIVES[activation](product + shift)
+    dz = dz.astype(x.dtype)  # rounded before the products, as the forward pass rounds its factors
     _, centered = _centered(parts)
-    # [groups, C], and [groups, K, C]: x centered takes the mean's part out of it.
-    by_bias = jnp.sum(upstream, (1, 2, 3), dtype=jnp.float32)
-    by_kernel = grouped_moments(centered, upstream)
-    inverse = lax.rsqrt(var + epsilon)
-    # sum(upstream * normalised) without the wide normalised, which is inverse * centered @ kernel.
-    by_scale = inverse * jnp.sum(kernel * by_kernel, 1)
+    dbias = jnp.sum(dz, (1, 2, 3), dtype=jnp.float32)  # [groups, C]
+    moments = grouped_moments(centered, dz)  # [groups, K, C]
+    inverse_std = lax.rsqrt(var + epsilon)
+    dscale = inverse_std * jnp.sum(kernel * moments, 1)
     # [groups, 1, C] each.
-    slope, pull = (scale * inverse)[:, None], (inverse * by_scale)[:, None]
-    by_kernel = jnp.sum(slope * (by_kernel - spread * pull), 0)
-    # The gradient of the product, (upstream - mean(upstream) - normalised * mean(upstream *
-    # normalised)) * slope, times kernel^T; normalised is linear in x, so its term is, too.
-    steepened = (kernel * slope).astype(x.dtype)
-    # [groups, K, K] and [groups, K]: all that statistics add to the gradient, in x's own width.
-    correction = _product("gkc,lc->glk", kernel * slope * pull, kernel) / _positions(parts)
-    constant = _product("gc,gkc->gk", by_bias, kernel * slope) / _positions(parts)
+    factor, pull = (scale * inverse_std)[:, None], (inverse_std * dscale)[:, None]
+    dkernel = jnp.sum(factor * (moments - cov_kernel * pull), 0)
+    scaled = kernel * factor
+    correction = _product("gkc,lc->glk", scaled * pull, kernel) / _positions(parts)
+    constant = _product("gc,gkc->gk", dbias, scaled) / _positions(parts)
     # [groups, N / groups, H, W, K].
-    by_x = grouped_pointwise(upstream, steepened.swapaxes(1, 2))
-    by_x = by_x - grouped_pointwise(centered, correction.astype(x.dtype)) - _per_group(constant)
-    by_x = by_x.reshape(x.shape).astype(x.dtype)
-    return by_x, by_kernel.astype(kernel.dtype), by_scale.sum(0), by_bias.sum(0)
+    dx = grouped_pointwise(dz, scaled.astype(x.dtype).swapaxes(1, 2))
+    dx = dx - grouped_pointwise(centered, correction.astype(x.dtype)) - _per_group(constant)
+    dx = dx.reshape(x.shape).astype(x.dtype)
+    return dx, dkernel.astype(kernel.dtype), dscale.sum(0), dbias.sum(0)
 
 
 pointwise_batch_norm.defvjp(_pointwise_forward, _pointwise_backward)
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-_exact = functools.partial(_product, precision=lax.Precision.HIGHEST)  # small, and decide the rest
+# For small products that decide all the rest.
+_exact = functools.partial(_product, precision=lax.Precision.HIGHEST)
 
 
 def _parts(x: Array, groups: int) -> tuple[Array, tuple[int, ...]]:
     """Returns [groups, N / groups, ..., C], and the axes that statistics are taken over.
 
-    One group is x itself. A reshape to [1, N, ..., C] moves nothing, but behind it XLA's CPU
-    compiler computes x once more for each reader, all taps of a depthwise convolution with it.
+    One group is x itself. A reshape to [1, N, ..., C] would move nothing, but after it XLA's CPU
+    compiler computes x again for each reader, and with it all taps of a depthwise convolution.
     """
     if groups > 1:
         x = x.reshape(groups, -1, *x.shape[1:])
@@ -187,22 +234,7 @@ def _per_group(x: Array) -> Array:
 
 
 def _centered(parts: Array) -> tuple[Array, Array]:
-    """The mean of each part, [groups, K], float32, and the parts less it, of their dtype."""
+    """Returns the mean of each part, [groups, K] in float32, and the parts minus that mean."""
     center = jnp.mean(parts, (1, 2, 3), dtype=jnp.float32)
-    # In their dtype: in bfloat16 both products then read half of what float32 would take.
+    # In their own dtype: in bfloat16 both products then read half the bytes.
     return center, (parts - _per_group(center)).astype(parts.dtype)
-
-
-def _silu_slope(x: Array) -> Array:
-    # (x sigmoid)' = sigmoid + x sigmoid (1 - sigmoid), with one exponential.
-    sigmoid = nn.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
-
-
-# With respect to what is activated. At a corner it is 0, as torch has it.
-SLOPES = {
-    "none": jnp.ones_like,
-    "silu": _silu_slope,
-    "relu": lambda x: (x > 0).astype(x.dtype),
-    "relu6": lambda x: ((x > 0) & (x < 6)).astype(x.dtype),
-}

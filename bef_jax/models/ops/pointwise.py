@@ -35,17 +35,17 @@ def _multiply_forward(x: Array, kernel: Array):
     return x @ kernel, (x, kernel)
 
 
-def _multiply_backward(residuals, cotangent: Array):
+def _multiply_backward(residuals, g: Array):
     x, kernel = residuals
-    return cotangent @ kernel.T, _kernel_gradient(x, cotangent)
+    return g @ kernel.T, _kernel_gradient(x, g)
 
 
-def _kernel_gradient(x: Array, cotangent: Array) -> Array:
+def _kernel_gradient(x: Array, g: Array) -> Array:
     """[M, K], [M, C] -> [K, C]. With the narrow side first it takes a third to half of the time."""
-    if x.shape[-1] <= cotangent.shape[-1]:
-        return x.T @ cotangent
+    if x.shape[-1] <= g.shape[-1]:
+        return x.T @ g
     # Without the barrier XLA would turn the product around, to save the transpose of few numbers.
-    return lax.optimization_barrier(cotangent.T @ x).T
+    return lax.optimization_barrier(g.T @ x).T
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)

@@ -19,7 +19,7 @@ PREPARE = """
 import hashlib, pathlib, sys
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
-from bef_jax.data.tfds import download_and_prepare
+from bef_jax.data.sources.tfds import download_and_prepare
 
 folder, raw = map(pathlib.Path, sys.argv[1:])
 (folder / "downloads").mkdir(parents=True)
@@ -40,7 +40,7 @@ PREPARE_WITHOUT_TENSORFLOW = """
 import pathlib, sys
 import tensorflow_datasets as tfds
 from PIL import Image
-from bef_jax.data.tfds import download_and_prepare
+from bef_jax.data.sources.tfds import download_and_prepare
 
 folder, raw = map(pathlib.Path, sys.argv[1:])
 builder = tfds.builder_cls("patch_camelyon")

@@ -46,18 +46,18 @@ def by_loop(x, kernel, cotangent, stride, padding):
     x, kernel, cotangent = (np.asarray(a, np.float64) for a in (x, kernel, cotangent))
     k, kernel = kernel.shape[0], kernel[:, :, 0]
     padded = np.pad(x, ((0, 0), *padding, (0, 0)))
-    output, by_padded, by_kernel = np.zeros_like(cotangent), np.zeros_like(padded), 0.0
+    output, dpadded, dkernel = np.zeros_like(cotangent), np.zeros_like(padded), 0.0
     for row in range(cotangent.shape[1]):
         for column in range(cotangent.shape[2]):
             top, left = row * stride, column * stride
             window = np.s_[:, top : top + k, left : left + k]
             upstream = cotangent[:, row, column][:, None, None]
             output[:, row, column] = (padded[window] * kernel).sum((1, 2))
-            by_padded[window] += upstream * kernel
-            by_kernel = by_kernel + (padded[window] * upstream).sum(0)
+            dpadded[window] += upstream * kernel
+            dkernel = dkernel + (padded[window] * upstream).sum(0)
     (top, _), (left, _) = padding
-    by_x = by_padded[:, top : top + x.shape[1], left : left + x.shape[2]]
-    return output, by_x, by_kernel[:, :, None]
+    dx = dpadded[:, top : top + x.shape[1], left : left + x.shape[2]]
+    return output, dx, dkernel[:, :, None]
 
 
 def by_lax(x, kernel, cotangent, stride, padding):
@@ -128,8 +128,8 @@ def test_kernel_gradient_of_bfloat16_is_summed_in_float32():
     x = jnp.ones((1, 64, 64, 1), jnp.bfloat16)
     kernel = jnp.ones((3, 3, 1, 1), jnp.bfloat16)
     _, pullback = jax.vjp(lambda k: depthwise_conv(x, k, 1, ((1, 1), (1, 1))), kernel)
-    (by_kernel,) = pullback(x)
-    assert by_kernel[1, 1, 0, 0] == 4096
+    (dkernel,) = pullback(x)
+    assert dkernel[1, 1, 0, 0] == 4096
 
 
 @pytest.mark.smoke

@@ -37,11 +37,11 @@ def test_pointwise_has_the_gradients_of_a_product(narrow, wide):
     x, kernel = normal(2, 3, 4, narrow), normal(narrow, wide, seed=1)
     cotangent = normal(2, 3, 4, wide, seed=2)
     _, pullback = jax.vjp(pointwise.pointwise, x, kernel)
-    by_x, by_kernel = pullback(cotangent)
+    dx, dkernel = pullback(cotangent)
     exact = cotangent.astype(np.float64)
-    np.testing.assert_allclose(by_x, exact @ kernel.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, exact @ kernel.T, rtol=1e-5, atol=1e-5)
     expected = np.einsum("nhwk,nhwc->kc", x, exact)
-    np.testing.assert_allclose(by_kernel, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dkernel, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("platform")

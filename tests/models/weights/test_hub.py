@@ -290,7 +290,7 @@ def test_without_the_library_it_says_how_to_install_it(monkeypatch):
 
 def test_a_killed_download_leaves_nothing_that_is_used(server, tmp_path):
     """In a process of its own, which the server stops in the middle."""
-    code = f"from bef_jax.models import hub; print(hub.fetch({NAME!r}))"
+    code = f"from bef_jax.models.weights import hub; print(hub.fetch({NAME!r}))"
     server.stall = 500
     process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))
     server.stalled.wait(60)

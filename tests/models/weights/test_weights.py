@@ -136,7 +136,7 @@ def smooth():
         patch.setattr(torch.nn.functional, "hardtanh", silu)  # ReLU6 is that
         for name in ("relu", "relu6"):
             patch.setitem(norm.ACTIVATIONS, name, nn.silu)
-            patch.setitem(norm.SLOPES, name, norm.SLOPES["silu"])
+            patch.setitem(norm.DERIVATIVES, name, norm.DERIVATIVES["silu"])
         patch.setattr(nn, "relu", nn.silu)
         jax.clear_caches()  # the network has been compiled as it is
         yield

@@ -81,33 +81,33 @@ def expansion_gradient(
     x: Array,
     expand: Expansion | None,
     params: Params,
-    by_x: Array,
-    by_expand: Array | None,
-    by_shift: Array | None,
+    dx: Array,
+    dexpand: Array | None,
+    dshift: Array | None,
 ) -> tuple[Array, Params]:
     """The gradients of x [H, W, K, n] and of the convolution and its norm, from the kernels' sums.
 
     As in `norm.pointwise_batch_norm`: what statistics add to the gradient of x is linear in x.
     """
     if expand is None:
-        return by_x, {}
+        return dx, {}
     kernel, count = params["expand_conv"]["kernel"][0, 0], x.size // len(expand.center)
     factor = params["expand_norm"]["scale"] * expand.inverse
-    by_bias = by_shift.sum(-1)
-    by_kernel = by_expand.sum(0).T - expand.center[:, None] * by_bias
-    by_scale = expand.inverse * jnp.sum(kernel * by_kernel, 0)
-    pull = expand.inverse * by_scale
+    dbias = dshift.sum(-1)
+    dkernel = dexpand.sum(0).T - expand.center[:, None] * dbias
+    dscale = expand.inverse * jnp.sum(kernel * dkernel, 0)
+    pull = expand.inverse * dscale
     correction = _exact("ke,le->kl", kernel * factor * pull, kernel) / count
-    constant = _exact("ke,e->k", kernel * factor, by_bias) / count
+    constant = _exact("ke,e->k", kernel * factor, dbias) / count
     centered = _centered(x, expand.center)
-    by_x = by_x - jnp.einsum("hwkn,kl->hwln", centered, correction.astype(x.dtype))
-    by_x = (by_x - constant[:, None]).astype(x.dtype)
-    by_kernel = factor * (by_kernel - expand.spread * pull)
-    by_params = {
-        "expand_conv": like(params["expand_conv"], by_kernel),
-        "expand_norm": {"scale": by_scale, "bias": by_bias},
+    dx = dx - jnp.einsum("hwkn,kl->hwln", centered, correction.astype(x.dtype))
+    dx = (dx - constant[:, None]).astype(x.dtype)
+    dkernel = factor * (dkernel - expand.spread * pull)
+    dparams = {
+        "expand_conv": like(params["expand_conv"], dkernel),
+        "expand_norm": {"scale": dscale, "bias": dbias},
     }
-    return by_x, by_params
+    return dx, dparams
 
 
 def _centered(x: Array, center: Array) -> Array:
@@ -140,13 +140,13 @@ def norm_gradient(
         positions: H' * W'.
     """
     count = positions * gate.shape[-1]
-    by_bias = jnp.sum(gate * sums[1] + pull * sums[3], -1)
-    by_scale = jnp.sum(gate * sums[2] + pull * sums[4], -1)
-    by_scale = (by_scale - norm.mean * by_bias) * norm.inverse
+    dbias = jnp.sum(gate * sums[1] + pull * sums[3], -1)
+    dscale = jnp.sum(gate * sums[2] + pull * sums[4], -1)
+    dscale = (dscale - norm.mean * dbias) * norm.inverse
     # Ioffe & Szegedy 2015, section 3, sorted by d.
-    factor = -norm.factor * norm.inverse * by_scale / count
-    offset = -norm.factor * by_bias / count - factor * norm.mean
-    return {"scale": by_scale, "bias": by_bias}, (factor, offset)
+    factor = -norm.factor * norm.inverse * dscale / count
+    offset = -norm.factor * dbias / count - factor * norm.mean
+    return {"scale": dscale, "bias": dbias}, (factor, offset)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

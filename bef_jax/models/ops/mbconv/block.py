@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec
 
 from bef_jax.models.ops.mbconv import algebra, backward, forward
 from bef_jax.models.ops.mbconv.algebra import Expansion, Params
-from bef_jax.models.ops.mbconv.grid import Strip
+from bef_jax.models.ops.mbconv.grid import LANES, Strip, Window, strips
 from bef_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """What of a block is known when it is traced.
+class KernelPlan:
+    """What the kernels have to know of a block when it is traced.
 
     Attributes:
         strips: of its maps, by rows (`grid.strips`).
@@ -42,8 +42,34 @@ class Block:
     activation: str
 
 
+def plan_kernels(
+    window: Window,
+    x: Array,
+    expand: int,
+    features: int,
+    groups: int,
+    epsilon: float,
+    activation: str,
+) -> KernelPlan:
+    """Returns what the kernels have to know of a block with the input x, [N, H, W, K].
+
+    Args:
+        window: of the depthwise convolution.
+        expand: hidden channels over K; 1 for a block without expansion.
+        features: M, channels of the output.
+        groups, epsilon, activation: of the norms.
+
+    Raises:
+        ValueError: the batch is no multiple of 128 * groups, or maps do not fit on the chip.
+    """
+    if x.shape[0] % (groups * LANES):
+        raise ValueError(f"kernels take {LANES} images at a time, of each of {groups} groups")
+    channels = x.shape[-1], x.shape[-1] * expand, features
+    return KernelPlan(strips(window, *channels, x.dtype.itemsize), groups, epsilon, activation)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def mbconv(x: Array, params: Params, block: Block) -> tuple[Array, Params]:
+def mbconv(x: Array, params: Params, plan: KernelPlan) -> tuple[Array, Params]:
     """Expands, convolves by channel, gates by squeeze-excite and projects, with both norms within.
 
     Args:
@@ -56,23 +82,24 @@ def mbconv(x: Array, params: Params, block: Block) -> tuple[Array, Params]:
         statistics: {norm's name: (mean, variance)}, [groups, E] each, float32, through which no
             gradient flows.
     """
-    return _forward(x, params, block)[0]
+    return _forward(x, params, plan)[0]
 
 
-def _forward(x: Array, params: Params, block: Block):
-    parts = x.reshape(block.groups, -1, *x.shape[1:])
-    y, statistics, kept = _by_group(functools.partial(_group_forward, block), parts, params)
+def _forward(x: Array, params: Params, plan: KernelPlan):
+    parts = x.reshape(plan.groups, -1, *x.shape[1:])
+    y, statistics, kept = _by_group(functools.partial(_group_forward, plan), parts, params)
     return (y.reshape(-1, *y.shape[2:]), statistics), (parts, params, kept)
 
 
-def _backward(block: Block, residuals, cotangents):
+def _backward(plan: KernelPlan, residuals, cotangents):
     parts, params, kept = residuals
-    by_y = cotangents[0].reshape(block.groups, -1, *cotangents[0].shape[1:])
-    function = functools.partial(_group_backward, block)
-    by_x, by_params = _by_group(function, (parts, kept, by_y), params)
+    g, _ = cotangents  # no gradient flows through the statistics
+    dy = g.reshape(plan.groups, -1, *g.shape[1:])
+    function = functools.partial(_group_backward, plan)
+    dx, dparams = _by_group(function, (parts, kept, dy), params)
     # Over groups, and so over devices, once for all parameters: with the step's other gradients.
-    by_params = jax.tree.map(lambda by_group: by_group.sum(0), by_params)
-    return by_x.reshape(-1, *by_x.shape[2:]), by_params
+    dparams = jax.tree.map(lambda by_group: by_group.sum(0), dparams)
+    return dx.reshape(-1, *dx.shape[2:]), dparams
 
 
 mbconv.defvjp(_forward, _backward)
@@ -99,19 +126,19 @@ def _by_group(function: Callable, parts: Any, params: Params) -> Any:
 # ---- one group ----------------------------------------------------------------------------------
 
 
-def _group_forward(block: Block, x: Array, params: Params):
+def _group_forward(plan: KernelPlan, x: Array, params: Params):
     """[n, H, W, K] -> y [n, H', W', M], the norms' statistics, and what the gradient needs."""
-    x, act = x.transpose(1, 2, 3, 0), block.activation
+    x, act = x.transpose(1, 2, 3, 0), plan.activation
     taps, project = _weights(params, x.dtype)
-    expand, statistics = algebra.expansion(x, params, block.epsilon)
+    expand, statistics = algebra.expansion(x, params, plan.epsilon)
     spread = [
         forward.spread(_rows(x, strip.inputs), *_factors(expand), taps, strip, act)
-        for strip in block.strips
+        for strip in plan.strips
     ]
     d, moments = [maps for maps, _ in spread], _sum([sums for _, sums in spread])
-    norm, variance = algebra.norm(moments, params["depthwise_norm"], _positions(d), block.epsilon)
+    norm, variance = algebra.norm(moments, params["depthwise_norm"], _positions(d), plan.epsilon)
     columns = jnp.stack([norm.factor, norm.offset], 1)
-    cut = [(maps, strip.channels) for maps, strip in zip(d, block.strips, strict=True)]
+    cut = [(maps, strip.channels) for maps, strip in zip(d, plan.strips, strict=True)]
     pooled = _sum([forward.pool(maps, columns, size, act) for maps, size in cut]) / _positions(d)
     gate = algebra.excite(params.get("squeeze_excite"), pooled)
     y = [forward.project(maps, columns, gate, project, size, act) for maps, size in cut]
@@ -120,12 +147,12 @@ def _group_forward(block: Block, x: Array, params: Params):
     return y, statistics, (expand, norm, pooled, d)
 
 
-def _group_backward(block: Block, part, params: Params) -> tuple[Array, Params]:
+def _group_backward(plan: KernelPlan, part, params: Params) -> tuple[Array, Params]:
     """The gradients of x [n, H, W, K] and of the parameters, from that of y."""
-    x, (expand, norm, pooled, d), by_y = part
-    x, by_y, act = x.transpose(1, 2, 3, 0), by_y.transpose(1, 2, 3, 0), block.activation
-    cut = [(s, maps, _rows(by_y, s.outputs)) for s, maps in zip(block.strips, d, strict=True)]
-    by_params, columns, images = _gated_backward(cut, norm, pooled, params, act)
+    x, (expand, norm, pooled, d), dy = part
+    x, dy, act = x.transpose(1, 2, 3, 0), dy.transpose(1, 2, 3, 0), plan.activation
+    cut = [(s, maps, _rows(dy, s.outputs)) for s, maps in zip(plan.strips, d, strict=True)]
+    dparams, columns, images = _gated_backward(cut, norm, pooled, params, act)
     taps, project = _weights(params, x.dtype)
     weights, shift = _factors(expand)
     shift = jnp.zeros_like(columns[:, :1]) if shift is None else shift
@@ -134,12 +161,12 @@ def _group_backward(block: Block, part, params: Params) -> tuple[Array, Params]:
         backward.spread_gradients(_rows(x, strip.inputs), *maps, weights, images, strip, act)
         for strip, *maps in cut
     ]
-    by_x = _overlapped([result[0] for result in results], block.strips, len(x))
-    *by_expand, by_taps = _sum([result[1:] for result in results])
-    by_x, by_expansion = algebra.expansion_gradient(x, expand, params, by_x, *by_expand)
-    by_taps = algebra.like(params["depthwise_conv"], by_taps.sum(0).T)
-    by_params = {**by_params, **by_expansion, "depthwise_conv": by_taps}
-    return by_x.transpose(3, 0, 1, 2), {name: by_params[name] for name in params}
+    dx = _overlapped([result[0] for result in results], plan.strips, len(x))
+    *dexpand, dtaps = _sum([result[1:] for result in results])
+    dx, dexpansion = algebra.expansion_gradient(x, expand, params, dx, *dexpand)
+    dtaps = algebra.like(params["depthwise_conv"], dtaps.sum(0).T)
+    dparams = {**dparams, **dexpansion, "depthwise_conv": dtaps}
+    return dx.transpose(3, 0, 1, 2), {name: dparams[name] for name in params}
 
 
 def _gated_backward(
@@ -161,15 +188,15 @@ def _gated_backward(
         backward.project_gradients(*maps, columns, gate, project, strip.channels, act)
         for strip, *maps in cut
     ]
-    sums, by_project = _sum(results)
-    by_excite, by_pooled = excite_gradient(sums[0])
-    pull = by_pooled / positions  # what each position takes of the mean's gradient
-    by_norm, by_d = algebra.norm_gradient(norm, sums, gate, pull, positions)
-    by_project = algebra.like(params["project_conv"], by_project.sum(0))
-    by_params = {
-        "depthwise_norm": by_norm, "project_conv": by_project, "squeeze_excite": by_excite,
+    sums, dproject = _sum(results)
+    dexcite, dpooled = excite_gradient(sums[0])
+    pull = dpooled / positions  # what each position takes of the mean's gradient
+    dnorm, dd = algebra.norm_gradient(norm, sums, gate, pull, positions)
+    dproject = algebra.like(params["project_conv"], dproject.sum(0))
+    dparams = {
+        "depthwise_norm": dnorm, "project_conv": dproject, "squeeze_excite": dexcite,
     }  # fmt: skip
-    return by_params, jnp.stack([norm.factor, norm.offset, *by_d], 1), jnp.stack([gate, pull])
+    return dparams, jnp.stack([norm.factor, norm.offset, *dd], 1), jnp.stack([gate, pull])
 
 
 def _rows(maps: Array, rows: tuple[int, int]) -> Array:

@@ -37,17 +37,17 @@ def spread(
         d: [H', W', E, N], of x's dtype: depthwise(activation(expand @ x + shift)).
         moments: [2, E, N], float32, the sums over positions of d and of d^2.
     """
-    window, block = strip.window, strip.channels
+    window, tile = strip.window, strip.channels
     kernel = functools.partial(_spread, window=window, activation=ACTIVATIONS[activation])
     (hidden, count), images = taps.shape, x.shape[-1]
     cut = grid.maps if expand is None else grid.whole
     inputs = [(x, cut), (expand, grid.rows), (shift, grid.rows), (taps, grid.rows)]
     result = jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype)
     outputs = [(result, grid.maps), (_floats((2, hidden, images)), grid.maps)]
-    scratch = [((*window.phases, block, LANES), jnp.float32), vectors.wide_shape(count, block)]
+    scratch = [((*window.phases, tile, LANES), jnp.float32), vectors.wide_shape(count, tile)]
     expanded = 0 if expand is None else math.prod(window.size) * hidden * images
     products = expanded * x.shape[-2] + result.size * count
-    return grid.run(kernel, inputs, outputs, scratch, block, products, expanded)
+    return grid.call_kernel(kernel, inputs, outputs, scratch, tile, products, expanded)
 
 
 def _spread(
@@ -55,7 +55,7 @@ def _spread(
 ):
     @pl.when(pl.program_id(1) == 0)
     def _():
-        vectors.clear(padded)  # the margins stay so; the rest is written for each block
+        vectors.clear(padded)  # the margins stay so; the rest is written for each tile
 
     moments[...] = jnp.zeros_like(moments)
     vectors.widen(taps, wide)
@@ -78,7 +78,7 @@ def _spread(
     lax.fori_loop(0, window.outputs[0], convolve, None)
 
 
-def pool(d: Array, norm: Array, block: int, activation: str) -> Array:
+def pool(d: Array, norm: Array, tile: int, activation: str) -> Array:
     """The sums over positions of activation(d * norm[0] + norm[1]), [E, N], float32.
 
     Args:
@@ -87,9 +87,9 @@ def pool(d: Array, norm: Array, block: int, activation: str) -> Array:
     """
     kernel = functools.partial(_pool, activation=ACTIVATIONS[activation])
     inputs, outputs = [(d, grid.maps), (norm, grid.rows)], [(_floats(d.shape[2:]), grid.maps)]
-    return grid.run(kernel, inputs, outputs, [vectors.wide_shape(2, block)], block, d.size, d.size)[
-        0
-    ]
+    return grid.call_kernel(
+        kernel, inputs, outputs, [vectors.wide_shape(2, tile)], tile, d.size, d.size
+    )[0]
 
 
 def _pool(d, norm, pooled, wide, *, activation: Callable):
@@ -104,7 +104,7 @@ def _pool(d, norm, pooled, wide, *, activation: Callable):
 
 
 def project(
-    d: Array, norm: Array, gate: Array, weights: Array, block: int, activation: str
+    d: Array, norm: Array, gate: Array, weights: Array, tile: int, activation: str
 ) -> Array:
     """weights^T @ (activation(d * norm[0] + norm[1]) * gate), [H', W', M, N], of d's dtype.
 
@@ -117,9 +117,9 @@ def project(
     shape = (*d.shape[:2], weights.shape[1], d.shape[3])
     inputs = [(d, grid.maps), (norm, grid.rows), (gate, grid.maps), (weights, grid.rows)]
     outputs = [(jax.ShapeDtypeStruct(shape, d.dtype), grid.whole)]
-    scratch = [((*shape[:3], LANES), jnp.float32), vectors.wide_shape(2, block)]
+    scratch = [((*shape[:3], LANES), jnp.float32), vectors.wide_shape(2, tile)]
     products = d.size * weights.shape[1]
-    return grid.run(kernel, inputs, outputs, scratch, block, products, d.size)[0]
+    return grid.call_kernel(kernel, inputs, outputs, scratch, tile, products, d.size)[0]
 
 
 def _project(d, norm, gate, weights, y, total, wide, *, activation: Callable):

@@ -2,7 +2,7 @@
 
 Maps are [H, W, C, N]: channels along a vector register's sublanes, images along its lanes. So the
 taps of a depthwise convolution are other registers, not shifted ones, and little is padded. A
-kernel runs over blocks of 128 images and, within them, over blocks of the E hidden channels.
+kernel runs over tiles of 128 images and, within them, over tiles of the E hidden channels.
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ from bef_jax.models.ops.depthwise import Padding
 # was compiled.
 KERNEL_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 
-LANES = 128  # images of a block
-_SUBLANES = 8  # a block's channels are a multiple of them
-_MOST_CHANNELS = 96  # of a block: each 8 are instructions of their own, and products busy by then
+LANES = 128  # images of a tile
+_SUBLANES = 8  # the channels of a tile are a multiple of them
+# Channels of a tile. Each 8 are instructions of their own, and 96 keep the products busy.
+_MOST_CHANNELS = 96
 _VMEM = 58 * 2**20  # of 64 MiB on v5p, of 128 MiB on v5e and v6e; XLA keeps the rest
 _STAYS = 12 * 2**20  # maps that XLA may keep on the chip from kernel to kernel
 _BUDGET = 56 * 2**20  # the compiler keeps some of it for itself
@@ -52,7 +53,7 @@ class Window:
 
     @property
     def margin(self) -> int:
-        """Zeros before a padded cotangent: how far a tap reaches within its phase."""
+        """Zeros before a padded gradient of the outputs: how far a tap reaches within its phase."""
         return (self.kernel - 1) // self.stride
 
     @property
@@ -100,7 +101,7 @@ def strips(
 ) -> tuple[Strip, ...]:
     """Cuts maps into strips of rows that fit on the chip, as few as keep the matrix unit busy.
 
-    Arguments are those of `channel_block`.
+    Arguments are those of `tile_channels`.
 
     Raises:
         ValueError: not even one row fits.
@@ -124,11 +125,11 @@ def _strip(window: Window, first: int, last: int, *channels: int) -> Strip:
     rows = max(start, 0), min(stop, window.size[0])
     padding = (rows[0] - start, stop - rows[1]), columns
     part = Window((rows[1] - rows[0], window.size[1]), window.kernel, window.stride, padding)
-    return Strip(rows, (first, last), part, channel_block(part, *channels))
+    return Strip(rows, (first, last), part, tile_channels(part, *channels))
 
 
-def channel_block(window: Window, inputs: int, hidden: int, outputs: int, itemsize: int) -> int:
-    """How many of a block's channels the kernels take at a time; 0 where none fit on the chip.
+def tile_channels(window: Window, inputs: int, hidden: int, outputs: int, itemsize: int) -> int:
+    """Returns how many of a block's channels the kernels take at a time; 0 if none fit on the chip.
 
     Args:
         inputs, hidden, outputs: channels K, E and M; there is no expansion if K is E.
@@ -136,13 +137,13 @@ def channel_block(window: Window, inputs: int, hidden: int, outputs: int, itemsi
     """
     size, result = math.prod(window.size), math.prod(window.outputs)
     padded = math.prod(window.phases)
-    cotangent = math.prod(side + window.margin for side in window.padded)
-    # Bytes per image: of whole maps, which are there once; and per channel of a block, of which
-    # scratch is there once, and twice what is loaded or written while another block is worked on.
+    gradient = math.prod(side + window.margin for side in window.padded)
+    # Bytes per image: of whole maps, which are there once; and per channel of a tile, of which
+    # scratch is there once, and twice what is loaded or written while another tile is worked on.
     kept = 8 * window.kernel**2 + 72 + window.padded[1] * itemsize
     kept += sum(2 * (itemsize + 4) * -(-columns // LANES) for columns in (inputs, outputs))
     whole = result * outputs * itemsize
-    each = kept + (padded + cotangent) * 4 + result * 2 * itemsize
+    each = kept + (padded + gradient) * 4 + result * 2 * itemsize
     if inputs == hidden:
         each += size * 4 * itemsize
     else:
@@ -152,16 +153,18 @@ def channel_block(window: Window, inputs: int, hidden: int, outputs: int, itemsi
         (_BUDGET // LANES - result * outputs * (itemsize + 4)) // (kept + result * 2 * itemsize),
         _MOST_CHANNELS,
     )
-    blocks = range(_SUBLANES, most + 1, _SUBLANES)
-    return max((block for block in blocks if hidden % block == 0), default=0)
+    sizes = range(_SUBLANES, most + 1, _SUBLANES)
+    return max((tile for tile in sizes if hidden % tile == 0), default=0)
 
 
-def run(kernel: Callable, inputs, outputs, scratch, block: int, products: int, activations: int):
-    """Calls a kernel for every block: of images, and within them of channels.
+def call_kernel(
+    kernel: Callable, inputs, outputs, scratch, tile: int, products: int, activations: int
+):
+    """Calls a kernel for every tile: of images, and within them of channels.
 
     Args:
-        inputs, outputs: (array, or its shape, or None; how it is cut into blocks).
-        scratch: (shape, dtype), or None, of what a block keeps on the chip.
+        inputs, outputs: (array, or its shape, or None; how it is cut into tiles).
+        scratch: (shape, dtype), or None, of what a tile keeps on the chip.
         products: multiplications, each with an addition, and
         activations: evaluations of an activation or its slope, for XLA's account of costs.
     """
@@ -174,9 +177,9 @@ def run(kernel: Callable, inputs, outputs, scratch, block: int, products: int, a
         return pl.pallas_call(
             kernel,
             out_shape=shapes,
-            grid=(images // LANES, hidden // block),
-            in_specs=[_spec(array, cut, block) for array, cut in inputs],
-            out_specs=[_spec(shape, cut, block) for shape, cut in outputs],
+            grid=(images // LANES, hidden // tile),
+            in_specs=[_spec(array, cut, tile) for array, cut in inputs],
+            out_specs=[_spec(shape, cut, tile) for shape, cut in outputs],
             scratch_shapes=[buffer and pltpu.VMEM(*buffer) for buffer in scratch],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
@@ -188,7 +191,7 @@ def run(kernel: Callable, inputs, outputs, scratch, block: int, products: int, a
         )(*arrays)
 
     def on_tpu(*arrays: Array):
-        # A kernel loads the next block of wide maps by itself while it works. XLA would first bring
+        # A kernel loads the next tile of wide maps by itself while it works. XLA would first bring
         # large ones to the chip as a whole, and others away for them; small ones may stay there.
         pairs = zip(arrays, inputs, strict=True)
         large = [cut is maps and x.nbytes > _STAYS for x, (_, cut) in pairs]
@@ -204,32 +207,32 @@ def _in_hbm(x: Array) -> Array:
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
-def _spec(array, cut: Callable, block: int) -> pl.BlockSpec | None:
-    return None if array is None else cut(array.shape, block)
+def _spec(array, cut: Callable, tile: int) -> pl.BlockSpec | None:
+    return None if array is None else cut(array.shape, tile)
 
 
-def whole(shape: Sequence[int], block: int) -> pl.BlockSpec:
-    """Maps [H, W, C, N] of few channels: all of them stay on the chip for all blocks of images'."""
+def whole(shape: Sequence[int], tile: int) -> pl.BlockSpec:
+    """Maps [H, W, C, N] of few channels: all of them stay on the chip for all tiles of images'."""
     # One buffer, not two: the next images' are loaded when these are done.
     return pl.BlockSpec(
         (*shape[:-1], LANES), lambda n, e: (0, 0, 0, n), pipeline_mode=pl.Buffered(1)
     )
 
 
-def maps(shape: Sequence[int], block: int) -> pl.BlockSpec:
+def maps(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     """[..., E, N]."""
     rest = len(shape) - 2
-    return pl.BlockSpec((*shape[:-2], block, LANES), lambda n, e: (*(0,) * rest, e, n))
+    return pl.BlockSpec((*shape[:-2], tile, LANES), lambda n, e: (*(0,) * rest, e, n))
 
 
-def rows(shape: Sequence[int], block: int) -> pl.BlockSpec:
+def rows(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     """[..., E, K], for all images."""
     rest = len(shape) - 2
-    return pl.BlockSpec((*shape[:-2], block, shape[-1]), lambda n, e: (*(0,) * rest, e, 0))
+    return pl.BlockSpec((*shape[:-2], tile, shape[-1]), lambda n, e: (*(0,) * rest, e, 0))
 
 
-def parts(shape: Sequence[int], block: int) -> pl.BlockSpec:
-    """[N / 128, ..., E, K]: what each block of images adds."""
+def parts(shape: Sequence[int], tile: int) -> pl.BlockSpec:
+    """[N / 128, ..., E, K]: what each tile of images adds."""
     rest = len(shape) - 3
-    size = (None, *shape[1:-2], block, shape[-1])
+    size = (None, *shape[1:-2], tile, shape[-1])
     return pl.BlockSpec(size, lambda n, e: (n, *(0,) * rest, e, 0))

@@ -15,9 +15,9 @@ _REGISTERS = 24  # of 64, that hold sums of a row's positions
 _SUBLANES = 8  # channels of a register
 
 
-def wide_shape(count: int, block: int) -> tuple[tuple[int, ...], jnp.dtype]:
+def wide_shape(count: int, tile: int) -> tuple[tuple[int, ...], jnp.dtype]:
     """Shape and dtype of the scratch that `widen` fills."""
-    return (count, block, LANES), jnp.float32
+    return (count, tile, LANES), jnp.float32
 
 
 def each_hidden(x, expand, shift, window: Window, use: Callable) -> None:
@@ -40,7 +40,7 @@ def each_hidden(x, expand, shift, window: Window, use: Callable) -> None:
 
 
 def accumulate(total, result, add: Callable[[], None]) -> None:
-    """Sums over the blocks of channels: `add` adds to `total`, and the last one's is the result."""
+    """Sums over the tiles of channels: `add` adds to `total`, and the last one's is the result."""
 
     @pl.when(pl.program_id(1) == 0)
     def _():

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bef_jax.models.layers import SqueezeExcite, padding_of
 from bef_jax.models.ops.depthwise import depthwise_conv
-from bef_jax.models.ops.mbconv.block import Block, mbconv
+from bef_jax.models.ops.mbconv.block import KernelPlan, mbconv
 from bef_jax.models.ops.mbconv.grid import Window
 from bef_jax.models.ops.mbconv.grid import _strip as strip_of
 from bef_jax.models.ops.norm import batch_norm
@@ -74,19 +74,19 @@ def make_params(channels, kernel, squeeze_excite=True):
     return params
 
 
-def make_block(kernel, stride, groups=1, convention="same", activation="silu", ends=()):
+def make_plan(kernel, stride, groups=1, convention="same", activation="silu", ends=()):
     """Of one strip, or of those that end at these rows of the output."""
     padding = padding_of(kernel, stride, (SIDE, SIDE), convention)
     window = Window((SIDE, SIDE), kernel, stride, padding)
     rows = itertools.pairwise((0, *ends, window.outputs[0]))
     strips = (strip_of(window, *pair, *CHANNELS, 4) for pair in rows)
     strips = tuple(dataclasses.replace(strip, channels=8) for strip in strips)
-    return Block(strips, groups, EPSILON, activation)
+    return KernelPlan(strips, groups, EPSILON, activation)
 
 
-def window_of(block):
+def window_of(plan):
     """Of the whole map."""
-    first, last = block.strips[0].window, block.strips[-1].window
+    first, last = plan.strips[0].window, plan.strips[-1].window
     rows = first.padding[0][0], last.padding[0][1]
     return dataclasses.replace(first, size=(SIDE, SIDE), padding=(rows, first.padding[1]))
 
@@ -97,9 +97,9 @@ def make_images(count, channels=CHANNELS[0], dtype=jnp.float32):
     return jnp.asarray(x, dtype)
 
 
-def by_layers(x, params, block):
+def by_layers(x, params, plan):
     """`efficientnet.MBConv._by_layers`, without its module."""
-    options, statistics, window = (block.groups, EPSILON, block.activation), {}, window_of(block)
+    options, statistics, window = (plan.groups, EPSILON, plan.activation), {}, window_of(plan)
     if "expand_conv" in params:
         x = x @ params["expand_conv"]["kernel"][0, 0].astype(x.dtype)
         x, *statistics["expand_norm"] = batch_norm(x, **params["expand_norm"], **named(options))
@@ -116,16 +116,16 @@ def named(options):
     return dict(zip(("groups", "epsilon", "activation"), options, strict=True))
 
 
-def everything(function, x, params, block):
+def everything(function, x, params, plan):
     """Output, statistics and gradients, those of the parameters by name."""
 
     def run(x, params, cotangent):
         y, pullback, statistics = jax.vjp(
-            lambda *args: function(*args, block), x, params, has_aux=True
+            lambda *args: function(*args, plan), x, params, has_aux=True
         )
         return y, statistics, pullback(cotangent.astype(y.dtype))
 
-    shape = jax.eval_shape(lambda *args: function(*args, block)[0], x, params).shape
+    shape = jax.eval_shape(lambda *args: function(*args, plan)[0], x, params).shape
     cotangent = np.random.default_rng(1).normal(size=shape)
     return jax.jit(run)(x, params, jnp.asarray(cotangent, jnp.float32))
 
@@ -147,25 +147,25 @@ IDS = (
 
 
 @pytest.mark.parametrize(
-    ("block", "images", "channels", "squeeze_excite"),
+    ("plan", "images", "channels", "squeeze_excite"),
     [
-        pytest.param(make_block(3, 1), 128, CHANNELS, True, marks=pytest.mark.smoke),
-        (make_block(5, 1, groups=2), 256, CHANNELS, True),
-        (make_block(3, 2, convention="symmetric"), 256, CHANNELS, True),
-        (make_block(5, 2), 128, CHANNELS, True),
-        (make_block(3, 2, activation="relu6"), 128, CHANNELS, False),
-        (make_block(3, 1), 128, (16, 16, 8), True),
-        (make_block(3, 1, ends=(2, 3)), 128, CHANNELS, True),
-        (make_block(5, 2, ends=(1,), convention="symmetric"), 128, CHANNELS, True),
-        (make_block(3, 1, ends=(3,)), 128, (16, 16, 8), True),
+        pytest.param(make_plan(3, 1), 128, CHANNELS, True, marks=pytest.mark.smoke),
+        (make_plan(5, 1, groups=2), 256, CHANNELS, True),
+        (make_plan(3, 2, convention="symmetric"), 256, CHANNELS, True),
+        (make_plan(5, 2), 128, CHANNELS, True),
+        (make_plan(3, 2, activation="relu6"), 128, CHANNELS, False),
+        (make_plan(3, 1), 128, (16, 16, 8), True),
+        (make_plan(3, 1, ends=(2, 3)), 128, CHANNELS, True),
+        (make_plan(5, 2, ends=(1,), convention="symmetric"), 128, CHANNELS, True),
+        (make_plan(3, 1, ends=(3,)), 128, (16, 16, 8), True),
     ],
     ids=IDS,
 )
-def test_all_is_as_by_layers(block, images, channels, squeeze_excite):
-    params = make_params(channels, block.strips[0].window.kernel, squeeze_excite)
+def test_all_is_as_by_layers(plan, images, channels, squeeze_excite):
+    params = make_params(channels, plan.strips[0].window.kernel, squeeze_excite)
     x = make_images(images, channels[0])
-    actual = everything(mbconv, x, params, block)
-    expected = everything(by_layers, x, params, block)
+    actual = everything(mbconv, x, params, plan)
+    expected = everything(by_layers, x, params, plan)
     assert max(errors(actual, expected)) < 2e-5
 
 
@@ -179,11 +179,11 @@ def optimised():
 
 
 def test_bfloat16_is_no_further_from_float32_than_layers_are(optimised):
-    block, params = make_block(3, 1), make_params(CHANNELS, 3)
-    exact = everything(by_layers, make_images(128), params, block)
+    plan, params = make_plan(3, 1), make_params(CHANNELS, 3)
+    exact = everything(by_layers, make_images(128), params, plan)
     rounded = make_images(128, dtype=jnp.bfloat16)
-    ours = errors(everything(mbconv, rounded, params, block), exact)
-    layers = errors(everything(by_layers, rounded, params, block), exact)
+    ours = errors(everything(mbconv, rounded, params, plan), exact)
+    layers = errors(everything(by_layers, rounded, params, plan), exact)
     assert max(ours) < max(layers)
     assert np.mean(ours) < np.mean(layers)
 
@@ -191,18 +191,18 @@ def test_bfloat16_is_no_further_from_float32_than_layers_are(optimised):
 SCRIPT = """
 import json
 import jax
-from bef_jax import sharding
-from bef_jax.hlo import collectives
-from bef_jax.models.mbconv.block import mbconv
-from tests.models.mbconv.test_block import *
+from bef_jax.runtime import sharding
+from bef_jax.planning.hlo import collectives
+from bef_jax.models.ops.mbconv.block import mbconv
+from tests.models.ops.mbconv.test_block import *
 
-block, params, x = make_block(3, 1, groups=8), make_params(CHANNELS, 3), make_images(8 * 128)
-one = everything(mbconv, x, params, block)
+plan, params, x = make_plan(3, 1, groups=8), make_params(CHANNELS, 3), make_images(8 * 128)
+one = everything(mbconv, x, params, plan)
 mesh = sharding.make_mesh()
 with jax.set_mesh(mesh):
     x = jax.device_put(x, sharding.by_rows(mesh))
-    eight = everything(mbconv, x, params, block)
-    program = jax.jit(lambda x: mbconv(x, params, block)[0]).lower(x).compile().as_text()
+    eight = everything(mbconv, x, params, plan)
+    program = jax.jit(lambda x: mbconv(x, params, plan)[0]).lower(x).compile().as_text()
 print(json.dumps([mesh.size, max(errors(eight, one)), collectives(program)]))
 """
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tests.models.mbconv.test_block import make_params
 
 from bef_jax.models.layers import padding_of
-from bef_jax.models.ops.mbconv.block import Block, mbconv
+from bef_jax.models.ops.mbconv.block import KernelPlan, mbconv
 from bef_jax.models.ops.mbconv.grid import Window, strips
 from bef_jax.planning import topology
+from tests.models.ops.mbconv.test_block import make_params
 
 
 @pytest.mark.compilers
@@ -36,7 +36,7 @@ def test_kernels_compile(chip, side, kernel, stride, channels, dtype, activation
     size = (side, side)
     window = Window(size, kernel, stride, padding_of(kernel, stride, size, "same"))
     cut = strips(window, *channels, itemsize=jnp.dtype(dtype).itemsize)
-    block = Block(cut, 1, 1e-3, activation)
+    block = KernelPlan(cut, 1, 1e-3, activation)
 
     def loss(x, params):
         return mbconv(x, params, block)[0].sum()

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from tests.models.mbconv.test_block import make_params
 
 from bef_jax.models import REGISTRY, boosted
 from bef_jax.models.layers import padding_of
 from bef_jax.models.ops.mbconv import grid
-from bef_jax.models.ops.mbconv.block import Block, mbconv
-from bef_jax.models.ops.mbconv.grid import LANES, Window, channel_block, strips
+from bef_jax.models.ops.mbconv.block import KernelPlan, mbconv
+from bef_jax.models.ops.mbconv.grid import LANES, Window, strips, tile_channels
+from tests.models.ops.mbconv.test_block import make_params
 
 CASES = [(3, 1, (4, 5)), (3, 2, (6, 5)), (5, 1, (5, 4)), (5, 2, (7, 6)), (3, 2, (1, 2))]
 conventions = pytest.mark.parametrize("convention", ["same", "symmetric"])
@@ -66,7 +66,7 @@ def test_inside_is_every_input_once(kernel, stride, size, convention):
 )
 def test_a_block_divides_the_channels_or_there_is_none(size, kernel, stride, channels, fits):
     window = make_window(kernel, stride, size, "same")
-    block = channel_block(window, *channels, itemsize=2)
+    block = tile_channels(window, *channels, itemsize=2)
     assert (block > 0) == fits
     assert block % 8 == 0
     assert not fits or channels[1] % block == 0
@@ -81,7 +81,7 @@ def test_what_no_strip_holds_is_refused():
 @pytest.mark.parametrize(("kernel", "stride", "size"), CASES)
 def test_strips_read_what_their_outputs_are_made_of(kernel, stride, size, convention, monkeypatch):
     # As if two rows of the output fitted on the chip, and no more.
-    monkeypatch.setattr(grid, "channel_block", lambda part, *_: 8 * (part.outputs[0] <= 2))
+    monkeypatch.setattr(grid, "tile_channels", lambda part, *_: 8 * (part.outputs[0] <= 2))
     window = make_window(kernel, stride, size, convention)
     cut = strips(window, 1, 8, 1, 4)
     assert len(cut) == -(-window.outputs[0] // 2)
@@ -155,7 +155,7 @@ def test_what_the_kernels_ask_for_fits_on_the_chip(name, total_stride, dtype, mo
     for side, inputs, stage in blocks_of(name, total_stride):
         window = make_window(stage.kernel, stage.stride, (side, side), "same")
         channels = inputs, inputs * stage.expand, stage.channels
-        block = Block(strips(window, *channels, itemsize=itemsize), 1, 1e-3, "silu")
+        block = KernelPlan(strips(window, *channels, itemsize=itemsize), 1, 1e-3, "silu")
 
         def loss(x, params, block=block):
             return mbconv(x, params, block)[0].sum()

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.mbconv.test_block import as_on_tpu  # noqa: F401, a fixture
 
 from bef_jax.models.layers import padding_of
 from bef_jax.models.ops.mbconv import backward, forward
 from bef_jax.models.ops.mbconv.grid import Strip, Window
+from tests.models.ops.mbconv.test_block import as_on_tpu  # noqa: F401, a fixture
 
 INPUTS, HIDDEN, OUTPUTS = 8, 16, 24
 IMAGES, BLOCK = 256, 8  # two blocks of images, two of channels
@@ -118,14 +118,14 @@ def test_project():
 
 def test_project_gradients():
     d, norm, gate, weights = make_maps()
-    by_y = normal(*SIZE, OUTPUTS, IMAGES, seed=8)
-    inputs = single(d, by_y, norm, gate, weights)
-    sums, by_weights = backward.project_gradients(*inputs, BLOCK, "silu")
-    z, u = normed(d, norm), np.einsum("em,hwmn->hwen", weights, by_y)
+    dy = normal(*SIZE, OUTPUTS, IMAGES, seed=8)
+    inputs = single(d, dy, norm, gate, weights)
+    sums, dweights = backward.project_gradients(*inputs, BLOCK, "silu")
+    z, u = normed(d, norm), np.einsum("em,hwmn->hwen", weights, dy)
     terms = [u * silu(z), u * slope(z), u * slope(z) * d, slope(z), slope(z) * d]
     check(sums, np.stack([term.sum((0, 1)) for term in terms]))
-    by_image = np.einsum("hwen,hwmn->nem", silu(z) * gate, by_y)
-    check(by_weights, by_image.reshape(2, -1, HIDDEN, OUTPUTS).sum(1))
+    by_image = np.einsum("hwen,hwmn->nem", silu(z) * gate, dy)
+    check(dweights, by_image.reshape(2, -1, HIDDEN, OUTPUTS).sum(1))
 
 
 @windows
@@ -135,32 +135,32 @@ def test_spread_gradients(expands, kernel, stride, convention):
     x, expand, shift, taps = make_inputs(window, expands)
     _, _, _, weights = make_maps()
     d = normal(*window.outputs, HIDDEN, IMAGES, seed=9)
-    by_y = normal(*window.outputs, OUTPUTS, IMAGES, seed=8)
+    dy = normal(*window.outputs, OUTPUTS, IMAGES, seed=8)
     columns, images = normal(HIDDEN, 5, seed=10), normal(2, HIDDEN, IMAGES, seed=11)
     if expands:
         columns[:, 4:] = shift
-    arrays = single(x, d, by_y), single(expand, taps, weights, columns), single(images)
+    arrays = single(x, d, dy), single(expand, taps, weights, columns), single(images)
     actual = backward.spread_gradients(*arrays[0], arrays[1], *arrays[2], whole(window), "silu")
 
-    gated = np.einsum("em,hwmn->hwen", weights, by_y) * images[0] + images[1]
-    factor, offset, by_d, rest = (columns[:, i : i + 1] for i in range(4))
-    cotangent = gated * slope(d * factor + offset) * factor + d * by_d + rest
+    gated = np.einsum("em,hwmn->hwen", weights, dy) * images[0] + images[1]
+    factor, offset, dd, rest = (columns[:, i : i + 1] for i in range(4))
+    cotangent = gated * slope(d * factor + offset) * factor + d * dd + rest
     z, hidden = hidden_of(x, expand, shift)
     hidden = padded_of(hidden, window)
-    by_hidden, by_taps = np.zeros_like(hidden), np.zeros((IMAGES, HIDDEN, kernel**2))
+    dhidden, dtaps = np.zeros_like(hidden), np.zeros((IMAGES, HIDDEN, kernel**2))
     square = taps.T.reshape(kernel, kernel, HIDDEN, 1)
     for position, part in windows_of(window):
-        by_hidden[part] += square * cotangent[position]
+        dhidden[part] += square * cotangent[position]
         products = hidden[part] * cotangent[position]
-        by_taps += products.reshape(kernel**2, HIDDEN, IMAGES).transpose(2, 1, 0)
+        dtaps += products.reshape(kernel**2, HIDDEN, IMAGES).transpose(2, 1, 0)
     (top, _), (left, _) = window.padding
-    by_z = by_hidden[top : top + SIZE[0], left : left + SIZE[1]] * (slope(z) if expands else 1)
-    check(actual[3], by_taps.reshape(2, -1, HIDDEN, kernel**2).sum(1))
+    dz = dhidden[top : top + SIZE[0], left : left + SIZE[1]] * (slope(z) if expands else 1)
+    check(actual[3], dtaps.reshape(2, -1, HIDDEN, kernel**2).sum(1))
     if not expands:
         assert actual[1] is actual[2] is None
-        check(actual[0], by_z)
+        check(actual[0], dz)
         return
-    check(actual[0], np.einsum("ek,hwen->hwkn", expand, by_z))
-    by_image = np.einsum("hwen,hwkn->nek", by_z, x)
+    check(actual[0], np.einsum("ek,hwen->hwkn", expand, dz))
+    by_image = np.einsum("hwen,hwkn->nek", dz, x)
     check(actual[1], by_image.reshape(2, -1, HIDDEN, INPUTS).sum(1))
-    check(actual[2], by_z.sum((0, 1)))
+    check(actual[2], dz.sum((0, 1)))
