@@ -138,7 +138,7 @@ def test_a_store_that_is_cut_under_a_run_costs_no_checkpoint(tmp_path):
     assert -status in (signal.SIGBUS, signal.SIGSEGV), errors
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "images.npy: 4096 bytes, its manifest says" in one_line(again.stderr)
+    assert "images.npy: 4096 bytes, but its manifest says" in one_line(again.stderr)
     assert sorted((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 

@@ -1,8 +1,8 @@
 """Augmentation on the device: jitted, batched, from uint8.
 
-Every function takes a whole batch; random ones take a key, so a batch is augmented the same way
-on any number of devices. The order is: flips and turns, random center cropping, stain jitter,
-normalisation.
+Every function takes a whole batch. The random ones take a key, so that a batch is augmented the
+same way on any number of devices. The order is: flips and turns, random center cropping, stain
+jitter, normalisation.
 """
 
 import jax
@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.patch import CENTER, PATCH
 
-# Optical densities of haematoxylin, eosin and a residual (Ruifrok & Johnston 2001), a row each.
+# Optical densities of haematoxylin, eosin and a residual (Ruifrok & Johnston 2001), one per row.
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], np.float32)
 
 
 def augment(key: Array, images: Array, config: ConfigDict) -> Array:
-    """What the network sees of a training batch.
+    """Augments and normalises a training batch for the network.
 
     Args:
         key: a typed PRNG key.
@@ -28,10 +28,10 @@ def augment(key: Array, images: Array, config: ConfigDict) -> Array:
     Returns:
         [N, S, S, 3], float32, normalised; S is rcc.max_size, or 96 without RCC.
     """
-    # Always three, so that switching one augmentation off leaves the draws of the others alone.
+    # Always make three, so that switching one augmentation off keeps the draws of the others.
     turn_key, window_key, stain_key = jax.random.split(key, 3)
     if config.augment.flips:
-        # On uint8, as is the crop: a quarter of the bytes that float32 would move.
+        # Turn and crop as uint8, because float32 would move four times as many bytes.
         images = random_symmetry(turn_key, images)
     inside = None
     if config.rcc.enabled:
@@ -41,26 +41,26 @@ def augment(key: Array, images: Array, config: ConfigDict) -> Array:
     x = normalise(images, config.augment)
     if inside is None:
         return x
-    # After normalisation, where the mean is 0 and stain jitter no longer changes it.
+    # Fill after normalisation: the mean is 0 there, and stain jitter cannot change the fill.
     fill = 0.0 if config.rcc.fill == "mean" else white(config.augment)
     return jnp.where(inside, x, fill)
 
 
 def eval_view(images: Array, config: ConfigDict) -> Array:
-    """The central crop of side rcc.eval_size (96 without RCC), normalised, float32."""
+    """Returns the central crop of side rcc.eval_size (96 without RCC), normalised, float32."""
     size = config.rcc.eval_size if config.rcc.enabled else PATCH
     return normalise(center_crop(images, size), config.augment)
 
 
 def normalise(images: Array, augment_config: ConfigDict) -> Array:
-    """(images / 255 - mean) / std per channel, from 0 .. 255, as float32."""
-    # Solved for one multiplication and one addition per pixel, without a division.
+    """Returns (images / 255 - mean) / std per channel, as float32; images are in 0 .. 255."""
+    # This form needs one multiplication and one addition per pixel, and no division.
     mean, std = (jnp.asarray(augment_config[name], jnp.float32) for name in ("mean", "std"))
     return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
 
 def white(augment_config: ConfigDict) -> Array:
-    """What normalisation makes of a white pixel, [3]."""
+    """Returns the normalised value of a white pixel, [3]."""
     return normalise(jnp.full(3, 255, jnp.uint8), augment_config)
 
 
@@ -74,7 +74,7 @@ def symmetry(images: Array, which: Array) -> Array:
         images: [N, S, S, C].
         which: [N], integers in 0 .. 7; bit 0 mirrors rows, bit 1 columns, bit 2 transposes.
     """
-    # Three selects: a switch under vmap would compute all eight, and choose.
+    # Three selects cost less than a switch, which under vmap would compute all eight symmetries.
     bits = [(which >> bit & 1).astype(bool)[:, None, None, None] for bit in range(3)]
     images = jnp.where(bits[0], images[:, ::-1], images)
     images = jnp.where(bits[1], images[:, :, ::-1], images)
@@ -82,7 +82,7 @@ def symmetry(images: Array, which: Array) -> Array:
 
 
 def random_symmetry(key: Array, images: Array) -> Array:
-    """One of the eight symmetries for each image, each as likely."""
+    """Applies one of the eight symmetries to each image, all equally likely."""
     return symmetry(images, jax.random.randint(key, images.shape[:1], 0, 8))
 
 
@@ -90,26 +90,27 @@ def random_symmetry(key: Array, images: Array) -> Array:
 
 
 def random_center_crop(key: Array, images: Array, rcc: ConfigDict) -> tuple[Array, Array]:
-    """Cuts from each image a window at a random place, of a random size, around the center.
+    """Cuts a window of random size, at a random place around the center, from each image.
 
     Args:
         images: [N, 96, 96, C].
 
     Returns:
         A canvas [N, S, S, C] with S = rcc.max_size around each window, at the patch's own scale;
-        and which of its pixels belong to the window, bool [N, S, S, 1].
+        and a mask of the pixels that belong to the window, bool [N, S, S, 1].
     """
     sizes, offsets = sample_windows(key, images.shape[0], rcc.min_size, rcc.max_size)
     return crop_windows(images, sizes, offsets, rcc.max_size)
 
 
 def sample_windows(key: Array, n: int, min_size: int, max_size: int) -> tuple[Array, Array]:
-    """Sides [n] in min_size .. max_size and top left corners [n, 2], all equally likely.
+    """Draws sides [n] uniformly from min_size .. max_size, then top left corners [n, 2].
 
-    Every window lies inside the patch and holds its central 32x32 whole.
+    Each corner is uniform over the places where the window lies inside the patch and holds the
+    whole central 32x32.
     """
-    # The size first: some sizes have more places than others, and would come more often if all
-    # windows were drawn alike. randint leaves its upper end out.
+    # Draw the size first. Some sizes fit in more places, so they would come more often if all
+    # windows were equally likely. randint excludes its upper end.
     size_key, offset_key = jax.random.split(key)
     sizes = jax.random.randint(size_key, (n,), min_size, max_size + 1)
     first, last = offset_bounds(sizes[:, None])
@@ -117,18 +118,22 @@ def sample_windows(key: Array, n: int, min_size: int, max_size: int) -> tuple[Ar
 
 
 def offset_bounds(size):
-    """First and last corner from which a window of `size` holds the center, inside the patch."""
-    # The far end of the window is at least CENTER[1], its near end at most CENTER[0]. For an
-    # integer or for an array [n, 1].
+    """Returns the first and last corner where a window holds the center and is inside the patch.
+
+    Args:
+        size: side of the window, an integer or an array [n, 1].
+    """
+    # The far end of the window is at least CENTER[1], and its near end is at most CENTER[0].
     return jnp.maximum(0, CENTER[1] - size), jnp.minimum(CENTER[0], PATCH - size)
 
 
 def crop_windows(images: Array, sizes: Array, offsets: Array, canvas: int) -> tuple[Array, Array]:
     """Cuts canvases of one side around windows of any size; see `random_center_crop`."""
-    # One shape for windows of every size, so that one program does. What lies around a window is
-    # the patch's own, and masked later: resampling would change how large nuclei are.
+    # All canvases have one shape, so that one program handles windows of every size. The pixels
+    # around a window are the patch's own and are masked later. Resampling the window to one shape
+    # instead would change how large nuclei are.
     margin = (canvas - sizes[:, None]) // 2
-    # Kept inside the patch: dynamic_slice would move a corner that is not, and tell nobody.
+    # Keep the canvas inside the patch, because dynamic_slice would silently move one that is not.
     corners = jnp.clip(offsets - margin, 0, PATCH - canvas)
     if canvas < PATCH:
         cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(
@@ -136,17 +141,18 @@ def crop_windows(images: Array, sizes: Array, offsets: Array, canvas: int) -> tu
         ))  # fmt: skip
         images = cut(images, corners)
     positions = jnp.arange(canvas)
-    # [N, 2, 1], within [N, 2, S]: by rows and by columns, then the outer product.
+    # `first` is [N, 2, 1] and `within` is [N, 2, S], each for rows and for columns. The mask is the
+    # outer product of both.
     first = (offsets - corners)[..., None]
     within = (positions >= first) & (positions < first + sizes[:, None, None])
     return images, (within[:, 0, :, None] & within[:, 1, None, :])[..., None]
 
 
 def center_crop(images: Array, size: int) -> Array:
-    """The central `size` x `size` of [N, 96, 96, C]."""
+    """Returns the central `size` x `size` of [N, 96, 96, C]."""
     first = (PATCH - size) // 2
     for axis in (1, 2):
-        # Not by brackets, which are a gather where N is symbolic, as in an export.
+        # Brackets would become a gather where N is symbolic, as in an export.
         images = jax.lax.slice_in_dim(images, first, first + size, axis=axis)
     return images
 
@@ -157,9 +163,9 @@ def center_crop(images: Array, size: int) -> Array:
 def stain_jitter(key: Array, images: Array, scale: float, shift: float) -> Array:
     """Changes how strongly each patch is stained, as in Tellez et al. 2018.
 
-    Light is absorbed exponentially, so stains add up in optical density, od = -ln(I / 255). There
-    each patch's haematoxylin, eosin and residual get a factor in 1 -+ scale and an offset in
-    -+ shift. Unmixing, change and mixing are one 3x3 matrix per patch.
+    Light is absorbed exponentially, so stains add up in optical density, od = -ln(I / 255). In
+    that space each patch's haematoxylin, eosin and residual get a factor in 1 -+ scale and an
+    offset in -+ shift. Unmixing, scaling and mixing are one 3x3 matrix per patch.
 
     Args:
         images: [N, H, W, 3], 0 .. 255.
@@ -169,7 +175,7 @@ def stain_jitter(key: Array, images: Array, scale: float, shift: float) -> Array
     """
     scale_key, shift_key = jax.random.split(key)
     n = images.shape[0]
-    # [N, 3] each: by patch and stain, since a slide is stained as a whole.
+    # [N, 3] each: one value per patch and stain, because a slide is stained as a whole.
     factors = 1 + jax.random.uniform(scale_key, (n, 3), minval=-scale, maxval=scale)
     offsets = jax.random.uniform(shift_key, (n, 3), minval=-shift, maxval=shift)
     return restain(images, factors, offsets)
@@ -177,11 +183,11 @@ def stain_jitter(key: Array, images: Array, scale: float, shift: float) -> Array
 
 def restain(images: Array, factors: Array, offsets: Array) -> Array:
     """Multiplies each patch's stains by factors [N, 3] and adds offsets [N, 3] to them."""
-    # Rows of unit length, so that a shift means the same for each stain.
+    # Scale the rows to unit length, so that a shift means the same for each stain.
     stains = jnp.asarray(STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True))
-    # [N, 3, 3]: three passes over the pixels become one small product.
+    # [N, 3, 3]: one small product replaces three passes over the pixels.
     mix = jnp.einsum("ij,nj,jk->nik", jnp.linalg.inv(stains), factors, stains)
     density = -jnp.log((images.astype(jnp.float32) + 1) / 256)  # + 1: black stays finite
     density = jnp.einsum("nhwi,nik->nhwk", density, mix) + (offsets @ stains)[:, None, None]
-    # Not rounded to uint8, which would cost a pass and bring quantisation in.
+    # Do not round to uint8, because that would cost a pass and add quantisation.
     return jnp.clip(256 * jnp.exp(-density) - 1, 0, 255)

@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, step): a permutation per epoch, then a gather.
 
-Nothing is carried from step to step, so a resumed run needs the step alone, on any number of
-devices or hosts. Where the patches live decides who gathers: the devices, inside the step, from a
-split that is spread over their memory, or a host thread, two batches ahead.
+Nothing is carried from step to step, so a resumed run needs only the step, on any number of devices
+or hosts. A split may be spread over the memory of the devices; then they gather inside the step.
+Otherwise a host thread gathers, two batches ahead.
 """
 
 import dataclasses
@@ -27,40 +27,45 @@ _SHARE = 0.5  # of the accelerators' memory that a split may take: the step need
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """images [B, 96, 96, 3], uint8; labels [B], int32; rows over devices."""
+    """A batch, with its rows spread over devices.
+
+    Attributes:
+        images: [B, 96, 96, 3], uint8.
+        labels: [B], int32.
+    """
 
     images: Array
     labels: Array
-    steps: ClassVar[int] = 1  # that it is the input of
+    steps: ClassVar[int] = 1  # a batch is the input of one step
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Batches that the step is still to gather: rows `indices` [S, B] of a split on the devices."""
+    """S batches that the step will gather: rows `indices` [S, B] of a split on the devices."""
 
     split: Batch
     indices: Array
 
     @property
     def steps(self) -> int:
-        """How many steps it is the input of, S."""
+        """Returns S, the number of steps that this is the input of."""
         return len(self.indices)
 
 
-# Two: around an epoch's end the thread that works ahead is in the next one already. A permutation
-# of PCam's train split takes 2 MiB.
+# Keep two, because near the end of an epoch the thread that works ahead is already in the next one.
+# A permutation of PCam's train split takes 2 MiB.
 @functools.lru_cache(maxsize=2)
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of n patches in one epoch, [n], int64."""
-    # A pair as the seed is hashed: by seed + epoch, seed 1 would begin with seed 0's second epoch.
+    """Returns the order of n patches in one epoch, [n], int64."""
+    # NumPy hashes the pair. With seed + epoch, seed 1 would begin with the second epoch of seed 0.
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def batch_indices(seed: int, step: int, n: int, batch_size: int) -> np.ndarray:
-    """Which of n patches step `step` trains on, [batch_size].
+    """Returns the indices of the patches, out of n, that step `step` trains on, [batch_size].
 
-    An epoch is n // batch_size steps; what is left over takes part in the next epoch's shuffle.
+    An epoch has n // batch_size steps. Patches that are left over are in the next epoch's shuffle.
     """
     epoch, index = divmod(step, n // batch_size)
     start = index * batch_size
@@ -79,17 +84,17 @@ def host_batches(
 
 
 def is_placed(split: Split, placement: str) -> bool:
-    """Whether `config.data.placement` puts the split on the devices; auto does so if it fits."""
+    """Returns whether `config.data.placement` puts the split on the devices; auto: if it fits."""
     return placement == "device" or (placement == "auto" and fits_devices(split))
 
 
 def fits_devices(split: Split) -> bool:
-    """Whether a split takes at most half of the accelerators' memory; never on CPU.
+    """Returns whether a split takes at most half of the accelerators' memory; on CPU always False.
 
-    A CPU's device memory is the host's: a copy would buy nothing over the mapped file.
+    A CPU's device memory is the host's, so a copy would gain nothing over the mapped file.
     """
-    # Processes that disagreed would wait for each other for ever: devices are counted over all of
-    # them, and the limit of one is taken for that of each.
+    # All processes must get the same answer, or they would wait for each other without end. So the
+    # devices of all processes count, and each is taken to have the limit of the first one here.
     stats = jax.local_devices()[0].memory_stats()
     if jax.default_backend() == "cpu" or not stats:
         return False
@@ -97,7 +102,7 @@ def fits_devices(split: Split) -> bool:
 
 
 def fits_memory(split_bytes: int, memory: float) -> bool:
-    """Whether a split of so many bytes leaves the step enough of all devices' `memory`, bytes."""
+    """Returns whether a split leaves enough of `memory`, the bytes of all devices, to the step."""
     return split_bytes <= _SHARE * memory
 
 
@@ -106,8 +111,8 @@ def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:
 
     def put(rows: np.ndarray, dtype: type) -> Array:
         shape = (len(indices), *rows.shape[1:])
-        # index[0] is the slice of the batch that a device of this process holds; of a mapped file
-        # only its pages are read.
+        # index[0] is the slice of the batch that a device of this process holds. If the file is
+        # mapped, only the pages of these rows are read.
         return jax.make_array_from_callback(
             shape,
             sharding.by_rows(mesh),
@@ -119,7 +124,7 @@ def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:
 
 def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
     """Yields make(start), make(start + 1), ...; a thread makes two ahead."""
-    # Bounded, or the thread would fill the memory with batches that nobody has asked for yet.
+    # Limit the queue, or the thread would fill the memory with batches that nobody needs yet.
     ready: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
 
@@ -128,12 +133,12 @@ def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
         while not stop.is_set():
             try:
                 item = make(step)
-            except Exception as error:  # shown where the batch is asked for
+            except Exception as error:  # raised again where the batch is taken
                 item = error
             _put_unless(stop, ready, item)
             step += 1
 
-    # A daemon, since it may be waiting for a disk when the process wants to end.
+    # A daemon thread, because it may be waiting for a disk when the process wants to end.
     threading.Thread(target=work, daemon=True, name="batches").start()
     try:
         while True:
@@ -141,13 +146,16 @@ def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
             if isinstance(item, Exception):
                 raise item
             yield item
-    # Also where the loop ends or fails: closing the generator comes here.
+    # This also runs when the caller's loop ends or fails, because that closes the generator.
     finally:
         stop.set()
 
 
 def _put_unless(stop: threading.Event, ready: queue.Queue, item) -> None:
-    """Waits for room, but not for ever: nobody empties the queue of a loop that has ended."""
+    """Puts `item` into the queue once it has room; gives up when `stop` is set.
+
+    Nobody empties the queue of a loop that has ended.
+    """
     while not stop.is_set():
         try:
             return ready.put(item, timeout=0.1)
@@ -159,7 +167,7 @@ def _put_unless(stop: threading.Event, ready: queue.Queue, item) -> None:
 
 
 def place_split(split: Split, mesh: Mesh) -> Batch:
-    """A whole split on the devices, a consecutive part on each."""
+    """Places a whole split on the devices, a consecutive part on each."""
     return Batch(place(split.images, mesh), place(split.labels.astype(np.int32), mesh))
 
 
@@ -172,29 +180,29 @@ def selections(
     start: int,
     sizes: Iterable[int],
 ) -> Iterator[Selection]:
-    """Yields the input of as many steps as each of `sizes` says, from step `start` on."""
+    """Yields one selection for each of `sizes`, with that many steps, from step `start` on."""
     step = start
     for size in sizes:
-        # All that the host sends, 4 bytes per patch: images stay where they are.
+        # The host sends only these indices, 4 bytes per patch; the images stay where they are.
         steps = range(step, step + size)
         indices = [batch_indices(seed, at, len(split), batch_size) for at in steps]
-        # int32: JAX has no int64 unless told, and no split has 2^31 patches.
+        # int32 is enough: JAX has no int64 by default, and no split has 2^31 patches.
         yield Selection(placed, sharding.put_everywhere(np.array(indices, np.int32), mesh))
         step += size
 
 
 def gather(split: Batch, indices: Array, mesh: Mesh) -> Batch:
-    """The batch of rows `indices` [B] of a split from `place_split`."""
+    """Returns the batch of rows `indices` [B] of a split from `place_split`."""
     return jax.tree.map(functools.partial(gather_rows, indices=indices, mesh=mesh), split)
 
 
 def place(rows: np.ndarray, mesh: Mesh) -> Array:
-    """Spreads rows over the devices, a consecutive part each; the last is padded with zeros."""
-    # Devices need equal parts. No index names what is padded.
+    """Spreads rows over the devices in consecutive parts; the last is padded with zeros."""
+    # Devices need equal parts. No index points to the padding.
     total = -(-len(rows) // mesh.size) * mesh.size
 
     def part(index) -> np.ndarray:
-        # A slice past the end is cut short by NumPy: what is missing is what to pad.
+        # NumPy shortens a slice that goes past the end, so the missing rows are the padding.
         held = rows[index[0]]
         first, last, _ = index[0].indices(total)
         missing = last - first - len(held)
@@ -204,28 +212,28 @@ def place(rows: np.ndarray, mesh: Mesh) -> Array:
 
 
 def gather_rows(rows: Array, indices: Array, mesh: Mesh) -> Array:
-    """rows[indices], spread over the devices by rows as well.
+    """Returns rows[indices], also spread over the devices by rows.
 
-    Each device picks what it holds of the batch and leaves zeros elsewhere; their sum, scattered,
-    is the batch. So a batch crosses the wires once, and the split never does.
+    Each device picks the rows of the batch that it holds and leaves zeros elsewhere. The sum over
+    devices, scattered, is the batch. So a batch crosses the wires once, and the split never does.
 
     Args:
         rows: [n, ...] from `place`, on the devices.
-        indices: [B] on every device; B a multiple of the devices' number.
+        indices: [B] on every device; B is a multiple of the number of devices.
     """
-    # One device has all rows: nothing to mask or to add up.
+    # One device has all rows, so there is nothing to mask or to add up.
     if mesh.size == 1:
         return jnp.take(rows, indices, axis=0)
 
     def pick(held: Array, indices: Array) -> Array:
-        # [B], this device's own row numbers; those that others hold fall outside.
+        # [B]: row numbers within this device's part. Rows of other devices fall outside of it.
         local = indices - lax.axis_index(sharding.AXIS) * len(held)
         mine = (local >= 0) & (local < len(held))
-        # [B, ...] on every device: a global batch of uint8, much less than the step's activations.
+        # [B, ...] on every device: a global batch of uint8 is much less than the activations.
         picked = held[jnp.where(mine, local, 0)]
         picked = jnp.where(mine.reshape(-1, *[1] * (held.ndim - 1)), picked, 0)
-        # In uint8: each row has one addend that is not 0, so nothing overflows, and a quarter of
-        # float32 crosses.
+        # Sum in uint8. Only one addend of each row is not 0, so nothing overflows, and float32
+        # would send four times as many bytes.
         return lax.psum_scatter(picked, sharding.AXIS, scatter_dimension=0, tiled=True)
 
     by_rows, everywhere = PartitionSpec(sharding.AXIS), PartitionSpec()

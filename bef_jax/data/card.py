@@ -1,4 +1,4 @@
-"""What a reader should know of the patches before believing a score on them."""
+"""The data card: what a reader should know about the patches before believing a score."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 from bef_jax.data import near_duplicates
 from bef_jax.data.store import Split
 
-# By source: whether splits share slides, and what a score then says.
+# For each source: whether its splits share slides, and what a score then means.
 _NONE_SHARED = "no: PCam's splits share no slide"
 _SLIDES = {
     "pcam_hdf5": _NONE_SHARED,
     "tfds": _NONE_SHARED,
     "rpcam": "yes: the split is random, so patches of one slide are on both sides; a score is "
-    "above what new slides give, and not to be compared with one on PCam",
-    "npz": "not known: who made the files decided; if yes, a score is above what new slides give",
-    "synthetic": "there are no slides: the patches are drawn, and a score says nothing of tissue",
+    "higher than on new slides, and cannot be compared with one on PCam",
+    "npz": "not known: it depends on the files; if yes, a score is higher than on new slides",
+    "synthetic": "there are no slides: the patches are drawn; a score says nothing about tissue",
 }
 _PCAM = "published scores on PCam, and not with those on RPCam, whose split shares slides"
 _SAME = "runs on the same files, and not with published scores"
@@ -26,14 +26,14 @@ _COMPARABLE = {
     "npz": _SAME,
     "synthetic": "runs on the same synthetic patches",
 }
-# As TFDS's patch_camelyon 2.0.0 has them, before duplicates are dropped.
+# The counts of TFDS's patch_camelyon 2.0.0, before duplicates are dropped.
 _PCAM_COUNTS = {"train": 262_144, "valid": 32_768, "test": 32_768}
 
 
 def data_card(
     folder: Path, manifest: Mapping[str, Any], splits: Mapping[str, Split]
 ) -> list[list[str]]:
-    """Rows of name and value, of a store and its splits."""
+    """Returns rows of name and value that describe a store and its splits."""
     source, duplicates = manifest["source"], manifest["duplicates"]
     rows = [["source", source], ["do splits share slides?", _SLIDES[source]]]
     rows.append(["a score can be compared with", _comparable(manifest)])
@@ -42,7 +42,8 @@ def data_card(
         if negative + positive:
             rows.append([name, f"{negative:,} normal, {positive:,} with metastasis"])
     rows.append(["exact duplicates dropped", _dropped(duplicates)])
-    # Some 10 s for all of PCam, besides reading it, and once: the store keeps what was found.
+    # This takes some 10 s for all of PCam, in addition to reading it. The store keeps the result,
+    # so that it is needed only once.
     found = near_duplicates.across_splits(splits, folder, manifest["content"]["total"])
     for pair, near in found.items():
         first, second = pair.split("/")
@@ -56,7 +57,7 @@ def _comparable(manifest: Mapping[str, Any]) -> str:
     comparable = _COMPARABLE[manifest["source"]]
     if comparable is not _PCAM:
         return comparable
-    # Published scores are on all of PCam, which is still whole when its duplicates are dropped.
+    # Published scores are on all of PCam. It still counts as whole when duplicates are dropped.
     missing = [name for name in _PCAM_COUNTS if _read_count(manifest, name) < _PCAM_COUNTS[name]]
     if not missing:
         return comparable
@@ -67,7 +68,7 @@ def _comparable(manifest: Mapping[str, Any]) -> str:
 
 
 def _read_count(manifest: Mapping[str, Any], split: str) -> int:
-    """Patches of a split before duplicates were dropped."""
+    """Returns how many patches a split had before duplicates were dropped."""
     dropped = manifest["duplicates"]
     where = ("dropped_within", "dropped_across")
     return manifest["counts"][split] + sum(dropped[key][split] for key in where)

@@ -13,18 +13,18 @@ import numpy as np
 from bef_jax.data.patch import IMAGE_SHAPE
 from bef_jax.errors import UserError, reason_of
 
-CHUNK_SIZE = 512  # patches, 13.5 MiB: bounds the memory of reading
+CHUNK_SIZE = 512  # patches, 13.5 MiB; limits the memory that reading takes
 READ_ORDER = ("test", "valid", "train")  # a patch in two splits is dropped from the later one
 _LONGEST_ID = 1024  # characters
-_SMALL_IDS = 256 << 20  # bytes of ids in memory, which every file may have
+_SMALL_IDS = 256 << 20  # bytes of memory that the ids of any file may take
 
-# begin(name, total, unit) announces a long piece of work. What it returns is called with how much
-# more of it is done. The unit is "patches" or "bytes".
+# begin(name, total, unit) announces a long piece of work and returns a function. That function is
+# called with how much more of the work is done. The unit is "patches" or "bytes".
 Begin = Callable[[str, int, str], Callable[[int], object]]
 
 
 def silent(name: str, total: int, unit: str) -> Callable[[int], object]:
-    """Begins work that nobody watches."""
+    """Begins work whose progress is not shown."""
     del name, total, unit
     return lambda _: None
 
@@ -46,33 +46,33 @@ class Chunk(NamedTuple):
 def counted(
     split: str, chunks: Iterable[Chunk], total: int, begin: Begin
 ) -> Iterator[tuple[str, Chunk]]:
-    """Yields (split, chunk), and tells how many of the `total` patches are through."""
+    """Yields (split, chunk), and reports how many of the `total` patches are done."""
     advance = begin(f"reading {split}", total, "patches")
     for chunk in chunks:
         yield split, chunk
-        # After the yield: by now the chunk is written.
+        # Report after the yield, when the caller has written the chunk.
         advance(len(chunk.labels))
 
 
 def short_name(file_name: str) -> str:
-    """Returns the name of one of PCam's files without what all of them begin with."""
+    """Returns the name of one of PCam's files without the prefix that all of them share."""
     return file_name.removeprefix("camelyonpatch_level_2_")
 
 
 @contextlib.contextmanager
 def readable(path: Path, fix: str) -> Iterator[None]:
-    """Turns what a library says about a damaged file into a UserError.
+    """Turns any error of a library about a damaged file into a UserError.
 
     Args:
-        path: of the file, or the folder of the files, that the body reads.
+        path: the file that the body reads, or the folder of the files.
         fix: what a user does about it; ends the error.
     """
     try:
         yield
     except UserError:
         raise
-    # zipfile, HDF5, TFDS and NumPy's parser of headers raise errors of any kind, by where in the
-    # file the damage is.
+    # zipfile, HDF5, TFDS and NumPy's parser of headers raise errors of any kind, depending on where
+    # in the file the damage is.
     except Exception as error:
         raise UserError(f"{path}: cannot be read ({reason_of(error)}); {fix}") from error
 
@@ -84,32 +84,34 @@ def ranges(count: int) -> Iterator[slice]:
 
 
 def kept(count: int, limit: int | None) -> int:
-    """Returns how many of a split's first patches a size of the config keeps; None keeps all."""
+    """Returns how many of a split's `count` patches to keep: at most `limit`, or all for None."""
     return count if limit is None else min(count, limit)
 
 
 def batched_rows(rows: Iterable[tuple[np.ndarray, int, str]]) -> Iterator[Chunk]:
     """Stacks (image, label, id) rows into chunks."""
     rows = iter(rows)
-    # Not itertools.batched, which Python 3.11 lacks.
+    # Python 3.11 lacks itertools.batched.
     while batch := list(itertools.islice(rows, CHUNK_SIZE)):
         images, labels, ids = zip(*batch, strict=True)
-        # An array of text is as wide as its longest, in every row.
+        # Every row of an array of text takes as much memory as the longest one.
         if len(longest := max(ids, key=len)) > _LONGEST_ID:
-            raise UserError(f"{longest[:100]}: an id of more than {_LONGEST_ID} characters")
+            raise UserError(
+                f"{longest[:100]}: an id of more than {_LONGEST_ID} characters; shorten it"
+            )
         yield Chunk(np.stack(images), np.asarray(labels, np.uint8), np.asarray(ids, str))
 
 
 def numbered(prefix: str, rows: slice) -> np.ndarray:
-    """Returns ids for rows that have none of their own: <prefix>_<row>."""
+    """Returns ids of the form <prefix>_<row>, for rows that have no ids of their own."""
     return np.asarray([f"{prefix}_{row}" for row in range(rows.start, rows.stop)])
 
 
-# ---- what an array declares, looked at before it is read -----------------------------------------
+# ---- checks of what an array declares, before it is read ----------------------------------------
 
 
 def describe(shape: tuple[int, ...], dtype: np.dtype) -> str:
-    """Returns dtype and shape in a few words: a file can declare a thousand axes or fields."""
+    """Returns dtype and shape, cut to 100 characters: a file can declare a thousand axes."""
     return f"{dtype} {list(shape)}"[:100]
 
 
@@ -119,7 +121,7 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype, where: str) -> None:
     Raises:
         UserError: another shape or dtype, or no patch at all; names `where`.
     """
-    # What is there must be pixels as scanned: scaling floats or resampling would be a guess.
+    # Accept only pixels as they were scanned, because to scale or resample others would be a guess.
     if len(shape) != 4 or tuple(shape[1:]) != IMAGE_SHAPE or dtype != np.uint8:
         raise UserError(
             f"{where}: images must be uint8 [N, 96, 96, 3], not {describe(shape, dtype)}; "
@@ -133,15 +135,15 @@ def check_label_array(shape: tuple[int, ...], dtype: np.dtype, count: int, where
     """Checks that an array has a number for each of `count` images: [N] or PCam's [N, 1, 1, 1].
 
     Raises:
-        UserError: another shape, or values that are no real numbers; names `where`.
+        UserError: another shape, or values that are not real numbers; names `where`.
     """
-    # The first axis, too: [1, N] has as many entries, and means something else.
+    # Check the first axis too, because [1, N] has as many entries but means something else.
     if math.prod(shape) != count or tuple(shape[:1]) != (count,):
         raise UserError(
             f"{where}: {math.prod(shape)} labels for {count} images; "
             "each image needs exactly one label"
         )
-    # A text of a gigabyte for each image would be read before it turns out to be no label.
+    # Refuse texts before they are read, because each of them could have a gigabyte.
     if dtype.kind not in "biuf":
         raise UserError(
             f"{where}: {describe(shape, dtype)}; labels must be numbers, 0 (normal) or 1 (tumour)"
@@ -154,7 +156,8 @@ def check_id_array(
     """Checks that an array has a text (or a number) for each of `count` images.
 
     Args:
-        held: bytes of the file, or of the images: ids may take an eighth of that, or 256 MiB.
+        held: bytes of the file, or of the images. Ids may take an eighth of that, or 256 MiB if
+            that is more.
 
     Raises:
         UserError: another shape, other values, or texts that are too long; names `where`.
@@ -162,14 +165,15 @@ def check_id_array(
     letters = {"U": dtype.itemsize // 4, "S": dtype.itemsize}.get(dtype.kind, 32)
     if tuple(shape) != (count,) or dtype.kind not in "SUbiuf" or letters > _LONGEST_ID:
         raise UserError(
-            f"{where}: {describe(shape, dtype)} for {count} images; write one short text for each"
+            f"{where}: ids are {describe(shape, dtype)} for {count} images; "
+            "write one short text for each"
         )
-    # In memory each id is as long as the longest, and each character takes four bytes.
+    # In memory each id takes as much as the longest one, at four bytes per character.
     if count * letters * 4 > max(_SMALL_IDS, held // 8):
-        raise UserError(f"{where}: {count} ids of {letters} characters; write shorter ones")
+        raise UserError(f"{where}: {count} ids of {letters} characters; write shorter ids")
 
 
-# ---- what an array holds ------------------------------------------------------------------------
+# ---- checks of what an array holds --------------------------------------------------------------
 
 
 def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
@@ -180,7 +184,7 @@ def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
     """
     check_label_array(labels.shape, labels.dtype, count, where)
     flat = labels.reshape(-1)
-    # Before the cast, which would turn 0.5 and NaN into a 0.
+    # Check before the cast, which would turn 0.5 and NaN into 0.
     wrong = np.flatnonzero(~np.isin(flat, (0, 1)))
     if wrong.size:
         raise UserError(
@@ -191,22 +195,22 @@ def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
 
 
 def check_ids(ids: np.ndarray, where: str) -> None:
-    """Checks that the ids of a split, str [N], are text, and that none names two patches.
+    """Checks that the ids of a split, str [N], are valid text, and that none names two patches.
 
     Raises:
-        UserError: an id that UTF-8 cannot hold, since it would end a run when it is written; or one
-            that comes twice.
+        UserError: UTF-8 cannot hold an id, which would end a run when the id is written; or an id
+            comes twice.
     """
     try:
         names = ids.tolist()
         "".join(names).encode()
-    except (ValueError, SystemError) as error:  # the latter of a number that is no character
+    except (ValueError, SystemError) as error:  # SystemError: not a character
         row = next(row for row in range(len(ids)) if not _is_text(ids, row))
         reason = reason_of(error)
-        raise UserError(f"{where}: row {row} is no text ({reason}); write ids of UTF-8") from error
+        raise UserError(f"{where}: row {row} is not text ({reason}); write ids in UTF-8") from error
     if len(set(names)) < len(names):
         name, times = Counter(names).most_common(1)[0]
-        raise UserError(f"{where}: {name[:100]} names {times} patches; give each an id of its own")
+        raise UserError(f"{where}: {name[:100]} names {times} patches; give each patch its own id")
 
 
 def _is_text(ids: np.ndarray, row: int) -> bool:

@@ -1,4 +1,4 @@
-"""What is to be scored, whatever it lies in: pictures, folders of them, npz, HDF5 or stores."""
+"""Reads the patches to be scored from pictures, folders of pictures, npz, HDF5 or stores."""
 
 import itertools
 import logging
@@ -16,18 +16,18 @@ from bef_jax.data.sources import npz, pcam_hdf5
 from bef_jax.errors import UserError, printable
 
 LOG = logging.getLogger(__name__)
-_SAME_SCALE = 1.08  # ratio of two scales: those of PCam's own two scanners differ by 7 %
+_SAME_SCALE = 1.08  # ratio of two scales; PCam's own two scanners differ by 7 %
 
 
 class Patch(NamedTuple):
-    """One patch, and where it was cut from, if it was.
+    """One patch, and its place in a larger picture if it was cut from one.
 
     Attributes:
         id: unique within the input.
         pixels: uint8 [96, 96, 3].
-        picture: the larger picture that it is a tile of; None for a patch of its own.
+        picture: the larger picture that it is a tile of, or None.
         y: see `pictures.Tile`.
-        x: likewise.
+        x: see `pictures.Tile`.
     """
 
     id: str
@@ -38,26 +38,26 @@ class Patch(NamedTuple):
 
 
 def check(path: Path, split: str | None, mpp: float | None = None, lenient: bool = False) -> None:
-    """Looks at all of an input that can be looked at in little time, before anything is compiled.
+    """Checks all of an input that can be checked in little time, before anything is compiled.
 
     Args:
-        path: as `read` takes it.
-        split: likewise.
-        mpp: micrometres per pixel of the network; pictures that say another are warned of.
-        lenient: one picture of a folder that can be read is enough.
+        path: see `read`.
+        split: see `read`.
+        mpp: micrometres per pixel of the network; pictures with another scale cause a warning.
+        lenient: one readable picture of a folder is enough.
 
     Raises:
-        UserError: it is missing, or of no kind that can be scored.
+        UserError: it is missing, or of a kind that cannot be scored.
     """
     if not path.exists():
         raise UserError(f"--input={path}: no such file or folder")
     if split and not _is_store(path):
-        raise UserError(f"--split={split}: only a store has splits, and {path} is none")
+        raise UserError(f"--split={split}: only a store has splits; {path} is not one")
     if _is_store(path):
         for name in _splits(path, split):
             store.open_split(path, name)
     elif _is_array_file(path):
-        # Its first patches; but not what has to be unpacked, which takes minutes.
+        # Read its first patches, except from a .gz, because unpacking takes minutes.
         if path.suffix != ".gz":
             next(_arrays(path))
     else:
@@ -76,14 +76,14 @@ def _check_pictures(path: Path, mpp: float | None, lenient: bool) -> None:
     others = [(file, own) for file, own in scales if own and mpp and _differ(own, mpp)]
     if others:
         LOG.warning(
-            "%d of %d pictures say another scale than the network's %.3f um/px, the first of them "
-            "%s with %.3f: scores mean little there; resample them",
+            "%d of %d pictures have another scale than the network's %.3f um/px, the first of them "
+            "%s with %.3f: their scores mean little; resample them",
             len(others), len(files), mpp, *others[0],
         )  # fmt: skip
 
 
 def _differ(own: float, mpp: float) -> bool:
-    """Whether two scales, in micrometres per pixel, are too far apart to be taken for one."""
+    """Returns whether two scales, in micrometres per pixel, differ too much to count as one."""
     return not 1 / _SAME_SCALE <= own / mpp <= _SAME_SCALE
 
 
@@ -98,23 +98,23 @@ def read(
     Args:
         path: a picture, a folder of pictures, a .npz with `images`, a .h5 or .h5.gz with `x`, or a
             store.
-        split: of a store; all of them without it.
-        stride: between the tiles of larger pictures, in pixels.
-        unreadable: takes the names of pictures that can't be read, each with the reason, and the
-            others go on. Without it, the first such picture is an error.
+        split: of a store; without it, all splits.
+        stride: distance between the tiles of larger pictures, in pixels.
+        unreadable: is filled with the names of pictures that cannot be read, each with the reason;
+            the other pictures are read. Without it, the first such picture is an error.
 
     Raises:
-        UserError: something of it is damaged, or no patch.
+        UserError: a part of it is damaged, or is not a patch.
     """
     if _is_store(path):
-        # A generator: a split is opened when its turn comes.
+        # A generator opens each split only when its turn comes.
         opened = (store.open_split(path, name) for name in _splits(path, split))
         yield from itertools.chain.from_iterable(map(_of_split, opened))
     elif _is_array_file(path):
         for ids, images in _arrays(path):
             yield from map(Patch, ids.tolist(), images)
     else:
-        # Ids start below the input, with slashes: the same wherever the folder lies.
+        # Ids are relative to the input and use slashes, so that they do not change with its place.
         root = path if path.is_dir() else path.parent
         for file in pictures.find(path):
             name = file.relative_to(root).as_posix()
@@ -133,7 +133,8 @@ def _arrays(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _of_split(split: store.Split) -> Iterator[Patch]:
     images = split.images
-    # Read, not mapped: pages of a map stay in memory while there is room, and count as ours.
+    # Read the file instead of the map, whose pages stay in memory while there is room and count as
+    # ours.
     with open(images.filename, "rb") as file:
         file.seek(images.offset)
         for rows in ranges(len(split)):
@@ -149,7 +150,7 @@ def _of_picture(file: Path, name: str, stride: int) -> Iterator[Patch]:
         yield Patch(name, pixels)
         return
     for y, x, tile in pictures.tiles(pixels, stride):
-        # The path, not the pixels: a heat map reads the picture again, and none waits in memory.
+        # Keep only the path: a heat map reads the picture again, so no pixels stay in memory.
         yield Patch(f"{name}:x={x}:y={y}", tile, file, y, x)
 
 
@@ -158,7 +159,7 @@ def _is_store(path: Path) -> bool:
 
 
 def _is_array_file(path: Path) -> bool:
-    # By the whole name: the suffix of .h5.gz is .gz alone.
+    # Use the whole name, because the suffix of .h5.gz is only .gz.
     return path.is_file() and path.name.endswith((".npz", ".h5", ".hdf5", ".h5.gz"))
 
 

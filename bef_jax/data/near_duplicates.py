@@ -1,16 +1,17 @@
-"""Patches of one split that look like patches of another: a score on them says less.
+"""Finds patches of one split that look like patches of another: a score on them says less.
 
-The store drops what is equal to the last bit. Here two patches are near duplicates if, under any
-of the eight flips and turns, which training shows as well,
+The store drops patches that are equal to the last bit. Here two patches are near duplicates if both
+conditions hold under one of the eight flips and turns, which training shows as well.
 
-1. their difference hashes (dHash: Krawetz, "Kind of like that", 2013) differ in at most `RADIUS`
-   of 64 bits, and
-2. their grids of mean luma, each less its mean, differ by at most `TOLERANCE` of the deviation of
-   the later one. The hash alone takes any two smooth slopes, such as bare glass, for the same.
-   Flat patches are left out: background is like any other.
+1. Their difference hashes (dHash: Krawetz, "Kind of like that", 2013) differ in at most `RADIUS`
+   of 64 bits.
+2. The standard deviation of the difference of their grids of mean luma is at most `TOLERANCE` of
+   the later grid's own. The hash alone would match any two smooth slopes, such as bare glass. Flat
+   patches are left out, because any two backgrounds look alike.
 
-That finds a patch again in another encoding, brightness or turn. Patches that overlap after a
-shift of more than a few pixels are not found: a count of 0 does not say that slides are apart.
+This finds a patch again in another encoding, brightness or turn. It does not find patches that
+overlap after a shift of more than a few pixels. So a count of 0 does not prove that the splits
+share no slide.
 """
 
 import logging
@@ -28,23 +29,24 @@ from bef_jax.runtime.files import check_types, read_json, write_json
 LOG = logging.getLogger(__name__)
 
 RADIUS = 3  # bits
-TOLERANCE = 0.25  # 10% less contrast makes 0.1
-FLAT = 4.0  # grey levels: the deviation below which a patch is background
+TOLERANCE = 0.25  # 10% less contrast gives 0.1
+FLAT = 4.0  # grey levels; a patch whose grid has a smaller deviation is background
 FILE = "near_duplicates.json"
-VERSION = 1  # of what counts as a near duplicate: another one makes kept results stale
+VERSION = 1  # of the definition of a near duplicate; results of another version are not used
 LISTED = 100  # pairs of ids that a result names, for each pair of splits
 _PARTS = 9  # the hash compares neighbours among 9 x 9 means
-_SIDE = 10  # of such a part, in pixels; the patch's central 90 are read
+_SIDE = 10  # pixels of such a part; the central 90 x 90 of a patch are read
 _CHUNK = 512  # patches read at once: 14 MB
-# BT.601's luma in whole 256ths: sums over 100 pixels stay below 2^24, so that float32 is exact
-# and every machine finds the same.
+# BT.601's luma in whole 256ths. Sums over 100 pixels stay below 2^24, so float32 is exact and every
+# machine finds the same pairs.
 _LUMA = (77, 150, 29)
 
 
 def across_splits(splits: Mapping[str, Split], folder: Path, content: str) -> dict[str, dict]:
-    """Finds the near duplicates between all pairs of splits, or reads what was found before.
+    """Finds the near duplicates between all pairs of splits, or reads an earlier result.
 
-    Takes some 10 s for PCam's 330,000 patches besides reading them, so the result is kept.
+    This takes some 10 s for PCam's 330,000 patches, in addition to reading them. So the result is
+    kept.
 
     Args:
         splits: by name, in the order train, valid, test.
@@ -52,8 +54,9 @@ def across_splits(splits: Mapping[str, Split], folder: Path, content: str) -> di
         content: the store's checksum; a kept result of another content is not used.
 
     Returns:
-        By "train/valid" and the like: `patches`, how many patches of the later split have a near
-        duplicate in the earlier one, and `pairs` of their ids, the nearest first, at most `LISTED`.
+        For each pair of splits, such as "train/valid": `patches`, how many patches of the later
+        split have a near duplicate in the earlier one; and `pairs` of their ids, the nearest first,
+        at most `LISTED`.
     """
     file, key = Path(folder) / FILE, {"version": VERSION, "content": content}
     wanted = {f"{first}/{second}": (first, second) for first, second in combinations(splits, 2)}
@@ -69,12 +72,12 @@ def across_splits(splits: Mapping[str, Split], folder: Path, content: str) -> di
     try:
         write_json(file, key | {"found": found})
     except OSError as error:  # a store that others share may be read-only
-        LOG.warning("near duplicates are not kept, and will be looked for again: %s", error)
+        LOG.warning("near duplicates cannot be kept, and will be looked for again: %s", error)
     return found
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What was kept, or nothing: a file that can't be read is one to write anew."""
+    """Returns the kept result, or {} if it cannot be read: then the file is written again."""
     try:
         return read_json(file, _check, "it is made again")
     except FileNotFoundError:
@@ -88,29 +91,30 @@ def _check(kept: Any) -> None:
     check_types(kept, version=int, content=str, found=dict)
     for near in kept["found"].values():
         check_types(near, patches=int, pairs=list)
-        float(near["patches"])  # raises where it is too long to be divided
+        float(near["patches"])  # raises OverflowError if it is too large to be divided
 
 
 def luma_grids(images: np.ndarray) -> np.ndarray:
-    """Mean luma of 9 x 9 parts of each patch, float32 [N, 9, 9] in 0 .. 255, of uint8 patches."""
+    """Returns the mean luma of 9 x 9 parts of each uint8 patch, float32 [N, 9, 9] in 0 .. 255."""
     grids = np.empty((len(images), _PARTS, _PARTS), np.float32)
-    # [90 * 3, 9]: adds up the pixels and channels of a part's row.
+    # [90 * 3, 9]: a product with it adds up the columns and the weighted channels of each part.
     columns = np.kron(np.eye(_PARTS), np.tile(_LUMA, _SIDE)[:, None]).astype(np.float32)
     edge = (images.shape[1] - _PARTS * _SIDE) // 2
     inside = slice(edge, edge + _PARTS * _SIDE)
     for start in range(0, len(images), _CHUNK):
         chunk = images[start : start + _CHUNK, inside, inside]
-        # Rows first, in whole numbers: a tenth is left to convert.
+        # Add up the rows first, as integers, so that only a tenth of the numbers are converted.
         rows = chunk.reshape(len(chunk), _PARTS, _SIDE, -1).sum(2, dtype=np.uint16)
         grids[start : start + _CHUNK] = rows.astype(np.float32) @ columns
     return grids / (256 * _SIDE**2)
 
 
 def difference_hashes(grids: np.ndarray) -> np.ndarray:
-    """uint64 [N]: whether a part of each grid [N, 9, 9] is darker than the next, bit by bit.
+    """Returns uint64 [N], one hash per grid of [N, 9, 9].
 
-    32 comparisons go along rows and 32 along columns. With rows alone, as Krawetz has it, forty
-    times as many unrelated pairs of real patches lie within the radius.
+    Each bit says whether a part is darker than the next one: 32 bits compare along rows and 32
+    along columns. With rows alone, as in Krawetz, forty times as many unrelated pairs of real
+    patches lie within the radius.
     """
     across = grids[:, :8:2, :-1] < grids[:, :8:2, 1:]  # [N, 4, 8]
     down = grids[:, :-1, :8:2] < grids[:, 1:, :8:2]  # [N, 8, 4]
@@ -119,10 +123,10 @@ def difference_hashes(grids: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The near duplicates among two splits' grids, [M, 9, 9] and [N, 9, 9], the nearest first.
+    """Returns the near duplicates among two splits' grids, [M, 9, 9] and [N, 9, 9].
 
     Returns:
-        int [P, 2], rows of `first` and of `second`; each pair once.
+        int [P, 2], rows of `first` and of `second`; each pair once, the nearest first.
     """
     hashes, best = difference_hashes(first), {}
     for turned in _symmetries(second):
@@ -142,16 +146,17 @@ def _symmetries(grids: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _deviation(grids: np.ndarray) -> np.ndarray:
-    """Standard deviation of each of [P, 9, 9]: [P]."""
+    """Returns the standard deviation of each grid of [P, 9, 9], as [P]."""
     return grids.std((1, 2))
 
 
 def _within_radius(
     first: np.ndarray, second: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields rows (i, j) of hashes that differ in at most `RADIUS` bits; a pair may come again."""
-    # Of RADIUS + 1 bands of 16 bits one at least is the same, by the pigeonhole principle: sorting
-    # by a band finds all candidates, where 262,144 x 32,768 pairs would take minutes.
+    """Yields rows (i, j) of hashes that differ in at most `RADIUS` bits; a pair may repeat."""
+    # By the pigeonhole principle, at least one of the RADIUS + 1 bands of 16 bits is equal. So
+    # sorting by each band finds all candidates. Comparing all 262,144 x 32,768 pairs would take
+    # minutes.
     for band in range(RADIUS + 1):
         keys, wanted = (hashes.view(np.uint16)[band::4] for hashes in (first, second))
         order = np.argsort(keys, kind="stable")

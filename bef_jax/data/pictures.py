@@ -1,6 +1,6 @@
-"""Pictures to be scored: a 96x96 patch as it is, a larger one in tiles.
+"""Pictures to be scored: a 96x96 patch is read as it is, a larger picture in tiles.
 
-PNG, JPEG and TIFF with 8 bits a channel are read as every viewer shows them: turned as their EXIF
+PNG, JPEG and TIFF with 8 bits per channel are read as every viewer shows them: turned as their EXIF
 says, and laid on white where they are transparent. Everything else is refused.
 """
 
@@ -22,14 +22,14 @@ from bef_jax.runtime.files import open_user_file
 T = TypeVar("T")
 
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
-LIMIT = 100_000_000  # pixels, 10,000 x 10,000: what decoding holds in memory, up to 7 bytes each
-# Pillow knows many more. For EPS it runs Ghostscript, and with it a stranger's program.
+LIMIT = 100_000_000  # pixels, 10,000 x 10,000; decoding takes up to 7 bytes of memory for each
+# Pillow knows many more. For EPS it runs Ghostscript, which would run a stranger's program.
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _MARGIN = CENTER[0]  # pixels of a tile around the square that decides
 _WHITE = (255, 255, 255)
 _BAND = 1 << 20  # pixels that are converted at once
 _ORIENTATION = 0x0112  # the tag of EXIF and TIFF
-# By the tag's value, which says where the first row and the first column of the file belong.
+# The key is the tag's value, which says where the first row and column of the file belong.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -39,18 +39,18 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
     8: lambda x: np.rot90(x),
 }
-_MICROMETRES = {2: 25_400, 3: 10_000}  # of TIFF's units, inch and centimetre
-_SCALES = (0.05, 20)  # um/px of microscopes; 72 and 300 dots an inch are those of screens and paper
+_MICROMETRES = {2: 25_400, 3: 10_000}  # in TIFF's units, inch and centimetre
+_SCALES = (0.05, 20)  # um/px of microscopes; 72 and 300 dots per inch are for screens and paper
 
 
 class Header(NamedTuple):
-    """What a picture says before it is decoded.
+    """The facts that a picture's header gives before the picture is decoded.
 
     Attributes:
-        height: in pixels, as stored: a picture may still be turned.
-        width: likewise.
+        height: in pixels, as stored; the picture may still be turned.
+        width: in pixels, as stored.
         mode: Pillow's name of its channels, such as RGB.
-        mpp: micrometres per pixel, if it is a TIFF that says so.
+        mpp: micrometres per pixel, if it is a TIFF that gives them.
     """
 
     height: int
@@ -63,8 +63,9 @@ class Tile(NamedTuple):
     """A 96x96 window of a picture.
 
     Attributes:
-        y: of the upper left corner of the window's deciding 32x32, in pixels of the picture.
-        x: likewise.
+        y: row of the upper left corner of the window's central 32x32, which decides its label; in
+            pixels of the picture.
+        x: column of that corner.
         pixels: uint8 [96, 96, 3].
     """
 
@@ -74,7 +75,7 @@ class Tile(NamedTuple):
 
 
 def find(path: Path) -> list[Path]:
-    """The pictures at `path`: itself, or all in a folder and the folders below it, sorted.
+    """Returns the pictures at `path`: itself, or all in a folder and the folders below, sorted.
 
     Raises:
         UserError: there are none.
@@ -88,7 +89,7 @@ def find(path: Path) -> list[Path]:
 
 
 def _is_shown(file: Path, folder: Path) -> bool:
-    """Whether it is a picture by its name; of what is hidden, nothing is.
+    """Returns whether a file has a picture's name, and neither it nor its folders are hidden.
 
     macOS keeps its notes on NAME.png in ._NAME.png.
     """
@@ -97,10 +98,12 @@ def _is_shown(file: Path, folder: Path) -> bool:
 
 
 def check_size(path: Path, header: Header) -> None:
-    """Raises `UserError` for a picture of fewer than 96 pixels a side, or too large to decode."""
+    """Raises `UserError` for a picture with a side below 96 pixels, or too large to decode."""
     height, width = header.height, header.width
     if min(height, width) < PATCH:
-        raise UserError(f"{path}: {width}x{height} pixels; a patch has {PATCH}x{PATCH}")
+        raise UserError(
+            f"{path}: {width}x{height} pixels; a picture needs at least {PATCH}x{PATCH}"
+        )
     if height * width > LIMIT:
         raise _too_large(path, f"{width}x{height} pixels are ")
 
@@ -112,10 +115,10 @@ def look(path: Path, check: Check = check_size) -> Header:
     """Returns what a picture's header says.
 
     Args:
-        check: raises UserError where the picture is not as it must be.
+        check: raises UserError if the picture must be refused.
 
     Raises:
-        UserError: it is no picture, or its pixels are not of 8 bits.
+        UserError: it is not a picture, or its pixels do not have 8 bits.
     """
 
     def checked(header: Header) -> Header:
@@ -129,11 +132,11 @@ def read(path: Path, check: Check = check_size) -> np.ndarray:
     """Returns the pixels of a picture as viewers show it, uint8 [H, W, 3].
 
     Raises:
-        UserError: as `look`; or it can't be decoded.
+        UserError: as for `look`, or it cannot be decoded.
     """
 
     def of_image(image: Image.Image) -> np.ndarray:
-        # First: decoding what is too large would already take the memory.
+        # Check first, because decoding a picture that is too large would already take the memory.
         check(path, _header(path, image))
         return _pixels(image)
 
@@ -148,8 +151,9 @@ def read(path: Path, check: Check = check_size) -> np.ndarray:
 def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
     """Cuts a picture into windows whose deciding squares lie `stride` pixels apart.
 
-    The squares reach every edge: there windows look past the picture, at its mirror image. With a
-    stride of 32 each pixel is decided on once, but for a last row and column that overlap.
+    The squares reach every edge. Windows there extend past the picture and show its mirror image.
+    With a stride of 32 the squares cover each pixel once, except that the last row and column of
+    squares may overlap the ones before.
 
     Args:
         pixels: uint8 [H, W, 3], H and W at least 96.
@@ -162,13 +166,13 @@ def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
 
 
 def positions(length: int, stride: int) -> list[int]:
-    """Where squares of 32 begin that cover `length` pixels, the last one flush with the end."""
+    """Returns the starts of squares of 32 that cover `length` pixels; the last ends at the end."""
     last = length - CENTER_SIDE
     return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
 
 
 def _mirrored(start: int, length: int) -> np.ndarray:
-    """The 96 rows, or columns, of the window around the square at `start`."""
+    """Returns the 96 rows, or columns, of the window around the square at `start`."""
     index = np.abs(np.arange(start - _MARGIN, start - _MARGIN + PATCH))
     return np.where(index < length, index, 2 * (length - 1) - index)
 
@@ -185,19 +189,19 @@ def _header(path: Path, image: Image.Image) -> Header:
 
 
 def _check_depth(path: Path, image: Image.Image, tags: dict) -> None:
-    """Refuses what Pillow would clip, or cut to its upper 8 bits, without a word."""
+    """Refuses pixels that Pillow would silently clip, or cut to their upper 8 bits."""
     bits = max(tags.get(258, (1,)))
     if image.format == "PNG":
         with open_user_file(path) as file:
-            bits = file.read(25)[-1]  # of IHDR, which is always the first chunk
+            bits = file.read(25)[-1]  # in IHDR, which is always the first chunk
     if image.mode.startswith(("I", "F")) or bits > 8 or set(tags.get(339, (1,))) - {1}:
-        raise UserError(f"{path}: pixels that are not of 8 bits; convert it to RGB of 8 bits")
+        raise UserError(f"{path}: its pixels do not have 8 bits; convert it to RGB of 8 bits")
 
 
 def _page_header(path: Path, page: tifffile.TiffPage) -> Header:
     compressed = page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression == 7
     if page.photometric != tifffile.PHOTOMETRIC.RGB and not compressed:
-        raise UserError(f"{path}: colours of another kind than RGB; convert it to RGB of 8 bits")
+        raise UserError(f"{path}: its colours are not RGB; convert it to RGB of 8 bits")
     if page.dtype != np.uint8 or page.ndim != 3 or page.shape[2] != 3:
         raise UserError(f"{path}: {page.dtype} {list(page.shape)}; convert it to RGB of 8 bits")
     _check_area(path, page.tilewidth * page.tilelength)
@@ -208,9 +212,9 @@ def _page_header(path: Path, page: tifffile.TiffPage) -> Header:
 
 
 def _check_area(path: Path, pixels: int) -> None:
-    """A tile of a TIFF is decoded whole, and may be declared larger than the picture."""
+    """Refuses huge tiles: a TIFF's tile is decoded whole, and may be larger than the picture."""
     if pixels > LIMIT:
-        raise _too_large(path, "tiles of a size ")
+        raise _too_large(path, "its tiles are ")
 
 
 def _too_large(path: Path, what: str) -> UserError:
@@ -218,7 +222,10 @@ def _too_large(path: Path, what: str) -> UserError:
 
 
 def _mpp(resolution: float | None, unit: int | None) -> float | None:
-    """Micrometres per pixel of a TIFF's pixels per unit, where they are those of a microscope."""
+    """Returns the micrometres per pixel that a TIFF's pixels per unit mean.
+
+    It is None unless the scale is one of a microscope.
+    """
     if not resolution or unit not in _MICROMETRES:
         return None
     mpp = _MICROMETRES[unit] / float(resolution)
@@ -231,10 +238,10 @@ def _mpp(resolution: float | None, unit: int | None) -> float | None:
 def _ask(
     path: Path, of_image: Callable[[Image.Image], T], of_page: Callable[[tifffile.TiffPage], T]
 ) -> T:
-    """What Pillow's image says; or of a TIFF that Pillow cannot read, the first page's.
+    """Returns `of_image` of Pillow's image, or `of_page` of a TIFF that Pillow cannot read.
 
     Raises:
-        UserError: neither can; gives the reason of the first that knew the format.
+        UserError: neither Pillow nor tifffile can read it; gives the reason of each that tried.
     """
     try:
         with _opened(path) as image:
@@ -242,10 +249,10 @@ def _ask(
     except UserError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit is 179 million pixels
-        raise _too_large(path, "") from error
+        raise _too_large(path, "it is ") from error
     except UnidentifiedImageError:
-        reason = "it is no PNG, JPEG or TIFF"
-    # Its decoders raise whatever they meet in a damaged file.
+        reason = "it is not a PNG, JPEG or TIFF"
+    # Pillow's decoders raise errors of any kind for a damaged file.
     except Exception as error:
         reason = reason_of(error)
     with contextlib.suppress(OSError):
@@ -257,7 +264,7 @@ def _ask(
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes and tags, which are looked at here
+        warnings.simplefilter("ignore")  # about sizes and tags, which are checked here
         with open_user_file(path) as file, Image.open(file, formats=_FORMATS) as image:
             yield image
 
@@ -270,34 +277,35 @@ def _is_tiff(path: Path) -> bool:
 def _ask_tifffile(path: Path, of_page: Callable[[tifffile.TiffPage], T], reason: str) -> T:
     try:
         with open_user_file(path) as file, tifffile.TiffFile(file) as tif:
-            # Further pages are smaller levels of a pyramid, or thumbnails, as a rule.
+            # Further pages are usually smaller levels of a pyramid, or thumbnails.
             return of_page(tif.pages[0])
     except UserError:
         raise
-    except Exception as error:  # a damaged file can raise almost anything there
+    except Exception as error:  # a damaged file can raise almost any error there
         raise UserError(
             f"{path}: cannot be read as a picture ({reason}; {reason_of(error)})"
         ) from error
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """Decodes, and returns uint8 [H, W, 3], turned."""
+    """Decodes the image and returns uint8 [H, W, 3], turned as its tag says."""
     image.load()
-    # By bands: a picture of 4 channels, and copies of it, would not fit beside the result.
+    # Convert in bands, because copies of a whole picture of 4 channels would take too much memory
+    # beside the result.
     rows = max(1, _BAND // image.width)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         pixels[top:bottom] = _on_white(image.crop((0, top, image.width, bottom)))
-    # Pillow turns a TIFF itself, and forgets the tag.
+    # Pillow turns a TIFF itself and then removes the tag.
     return _turned(pixels, image.getexif().get(_ORIENTATION, 1))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    # A palette, grey and RGB may have one transparent colour.
+    # Palette, grey and RGB images may have one transparent colour.
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
-    # Without its alpha, a pixel would show whatever colour lies below.
+    # Without its alpha, a transparent pixel would show its hidden colour.
     canvas = Image.new("RGBA", image.size, _WHITE)
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")

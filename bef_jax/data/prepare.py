@@ -1,4 +1,4 @@
-"""--mode=prepare: a source of patches becomes a decoded store."""
+"""--mode=prepare: turns a source of patches into a decoded store."""
 
 import time
 
@@ -11,7 +11,7 @@ from bef_jax.runtime.progress import Phases
 
 
 def run(config: ConfigDict, verify: bool) -> dict:
-    """Writes the store that `config.data` names, unless it is there, and describes it.
+    """Writes the store that `config.data` names, unless it exists, and returns its summary.
 
     Args:
         config: the whole configuration; only config.data matters.
@@ -46,15 +46,15 @@ def run(config: ConfigDict, verify: bool) -> dict:
 
 
 def prepare_with_progress(data: ConfigDict) -> dict:
-    """Calls `store.prepare`, showing on stderr what it does and how far it is.
+    """Calls `store.prepare`, and shows on stderr what it does and how far it is.
 
-    Of several processes the first does so before the others, which then find its store, or, if
-    each host has a disk of its own, make theirs.
+    If there are several processes, the first one runs alone before the others. These then find its
+    store, or make their own if each host has its own disk.
     """
     with distributed.first_alone("store"), _phases() as phases:
         return store.prepare(data, phases.begin)
 
 
 def _phases() -> Phases:
-    # On stderr: the summary is the only line on stdout.
+    # Progress goes to stderr, because the summary must be the only line on stdout.
     return Phases(Console(stderr=True, quiet=not distributed.is_first()))

@@ -1,4 +1,4 @@
-"""The splits that a run trains and evaluates on, opened and looked at before the first step."""
+"""The splits that a run trains and evaluates on, opened and checked before the first step."""
 
 import logging
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ LOG = logging.getLogger(__name__)
 
 
 def open_splits(data: ConfigDict) -> dict[str, Split]:
-    """Prepares the store of config.data unless it is there, and opens its splits by name.
+    """Prepares the store of config.data unless it exists, and returns its open splits by name.
 
     Raises:
         UserError: see `store.prepare`, `store.open_split` and `check_classes`.
@@ -30,10 +30,10 @@ def open_splits(data: ConfigDict) -> dict[str, Split]:
 
 
 def check_classes(splits: Mapping[str, Split]) -> None:
-    """Logs how many patches of each class the splits have, and warns where one has one alone.
+    """Logs how many patches of each class the splits have, and warns of splits with one class.
 
     Raises:
-        UserError: the training split has one class alone.
+        UserError: the training split has only one class.
     """
     for name, split in splits.items():
         normal, metastasis = np.bincount(split.labels, minlength=2)
@@ -47,7 +47,7 @@ def check_classes(splits: Mapping[str, Split]) -> None:
 
 
 def warn_of_one_class(split: str, labels: np.ndarray) -> None:
-    """Says which figures have no meaning on a split with patches of one class alone."""
+    """Warns which figures have no meaning if all patches of a split are of one class."""
     found = np.unique(labels)
     if len(found) == 1:
         LOG.warning(

@@ -51,7 +51,7 @@ from bef_jax.runtime.files import (
 LOG = logging.getLogger(__name__)
 
 _ELSEWHERE = "set config.data.store, which by default lies in config.data.dir"
-FORMAT_VERSION = 1  # a store of another one is refused, not guessed at
+FORMAT_VERSION = 1  # a store of another version is refused
 MANIFEST = "manifest.json"
 
 
@@ -78,7 +78,7 @@ class Split:
 def store_path(data: ConfigDict) -> Path:
     """Returns the folder of the store: `data.store`, or <dir>/store_<source>.
 
-    Synthetic stores carry their sizes and seed in the name, so that variants do not collide.
+    The name of a synthetic store holds its sizes and seed, so that variants do not collide.
     """
     if data.store:
         return user_path(data.store)
@@ -90,28 +90,29 @@ def store_path(data: ConfigDict) -> Path:
 
 
 def prepare(data: ConfigDict, begin: Begin = silent) -> dict:
-    """Writes the store of `data` unless it is there, and returns its manifest.
+    """Writes the store of `data` unless it exists, and returns its manifest.
 
     The store appears whole, by a rename, or not at all.
 
     Args:
         data: config.data.
-        begin: told of each long piece of work, and how far it is.
+        begin: is called for each long piece of work, to show its progress.
 
     Raises:
-        UserError: the source is not as it must be, a split ends up empty, the store cannot be
-            written, or the one that is there was made with other fields.
+        UserError: the source is refused, a split ends up empty, the store cannot be written, or
+            the existing one was made with other fields.
     """
     sources.check(data)
     path = store_path(data)
-    # Written last, into a folder that is then renamed: where it is, the store is whole.
+    # The manifest is written last, before the folder gets its name. So a store that has one is
+    # whole.
     if os.path.isfile(path / MANIFEST):
         return _matching_manifest(path, data)
-    # Where the folder is a link: a rename would not follow it.
+    # If the folder is a link, resolve it, because a rename would not follow it.
     path = path.resolve()
     _check_place(path)
     chunks = sources.read(data, begin)
-    first = next(chunks)  # a source that is not there is refused before a folder is made
+    first = next(chunks)  # refuses a missing source before a folder is made
     with _temporary_folder(path) as folder:
         writer = StoreWriter(folder, data.rectify)
         for split, chunk in itertools.chain([first], chunks):
@@ -122,12 +123,12 @@ def prepare(data: ConfigDict, begin: Begin = silent) -> dict:
 
 
 def _check_place(path: Path) -> None:
-    """Looks whether a store can be made at `path`, before the hours that its source can take."""
+    """Checks that a store can be made at `path`, because its source can take hours to read."""
     try:
         is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason_of(error)}); {_ELSEWHERE}") from error
-    # An empty folder may stay, since the rename takes its place; that of a mount it cannot take.
+    # An empty folder may stay, because the rename replaces it. It cannot replace a mount point.
     if not is_free or os.path.ismount(path):
         raise UserError(f"{path}: exists and is not a store; name another config.data.store")
     check_outputs(_temporary_path(path), fix=_ELSEWHERE)
@@ -137,7 +138,7 @@ def read_manifest(path: Path) -> dict:
     """Returns the manifest of the store at `path`.
 
     Raises:
-        UserError: there is no store, its manifest is damaged, or of another format version.
+        UserError: there is no store, or its manifest is damaged or has another format version.
     """
     file = Path(path) / MANIFEST
     try:
@@ -146,17 +147,17 @@ def read_manifest(path: Path) -> dict:
         raise UserError(f"{path}: no store there; run --mode=prepare first") from error
     if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path}: store format {manifest['format_version']}, this version reads "
+            f"{path}: has store format {manifest['format_version']}, but this version reads "
             f"{FORMAT_VERSION}; run --mode=prepare with another config.data.store"
         )
     return manifest
 
 
 def open_split(path: Path, split: str) -> Split:
-    """Maps one split of the store at `path`; nothing but labels and ids is read into memory.
+    """Maps one split of the store at `path`; only labels and ids are read into memory.
 
     Raises:
-        UserError: no store, no such split in it, or files other than the manifest says.
+        UserError: there is no store or no such split, or files are not as the manifest says.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -164,13 +165,13 @@ def open_split(path: Path, split: str) -> Split:
         there = ", ".join(name for name, count in manifest["counts"].items() if count)
         raise UserError(f"{path}: has no {split} split; it has {there}")
     files = {name: path / split / f"{name}.npy" for name in ("images", "labels", "ids")}
-    # By size, which costs nothing, and names the file: NumPy would only say that the map is too
+    # Comparing sizes costs nothing and names the file. NumPy would only say that the map is too
     # long.
     for name, file in files.items():
         _check_size(file, manifest["files"][f"{split}/{name}.npy"]["bytes"])
     try:
         return _map(split, manifest["counts"][split], **files)
-    except Exception as error:  # NumPy's parser of headers raises many kinds
+    except Exception as error:  # NumPy's parser of headers raises many kinds of errors
         raise UserError(
             f"{path / split}: damaged ({reason_of(error)}); "
             f"delete {path} and run --mode=prepare again"
@@ -178,7 +179,7 @@ def open_split(path: Path, split: str) -> Split:
 
 
 def _map(split: str, count: int, images: Path, labels: Path, ids: Path) -> Split:
-    """Maps the arrays; of what they declare, all is looked at before it is read."""
+    """Maps the arrays; everything that they declare is checked before they are read."""
     header, pixels = _mapped(images)
     check_images(header.shape, header.dtype, "images")
     if len(pixels) != count or header.fortran_order:
@@ -197,23 +198,23 @@ def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
     with open_user_file(file) as stream:
         header = npy.read_header(stream)
         offset = stream.tell()
-    # NumPy would take the bytes of the file for addresses in memory.
+    # NumPy would use the bytes of the file as addresses of objects in memory.
     if header.dtype.hasobject:
         raise ValueError(f"{file.name} holds objects")
     return header, np.memmap(os.fspath(file), header.dtype, "r", offset, header.shape)
 
 
 def _check_manifest(manifest: Any) -> None:
-    """Raises ValueError, KeyError or TypeError where it is not as `prepare` writes it."""
+    """Raises ValueError, KeyError or TypeError if it is not as `prepare` writes it."""
     check_types(manifest, format_version=int)
     if manifest["format_version"] != FORMAT_VERSION:
-        return  # another one may well have other blocks
+        return  # another version may have other fields
     check_types(manifest, source=str, library_version=str, config=dict, counts=dict)
     check_types(manifest, class_counts=dict, duplicates=dict, files=dict)
     if manifest["source"] not in sources.SOURCES:
         raise ValueError(f"source {manifest['source']}")
     if not isinstance(manifest["config"].get("dir", ""), str):
-        raise TypeError("config.dir is no text")
+        raise TypeError("config.dir is not text")
     check_types(manifest["counts"], **dict.fromkeys(SPLITS, int))
     check_types(manifest["class_counts"], **dict.fromkeys(SPLITS, list))
     check_types(manifest["duplicates"], dropped_within=dict, dropped_across=dict, conflicts=list)
@@ -227,12 +228,12 @@ def _check_manifest(manifest: Any) -> None:
 def _check_split(manifest: dict, split: str, count: int) -> None:
     classes = manifest["class_counts"][split]
     if not all(type(number) is int for number in classes) or len(classes) != 2:
-        raise TypeError(f"class_counts of {split} are no two numbers")
+        raise TypeError(f"class_counts of {split} are not two numbers")
     for dropped in ("dropped_within", "dropped_across"):
         check_types(manifest["duplicates"][dropped], **{split: int})
     names = [f"{split}/{name}.npy" for name in ("images", "labels", "ids")] if count else []
     for name in names:
-        # What is empty holds no array; of the system's own files some say so, and have no end.
+        # An empty file holds no array. Some files of the system report size 0 but never end.
         if manifest["files"][name]["bytes"] < 1:
             raise ValueError(f"{name} is empty")
 
@@ -240,15 +241,15 @@ def _check_split(manifest: dict, split: str, count: int) -> None:
 def verify(path: Path, begin: Begin = silent) -> None:
     """Reads every file of the store at `path`, and compares its content with the manifest's sha256.
 
-    Takes as long as the disk takes to read the store: 8.4 GiB of PCam. So training does not do it;
-    it looks at the sizes alone.
+    This takes as long as the disk takes to read the store, which is 8.4 GiB for PCam. So training
+    does not do it; it checks only the sizes.
 
     Args:
         path: of the store.
-        begin: told how far it is.
+        begin: is called once, to show the progress.
 
     Raises:
-        UserError: no store, or naming the first damaged file.
+        UserError: there is no store, or a file is damaged; names the first damaged file.
     """
     files = read_manifest(path)["files"]
     advance = begin("verifying", sum(entry["bytes"] for entry in files.values()), "bytes")
@@ -256,7 +257,7 @@ def verify(path: Path, begin: Begin = silent) -> None:
     damaged = first_damaged(path, expected, advance)
     if damaged:
         raise UserError(
-            f"{damaged}: damaged, its sha256 is not the manifest's; "
+            f"{damaged}: damaged, because its sha256 is not the manifest's; "
             f"delete {path} and run --mode=prepare again"
         )
 
@@ -266,7 +267,7 @@ def _check_size(file: Path, expected: int) -> None:
     actual = file.stat().st_size if file.is_file() else 0
     if actual != expected:
         raise UserError(
-            f"{file}: {actual} bytes, its manifest says {expected}; "
+            f"{file}: {actual} bytes, but its manifest says {expected}; "
             f"delete {file.parents[1]} and run --mode=prepare again"
         )
 
@@ -274,7 +275,7 @@ def _check_size(file: Path, expected: int) -> None:
 def _fields(data: ConfigDict) -> dict:
     """Returns the fields of config.data that decide what a store holds."""
     fields = {"source": data.source, "rectify": data.rectify}
-    # Drawn from sizes and seed: no folder decides.
+    # Synthetic patches depend on sizes and seed, not on a folder.
     if data.source == "synthetic":
         return (
             fields
@@ -283,7 +284,8 @@ def _fields(data: ConfigDict) -> dict:
         )
     fields |= {"dir": str(user_path(data.dir).resolve())}
     fields |= {f"{split}_size": data[f"{split}_size"] for split in SPLITS}
-    # Here alone: a field that changes no patch must not make the store another one.
+    # Only for rpcam, because the field changes no patch of other sources, so their stores stay
+    # valid.
     if data.source == "rpcam":
         fields["split_ratio"] = list(data.split_ratio)
     return fields
@@ -309,7 +311,8 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
     """Returns the manifest of the store at `path`, if `data` would make the same store."""
     manifest = read_manifest(path)
     made, wanted = manifest["config"], _fields(data)
-    # A store may be moved, or outlive its source: the folder counts while both are there.
+    # A store may be moved, and its source may be deleted. So compare the folders only while both
+    # exist.
     if not all(os.path.isdir(fields.get("dir", "")) for fields in (made, wanted)):
         wanted["dir"] = made.get("dir")
     for field, value in wanted.items():
@@ -323,7 +326,7 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
 
 @contextlib.contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
-    """Makes a folder beside `path`, and removes it in the end if it is still there."""
+    """Makes a folder beside `path`, and removes it at the end if it is still there."""
     folder = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -338,33 +341,33 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary_path(path: Path) -> Path:
-    # Beside the store, as a rename is atomic within one file system only.
+    # It is beside the store, because a rename is atomic only within one file system.
     return path.with_name(f"{_prefix(path)}{os.getpid()}")
 
 
 def _prefix(path: Path) -> str:
-    # Of host and process: on a shared disk others may be writing theirs.
+    # The name holds host and process, because others may write theirs to a shared disk.
     return f"{path.name}.tmp-{platform.node()}-"
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes what killed processes of this host left, each of up to a store's size."""
+    """Removes the folders of killed processes of this host; each can be as large as a store."""
     prefix = _prefix(path)
     for stale in path.parent.glob(f"{glob.escape(prefix)}*"):
         if _is_dead(stale.name.removeprefix(prefix)):
-            LOG.info("%s: removed; its prepare was killed, and this one starts at 0", stale)
+            LOG.info("%s: removed, because its prepare was killed; this one starts at 0", stale)
             shutil.rmtree(stale, ignore_errors=True)
 
 
 def _is_dead(pid: str) -> bool:
-    """Tells whether the process that made a temporary folder on this host has ended."""
-    # More is no number of a process, but a host whose name begins like ours.
+    """Returns whether the process that made a temporary folder on this host has ended."""
+    # Any other text comes from a host whose name begins like ours.
     if not re.fullmatch("[0-9]{1,9}", pid):
         return False
-    if int(pid) == os.getpid():  # ours is not made yet: an earlier process had our number
+    if int(pid) == os.getpid():  # our folder is not made yet, so an earlier process had our id
         return True
     try:
-        # Signal 0 asks, and does nothing. PermissionError: it lives, and is another user's.
+        # Signal 0 only asks. PermissionError means that the process lives and is another user's.
         os.kill(int(pid), 0)
     except OSError as error:
         return isinstance(error, ProcessLookupError)
@@ -375,7 +378,7 @@ def _publish(folder: Path, path: Path, data: ConfigDict, manifest: dict) -> dict
     try:
         os.replace(folder, path)
     except OSError:
-        # Another host or process was first; its store is as good as ours if it is the same.
+        # Another host or process was first. Its store is good if it was made with the same fields.
         if not (path / MANIFEST).is_file():
             raise
         return _matching_manifest(path, data)

@@ -1,4 +1,4 @@
-"""Writes the arrays of a store, patch by patch, and accounts for what they hold."""
+"""Writes the arrays of a store, patch by patch, and describes what they hold."""
 
 import hashlib
 from collections import Counter
@@ -16,10 +16,10 @@ MAX_REPORTED = 100  # pairs of ids with conflicting labels that the manifest lis
 
 
 class StoreWriter:
-    """Spreads patches over the folders of their splits.
+    """Writes patches to the folders of their splits.
 
-    With `rectify`, a patch whose pixels came before, in any split, is dropped. A pair of equal
-    patches with different labels is reported; the first of them stays.
+    With `rectify`, a patch whose pixels came before, in any split, is dropped; the first one stays.
+    A pair of equal patches with different labels is always reported.
     """
 
     def __init__(self, folder: Path, rectify: bool):
@@ -28,14 +28,15 @@ class StoreWriter:
         self.rectify = rectify
         self.read_counts: Counter[str] = Counter()
         self._writers: dict[str, _SplitWriter] = {}
-        # Of every patch, as labels, ids and digests are: a few hundred bytes that memory grows by.
+        # One entry per patch. With labels, ids and digests, each patch takes a few hundred bytes of
+        # memory.
         self._first: dict[bytes, tuple[str, int, str]] = {}  # digest -> split, label, id
         self._dropped_within: Counter[str] = Counter()
         self._dropped_across: Counter[str] = Counter()
         self._conflicts: list[list[str]] = []  # ids of the first patch and the later one
 
     def add(self, split: str, chunk: Chunk) -> None:
-        """Writes the patches of `chunk` that are to be kept."""
+        """Writes those patches of `chunk` that are kept."""
         if split not in self._writers:
             self._writers[split] = _SplitWriter(self.folder / split)
         self.read_counts[split] += len(chunk.labels)
@@ -50,7 +51,7 @@ class StoreWriter:
         if first is here:
             return True
         dropped = self._dropped_within if split == first_split else self._dropped_across
-        # Without rectify nothing is dropped; contradicting labels are told all the same.
+        # Without rectify nothing is dropped, but contradicting labels are still reported.
         dropped[split] += self.rectify
         if label != first_label:
             self._conflicts.append([first_name, name])
@@ -60,17 +61,17 @@ class StoreWriter:
         """Completes the files and returns the part of the manifest that describes them.
 
         Args:
-            begin: told how far the checksums are.
+            begin: is called once, to show the progress of the checksums.
 
         Raises:
             UserError: train or valid holds no patch, a split of the source kept none, or an id
                 names two of its patches.
         """
-        # Training can do without a test split.
+        # Training does not need a test split.
         for split in dict.fromkeys(["train", "valid", *self._writers]):
             if split not in self._writers or not self._writers[split].labels:
                 raise UserError(
-                    f"config.data: no patch is left in the {split} split, of "
+                    f"config.data: no patch is left in the {split} split, out of "
                     f"{self.read_counts[split]} read; check the source, or set "
                     "config.data.rectify=False to keep duplicates"
                 )
@@ -98,7 +99,7 @@ class StoreWriter:
     def _content(self) -> dict[str, str]:
         samples = {split: writer.samples for split, writer in self._writers.items()}
         samples["total"] = [sample for split in samples.values() for sample in split]
-        # Sorted, so that the same patches give the same checksum in any order.
+        # Sort the samples, so that the same patches give the same checksum in any order.
         return {
             split: hashlib.sha256(b"".join(sorted(found))).hexdigest()
             for split, found in samples.items()
@@ -106,8 +107,8 @@ class StoreWriter:
 
     def _files(self, begin: Begin) -> dict[str, dict]:
         sizes = {file: file.stat().st_size for file in sorted(self.folder.glob("*/*.npy"))}
-        # Read back, up to 8.4 GiB of PCam: a hash made in passing would have the header before its
-        # last change.
+        # Read the files back, up to 8.4 GiB for PCam. A hash made while writing would miss the last
+        # change of the header.
         advance = begin("checking files (sha256)", sum(sizes.values()), "bytes")
         return {
             file.relative_to(self.folder).as_posix(): {
@@ -121,7 +122,7 @@ class StoreWriter:
 class _SplitWriter:
     """Appends patches to the arrays of one split; only labels, ids and digests stay in memory.
 
-    images.npy grows by ordinary writes: the pages of a memory map would count as our memory.
+    images.npy grows by ordinary writes, because a memory map's pages would count as our memory.
     """
 
     def __init__(self, folder: Path):
@@ -144,9 +145,10 @@ class _SplitWriter:
             self._images.seek(0)
             # NumPy pads its header for a first axis that grows, so the pixels stay in place.
             if self._write_header() != self._header_bytes:
-                raise RuntimeError(f"{self._images.name}: the header of {len(self.ids)} grew")
+                raise RuntimeError(f"{self._images.name}: header of {len(self.ids)} patches grew")
         np.save(self.folder / "labels.npy", np.asarray(self.labels, np.uint8))
-        # Of fixed width, 4 bytes a character of the longest: an array of objects would be a pickle.
+        # Each id is as wide as the longest, 4 bytes per character, because an array of objects
+        # would be a pickle.
         ids = np.asarray(self.ids, str)
         check_ids(ids, f"config.data: ids of {self.folder.name}")
         np.save(self.folder / "ids.npy", ids)

@@ -10,10 +10,10 @@ from bef_jax.errors import UserError
 def test_ids_may_take_so_much_memory_as_the_patches_allow():
     wide = np.dtype("U1000")
     chunk.check_id_array((60_000,), wide, 60_000, 0, "a")
-    with pytest.raises(UserError, match="a: 70000 ids of 1000 characters; write shorter ones"):
+    with pytest.raises(UserError, match="a: 70000 ids of 1000 characters; write shorter ids"):
         chunk.check_id_array((70_000,), wide, 70_000, 0, "a")
     # Bytes become text, of four bytes a character.
-    with pytest.raises(UserError, match="write shorter ones"):
+    with pytest.raises(UserError, match="write shorter ids"):
         chunk.check_id_array((70_000,), np.dtype("S1000"), 70_000, 0, "a")
     # All of PCam with paths for ids, in a file of 7 GB.
     chunk.check_id_array((262_144,), np.dtype("U500"), 262_144, 7 << 30, "a")

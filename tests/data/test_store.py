@@ -185,7 +185,7 @@ def test_without_rectify_everything_stays(tmp_path, duplicated, write, make_data
 def test_split_of_nothing_but_duplicates_is_refused(tmp_path, patches, write, make_data):
     patches["valid"] = patches["test"]
     data = make_data("npz", write("npz", tmp_path, patches))
-    expect_error("no patch is left in the valid split, of 7 read", store.prepare, data)
+    expect_error("no patch is left in the valid split, out of 7 read", store.prepare, data)
     assert not list(tmp_path.glob("store*"))
 
 
@@ -322,7 +322,7 @@ def test_another_format_is_named_whatever_its_manifest_holds(npz_data):
     store.prepare(npz_data)
     path = store.store_path(npz_data)
     (path / store.MANIFEST).write_text('{"format_version": 7, "shards": 4}')
-    expect_error("store format 7, this version reads 1", store.read_manifest, path)
+    expect_error("store format 7, but this version reads 1", store.read_manifest, path)
 
 
 def test_every_long_piece_of_work_is_told_to_its_end(npz_data):

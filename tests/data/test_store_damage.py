@@ -65,7 +65,7 @@ ARRAYS = {
     "label 2": ("labels", lambda x: x + 2, "label 2 in row 0"),
     "labels of text": ("labels", lambda x: x.astype("S9"), "labels must be numbers"),
     "ids that repeat": ("ids", lambda _: ids("a", "b", "a"), "a names 2 patches"),
-    "surrogate": ("ids", lambda _: ids("a", "b\udfff"), "row 1 is no text"),
+    "surrogate": ("ids", lambda _: ids("a", "b\udfff"), "row 1 is not text"),
     "no character": ("ids", lambda _: np.arange(9, dtype="u4") + 2**31, "ids are uint32"),
     "long ids": ("ids", lambda _: ids("a" * 1025), "write one short text"),
     "objects": ("ids", lambda x: x.astype("O"), "ids.npy holds objects"),
@@ -89,7 +89,7 @@ def test_a_header_of_gigabytes(folder, say):
     size = file.stat().st_size
     edit(folder, lambda manifest: manifest["files"]["valid/images.npy"].update(bytes=size))
     (told,) = say(f"store.open_split(Path({str(folder)!r}), 'valid')")
-    assert f"{folder / 'valid'}: damaged (a header of 2147483647 bytes); delete" in told
+    assert f"{folder / 'valid'}: damaged (a header of 2147483647 bytes is too long); delete" in told
 
 
 # --- special files
@@ -133,7 +133,7 @@ def test_names_in_a_manifest_stay_in_its_folder(folder, say, special, tmp_path):
     entry = {"bytes": 5, "sha256": "0" * 64}
     edit(folder, lambda manifest: manifest["files"].update({name: entry}))
     (told,) = say(f"store.verify(Path({str(folder)!r}))")
-    assert f"{folder / name}: damaged, its sha256 is not" in told
+    assert f"{folder / name}: damaged, because its sha256 is not" in told
 
 
 # --- manifests

@@ -9,8 +9,8 @@ from bef_jax.data.chunk import Begin, Chunk, silent
 from bef_jax.data.patch import SPLITS
 from bef_jax.errors import UserError
 
-# Modules of this package, each with `read(data, begin)`. A source is imported when it is read:
-# together their libraries take 0.3 s, and a run whose store is there needs none of them.
+# Modules of this package, each with `read(data, begin)`. A source is imported only when it is read.
+# To import all their libraries takes 0.3 s, and a run whose store exists needs none of them.
 SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic")
 
 
@@ -37,11 +37,11 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
 
     Args:
         data: config.data.
-        begin: told of each long piece of work, such as reading a split, and how far it is.
+        begin: is called for each long piece of work, such as reading a split, to show its progress.
 
     Raises:
-        UserError: a field, file, image or label that is not as it must be.
+        UserError: a field, file, image or label is wrong.
     """
-    # Within a generator, so at the first chunk: who wants an answer before that calls `check`.
+    # In a generator this runs only at the first chunk. Call `check` for an earlier answer.
     check(data)
     yield from importlib.import_module(f"bef_jax.data.sources.{data.source}").read(data, begin)

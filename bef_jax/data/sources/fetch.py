@@ -1,4 +1,4 @@
-"""Fetches PatchCamelyon's files from Zenodo, resuming what was interrupted."""
+"""Fetches PatchCamelyon's files from Zenodo, and resumes interrupted downloads."""
 
 import contextlib
 import os
@@ -14,13 +14,13 @@ from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import check_regular
 
 PCAM_URL = "https://zenodo.org/records/2546921/files/"
-RETRIES = 3  # after a broken connection, each going on where the last one stopped
+RETRIES = 3  # after a broken connection; each continues where the last one stopped
 TIMEOUT = 60  # seconds without a byte
 BLOCK_BYTES = 1 << 20
 
 
 class RemoteFile(NamedTuple):
-    """Size and checksum of a file, as the checksums of TensorFlow Datasets give them."""
+    """Size and checksum of a file, from the list of TensorFlow Datasets."""
 
     bytes: int
     sha256: str
@@ -56,8 +56,8 @@ def fetch_pcam(
 ) -> None:
     """Fetches those of `files` that `folder` lacks, packed or unpacked, and checks each.
 
-    A file appears under its name only when its size and sha256 are right. What an interrupted
-    run got of it stays beside it as <name>.part, and the next run goes on from there.
+    A file appears under its name only when its size and sha256 are right. The part that an
+    interrupted run got stays as <name>.part, and the next run continues from there.
 
     Raises:
         UserError: a file cannot be reached or written, or arrives with another checksum.
@@ -66,27 +66,28 @@ def fetch_pcam(
     if not missing:
         return
     registry = {name: f"sha256:{files[name].sha256}" for name in missing}
-    # pooch tries again with the same downloader, which goes on with what it has; a file whose
-    # checksum is wrong pooch deletes, so that the next try begins at 0.
+    # pooch tries again with the same downloader, which continues with what it has. pooch deletes a
+    # file whose checksum is wrong, so the next try begins at 0.
     remote = pooch.create(folder, base_url, registry=registry, retry_if_failed=RETRIES)
     for name in missing:
         try:
             remote.fetch(name, downloader=_ResumingDownloader(files[name].bytes, name, begin))
         except UserError:
             raise
-        except (OSError, ValueError) as error:  # those of requests are OSErrors
+        except (OSError, ValueError) as error:  # the errors of requests are OSErrors
             raise UserError(
-                f"{base_url}{name}: cannot be fetched ({reason_of(error)}); run again to go on, "
+                f"{base_url}{name}: cannot be fetched ({reason_of(error)}); run again to continue, "
                 f"or put the file into {folder} yourself"
             ) from error
 
 
 def _is_there(packed: Path) -> bool:
     unpacked = packed.with_suffix("")
-    # A FIFO would be waited for when it is looked into, and when it is written to.
+    # Refuse a FIFO here, because opening one to read or to write waits for another process.
     for file in (packed, unpacked, _part(packed)):
         check_regular(file)
-    # What has its name counts as whole: it got it after its checksum, and gzip checks its own.
+    # A file with its final name counts as whole: it got the name after its checksum was right, and
+    # gzip has its own checksum.
     return packed.is_file() or unpacked.is_file()
 
 
@@ -95,7 +96,7 @@ def _part(file: Path) -> Path:
 
 
 class _ResumingDownloader:
-    """What pooch calls to fetch one file: appends to <name>.part, then hands it over whole."""
+    """A downloader for pooch: appends to <name>.part, then hands the whole file over."""
 
     def __init__(self, size: int, name: str, begin: Begin):
         self.size = size
@@ -105,15 +106,15 @@ class _ResumingDownloader:
     def __call__(self, url: str, output_file: str, _: pooch.Pooch) -> None:
         # Pooch's own temporary file has another name each time, so it could not be resumed.
         part = _part(Path(output_file).with_name(self.name))
-        # Of another version, or of a server that answered with more: nothing to go on from.
+        # It is from another version, or from a server that sent too much, so it is of no use.
         if _size(part) > self.size:
             part.unlink()
         if _size(part) < self.size:
             self._append(url, part)
         if _size(part) != self.size:
-            # Of requests: pooch tries again on its errors alone, besides wrong checksums.
+            # pooch tries again only on errors of requests and on wrong checksums.
             raise requests.ConnectionError(f"got {_size(part)} bytes of {self.size}")
-        # On one file system, so a rename: 6 GB are not copied.
+        # Both are on one file system, so this is a rename that does not copy 6 GB.
         os.replace(part, output_file)
 
     def _append(self, url: str, part: Path) -> None:
@@ -121,11 +122,11 @@ class _ResumingDownloader:
         headers = {"Range": f"bytes={start}-"} if start else {}
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             response.raise_for_status()
-            # A server that knows no ranges sends the file from its start, with status 200.
+            # A server without ranges sends the file from its start, with status 200.
             resumed = response.status_code == requests.codes.partial_content
             advance = self.begin(f"fetching {short_name(self.name)}", self.size, "bytes")
             advance(start if resumed else 0)
-            # Appended block by block: what a kill leaves is a prefix, and can be gone on from.
+            # Append block by block, so that a kill leaves a prefix from which to continue.
             with open(part, "ab" if resumed else "wb") as file:
                 for block in response.iter_content(BLOCK_BYTES):
                     file.write(block)

@@ -1,4 +1,4 @@
-"""One data set of an HDF5 file that somebody else wrote: it lies in the file, and is read once."""
+"""Reads one data set of an HDF5 file from somebody else; its data must be in the file itself."""
 
 import contextlib
 import gzip
@@ -20,30 +20,31 @@ from bef_jax.runtime.files import check_regular, open_user_file
 
 _FIX = "fetch it again, or unpack it yourself"
 _REPACK = "repack it: h5repack -l CHUNK=1x96x96x3 -f GZIP=1"
-# The largest file of PCam unpacks to 7.25 GB; what goes on for longer is no PCam, and would fill
-# the disk. Pictures of tissue shrink to two thirds, labels to a tenth.
+# The largest file of PCam unpacks to 7.25 GB. A longer one is not PCam's and would fill the disk.
+# Also, pictures of tissue shrink to two thirds and labels to a tenth, not to a hundredth.
 _UNPACKED_LIMIT = 10**10
 _UNPACKED_FREELY = 64 << 20
 _SHRUNK = 100
 _CHUNK_LIMIT = 64 << 20  # bytes of one of HDF5's chunks, unpacked
-_BAND_LIMIT = 512 << 20  # bytes of the rows that share a chunk: they are read together
-# Bytes that a byte of a chunk can unpack to. HDF5 unpacks all that there is, whatever size it says.
+_BAND_LIMIT = 512 << 20  # bytes of the rows that share a chunk and are read together
+# The most bytes that one byte of a chunk can unpack to. HDF5 unpacks all of them, even beyond the
+# size that the chunk declares.
 _DENSEST = {h5z.FILTER_DEFLATE: 1032, h5z.FILTER_LZF: 100}
 _KEEP_SIZE = (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
-_SURE = 256 << 20  # bytes that a chunk may unpack to without a look
+_SURE = 256 << 20  # bytes; a chunk that cannot unpack to more is not checked
 
 
 @contextlib.contextmanager
 def dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Dataset]:
     """Opens the data set `name` of a .h5 or .h5.gz.
 
-    It lies in the file itself; what it declares is the caller's to check.
+    Its data are in the file itself. The caller must check what it declares.
 
     Raises:
-        UserError: the file is damaged or no regular one, or has no such data set.
+        UserError: the file is damaged, is not a regular file, or has no such data set.
     """
     with readable(path, _FIX), _unpacked(path, begin) as source, h5py.File(source, "r") as file:
-        # Its link first: to look at the data set itself opens whatever file a link names.
+        # Check its link first, because looking at the data set opens any file that a link names.
         is_own = isinstance(file.get(name, getlink=True), h5py.HardLink)
         if not is_own or not isinstance(file[name], h5py.Dataset):
             raise UserError(f"{path}: has no data set '{name}'; is it one of PCam's files?")
@@ -54,30 +55,30 @@ def dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Datas
 def check_held(data: h5py.Dataset, path: Path) -> None:
     """Checks that a data set holds what it declares, and can be read in little memory.
 
-    Call it once its shape and dtype are known to be good, and before it is read.
+    Call it after its shape and dtype are checked, and before it is read.
 
     Raises:
-        UserError: it does not.
+        UserError: it holds less, or its chunks are too large or packed in another way.
     """
     if data.chunks is None:
         held = min(data.id.get_storage_size(), data.file.id.get_filesize())
         if data.nbytes > held:
-            raise UserError(f"{path}: declares {data.nbytes} bytes, and holds {held}; {_FIX}")
+            raise UserError(f"{path}: declares {data.nbytes} bytes, but holds {held}; {_FIX}")
         return
     chunk = math.prod(data.chunks) * data.dtype.itemsize
     band = data.chunks[0] * math.prod(data.shape[1:]) * data.dtype.itemsize
     if chunk > _CHUNK_LIMIT or band > _BAND_LIMIT:
-        raise UserError(f"{path}: chunks of {data.chunks}, too large to be read; {_REPACK}")
+        raise UserError(f"{path}: chunks of {data.chunks} are too large to be read; {_REPACK}")
     _check_chunks(data, chunk, path)
 
 
 def blocks(data: h5py.Dataset, count: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the first `count` rows, and which they are, at most 512 at a time.
+    """Yields (slice, rows) for the first `count` rows, at most 512 at a time.
 
-    Each chunk of HDF5's is unpacked once. `check_held` comes first.
+    Each of HDF5's chunks is unpacked once. Call `check_held` first.
     """
     step = data.chunks[0] if data.chunks else 1
-    # Whole chunks: 512 rows of a chunk that has 8,192 would have it unpacked 16 times.
+    # Read whole chunks. To read 512 rows at a time would unpack a chunk of 8,192 rows 16 times.
     band = np.empty((step * max(1, CHUNK_SIZE // step), *data.shape[1:]), data.dtype)
     for start in range(0, count, len(band)):
         stop = min(start + len(band), count)
@@ -90,7 +91,7 @@ def blocks(data: h5py.Dataset, count: int) -> Iterator[tuple[slice, np.ndarray]]
 
 
 def _check_own(data: h5py.Dataset, path: Path) -> None:
-    # Before its shape is asked for, which opens the files of a virtual one.
+    # Check before its shape is used, because that opens the files of a virtual data set.
     plist = data.id.get_create_plist()
     if plist.get_layout() == h5d.VIRTUAL or plist.get_external_count():
         raise UserError(
@@ -105,7 +106,7 @@ def _check_chunks(data: h5py.Dataset, size: int, path: Path) -> None:
     large = []
 
     def look(chunk: h5d.StoreInfo) -> None:
-        # Where packing would gain nothing the filter is left out.
+        # HDF5 leaves the filter out for a chunk that packing would not make smaller.
         is_packed = packing and not chunk.filter_mask >> packing[0] & 1
         if is_packed and chunk.size * _DENSEST[packing[1]] > _SURE:
             large.append(chunk)
@@ -122,7 +123,7 @@ def _check_chunks(data: h5py.Dataset, size: int, path: Path) -> None:
 
 
 def _packing(data: h5py.Dataset, path: Path) -> tuple[int, int] | None:
-    """Returns the place and the code of the filter that packs the chunks, if one does."""
+    """Returns the place and the code of the filter that packs the chunks, or None."""
     plist = data.id.get_create_plist()
     codes = [plist.get_filter(place)[0] for place in range(plist.get_nfilters())]
     packing = [(place, code) for place, code in enumerate(codes) if code not in _KEEP_SIZE]
@@ -132,12 +133,12 @@ def _packing(data: h5py.Dataset, path: Path) -> tuple[int, int] | None:
 
 
 def _is_as_large(data: h5py.Dataset, chunk: h5d.StoreInfo, size: int, code: int) -> bool:
-    """Whether a packed chunk is sure to unpack to no more than `size` bytes."""
-    # Packing adds a thousandth at most. LZF's stream cannot be looked into here.
+    """Returns whether a packed chunk certainly unpacks to no more than `size` bytes."""
+    # Packing adds a thousandth at most. A stream of LZF cannot be checked here.
     if code != h5z.FILTER_DEFLATE or chunk.size > size * 1.01 + 1024:
         return False
     _, packed = data.id.read_direct_chunk(chunk.chunk_offset)
-    # zlib stops at a byte too many; HDF5 would unpack all that there is.
+    # zlib stops after one byte too many; HDF5 would unpack the whole stream.
     return len(zlib.decompressobj().decompress(packed, size + 1)) <= size
 
 
@@ -146,13 +147,13 @@ def _is_as_large(data: h5py.Dataset, chunk: h5d.StoreInfo, size: int, code: int)
 
 @contextlib.contextmanager
 def _unpacked(path: Path, begin: Begin) -> Iterator:
-    """Gives what h5py opens: the path itself, or an unpacked copy of a .gz file."""
+    """Yields what h5py opens: the path itself, or an unpacked copy of a .gz file."""
     check_regular(path)
     if path.suffix != ".gz":
         yield path
         return
-    # HDF5 seeks, gzip cannot. The copy has no name, so that even a kill leaves nothing behind.
-    # Beside the file, where there is room for data: /tmp is often small, or memory.
+    # HDF5 seeks, but gzip cannot. The copy has no name, so that even a kill leaves nothing behind.
+    # It is beside the file, where there is room for data, because /tmp is often small or in memory.
     folder = path.parent if os.access(path.parent, os.W_OK) else None
     with tempfile.TemporaryFile(dir=folder) as copy:
         _unpack(path, copy, begin)

@@ -1,4 +1,4 @@
-"""The header of a .npy: text from somebody else, which can declare anything."""
+"""Reads the header of a .npy from somebody else, which can declare anything."""
 
 import io
 import math
@@ -6,7 +6,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-_LONGEST = 10_000  # bytes of a header, which is NumPy's own limit, too
+_LONGEST = 10_000  # bytes of a header; NumPy has the same limit
 _PARSERS = {  # by the version of the format
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -14,7 +14,7 @@ _PARSERS = {  # by the version of the format
 
 
 class Header(NamedTuple):
-    """What a .npy declares: its array's shape, its order, and its dtype."""
+    """The shape, order and dtype that a .npy declares for its array."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -22,7 +22,7 @@ class Header(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array, were it there."""
+        """Returns how many bytes the declared array needs."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -30,16 +30,16 @@ def read_header(stream: IO[bytes]) -> Header:
     """Reads the header, and leaves `stream` at the first byte of the array.
 
     Raises:
-        Exception: it is no .npy, or its header is damaged; NumPy's parser raises many kinds.
+        Exception: it is not a .npy, or its header is damaged; NumPy's parser raises many kinds.
     """
     version = np.lib.format.read_magic(stream)
     # Version 3.0 is for the names of structured dtypes, which neither patches nor labels have.
     if version not in _PARSERS:
-        raise ValueError(f"version {version} of .npy")
+        raise ValueError(f"version {version} of .npy is not supported")
     prefix = stream.read(2 if version == (1, 0) else 4)
     length = int.from_bytes(prefix, "little")
-    # NumPy looks at the length once it has read all of that: up to 4 GiB.
+    # NumPy checks the length only after it has read that much, up to 4 GiB.
     if length > _LONGEST:
-        raise ValueError(f"a header of {length} bytes")
+        raise ValueError(f"a header of {length} bytes is too long")
     text = io.BytesIO(prefix + stream.read(length))
     return Header(*_PARSERS[version](text))

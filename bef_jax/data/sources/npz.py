@@ -32,8 +32,8 @@ from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
 
 _PIECE = 1 << 20  # bytes that are read at once
-# Bytes that a byte of a member can unpack to. What unpacks the other kinds knows no limit: it would
-# make gigabytes of a megabyte before it is asked for the first patch.
+# The most bytes that one byte of a member can unpack to. The decoders of other kinds have no limit.
+# They would make gigabytes of a megabyte before the first patch is asked for.
 _DENSEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 _FIX = "write the file again"
 
@@ -41,13 +41,13 @@ _FIX = "write the file again"
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of the .npz files in `data.dir`; test.npz may be absent.
 
-    A file without ids gets npz_<split>_<row>.
+    If a file has no ids, they are npz_<split>_<row>.
 
     Raises:
         UserError: a file is missing, damaged, or its arrays are not patches and labels.
     """
     folder = user_path(data.dir)
-    # All are looked for before any is read: a missing one should not turn up after the first's
+    # Look for all files before reading any, so that a missing one is found at once and not after
     # minutes.
     paths = {split: folder / f"{split}.npz" for split in READ_ORDER}
     for path in paths.values():
@@ -64,7 +64,7 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
 def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (ids, images) of one .npz file, which needs no labels, at most 512 at a time.
 
-    A file without ids gets <its name>_<row>.
+    If the file has no ids, they are <its name>_<row>.
 
     Raises:
         UserError: it is damaged, or its arrays are not patches and ids.
@@ -112,7 +112,7 @@ def _read_ids(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray | 
 
 
 def _ids_of(ids: np.ndarray | None, prefix: str, rows: slice) -> np.ndarray:
-    # Chunk by chunk: a file can declare more rows than there is memory for their names.
+    # Make ids chunk by chunk, because a file can declare more rows than memory can hold ids for.
     return numbered(prefix, rows) if ids is None else ids[rows]
 
 
@@ -120,9 +120,9 @@ def _ids_of(ids: np.ndarray | None, prefix: str, rows: slice) -> np.ndarray:
 
 
 class _ShortReads:
-    """A file of which no single read is long: zipfile reads the list of all members at once.
+    """A file that refuses long reads, because zipfile reads the list of all members at once.
 
-    Of each byte of that list it makes seven.
+    zipfile makes seven bytes in memory of each byte of that list.
     """
 
     def __init__(self, file: BinaryIO):
@@ -149,18 +149,18 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 class _Array(contextlib.AbstractContextManager):
-    """An array of an archive whose header is read; its rows are taken off in order.
+    """An array of an archive, with its header read; its rows are taken in order.
 
-    np.load would read the whole array, of another member where one has the plain name, and a pickle
-    in it could run code.
+    np.load is not safe here. It would read the whole array, it would prefer a member whose name has
+    no .npy, and a pickle in it could run code.
     """
 
     def __init__(self, archive: zipfile.ZipFile, name: str, path: Path):
         self.where = f"{path} ({name})"
         self._info = archive.getinfo(f"{name}.npy")
         if self._info.compress_type not in _DENSEST:
-            raise UserError(f"{self.where}: packed in a way that np.savez does not know; {_FIX}")
-        # Less, where the list of members says more than there is.
+            raise UserError(f"{self.where}: packed in a way that np.savez does not use; {_FIX}")
+        # The list of members may declare more bytes than the file has.
         self._packed = min(self._info.compress_size, path.stat().st_size)
         self._member = archive.open(self._info)
         self.header = npy.read_header(self._member)
@@ -169,18 +169,19 @@ class _Array(contextlib.AbstractContextManager):
         self._member.close()
 
     def check_patches(self) -> int:
-        """Returns how many patches there are."""
+        """Checks that the array holds patches, and returns how many."""
         check_images(self.header.shape, self.header.dtype, self.where)
-        # Its first axis is not consecutive in the file, so that no part can be read alone.
+        # In Fortran order each patch is spread over the file, so no part can be read alone.
         if self.header.fortran_order:
-            raise UserError(f"{self.where}: Fortran order; write np.ascontiguousarray(images)")
+            raise UserError(f"{self.where}: in Fortran order; write np.ascontiguousarray(images)")
         self.check_held()
         return self.header.shape[0]
 
     def check_held(self) -> None:
         """Refuses a header that declares more than the file can hold, or another number of bytes.
 
-        Call it before the first row is taken: anything as long as the array takes memory.
+        Call it before the first row is taken, because `take` reserves the memory that the header
+        declares.
         """
         size = self.header.nbytes + self._member.tell()
         if size != self._info.file_size or size > self._packed * _DENSEST[self._info.compress_type]:
@@ -188,7 +189,7 @@ class _Array(contextlib.AbstractContextManager):
             raise UserError(f"{self.where}: declares {declared}, which it does not hold; {_FIX}")
 
     def take(self, rows: slice) -> np.ndarray:
-        """Returns the next rows, which are as many as `rows` has."""
+        """Returns the next rows, as many as `rows` has."""
         shape = (rows.stop - rows.start, *self.header.shape[1:])
         flat = np.empty(math.prod(shape) * self.header.dtype.itemsize, np.uint8)
         for start in range(0, len(flat), _PIECE):

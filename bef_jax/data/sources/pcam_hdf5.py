@@ -27,16 +27,16 @@ from bef_jax.runtime.files import check_regular, user_path
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of PCam's HDF5 files in `data.dir`; the test split may be absent.
 
-    The id of a patch is pcam_<split>_<row of the file>. With `data.download`, files that are
-    missing are fetched first.
+    The id of a patch is pcam_<split>_<row of the file>. With `data.download`, missing files are
+    fetched first.
 
     Raises:
-        UserError: a file is missing, damaged, or holds something else than PCam's patches.
+        UserError: a file is missing, damaged, or holds something other than PCam's patches.
     """
     folder = user_path(data.dir)
     if data.download:
         fetch.fetch_pcam(folder, begin=begin)
-    # All of them first: a file that is missing is named before gigabytes are unpacked.
+    # Look for all files first, so that a missing one is named before gigabytes are unpacked.
     paths = {split: _split_paths(folder, split) for split in READ_ORDER}
     for split, found in paths.items():
         if found is not None:
@@ -49,7 +49,7 @@ def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     The id of a patch is <the file's name>_<row>.
 
     Raises:
-        UserError: it is damaged, or holds something else than patches.
+        UserError: it is damaged, or holds something other than patches.
     """
     stem = path.name.removesuffix(".gz").removesuffix(".h5")
     with hdf5.dataset(path, "x") as x:
@@ -58,7 +58,7 @@ def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _check_patches(x: h5py.Dataset, path: Path) -> int:
-    """Returns how many patches `x` holds, once it is known that it holds patches."""
+    """Checks that `x` holds patches, and returns how many."""
     check_images(x.shape or (), x.dtype, str(path))
     hdf5.check_held(x, path)
     return len(x)
@@ -79,7 +79,7 @@ def _split_paths(folder: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def _find(path: Path) -> Path | None:
-    # The unpacked one first: unpacking costs minutes, and room for a copy.
+    # Prefer the unpacked file, because unpacking costs minutes and room for a copy.
     candidates = (path, path.with_name(path.name + ".gz"))
     for candidate in candidates:
         check_regular(candidate)
@@ -89,11 +89,11 @@ def _find(path: Path) -> Path | None:
 def _read_split(
     split: str, images: Path, labels: Path, limit: int | None, begin: Begin
 ) -> Iterator[tuple[str, Chunk]]:
-    # Labels first: a file of them that can't be read shows before the images are unpacked.
+    # Open the labels first, so that a damaged file of them is found before the images are unpacked.
     with hdf5.dataset(labels, "y") as y, hdf5.dataset(images, "x", begin) as x:
         flags = _read_labels(y, _check_patches(x, images), labels)
         count = kept(len(x), limit)
-        # By row, as TFDS's ids are: a patch has one id, whichever of them it comes from.
+        # Number ids by row, as TFDS does, so that a patch has the same id in both sources.
         chunks = (
             Chunk(block, flags[rows], numbered(f"pcam_{split}", rows))
             for rows, block in hdf5.blocks(x, count)

@@ -23,20 +23,21 @@ _LONGEST_LINE = 1 << 16  # characters of a row of the table
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of Kaggle's folder `data.dir`, each split in the order of its ids.
 
-    A patch's split is decided by the hash of its id, in the ratio `data.split_ratio`.
+    The hash of a patch's id decides its split, in the ratio `data.split_ratio`.
 
     Raises:
         UserError: a file is missing, damaged or not a patch, a row of the table is wrong, or
             the ratio leaves a split empty.
     """
     folder = user_path(data.dir)
-    # Before decoding: hundreds of thousands of files take a while, and one missing stops it.
+    # Check the table before decoding: hundreds of thousands of files take long, and a missing one
+    # stops it.
     labels = _read_labels(folder)
-    # Sorted: the same store, and so the same batches, whatever the order of the table.
+    # Sort the ids, so that the order of the table changes neither the store nor the batches.
     splits = _assign_splits(sorted(labels), data.split_ratio)
     for split in READ_ORDER:
         ids = splits[split][: kept(len(splits[split]), data[f"{split}_size"])]
-        # Decoded as they are asked for, so that memory holds one chunk.
+        # The generator decodes files only when they are needed, so that memory holds one chunk.
         rows = ((_decode(folder / "train" / f"{i}.tif"), labels[i], i) for i in ids)
         yield from counted(split, batched_rows(rows), len(ids), begin)
 
@@ -44,14 +45,14 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
 def split_of(name: str, ratio: Sequence[float]) -> str:
     """Returns the split of the patch with the id `name`, for the shares of train, valid, test.
 
-    It depends on nothing but the id and the ratio: not on the other patches, nor on their order.
+    It depends only on the id and the ratio, not on the other patches or their order.
     """
-    # Not hash(), which Python salts in each process.
+    # Do not use hash(), because Python salts it in each process.
     share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 * sum(ratio)
     if share < ratio[0]:
         return "train"
-    # A share can come to sum(ratio) itself, as 2**64 - 1 rounds to 2**64: without a test split that
-    # must not be test.
+    # A share can reach sum(ratio) itself, because 2**64 - 1 rounds to 2**64. Without a test split,
+    # such a patch must not be test.
     return "valid" if share < ratio[0] + ratio[1] or not ratio[2] else "test"
 
 
@@ -67,14 +68,14 @@ def _assign_splits(ids: Sequence[str], ratio: Sequence[float]) -> dict[str, list
     for split, share in zip(SPLITS, ratio, strict=True):
         if share and not splits[split]:
             raise UserError(
-                f"config.data.split_ratio leaves no patch of {len(ids)} for the {split} split; "
+                f"config.data.split_ratio leaves none of {len(ids)} patches for the {split} split; "
                 "give it a larger share, or use more patches"
             )
     return splits
 
 
 def _read_labels(folder: Path) -> dict[str, int]:
-    """Returns {id: label} of train_labels.csv, which has a row for each file, and none else."""
+    """Returns {id: label} of train_labels.csv, which must list each file once and nothing else."""
     table = folder / "train_labels.csv"
     try:
         with open_user_file(table) as file:
@@ -86,11 +87,11 @@ def _read_labels(folder: Path) -> dict[str, int]:
 
 
 def _list(folder: Path) -> set[str]:
-    """Returns the names of a folder's .tif files without that ending; none is opened."""
+    """Returns the names of a folder's .tif files without the suffix; opens none of them."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; set config.data.dir to the folder above it")
     try:
-        # One listing: to look at each file would be a round trip each on a network drive.
+        # List once, because a look at each file would take a round trip each on a network drive.
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if entry.name.endswith(".tif")]
     except OSError as error:
@@ -99,7 +100,7 @@ def _list(folder: Path) -> set[str]:
 
 
 def _is_picture(entry: os.DirEntry) -> bool:
-    """Whether it can be decoded; what is there and is no regular file is refused."""
+    """Returns whether the entry can be opened; refuses one that is not a regular file."""
     if entry.is_file(follow_symlinks=False):
         return True
     check_regular(Path(entry.path))
@@ -107,7 +108,7 @@ def _is_picture(entry: os.DirEntry) -> bool:
 
 
 def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
-    # utf-8-sig drops the mark that spreadsheets put in front.
+    # utf-8-sig drops the byte order mark that spreadsheets write first.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     rows = csv.DictReader(_lines(text, table))
     if not {"id", "label"} <= set(rows.fieldnames or ()):
@@ -124,11 +125,11 @@ def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
 
 
 def _lines(text: TextIO, table: Path) -> Iterator[str]:
-    # csv would take in a line of any length before it looks at its fields.
+    # csv would read a line of any length before it looks at the fields.
     while line := text.readline(_LONGEST_LINE + 1):
         if len(line) > _LONGEST_LINE:
             raise UserError(
-                f"{table}: a line of more than {_LONGEST_LINE} characters; fetch it again"
+                f"{table}: has a line of more than {_LONGEST_LINE} characters; fetch it again"
             )
         yield line
 
@@ -140,13 +141,12 @@ def _add_label(labels: dict[str, int], row: dict, names: set[str], where: str) -
     if row["label"] not in ("0", "1"):
         raise UserError(f"{where}: label {label}; it must be 0 (normal) or 1 (tumour)")
     if name in labels:
-        raise UserError(f"{where}: {name[:100]} was there before; each patch needs exactly one row")
-    # So neither does a path lead out of the folder, nor are there more rows than files.
-    if name not in names:
         raise UserError(
-            f"{where}: train has no file {name[:100]}.tif; fetch it, or take out the row"
+            f"{where}: {name[:100]} has an earlier row; each patch needs exactly one row"
         )
-    # By id, not by row: files are found by it, and splits decided.
+    # This also means that no path leads out of the folder, and no rows outnumber the files.
+    if name not in names:
+        raise UserError(f"{where}: train has no file {name[:100]}.tif; fetch it, or remove the row")
     labels[name] = int(row["label"])
 
 

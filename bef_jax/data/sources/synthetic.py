@@ -1,11 +1,11 @@
 """Procedural H&E-like tissue with PatchCamelyon's label rule.
 
 A patch is positive when its central 32x32 pixels hold tumour-like nuclei: larger, darker, more
-irregular and more crowded than the rest. The same nuclei in the rim are a distractor, equally
-likely in both classes, and the rim is drawn before the label: it says nothing about it.
+irregular and more crowded than the rest. The same nuclei in the rim are a distractor, and are
+equally likely in both classes. The rim is drawn before the label, so it says nothing about it.
 
-Tissue is drawn as the amounts of two stains, haematoxylin (nuclei) and eosin (the rest), and
-turned into colour by Beer-Lambert's law, as light through a slide is.
+Tissue is drawn as the amounts of two stains, haematoxylin (nuclei) and eosin (the rest).
+Beer-Lambert's law turns these into colour, as for light through a slide.
 """
 
 import functools
@@ -17,16 +17,18 @@ from ml_collections import ConfigDict
 from bef_jax.data.chunk import READ_ORDER, Begin, Chunk, counted, numbered, silent
 from bef_jax.data.patch import PATCH
 
-# Enough for a valid AUC above 0.99 after three epochs of the quickstart, and quick to draw.
+# These give a valid AUC above 0.99 after three epochs of the quickstart, and are quick to draw.
 DEFAULT_SIZES = {"train": 4096, "valid": 1024, "test": 1024}
-BLOCK = 128  # patches drawn at once: small enough for the cache, and the unit of determinism
+BLOCK = 128  # patches drawn at once; small enough for the cache, and the unit of determinism
 STAMP = 19  # side of a drawn nucleus, odd
-REACH = STAMP // 2  # a nucleus paints nothing farther from its centre, in pixels
-CENTRE_SPREAD = 16 - REACH  # centres of deciding nuclei lie this near the patch's: all inside
-RIM_START = 17 + REACH  # centres of distractors lie at least this far: all outside
+REACH = STAMP // 2  # pixels; a nucleus paints nothing farther from its centre
+# Distances of nuclei from the patch's centre, in pixels. Deciding nuclei are at most CENTRE_SPREAD
+# away, so they lie inside the 32x32. Distractors are at least RIM_START away, so they lie outside.
+CENTRE_SPREAD = 16 - REACH
+RIM_START = 17 + REACH
 RIM_END = 48
 BANK_SIZE = 256  # different nuclei of each kind
-# Optical density of red, green and blue for a unit of each stain (Macenko et al. 2009).
+# Optical density of red, green and blue for one unit of each stain (Macenko et al. 2009).
 STAINS = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558]], np.float32)
 
 
@@ -46,12 +48,12 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
 def generate(split: str, n: int, seed: int) -> Iterator[Chunk]:
     """Yields `n` patches of a split, in chunks of at most BLOCK.
 
-    Patch i depends on (split, seed, i) alone: a longer run begins with the shorter one. On another
-    CPU, or with another BLAS, a few pixels in 10^8 come out brighter or darker by 1.
+    Patch i depends only on (split, seed, i), so a longer run begins with the shorter one. On
+    another CPU, or with another BLAS, a few pixels in 10^8 come out brighter or darker by 1.
     """
     for start in range(0, n, BLOCK):
-        # A generator per block, not one for the split: a block does not depend on how many came
-        # before. The last is drawn whole and cut, so that it does not depend on the size either.
+        # Each block has its own generator, so that it does not depend on the blocks before. The
+        # last block is drawn whole and then cut, so that it does not depend on `n` either.
         entropy = [seed, READ_ORDER.index(split), start // BLOCK]
         images, labels = _draw(np.random.default_rng(np.random.SeedSequence(entropy)))
         count = min(BLOCK, n - start)
@@ -64,17 +66,17 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     eosin, tissue = _draw_stroma(rng)
     nuclei = _draw_normal_nuclei(rng, tissue)
     _draw_rim_tumour(rng, nuclei)
-    # After all that is drawn outside of the centre, which so can't depend on it. The order of draws
-    # is part of what a seed means.
+    # Draw the label after everything outside the centre, which then cannot depend on it. Keep the
+    # order of draws, because it is part of what a seed means.
     labels = rng.integers(0, 2, BLOCK, dtype=np.uint8)
     _draw_central_tumour(rng, nuclei, labels)
     return _expose(rng, nuclei, eosin), labels
 
 
 def _draw_stroma(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns eosin [BLOCK, 96, 96], and the share of tissue there, 0 in the white gaps."""
+    """Returns eosin [BLOCK, 96, 96], and the share of tissue there, 0.08 in the white gaps."""
     fibres = _smooth_noise(rng, 9) + 0.6 * _smooth_noise(rng, 24) + 0.35 * _smooth_noise(rng, 48)
-    # [BLOCK, 96, 96]. By patch how much is gap: some have none, as in slides.
+    # [BLOCK, 96, 96]. Each patch has its own share of gaps; some have none, as in slides.
     gaps = _smooth_noise(rng, 6) - rng.uniform(0.3, 2.5, (BLOCK, 1, 1)).astype(np.float32)
     tissue = 1 - np.clip(3 * gaps, 0, 0.92)
     return tissue * np.clip(0.42 + 0.13 * fibres, 0.05, None), tissue
@@ -84,7 +86,7 @@ def _smooth_noise(rng: np.random.Generator, knots: int) -> np.ndarray:
     """Returns noise [BLOCK, 96, 96] of unit scale, interpolated between knots x knots values."""
     weights = _interpolation(knots)
     values = rng.standard_normal((BLOCK, knots, knots), dtype=np.float32)
-    # [96, knots] @ [BLOCK, knots, knots] @ [knots, 96]: separable, so two small products.
+    # [96, knots] @ [BLOCK, knots, knots] @ [knots, 96]: it is separable, so two small products do.
     return weights @ values @ weights.T
 
 
@@ -93,13 +95,13 @@ def _interpolation(knots: int) -> np.ndarray:
     """Returns the float32 matrix [96, knots] of a smooth interpolation on an even grid."""
     place = np.linspace(0, knots - 1, PATCH)[:, None]
     weights = np.exp(-((place - np.arange(knots)) ** 2) / (2 * 0.6**2))
-    # Unit variance of the sum, for values of unit variance.
+    # Scale each row, so that values of unit variance give a sum of unit variance.
     return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
 
 
 def _draw_normal_nuclei(rng: np.random.Generator, tissue: np.ndarray) -> np.ndarray:
     """Returns haematoxylin [BLOCK, 96 + 2 REACH, 96 + 2 REACH] of lymphocytes and stroma cells."""
-    # With a margin, so that a nucleus at the border is painted without a test, and cut off later.
+    # The canvas has a margin, so that nuclei at the border need no test; it is cut off later.
     canvas = np.zeros((BLOCK, PATCH + 2 * REACH, PATCH + 2 * REACH), np.float32)
     for kind, fewest, most in (("lymphocyte", 15, 75), ("stroma", 2, 12)):
         counts = rng.integers(fewest, most, BLOCK)
@@ -112,17 +114,17 @@ def _draw_normal_nuclei(rng: np.random.Generator, tissue: np.ndarray) -> np.ndar
 
 def _draw_rim_tumour(rng: np.random.Generator, canvas: np.ndarray) -> None:
     """Adds two clusters of tumour nuclei to the rim of about 60% of the patches."""
-    # Each is there in 37% of the patches, so one or both in 1 - 0.63^2 = 60%. Without them any
-    # tumour nucleus would tell the label, and looking at the centre would not be learnt.
+    # Each cluster is in 37% of the patches, so one or both are in 1 - 0.63^2 = 60%. Without them
+    # any tumour nucleus would tell the label, and a network would not learn to look at the centre.
     for _ in range(2):
         side, along = rng.integers(0, 4, BLOCK), rng.uniform(-RIM_END, RIM_END, BLOCK)
         across = rng.uniform(RIM_START, RIM_END, BLOCK)
         middle = np.stack([along, across], axis=-1)
-        # Offsets from the centre, (row, column): four sides from one, by a swap and a sign.
+        # Offsets from the centre, (row, column). A swap and a sign turn one side into four.
         middle[side % 2 == 1] = middle[side % 2 == 1, ::-1]
         middle[side >= 2] *= -1
         offsets = middle[:, None] + rng.normal(0, 8, (BLOCK, 9, 2))
-        # Whatever fell too near the centre is pushed out along its ray.
+        # Push nuclei that are too near the centre outwards, along their ray.
         distance = np.abs(offsets).max(axis=-1, keepdims=True)
         offsets *= np.maximum(1, RIM_START / distance)
         counts = rng.integers(3, 10, BLOCK) * (rng.random(BLOCK) < 0.37)
@@ -131,7 +133,7 @@ def _draw_rim_tumour(rng: np.random.Generator, canvas: np.ndarray) -> None:
 
 def _draw_central_tumour(rng: np.random.Generator, canvas: np.ndarray, labels: np.ndarray) -> None:
     """Adds tumour nuclei to the central 32x32 of the patches whose label is 1."""
-    # A square of centres whose nuclei, REACH around them, end inside the central 32x32.
+    # Centres lie in a smaller square, so that nuclei of radius REACH end inside the central 32x32.
     offsets = rng.uniform(-CENTRE_SPREAD, CENTRE_SPREAD, (BLOCK, 6, 2))
     _stamp(rng, canvas, "tumour", rng.integers(3, 7, BLOCK) * labels, _to_pixels(offsets))
 
@@ -150,13 +152,13 @@ def _stamp(
 ) -> None:
     """Paints counts[i] nuclei of a kind on canvas[i], at centres[i, :counts[i]] (row, column).
 
-    Where nuclei overlap, the darker shows.
+    Where nuclei overlap, the darker one shows.
     """
     choice = rng.integers(0, BANK_SIZE, centres.shape[:2])
     corners = np.rint(centres).astype(int)  # the canvas has a margin of REACH
     span = np.arange(STAMP)
-    # Nucleus by nucleus, over all patches at once: within a turn each canvas gets at most one, as
-    # NumPy keeps only one of several values assigned to a place.
+    # Each turn paints at most one nucleus per patch, on all patches at once. NumPy would keep only
+    # one of several values that are assigned to the same place.
     for k in range(centres.shape[1]):
         patches = np.flatnonzero(counts > k)
         rows = corners[patches, k, 0][:, None, None] + span[:, None]
@@ -173,12 +175,12 @@ def _bank(kind: str) -> np.ndarray:
         "stroma": ((2.6, 3.4), (1.8, 2.6), 0.05, (0.6, 1.0), 0.15),
         "tumour": ((4.8, 6.6), (1.0, 1.35), 0.1, (1.25, 1.8), 0.3),
     }[kind]
-    # Of the kind, not of the seed: all data sets share a bank, and only their composition differs.
-    # Not hash(), which Python salts in each process.
+    # The generator depends on the kind, not on the seed, so all data sets share a bank. Only their
+    # composition differs. Do not use hash(), because Python salts it in each process.
     rng = np.random.default_rng(sum(kind.encode()))
     column = (BANK_SIZE, 1, 1)
     y, x = np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1]
-    # [BANK_SIZE, 1, 1] against [STAMP, STAMP]: all nuclei of a bank at once.
+    # [BANK_SIZE, 1, 1] is broadcast against [STAMP, STAMP]: all nuclei of a bank at once.
     turn, stretch = rng.uniform(0, np.pi, column), np.sqrt(rng.uniform(*elongation, column))
     along, across = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
     distance, angle = np.hypot(along / stretch, across * stretch), np.arctan2(across, along)
@@ -186,10 +188,10 @@ def _bank(kind: str) -> np.ndarray:
     for lobes in (2, 3, 5):
         phase = rng.uniform(0, 2 * np.pi, column)
         edge = edge * (1 + irregularity * rng.normal(0, 1, column) * np.cos(lobes * angle + phase))
-    # A soft edge, as of a lens; the clip keeps exp from overflowing.
+    # The edge is soft, as through a lens. The clip keeps exp from overflowing.
     inside = 1 / (1 + np.exp(np.clip((distance - edge) / 0.45, -30, 30)))
-    inside *= np.maximum(abs(x), abs(y)) < REACH  # nothing is cut off at the stamp's border
-    # Coarse grains of chromatin within, and the darker membrane that tells neighbours apart.
+    inside *= np.maximum(abs(x), abs(y)) < REACH  # leaves the stamp's border empty
+    # Add coarse grains of chromatin, and a darker membrane that tells neighbours apart.
     chromatin = 0.85 + grain * _smooth(rng.normal(0, 1, (BANK_SIZE, STAMP, STAMP)))
     chromatin += 0.35 * np.exp(-(((distance - edge + 1) / 0.9) ** 2))
     return (inside * rng.uniform(*stain, column) * np.clip(chromatin, 0.4, 1.6)).astype(np.float32)
@@ -206,7 +208,7 @@ def _expose(rng: np.random.Generator, canvas: np.ndarray, eosin: np.ndarray) -> 
     """Returns the colour of stained tissue: uint8 [BLOCK, 96, 96, 3]."""
     inner = slice(REACH, REACH + PATCH)
     grain = rng.standard_normal(eosin.shape, dtype=np.float32)
-    # Slides differ in how strongly, and how purely, each stain took.
+    # Slides differ in how strong and how pure each stain is.
     strength = rng.uniform(0.7, 1.3, (BLOCK, 2, 1)).astype(np.float32)
     purity = rng.normal(1, 0.06, (BLOCK, 2, 3)).astype(np.float32)
     stains = STAINS * strength * purity
@@ -214,6 +216,6 @@ def _expose(rng: np.random.Generator, canvas: np.ndarray, eosin: np.ndarray) -> 
     nuclei = canvas[:, inner, inner] + 0.12 * eosin
     density = np.stack([nuclei, eosin], axis=-1).reshape(BLOCK, -1, 2) @ stains
     density += 0.02 * grain.reshape(BLOCK, -1, 1) + 0.03
-    # Below 0 density light would be above 255, and wrap around in uint8.
+    # A density below 0 would give light above 255, which would wrap around in uint8.
     light = 255 * np.exp(-np.maximum(density, 0))
     return light.astype(np.uint8).reshape(BLOCK, PATCH, PATCH, 3)

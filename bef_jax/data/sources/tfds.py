@@ -29,7 +29,7 @@ from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, user_path
 
 NAME = "patch_camelyon"
-FILE_FORMAT = "array_record"  # the one that a data source reads at random, without TensorFlow
+FILE_FORMAT = "array_record"  # a data source reads it in any order, without TensorFlow
 _BUILD = f"tfds build {NAME} --file_format={FILE_FORMAT}"
 TFDS_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 
@@ -37,8 +37,8 @@ TFDS_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of patch_camelyon in `data.dir`, a data_dir of TFDS.
 
-    Ids are those of the same patches in `pcam_hdf5`; the order is TFDS's. With `data.download`,
-    a set that is not there is downloaded and prepared, which takes TensorFlow.
+    The ids are those of the same patches in `pcam_hdf5`; the order is TFDS's. With `data.download`,
+    a missing set is downloaded and prepared, which needs TensorFlow.
 
     Raises:
         UserError: the set is not prepared, damaged, or not in the array_record format.
@@ -49,7 +49,7 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
     with _readable(folder):
         builder = tfds.builder(NAME, data_dir=folder)
         for split in READ_ORDER:
-            # By index: what a size of the config leaves out is never read.
+            # Read by index, so that patches beyond a size of the config are never read.
             rows = _data_source(builder, TFDS_SPLITS[split])
             count = kept(len(rows), data[f"{split}_size"])
             chunks = map(_checked, batched_rows(_to_row(rows[i]) for i in range(count)))
@@ -59,9 +59,9 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
 def download_and_prepare(folder: Path) -> None:
     """Lets TFDS fetch patch_camelyon and write it below `folder`; imports TensorFlow.
 
-    PCam's .h5.gz files are not downloaded if they lie in <folder>/downloads/manual.
+    TFDS does not download PCam's .h5.gz files that are in <folder>/downloads/manual.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the summary alone
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is only for the summary
         builder = tfds.builder(NAME, data_dir=folder, file_format=FILE_FORMAT)
         builder.download_and_prepare(file_format=FILE_FORMAT)
 
@@ -71,7 +71,7 @@ def _readable(folder: Path) -> contextlib.AbstractContextManager:
 
 
 def _is_prepared(folder: Path) -> bool:
-    # TFDS warns of a folder that is not there: the error that follows says it better.
+    # TFDS would warn of a missing folder, but the error that follows says it better.
     if not os.path.isdir(folder / NAME):
         return False
     for file in (folder / NAME).rglob("*"):
@@ -91,15 +91,15 @@ def _prepare(folder: Path, download: bool) -> None:
 
 
 def _prepare_apart(folder: Path) -> None:
-    # Asked for first: TFDS imports them when it comes to them, which can be after the download.
+    # Check first, because TFDS imports them only when it needs them, perhaps after the download.
     for module in ("tensorflow", "importlib_resources"):
         if importlib.util.find_spec(module) is None:
             raise UserError(
                 f"config.data.download: TFDS needs {module} to prepare {NAME}; install "
                 "bef_jax[tfds], or set config.data.source=pcam_hdf5, which needs no TensorFlow"
             )
-    # TensorFlow claims a GPU's whole memory, so it lives in a process of its own.
-    # Spawned: a fork would copy JAX's locks without the threads that hold them, and can hang.
+    # TensorFlow claims a GPU's whole memory, so it runs in its own process. Spawn that process,
+    # because a fork would copy JAX's locks without the threads that hold them, and can hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         pool.submit(download_and_prepare, folder).result()
@@ -118,7 +118,7 @@ def _data_source(builder: tfds.core.DatasetBuilder, split: str):
 def _to_row(example: dict) -> tuple[np.ndarray, int, str]:
     name = example["id"]
     name = name.decode() if isinstance(name, bytes) else str(name)
-    # TFDS's ids are its name of the split and the row: with the prefix those of `pcam_hdf5`.
+    # TFDS's ids are its name of the split and the row. With the prefix they equal `pcam_hdf5`'s.
     return example["image"], int(example["label"]), f"pcam_{name}"
 
 

@@ -78,7 +78,7 @@ def test_unpacked_file_is_not_fetched(server, tmp_path):
 
 def test_interrupted_file_is_resumed_where_it_stopped(server, tmp_path):
     server.hang_ups = 1
-    with pytest.raises(UserError, match=r"a\.h5\.gz: cannot be fetched .*run again to go on"):
+    with pytest.raises(UserError, match=r"a\.h5\.gz: cannot be fetched .*run again to continue"):
         fetch_all(server, tmp_path)
     assert (tmp_path / "a.h5.gz.part").stat().st_size == 150_000
     assert not (tmp_path / "a.h5.gz").exists()

@@ -61,4 +61,6 @@ def test_a_line_of_gigabytes(folder, say):
     with open(folder / "train_labels.csv", "ab") as table:
         table.truncate(3 << 30)
     (told,) = say(read(folder))
-    assert told.startswith(f"{folder / 'train_labels.csv'}: a line of more than 65536 characters")
+    assert told.startswith(
+        f"{folder / 'train_labels.csv'}: has a line of more than 65536 characters"
+    )

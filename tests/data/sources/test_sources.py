@@ -240,7 +240,7 @@ NPZ_MISTAKES = {
     ),
     "ids": (
         {"images": zeros(3, 96, 96, 3), "labels": zeros(3), "ids": np.asarray(["a"])},
-        "train.npz (ids): <U1 [1] for 3 images",
+        "train.npz (ids): ids are <U1 [1] for 3 images",
     ),
     "float images": (
         {"images": zeros(3, 96, 96, 3, dtype=np.float32), "labels": zeros(3)},
@@ -273,7 +273,7 @@ RPCAM_MISTAKES = {
     "label 2": (edit_table(lambda t: [*t[:1], t[1][:-1] + "2", *t[2:]]), "csv line 2: label '2'"),
     "no label": (edit_table(lambda t: [*t[:1], t[1][:-2], *t[2:]]), "csv line 2: label None"),
     "header": (edit_table(lambda t: t[1:]), "its first line must be id,label"),
-    "twice": (edit_table(lambda t: [*t, t[3]]), "was there before"),
+    "twice": (edit_table(lambda t: [*t, t[3]]), "has an earlier row"),
     "no rows": (edit_table(lambda t: t[:1]), "names no patch"),
     "row gone": (edit_table(lambda t: t[:-1]), "has no row for it"),
     "file gone": (lambda f: min((f / "train").iterdir()).unlink(), ": train has no file "),
