@@ -1,1 +1,1 @@
-"""A checkpoint becomes files for serving: StableHLO, ONNX and the format of timm."""
+"""Turns a checkpoint into files for serving: StableHLO, ONNX and timm's format."""

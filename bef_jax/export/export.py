@@ -1,10 +1,10 @@
-"""--mode=export: a checkpoint becomes files that others run without this package.
+"""--mode=export: turns a checkpoint into files that others run without this package.
 
     <workdir>/export/{model.stablehlo,model.onnx,model.safetensors,config.json,export.json}
 
-The first two take uint8 patches and carry normalisation and the folded network, in float32. The
-next two are timm's, where it has the network: its tensors, and what it should know of them. What
-input and output mean is in export.json, and in model.onnx itself.
+The first two take uint8 patches, and include normalisation and the folded network, in float32. The
+next two are for timm, if timm has the network: the tensors, and their description. export.json says
+what input and output mean; model.onnx says it, too.
 """
 
 import hashlib
@@ -32,30 +32,30 @@ from bef_jax.runtime import files, lock, sharding
 from bef_jax.training import checkpoint
 from bef_jax.training.outputs import summary_file
 
-PLATFORMS = ("cpu", "cuda", "tpu")  # in one file; depthwise convolution in its form or the native
+PLATFORMS = ("cpu", "cuda", "tpu")  # in one file, each with its form of depthwise convolution
 OUTPUTS = ("probability", "log_odds")
 DESCRIPTION = "export.json"
-TOLERANCE = 1e-5  # of probabilities, against the network as it was trained
-_CHECKED = 16  # patches that the files are compared on
+TOLERANCE = 1e-5  # of probabilities, compared with the network as it was trained
+_CHECKED = 16  # patches on which the files are compared
 
 Score = Callable[[Array], tuple[Array, Array]]
 
 
 def run(config: ConfigDict, workdir: Path, path: Path) -> dict:
-    """Writes the files of a checkpoint, each checked against the network before it is in place.
+    """Writes the files of a checkpoint; each is compared with the network before it is in place.
 
     Args:
         config: as `trained.scoring_config` makes it for the checkpoint.
         path: the checkpoint's folder.
 
     Returns:
-        The summary, which export.json holds, too: mode, checkpoint, what `facts` says, platforms
-        and, for each file, its bytes, sha256 and largest difference in probability from the
-        network; for timm's also what `timm.write` says.
+        The summary, which export.json holds, too: mode, checkpoint, the fields of `facts`,
+        platforms and files. Each file has its bytes, its sha256 and its largest difference in
+        probability from the network. timm's file has all fields that `timm.write` returns.
 
     Raises:
         UserError: the checkpoint is damaged; config.eval.tta is not 1; a package that the files
-            take is not installed; nothing can be written; or another export writes there.
+            need is not installed; nothing can be written; or another export writes there.
         RunError: the network's scores are not finite, or an export differs from it by more than
             1e-5.
     """
@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: Path, path: Path) -> dict:
         everywhere = sharding.replicated(sharding.make_mesh())
         variables = checkpoint.restore_variables(path, config, everywhere)
         said = facts(config, checkpoint.read_run(path).get("operating_point"))
-        # Off the devices: they become constants of the files.
+        # On the host, because the variables become constants of the files.
         written = _write_files(config, jax.device_get(variables), said, workdir / "export")
         summary = {"mode": "export", "checkpoint": str(path), **said}
         summary |= {"platforms": list(PLATFORMS), "files": written}
@@ -73,7 +73,7 @@ def run(config: ConfigDict, workdir: Path, path: Path) -> dict:
 
 
 def _check(config: ConfigDict, workdir: Path) -> None:
-    """Raises `UserError` for what would fail once the network is compiled."""
+    """Raises `UserError` for mistakes that would otherwise show only after compilation."""
     if config.eval.tta != 1:
         raise UserError(f"eval.tta={config.eval.tta}: an export scores one view; give 1")
     if config.model.num_classes != 2:
@@ -83,14 +83,14 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         needed.append("safetensors")
     if missing := [module for module in needed if not find_spec(module)]:
         listed = " and ".join(missing)
-        raise UserError(f"--mode=export takes {listed}: pip install 'bef_jax[export]'")
+        raise UserError(f"--mode=export needs {listed}: pip install 'bef_jax[export]'")
     names = ("model.stablehlo", "model.onnx", timm.FILE, timm_config.NAME, DESCRIPTION)
     outputs = [summary_file(workdir, "export").name, *(f"export/{name}" for name in names)]
     files.check_outputs(workdir, outputs, ["export"])
 
 
 def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
-    """Returns what a server needs to know of an exported network; None where it is not known.
+    """Returns the facts that a server needs about an exported network; None if not known.
 
     Args:
         operating_point: temperature and threshold that the run chose on valid, or None.
@@ -118,10 +118,10 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
         "meaning": {
             "probability": f"of class 1, {positive}: sigmoid(log_odds / temperature)",
             "log_odds": f"of class 1, {positive}, over class 0, {negative}",
-            "threshold": f"class 1, {positive}, is decided on where probability >= threshold",
+            "threshold": f"class 1, {positive}, is the decision where probability >= threshold",
             "mpp": "micrometres per pixel of the patches that the network learned from",
             "operating_point": "temperature and threshold chosen on the validation split; the "
-            "file's own probability has the temperature above",
+            "file's own probability uses the temperature above",
             "normalisation": "(input / 255 - mean) / std; the file does it",
         },
     }
@@ -130,7 +130,8 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
 def _write_files(config: ConfigDict, variables: dict, said: dict, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     score = folded_score(config, variables)
-    # Drawn tissue, not noise: of noise a trained network is sure, and files that differ agree.
+    # Drawn tissue and not noise: a trained network is certain about noise, so that even files that
+    # differ would agree on it.
     images = next(synthetic.generate("test", _CHECKED, seed=0)).images
     scores = jax.jit(_plain_score(config, variables))(images)
     if not np.isfinite(scores).all():
@@ -140,7 +141,7 @@ def _write_files(config: ConfigDict, variables: dict, said: dict, folder: Path) 
     content = to_stablehlo(score)
     actual = jax.jit(export.deserialize(bytearray(content)).call)(images)[0]
     written = {"model.stablehlo": _place(folder / "model.stablehlo", content, actual, expected)}
-    # Here, as these packages are an extra.
+    # Imported here, because these packages are an extra.
     import onnxruntime
 
     from bef_jax.export.onnx_graph import to_onnx
@@ -154,43 +155,45 @@ def _write_files(config: ConfigDict, variables: dict, said: dict, folder: Path) 
 
 
 def _place(file: Path, content: bytes, actual: Array, expected: Array) -> dict:
-    """Writes what agrees with the network, whole or not at all, and describes it."""
+    """Writes a file, whole or not at all, if it agrees with the network; returns its entry."""
     difference = float(np.abs(np.asarray(actual) - np.asarray(expected)).max())
-    if not difference <= TOLERANCE:  # NaN is no agreement
-        raise RunError(f"{file.name} differs from the network by {difference}: not written")
+    if not difference <= TOLERANCE:  # so that NaN fails, too
+        raise RunError(
+            f"{file.name} differs from the network by {difference}, so it is not written"
+        )
     files.write_bytes(file, content)
     digest = hashlib.sha256(content).hexdigest()
     return {"bytes": len(content), "sha256": digest, "max_difference": difference}
 
 
 def patches() -> jax.ShapeDtypeStruct:
-    """The argument of an export: [n, 96, 96, 3], uint8, n symbolic."""
+    """Returns the argument of an export: [n, 96, 96, 3], uint8, where n is symbolic."""
     return jax.ShapeDtypeStruct(export.symbolic_shape(f"n, {PATCH}, {PATCH}, 3"), jnp.uint8)
 
 
 def to_stablehlo(score: Score) -> bytes:
-    """One file for all of PLATFORMS; `jax.export.deserialize` reads it."""
+    """Returns one file for all of PLATFORMS; `jax.export.deserialize` reads it."""
     return bytes(export.export(jax.jit(score), platforms=PLATFORMS)(patches()).serialize())
 
 
 def folded_score(config: ConfigDict, variables: dict) -> Score:
-    """Returns `score(images)`, as eval's: uint8 [n, 96, 96, 3] -> probability and log-odds, [n]."""
+    """Returns eval's `score(images)`: uint8 [n, 96, 96, 3] -> probability and log-odds, [n]."""
     model = create(config.model, folded=True)
     return _score(model, config, fold_batch_norm(variables, config.model.bn_epsilon))
 
 
 def _plain_score(config: ConfigDict, variables: dict) -> Score:
-    """Likewise, of the network as it was trained."""
+    """Returns the same function for the network as it was trained."""
     return _score(create(config.model), config, variables)
 
 
 def _score(model, config: ConfigDict, variables: dict) -> Score:
     def score(images: Array) -> tuple[Array, Array]:
         logits = model.apply(variables, augment.eval_view(images, config), train=False)
-        # Not logits[:, 1], which is a gather where n is symbolic.
+        # logits[:, 1] would be a gather, because n is symbolic.
         negative, positive = (lax.index_in_dim(logits, i, 1, keepdims=False) for i in (0, 1))
         log_odds = positive - negative
-        # In float32 the surest patches all have probability 1, and tie: log-odds do not.
+        # In float32 the most confident patches all have probability 1; their log-odds still differ.
         return jax.nn.sigmoid(log_odds), log_odds
 
     return score

@@ -1,10 +1,10 @@
-"""A function of JAX as an ONNX graph: just what the networks here need for inference.
+"""Translates a JAX function into an ONNX graph, as far as the networks here need for inference.
 
-jax2onnx, which translates far more, holds Orbax below the version that checkpoints here need. What
-is not known is refused by name, never guessed.
+jax2onnx translates far more, but it limits Orbax to versions below the one that checkpoints here
+need. An unknown primitive is refused by name, never guessed.
 
-Arrays keep JAX's order of axes (NHWC); convolutions and pooling, which ONNX knows in NCHW alone,
-stand between two transpositions, most of which a runtime's optimiser removes.
+Arrays keep JAX's order of axes (NHWC). ONNX has convolutions and pooling in NCHW only, so each of
+them stands between two transpositions. A runtime's optimiser removes most of these.
 """
 
 import json
@@ -19,10 +19,10 @@ from onnx import helper, numpy_helper
 
 from bef_jax import __version__
 
-OPSET = 18  # of 2022: reductions take their axes as an input from here on
+OPSET = 18  # from 2022; since then, reductions take their axes as an input
 IR_VERSION = 9  # older runtimes refuse newer ones
 
-# JAX's primitives that are an operator of ONNX as they are; operands broadcast.
+# JAX's primitives that equal one operator of ONNX; operands broadcast.
 _ELEMENTWISE = {
     "abs": "Abs",
     "add": "Add",
@@ -45,13 +45,13 @@ _ELEMENTWISE = {
 
 @dataclass(frozen=True)
 class Value:
-    """What a variable of a jaxpr is in the graph.
+    """The tensor in the graph that stands for a variable of a jaxpr.
 
     Attributes:
         name: of the tensor.
-        shape: that JAX gives it; the batch is symbolic.
-        constant: its content, where that does not depend on the input.
-        narrow: it has axes of 1 where `shape` is larger, and is left to broadcasting.
+        shape: the one that JAX gives it; the batch is symbolic.
+        constant: its content, if that does not depend on the input.
+        narrow: whether it has axes of 1 where `shape` is larger, and relies on broadcasting.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Value:
 
 @dataclass
 class Graph:
-    """The nodes and constants so far."""
+    """The nodes and constants that were added so far."""
 
     nodes: list = field(default_factory=list)
     initializers: list = field(default_factory=list)
@@ -75,9 +75,9 @@ class Graph:
         return name
 
     def constant(self, array: np.ndarray) -> str:
-        """Adds a constant, equal ones once, and returns its name."""
+        """Adds a constant, unless an equal one is there, and returns its name."""
         array = np.ascontiguousarray(array)
-        # By content: the keys hold every weight once more while the graph is built.
+        # The key has the content, so while the graph is built every weight is in memory once more.
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._kept:
             self._kept[key] = f"constant_{len(self._kept)}"
@@ -85,18 +85,18 @@ class Graph:
         return self._kept[key]
 
     def integers(self, *values: int) -> str:
-        """Adds a vector of int64, as ONNX takes axes and shapes."""
+        """Adds an int64 vector, as ONNX takes axes and shapes, and returns its name."""
         return self.constant(np.array(values, np.int64))
 
     def read(self, value: Value) -> str:
-        """The name of a tensor that broadcasts to the value's shape."""
+        """Returns the name of a tensor that broadcasts to the value's shape."""
         return value.name if value.constant is None else self.constant(value.constant)
 
     def whole(self, value: Value) -> str:
-        """The name of a tensor that has the value's shape."""
+        """Returns the name of a tensor that has the value's shape."""
         if not value.narrow:
             return self.read(value)
-        # 1 for the batch: Expand leaves what is larger as it is.
+        # 1 stands for the batch, because Expand leaves a larger axis as it is.
         sizes = [size if isinstance(size, int) else 1 for size in value.shape]
         return self.add("Expand", [self.read(value), self.integers(*sizes)])
 
@@ -107,21 +107,21 @@ def to_onnx(
     outputs: Sequence[str],
     facts: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Translates `function(image)`, whose parameters it holds itself, into an ONNX file.
+    """Translates `function(image)`, which holds its parameters itself, into an ONNX file.
 
     Args:
-        function: of one array; returns a tuple of arrays [n], float32.
-        argument: the array's shape, its first axis n symbolic, and dtype.
-        outputs: the names of what it returns; the input is called `image`.
-        facts: by their names, what the file says of itself: its metadata, each as JSON.
+        function: takes one array, and returns a tuple of arrays [n], float32.
+        argument: the array's shape, whose first axis n is symbolic, and its dtype.
+        outputs: the names of the returned arrays; the input is called `image`.
+        facts: the file's metadata, by name; each value is written as JSON.
 
     Raises:
-        NotImplementedError: it has a primitive that is not known here.
+        NotImplementedError: the function has a primitive that is not known here.
     """
     closed = jax.make_jaxpr(function)(argument)
     graph, image = Graph(), Value("image", argument.shape)
     results = _run(graph, closed.jaxpr, list(map(_known, closed.consts)), [image])
-    # An Identity gives a result its public name: its tensor has that of its node.
+    # An Identity gives a result its public name, because its own tensor is named after a node.
     for value, name in zip(results, outputs, strict=True):
         graph.nodes.append(helper.make_node("Identity", [graph.whole(value)], [name], name))
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(argument.dtype))
@@ -132,9 +132,9 @@ def to_onnx(
     opsets = [helper.make_opsetid("", OPSET)]
     made_by = {"producer_name": "bef_jax", "producer_version": __version__}
     model = helper.make_model(content, opset_imports=opsets, ir_version=IR_VERSION, **made_by)
-    # Of metadata ONNX has text alone.
+    # ONNX has metadata as text only.
     helper.set_model_props(model, {name: json.dumps(fact) for name, fact in (facts or {}).items()})
-    # What is no ONNX fails here, not at a server.
+    # An invalid file fails here, and not on a server.
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
@@ -161,13 +161,13 @@ def _equation(graph: Graph, equation: Any, inputs: list[Value]) -> list[Value]:
     name, shapes = equation.primitive.name, [var.aval.shape for var in equation.outvars]
     called = _called(equation)
     if called is not None:
-        # The first input of a cond says which branch; the branch itself takes the others.
+        # The first input of a cond chooses the branch; the branch takes the other inputs.
         inputs = inputs[-len(called.jaxpr.invars) :] if name == "cond" else inputs
         return _run(graph, called.jaxpr, [_known(const) for const in called.consts], inputs)
     if name == "platform_index":
-        return [_known(np.int32(0))]  # only asked which branch to take, and `_called` knows
-    # What depends on weights alone is computed now, and a constant. Not where the batch is in the
-    # shape: nobody knows its size yet.
+        return [_known(np.int32(0))]  # it only chooses a branch, which `_called` does
+    # A result that depends on weights only is computed now, and becomes a constant. That can't be
+    # done if the batch is in the shape, because its size is not known yet.
     if all(value.constant is not None for value in inputs) and _is_concrete(shapes):
         results = equation.primitive.bind(*(v.constant for v in inputs), **equation.params)
         return [_known(x) for x in (results if equation.primitive.multiple_results else [results])]
@@ -180,7 +180,7 @@ def _equation(graph: Graph, equation: Any, inputs: list[Value]) -> list[Value]:
 
 
 def _called(equation: Any) -> Any:
-    """The closed jaxpr that an equation calls; of branches by platform the one for any."""
+    """Returns the closed jaxpr that an equation calls, or None; of a cond, the default branch."""
     params = equation.params
     if equation.primitive.name == "cond":
         return params["branches"][-1]  # where `lax.platform_dependent` puts its default
@@ -195,14 +195,14 @@ def _is_concrete(shapes: list[tuple]) -> bool:
 
 
 def _elementwise(graph: Graph, operator: str, inputs: list[Value], shape: tuple) -> Value:
-    # One that is whole makes the result whole. Constants pass for narrow: at worst an Expand of
-    # what is whole already does nothing.
+    # One whole input makes the result whole. Constants count as narrow. At worst, this adds an
+    # Expand that does nothing.
     narrow = all(value.narrow or value.constant is not None for value in inputs)
     return Value(graph.add(operator, map(graph.read, inputs)), shape, narrow=narrow)
 
 
 def _select(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
-    # JAX's cases come as false, true; ONNX's the other way round.
+    # JAX passes the cases as false, true; ONNX takes true, false.
     which, false, true = map(graph.read, inputs)
     narrow = all(value.narrow or value.constant is not None for value in inputs)
     shape = equation.outvars[0].aval.shape
@@ -225,12 +225,12 @@ def _cast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
 
 
 def _broadcast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
-    """Gives the axes their places; what reads the result does the rest."""
+    """Puts the axes in their places; the operator that reads the result broadcasts them."""
     (x,), shape = inputs[:1], equation.outvars[0].aval.shape
     places = equation.params["broadcast_dimensions"]
     new = [axis for axis in range(len(shape)) if axis not in places]
-    # Not filled up: in the file a constant would be as large as the map that it meets, and where
-    # the batch is in the shape its size is not known.
+    # A constant is not expanded: in the file it would be as large as the map that it is combined
+    # with, and the size of a batch in the shape is not known.
     if x.constant is not None:
         return Value("", shape, np.expand_dims(x.constant, new), narrow=True)
     name = graph.add("Unsqueeze", [graph.read(x), graph.integers(*new)]) if new else graph.read(x)
@@ -239,7 +239,7 @@ def _broadcast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
 
 
 def _reshape(graph: Graph, equation: Any, inputs: list[Value]) -> str:
-    # -1: the one size that depends on the batch.
+    # -1 stands for the one size that depends on the batch.
     sizes = [size if isinstance(size, int) else -1 for size in equation.outvars[0].aval.shape]
     return graph.add("Reshape", [graph.whole(inputs[0]), graph.integers(*sizes)])
 
@@ -250,11 +250,11 @@ def _squeeze(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 
 
 def _slice(graph: Graph, equation: Any, inputs: list[Value]) -> str:
-    """Of every axis but the batch, which is taken whole."""
+    """Slices every axis except the batch, which is taken whole."""
     params, shape = equation.params, inputs[0].shape
     axes = [axis for axis, size in enumerate(shape) if isinstance(size, int)]
     steps = params["strides"] or [1] * len(shape)
-    # Slice takes starts, ends, axes and steps; of a range, the entry of an axis is itself.
+    # Slice takes starts, ends, axes and steps. The range gives the axes, as its entry i is i.
     parts = (
         graph.integers(*(values[axis] for axis in axes))
         for values in (params["start_indices"], params["limit_indices"], range(len(shape)), steps)
@@ -265,7 +265,7 @@ def _slice(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 def _reduce(operator: str) -> Callable:
     def add(graph: Graph, equation: Any, inputs: list[Value]) -> str:
         axes = graph.integers(*equation.params["axes"])
-        # Unless told, ONNX keeps reduced axes as 1.
+        # By default, ONNX keeps reduced axes as 1.
         return graph.add(operator, [graph.whole(inputs[0]), axes], keepdims=0)
 
     return add
@@ -284,9 +284,11 @@ def _stack(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 def _matmul(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     (left, right), batched = equation.params["dimension_numbers"]
     x, kernel = inputs
-    # Features last times [in, out]: the form that MatMul takes without a transposition.
+    # MatMul needs no transposition if features come last and the kernel is [in, out].
     if (left, right, batched) != ((len(x.shape) - 1,), (0,), ((), ())):
-        raise NotImplementedError(f"a product of {x.shape} and {kernel.shape} over {left}, {right}")
+        raise NotImplementedError(
+            f"no ONNX for a product of {x.shape} and {kernel.shape} over {left}, {right}"
+        )
     return graph.add("MatMul", [graph.whole(x), graph.whole(kernel)])
 
 
@@ -294,9 +296,11 @@ def _convolution(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     params, (x, kernel) = equation.params, inputs
     numbers = params["dimension_numbers"]
     if kernel.constant is None or set(params["lhs_dilation"]) != {1}:
-        raise NotImplementedError("a convolution by a kernel that depends on the input, or dilated")
+        raise NotImplementedError(
+            "no ONNX for a convolution with lhs_dilation, or whose kernel is not constant"
+        )
     # The specs list JAX's axes in ONNX's order, [out, in, h, w] and [N, C, H, W]; argsort inverts
-    # them. Kernels are turned here, maps by the graph.
+    # them. Kernels are transposed here, and maps in the graph.
     weights = graph.constant(np.transpose(kernel.constant, numbers.rhs_spec))
     given = graph.add("Transpose", [graph.whole(x)], perm=numbers.lhs_spec)
     made = graph.add(
@@ -328,14 +332,14 @@ def _max_pool(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 
 
 def _sum_pool(graph: Graph, equation: Any, inputs: list[Value]) -> str:
-    # ONNX has no pool that sums. With the padding counted, a mean is of the whole window.
+    # ONNX has no pool that sums. With the padding counted, the mean is over the whole window.
     mean = _pool(graph, equation, inputs[0], "AveragePool", count_include_pad=1)
     count = np.float32(np.prod(equation.params["window_dimensions"]))
     return graph.add("Mul", [mean, graph.constant(count)])
 
 
 def _ends(padding: Sequence[tuple[int, int]]) -> list[int]:
-    """ONNX wants all beginnings, then all ends."""
+    """Returns all beginnings, then all ends, as ONNX takes them."""
     return [low for low, _ in padding] + [high for _, high in padding]
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as timm keeps its own: model.safetensors, and config.json beside it."""
+"""Writes a checkpoint in timm's format: model.safetensors, and config.json beside it."""
 
 import hashlib
 import os
@@ -20,27 +20,28 @@ FILE = "model.safetensors"
 
 
 def write(config: ConfigDict, variables: dict, folder: Path) -> dict:
-    """Writes both files, checked by being read back, if timm has the network.
+    """Writes both files if timm has the network, and checks them by reading them back.
 
     Args:
         variables: {params, batch_stats} of numpy arrays, not folded.
 
     Returns:
         The file's architecture (timm's name of the network), bytes, sha256, largest difference in
-        probability, and a note or None. Without a file all but the note, which says why, are None.
+        probability, and a note or None. If no file is written, the note says why, and all others
+        are None.
 
     Raises:
-        RunError: what is read back is not what was written.
+        RunError: what is read back differs from what was written.
     """
     if reason := why_not(config.model):
-        # Those of an earlier export are of another network.
+        # Files of an earlier export would be of another network.
         for name in (FILE, timm_config.NAME):
             (folder / name).unlink(missing_ok=True)
         none = dict.fromkeys(("architecture", "bytes", "sha256", "max_difference"))
         return none | {"note": reason}
     content = _content(config, variables)
     features = len(variables["params"]["classifier"]["kernel"])
-    # Both are read back as a pair, since what tensors mean is in config.json.
+    # Both are read back as a pair, because config.json says what the tensors mean.
     with tempfile.TemporaryDirectory(prefix=".timm_", dir=folder) as name:
         temporary = Path(name)
         write_bytes(temporary / FILE, content)
@@ -58,24 +59,24 @@ def write(config: ConfigDict, variables: dict, folder: Path) -> dict:
 
 
 def why_not(model: ConfigDict) -> str | None:
-    """Returns why timm has no place for the network; None if it has."""
+    """Returns the reason why timm has no place for the network; None if it has one."""
     source = of_timm(model.name)
     if source is None:
         return f"timm has no {model.name}"
     boosts = {"attention": model.attention != "none", "fusion": model.fusion}
     if any(boosts.values()):
         return f"timm has no place for {' and '.join(name for name, on in boosts.items() if on)}"
-    # Its EfficientNets take both kinds of padding, and any epsilon.
+    # timm's EfficientNets take both kinds of padding, and any epsilon.
     usual = (source.padding, source.bn_epsilon)
     if source is not TIMM and (model.padding, model.bn_epsilon) != usual:
-        return f"timm's {model.name} has padding={usual[0]} and bn_epsilon={usual[1]:g} alone"
+        return f"timm's {model.name} has padding={usual[0]} and bn_epsilon={usual[1]:g} only"
     return None
 
 
 def _note(model: ConfigDict) -> str | None:
     if model.total_stride == 32:
         return None
-    return f"timm's network has total stride 32, not {model.total_stride}: its scores are others"
+    return f"timm's network has total stride 32, not {model.total_stride}, so its scores differ"
 
 
 def _architecture(model: ConfigDict) -> str:
@@ -83,16 +84,16 @@ def _architecture(model: ConfigDict) -> str:
 
 
 def _content(config: ConfigDict, variables: dict) -> bytes:
-    import safetensors.numpy  # here, as it is an extra
+    import safetensors.numpy  # imported here, because it is an extra
 
-    # "pt": of torch's names and layouts, as its readers expect.
+    # "pt" stands for torch's names and layouts; readers of the format expect it.
     metadata = {"format": "pt", "total_stride": str(config.model.total_stride)}
-    # Not by its own writer of files, which lets nobody but the user read them.
+    # safetensors' own writer is not used, because it makes files that only the user can read.
     return safetensors.numpy.save(weights.to_timm(variables, config.model), metadata)
 
 
 def _describe(config: ConfigDict, features: int) -> dict:
-    """What timm reads from config.json; what it does not know there is left alone."""
+    """Returns the content of config.json; timm ignores fields that it does not know."""
     model, source = config.model, of_timm(config.model.name)
     side = config.rcc.eval_size if config.rcc.enabled else PATCH
     ends = {"first_conv": "stem/kernel", "classifier": "classifier/kernel"}
@@ -120,13 +121,13 @@ def _describe(config: ConfigDict, features: int) -> dict:
 
 
 def _arguments(model: ConfigDict) -> dict:
-    """Of timm's create_model: where batch normalisation is not as the architecture's name says."""
+    """Returns create_model's arguments where the architecture implies another batch norm."""
     source = of_timm(model.name)
     usual = recognise([source.sign], _architecture(model), model.name)
     arguments = {}
     if model.bn_epsilon != usual.bn_epsilon:
         arguments["bn_eps"] = model.bn_epsilon
-    # Its other networks take neither.
+    # timm's other networks take neither argument.
     if source is TIMM and model.bn_momentum != usual.bn_momentum:
         arguments["bn_momentum"] = round(1 - model.bn_momentum, 9)
     return arguments
@@ -137,4 +138,6 @@ def _check(model: ConfigDict, variables: dict, file: Path) -> None:
     trained_with = weights.convention(file, model)
     fields = ("padding", "bn_epsilon")
     if not jax.tree.all(same) or any(trained_with[field] != model[field] for field in fields):
-        raise RunError(f"{file.name} is not read back as it was written: not kept")
+        raise RunError(
+            f"{file.name} reads back differently from what was written, so it is not kept"
+        )

@@ -1,9 +1,9 @@
 """The changes that Boosted EfficientNet makes to a network of stages.
 
 Wang et al., "Boosted EfficientNet: Detection of Lymph Node Metastases in Breast Cancer Using
-Convolutional Neural Network", Cancers 2021, 13(4) 661. Random center cropping, the first of them,
-is augmentation (`bef_jax.data.augment`). Its abstract leaves open how attention is built and where
-it stands; what is here follows CBAM and is ours.
+Convolutional Neural Network", Cancers 2021, 13(4) 661. The first change, random center cropping, is
+augmentation (`bef_jax.data.augment`). The abstract of the paper does not say how attention is built
+or where it stands; the version here follows CBAM and is our own choice.
 """
 
 import dataclasses
@@ -17,83 +17,84 @@ from jax import Array
 
 from bef_jax.models.layers import conv_init, global_pool
 
-# The larger, the nearer to the maximum, and the more of the gradient goes to one position.
+# A larger value comes nearer to the maximum, and sends more of the gradient to one position.
 _SHARPNESS = 2.0  # r of the smooth maximum
-_MIN_HIDDEN = 8  # units of the hidden layer: one alone may be dead from the start
+_MIN_HIDDEN = 8  # units of the hidden layer; a single unit may be dead from the start
 
 
 def reduce_downsampling(stem_stride: int, stages: Sequence, total_stride: int) -> tuple[int, tuple]:
     """Lowers the network's total stride from 32 to 16 or 8 (RDS).
 
-    16 takes the stem's stride away, so every later map is twice as large; 8 takes the last stage
-    of stride 2 besides. A 96 px patch ends in 3x3, 6x6 or 12x12 positions.
+    16 removes the stem's stride, so every later map is twice as large. 8 also removes the stride of
+    the last stage of stride 2. A 96 px patch ends in 3x3, 6x6 or 12x12 positions.
 
     Args:
-        stages: dataclasses with a field `stride`, of total stride 32 together with the stem.
+        stages: dataclasses with a field `stride`; the total stride is 32 together with the stem.
 
     Returns:
         The stem's stride and the stages.
     """
     stages = list(stages)
     if total_stride == 8:
-        # The last: only the maps behind it grow, which have the fewest positions.
+        # The last one, because only the maps after it grow, and these have the fewest positions.
         last = max(i for i, stage in enumerate(stages) if stage.stride == 2)
         stages[last] = dataclasses.replace(stages[last], stride=1)
     return (stem_stride if total_stride == 32 else 1), tuple(stages)
 
 
 def fused_stages(strides: Sequence[int]) -> tuple[int, ...]:
-    """The last stage of every resolution below the stem's, counted from 1.
+    """Returns the last stage of every resolution below the stem's, counted from 1.
 
-    In EfficientNet: stages 2, 3, 5 and 7, whose last blocks in B3 are 4, 7, 17 and 25.
+    In EfficientNet, these are stages 2, 3, 5 and 7, whose last blocks in B3 are 4, 7, 17 and 25.
 
     Args:
-        strides: of the stages at total stride 32, so that the choice is the same at 16 and 8.
+        strides: those of the stages at total stride 32, so that the choice is the same at 16 and 8.
     """
-    # A resolution ends where the next stage has a stride; the network's end counts as one.
+    # A resolution ends where the next stage has stride 2, and at the end of the network.
     following = [*strides[1:], 2]
     last_of_resolution = [i for i, stride in enumerate(following, 1) if stride == 2]
-    # Not stage 1 of EfficientNet, whose resolution is the stem's: the paper's list begins with the
-    # last block of stage 2.
+    # This leaves out stage 1 of EfficientNet, which has the stem's resolution, because the paper's
+    # list begins with the last block of stage 2.
     return tuple(i for i in last_of_resolution if 2 in strides[:i])
 
 
 def smooth_maximum(x: Array, axes: tuple[int, ...]) -> Array:
-    """log(mean(exp(r x))) / r over `axes`, float32 (Pinheiro & Collobert 2015, eq. 6).
+    """Returns log(mean(exp(r x))) / r over `axes`, float32 (Pinheiro & Collobert 2015, eq. 6).
 
-    It lies between the mean and the maximum. CBAM's own maximum sends its whole gradient to one
-    position: where two are equal but for rounding, the number of devices would decide which, and
-    the runs would part (by 3e-3 in the loss after 20 steps; with this one by less than 1e-5).
+    It lies between the mean and the maximum. CBAM uses the maximum, which sends its whole gradient
+    to one position. Where two positions differ only by rounding, the number of devices would decide
+    between them. Runs on different numbers of devices would then differ by 3e-3 in the loss after
+    20 steps; with the smooth maximum they differ by less than 1e-5.
     """
     count = math.prod(x.shape[axis] for axis in axes)
-    # logsumexp takes the maximum off first: exp(2 x) alone would overflow float32 from x = 44 on.
+    # logsumexp subtracts the maximum first: exp(2 x) itself would overflow float32 beyond x = 44.
     scaled = _SHARPNESS * x.astype(jnp.float32)
-    # Less log(count), so that a constant map has its own value, whatever its size: a gate trained
-    # at one resolution holds at another.
+    # log(count) is subtracted, so that a constant map of any size gives its own value. A gate that
+    # was trained at one resolution then works at another.
     return (jax.nn.logsumexp(scaled, axes) - math.log(count)) / _SHARPNESS
 
 
 class ChannelAttention(nn.Module):
-    """Gates channels by mean and smooth maximum through one shared MLP (CBAM, eq. 2)."""
+    """Gates channels by their mean and smooth maximum, through one shared MLP (CBAM, eq. 2)."""
 
     reduction: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = max(x.shape[-1] // self.reduction, _MIN_HIDDEN)
-        # Made once and called twice, so that both poolings share their weights; made within the
-        # loop, Linen would give each its own.
+        # Made once and called twice, so that both poolings share the weights. Inside the loop,
+        # Linen would make separate weights for each.
         hidden = nn.Dense(width, kernel_init=conv_init)
         output = nn.Dense(x.shape[-1], kernel_init=conv_init)
         # [N, C] each, float32. The gate is rounded to x's dtype at the very end.
         pooled = [global_pool(x), smooth_maximum(x, (1, 2))]
-        # [N, C] -> [N, 1, 1, C]: the product spreads it over positions, and is not kept as a map.
+        # [N, C]. The product broadcasts it as [N, 1, 1, C], so no map of the gate is kept.
         gate = nn.sigmoid(sum(output(nn.silu(hidden(features))) for features in pooled))
         return x * gate[:, None, None].astype(x.dtype)
 
 
 class SpatialAttention(nn.Module):
-    """Gates positions by a convolution over mean and smooth maximum of channels (CBAM, eq. 3)."""
+    """Gates positions by a convolution over the channels' mean and smooth maximum (CBAM, eq. 3)."""
 
     kernel: int
 
@@ -108,9 +109,9 @@ class SpatialAttention(nn.Module):
 
 
 class CBAM(nn.Module):
-    """Channel, then spatial attention (Woo et al. 2018), [N, H, W, C] -> the same.
+    """Channel attention, then spatial attention (Woo et al. 2018): [N, H, W, C] -> [N, H, W, C].
 
-    Every part is smooth: SiLU stands for the ReLU, a smooth maximum for the maximum.
+    Every part is smooth: SiLU replaces ReLU, and a smooth maximum replaces the maximum.
     """
 
     reduction: int = 16
@@ -118,6 +119,6 @@ class CBAM(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        # The order that did best in Woo et al., table 3.
+        # This order did best in table 3 of Woo et al.
         x = ChannelAttention(self.reduction, name="channel")(x)
         return SpatialAttention(self.kernel, name="spatial")(x)

@@ -13,8 +13,8 @@ from bef_jax.models.densenet import DENSENET121, DenseNet
 from bef_jax.models.efficientnet import LITE_SCALING, SCALING, TEST, EfficientNet, lite, scaled
 from bef_jax.models.resnet import RESNET50, ResNet
 
-# `num_stages`, and the names of other packages' weights, read a partial's `args[0]`: the
-# architecture stays its first argument.
+# The architecture must stay the first argument of each partial. `num_stages` and the code that
+# names other packages' weights read it as `args[0]`.
 REGISTRY = {
     "efficientnet_test": functools.partial(EfficientNet, TEST),
     **{
@@ -31,7 +31,7 @@ REGISTRY = {
 
 
 def num_stages(name: str) -> int:
-    """How many stages the network of that name has; `model.fusion_stages` counts them from 1."""
+    """Returns the number of a network's stages; `model.fusion_stages` counts them from 1."""
     return len(REGISTRY[name].args[0].stages)
 
 
@@ -44,47 +44,49 @@ def create(
     logits [N, num_classes], float32, from normalised images [N, H, W, 3].
 
     Args:
-        model: `config.model`; its fields beside `name` are the network's attributes.
+        model: `config.model`; its fields except `name` are the network's attributes.
         dtype: of activations, float32 or bfloat16; parameters are float32.
-        bn_groups: parts of the batch with batch statistics of their own.
-        folded: batch normalisation in the convolutions, as `fold.fold_batch_norm` puts it there.
+        bn_groups: the number of parts of the batch that have their own batch statistics.
+        folded: whether the convolutions include batch normalisation, as after
+            `fold.fold_batch_norm`.
     """
-    # Linen refuses what is no attribute, so that a field of `config.model` can't be forgotten by a
-    # family of networks in silence.
+    # Linen refuses unknown attributes, so no family of networks can silently ignore a field of
+    # `config.model`.
     fields = {key: value for key, value in model.items() if key != "name"}
     network = REGISTRY[model.name]
     return network(**fields, dtype=jnp.dtype(dtype), bn_groups=bn_groups, folded=folded)
 
 
 def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
-    """The network's parameters, as 'block_00/expand_conv/kernel', in the order it uses them.
+    """Returns the paths of the network's parameters, in the order in which it uses them.
 
-    Nothing is computed, but tracing a network takes a second or two.
+    A path looks like 'block_00/expand_conv/kernel'. Nothing is computed, but tracing a network
+    takes a second or two.
     """
-    # The order of use is what layer-wise decay goes by: by name, block_02 would come before stem,
-    # and a transition of DenseNet's behind all blocks.
+    # Layer-wise decay needs the order of use. Sorted by name, block_02 would come before stem, and
+    # a transition of DenseNet's after all blocks.
     network, paths = create(model), []
 
     def init(key):
-        # Within the trace, since JAX sorts the dicts that leave one; any image will do.
+        # Collected inside the trace, because JAX sorts dicts that leave it. Any image size will do.
         params = network.init(key, jnp.zeros((1, 32, 32, 3)))["params"]
         paths.extend(flatten_dict(params, sep="/"))
 
-    # Of the key, too, the shape alone: a real one would start the devices, and several processes
-    # have to meet before any of them does.
+    # The key has only a shape, too, because a real key would start the devices. Several processes
+    # must connect before any of them starts its devices.
     jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
     return tuple(paths)
 
 
 def is_untrained_part(path: str) -> bool:
-    """Whether a parameter is of a part that pretraining lacks: the classifier, or attention."""
-    # By the top-level name alone: networks call these two alike, so that no family needs a list.
+    """Returns whether a parameter is of the classifier or attention, which pretraining lacks."""
+    # All networks give these two parts the same top-level names, so no family needs a list.
     part = path.split("/")[0]
     return part == "classifier" or part.startswith("attention_")
 
 
 def is_frozen(path: str, pattern: str) -> bool:
-    """Whether config.optim.freeze = `pattern` matches the start of a parameter's path."""
-    # At the start, not anywhere: `stem` must not match the end of another name. Empty would match
-    # all.
+    """Returns whether config.optim.freeze = `pattern` matches the start of a parameter's path."""
+    # Only the start counts, so that `stem` does not match the end of another name. An empty pattern
+    # would match every path.
     return bool(pattern) and re.match(pattern, path) is not None

@@ -84,7 +84,7 @@ def test_another_total_stride_is_noted_and_the_crop_is_timm_s_input_size(tmp_pat
         ("model.name=efficientnet_test", "timm has no efficientnet_test"),
         ("model.attention=cbam,model.fusion=True", "timm has no place for attention and fusion"),
         ("model.fusion=True", "timm has no place for fusion"),
-        ("model.name=resnet50", "timm's resnet50 has padding=symmetric and bn_epsilon=1e-05 alone"),
+        ("model.name=resnet50", "timm's resnet50 has padding=symmetric and bn_epsilon=1e-05 only"),
     ],
 )
 def test_what_timm_has_no_place_for_is_not_written(arg, note, tmp_path):
@@ -101,6 +101,6 @@ def test_what_is_not_read_back_the_same_is_not_kept(tmp_path, monkeypatch):
     written = weights.to_timm(variables, config.model)
     broken = written | {"bn1.weight": written["bn1.weight"] + 1}
     monkeypatch.setattr(weights, "to_timm", lambda *_: broken)
-    with pytest.raises(RunError, match="not read back"):
+    with pytest.raises(RunError, match="reads back differently"):
         timm.write(config, variables, tmp_path)
     assert not list(tmp_path.iterdir())

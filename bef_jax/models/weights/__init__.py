@@ -1,4 +1,4 @@
-"""Weights of other packages: files of tensors in, our variables out; and the way back to timm."""
+"""Reads weights of other packages as our variables, and turns our variables into timm's."""
 
 from bef_jax.models.weights.reading import (
     convention,

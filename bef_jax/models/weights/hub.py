@@ -1,6 +1,7 @@
-"""Weights from a hub of models: hf:OWNER/REPOSITORY, or hf:OWNER/REPOSITORY@REVISION.
+"""Fetches weights from a hub of models: hf:OWNER/REPOSITORY, or hf:OWNER/REPOSITORY@REVISION.
 
-huggingface_hub fetches and keeps them: HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold.
+huggingface_hub downloads and caches them. It obeys HF_ENDPOINT, HF_HOME, HF_TOKEN and
+HF_HUB_OFFLINE.
 """
 
 import contextlib
@@ -19,24 +20,24 @@ _FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a reposito
 
 
 def fetch(name: str) -> Path:
-    """The file of weights in the cache, with the repository's config.json beside it if it has one.
+    """Returns the cached file of weights; config.json lies beside it if the repository has one.
 
     Raises:
-        UserError: huggingface_hub is not installed; no such repository, revision or file, or no
-            leave to read it; the hub can't be reached and the cache lacks it; the download broke
-            off; or the cached copy is damaged.
+        UserError: huggingface_hub is not installed; the repository, revision or file is not there,
+            or may not be read; the hub can't be reached and the cache lacks the file; the
+            download broke off; or the cached copy is damaged.
     """
     try:
-        import huggingface_hub  # noqa: F401  here: seconds of a start that no other name needs
+        import huggingface_hub  # noqa: F401  imported here, because it takes seconds
     except ImportError as error:
-        raise UserError(f"{name} takes huggingface_hub: pip install -e '.[hub]'") from error
+        raise UserError(f"{name} needs huggingface_hub: pip install -e '.[hub]'") from error
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     try:
         with _quiet():
             path = _fetch(name, repository, revision or None)
     except UserError:
         raise
-    # Its HTTP client, its file system and its own checks each have kinds of their own.
+    # The library's HTTP client, its file access and its checks each raise types of their own.
     except Exception as error:
         raise UserError(f"{name}: {_reason(error, revision)}") from error
     _check(name, path)
@@ -46,12 +47,13 @@ def fetch(name: str) -> Path:
 def _fetch(name: str, repository: str, revision: str | None) -> Path:
     from huggingface_hub import constants
 
-    # Before the first try: it can take half a minute to see that there is no network.
-    LOG.info("%s: from %s, or the cache in %s", name, constants.ENDPOINT, constants.HF_HUB_CACHE)
+    # Logged before the first try, because it can take half a minute to see a missing network.
+    LOG.info("looking for %s in %s and in %s", name, constants.ENDPOINT, constants.HF_HUB_CACHE)
     config = _download(repository, "config.json", revision)
     if config is None:
         LOG.warning("%s has no config.json: its normalisation is not known", name)
-    # Of one commit, even if the branch moves on between the two: its folder is named for it.
+    # Both files come from one commit, even if the branch moves on between the two downloads. The
+    # cache names a file's folder after the commit.
     commit = config.parent.name if config else revision
     for file in _FILES:
         path = _download(repository, file, commit)
@@ -61,7 +63,7 @@ def _fetch(name: str, repository: str, revision: str | None) -> Path:
 
 
 def _download(repository: str, file: str, revision: str | None) -> Path | None:
-    """The cached file, fetched if need be; None if the repository has no such file."""
+    """Returns the cached file, fetched if necessary; None if the repository has no such file."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -70,7 +72,7 @@ def _download(repository: str, file: str, revision: str | None) -> Path | None:
     except errors.RemoteEntryNotFoundError:
         return None
     except errors.LocalEntryNotFoundError:
-        # What a repository lacks is in the cache, too: without a network that is an answer.
+        # The cache also records which files a repository lacks, so this needs no network.
         known = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
         if known is huggingface_hub._CACHED_NO_EXIST:
             return None
@@ -79,8 +81,8 @@ def _download(repository: str, file: str, revision: str | None) -> Path | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the warnings of each try, two lines apiece, unless another level was asked for."""
-    # Its own module sets the level at its first import, so a level set before would not last.
+    """Silences the two lines of warnings of each try, unless the user set another level."""
+    # Import this module first: its first import sets the level, so an earlier one is lost.
     from huggingface_hub.utils import logging as hub_logging
 
     level = hub_logging.get_verbosity()
@@ -93,17 +95,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _check(name: str, path: Path) -> None:
-    """Compares the content with its SHA-256, for which the cache names files of some size."""
+    """Compares a large file with its SHA-256, which the cache uses as the file's name."""
     blob = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         with open_user_file(blob) as file:
             intact = hashlib.file_digest(file, "sha256").hexdigest() == blob.name
         if not intact:
-            raise UserError(f"{name}: {blob} is damaged: delete it, to have it fetched again")
+            raise UserError(f"{name}: {blob} is damaged: delete it, so that it is fetched again")
 
 
 def _reason(error: Exception, revision: str) -> str:
-    """One line: what is wrong, and how to fix it."""
+    """Returns one line that says what is wrong, and how to fix it."""
     from huggingface_hub import constants, errors
 
     token = "set HF_TOKEN to a token that may read it"  # noqa: S105
@@ -119,7 +121,7 @@ def _reason(error: Exception, revision: str) -> str:
     if local and constants.HF_HUB_OFFLINE:
         place = constants.HF_HUB_CACHE
         return (
-            f"not whole in {place}, and HF_HUB_OFFLINE forbids fetching: unset it, or give a file"
+            f"incomplete in {place}, and HF_HUB_OFFLINE forbids fetching: unset it, or give a file"
         )
     cause = error.__cause__ if local and error.__cause__ else error
     if isinstance(cause, errors.HfHubHTTPError):
@@ -129,7 +131,7 @@ def _reason(error: Exception, revision: str) -> str:
         )
     if local:
         return (
-            f"no network: {constants.ENDPOINT} can't be reached ({reason_of(cause)}); what was "
-            "fetched once needs none, and a file can be given instead"
+            f"no network: {constants.ENDPOINT} can't be reached ({reason_of(cause)}); use "
+            "weights that were fetched before, or give a file"
         )
-    return f"the download failed, so nothing of it is used ({reason_of(error)}): try again"
+    return f"the download failed, so no part of it is used ({reason_of(error)}): try again"

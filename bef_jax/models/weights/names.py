@@ -1,7 +1,7 @@
-"""What other packages call the weights of the networks that they share with us.
+"""The names that other packages give to the weights of networks that we share with them.
 
-A `Source` translates our names, 'block_03/expand_conv/kernel' or 'stem_norm/mean', into its own.
-All of them keep torch's layouts and torch's names for what a layer holds.
+A `Source` translates our names, such as 'block_03/expand_conv/kernel' or 'stem_norm/mean', into the
+names of its package. Every package uses torch's layouts, and torch's names for a layer's arrays.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from bef_jax.models.weights import names_torchvision
 
-# torch calls a norm's scale a weight, too: a name tells which by its module.
+# torch also calls a norm's scale `weight`; the name of the module tells the two apart.
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -21,12 +21,13 @@ _LEAVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A package's way of naming a family of networks, and of computing with them.
+    """The names that a package gives to a family of networks, and how it computes with them.
 
     Attributes:
-        sign: a tensor that it alone has, to recognise it by.
-        translate: (our name, the network's stages) -> its name.
-        padding, bn_epsilon, bn_momentum: of `config.model`, with which the weights were trained.
+        sign: a tensor that only this package has, so that it identifies the package.
+        translate: maps (our name, the network's stages) to the package's name.
+        padding, bn_epsilon, bn_momentum: fields of `config.model` that the weights were trained
+            with.
     """
 
     name: str
@@ -38,17 +39,17 @@ class Source:
 
 
 def recognise(keys: Sequence[str], label: str, network: str) -> Source | None:
-    """The source whose names these are, or None.
+    """Returns the source that uses these names, or None.
 
-    timm's names are the same for TensorFlow's networks, of another padding, as for its own: only
-    what it calls the network tells, `label`, which starts with `tf_`. torchvision trained B5 to B7
-    with TensorFlow's epsilon.
+    timm uses the same names for its own networks and for TensorFlow's, which have another padding.
+    Only `label`, timm's name of the network, tells them apart: it has `tf_` for TensorFlow's.
+    torchvision trained B5 to B7 with TensorFlow's epsilon.
     """
-    # Their signs exclude each other, so the order of SOURCES says nothing.
+    # No file has the signs of two sources, so the order of SOURCES does not matter.
     source = next((source for source in SOURCES if source.sign in keys), None)
     if source is TIMM and "tf_" in label:
         return dataclasses.replace(source, padding="same", bn_epsilon=1e-3)
-    # Not to be seen in the file: shapes are those of the other epsilon's as well.
+    # The file does not show this, because epsilon changes no shape.
     if source is TORCHVISION and network in {f"efficientnet_b{i}" for i in (5, 6, 7)}:
         return dataclasses.replace(source, bn_epsilon=1e-3, bn_momentum=0.99)
     return source
@@ -58,7 +59,7 @@ def recognise(keys: Sequence[str], label: str, network: str) -> Source | None:
 
 
 def _efficientnet_pytorch(path: str, stages: Sequence) -> str:
-    """https://github.com/lukemelas/EfficientNet-PyTorch, and its Lite sibling."""
+    """Translates for https://github.com/lukemelas/EfficientNet-PyTorch and its Lite version."""
     del stages
     layers = {
         "stem": "_conv_stem", "stem_norm": "_bn0", "head": "_conv_head", "head_norm": "_bn1",
@@ -73,7 +74,10 @@ def _efficientnet_pytorch(path: str, stages: Sequence) -> str:
 
 
 def _timm(path: str, stages: Sequence) -> str:
-    """A block without expansion has its two norms counted from 1, and calls its last conv_pw."""
+    """Translates for timm.
+
+    A block without expansion calls its two norms bn1 and bn2, and its last convolution conv_pw.
+    """
     layers = {
         "stem": "conv_stem", "stem_norm": "bn1", "head": "conv_head", "head_norm": "bn2",
         "classifier": "classifier", "depthwise_conv": "conv_dw",
@@ -93,7 +97,10 @@ def _timm(path: str, stages: Sequence) -> str:
 
 
 def _torchvision(path: str, stages: Sequence) -> str:
-    """Everything is counted; without expansion a block begins with the depthwise convolution."""
+    """Translates for torchvision, which numbers every module.
+
+    A block without expansion begins with the depthwise convolution.
+    """
     block, layer, leaf = _split(path)
     last = len(stages) + 1
     ends = {
@@ -105,15 +112,15 @@ def _torchvision(path: str, stages: Sequence) -> str:
     stage, index = _place(block, stages)
     parts = ["expand", "depthwise", "squeeze_excite", "project"]
     parts = parts[1:] if stages[stage].expand == 1 else parts
-    # Paths end in the role, 'squeeze_excite/reduce' or 'expand_norm': the module's own number is
-    # the part's place, and 0, 1, fc1 or fc2 what the role is called in it.
+    # A path ends in a part and its role, as in 'squeeze_excite/reduce' or 'expand_norm'. A part is
+    # called by its number in the block, and a role in it 0, 1, fc1 or fc2.
     part, _, role = layer.replace("/", "_").rpartition("_")
     inner = {"conv": "0", "norm": "1", "reduce": "fc1", "expand": "fc2"}[role]
     return f"features.{stage + 1}.{index}.block.{parts.index(part)}.{inner}.{leaf}"
 
 
 def _split(path: str) -> tuple[int | None, str, str]:
-    """'block_03/squeeze_excite/reduce/kernel' -> (3, 'squeeze_excite/reduce', 'weight')."""
+    """Turns 'block_03/squeeze_excite/reduce/kernel' into (3, 'squeeze_excite/reduce', 'weight')."""
     layer, _, leaf = path.rpartition("/")
     if not layer.startswith("block_"):
         return None, layer, _LEAVES[leaf]
@@ -122,7 +129,7 @@ def _split(path: str) -> tuple[int | None, str, str]:
 
 
 def _place(block: int, stages: Sequence) -> tuple[int, int]:
-    """The stage of a block, and its place there, both from 0."""
+    """Returns the stage of a block, and its place in the stage, both from 0."""
     for number, stage in enumerate(stages):
         if block < stage.repeats:
             return number, block
@@ -130,7 +137,7 @@ def _place(block: int, stages: Sequence) -> tuple[int, int]:
     raise ValueError("the network has fewer blocks")
 
 
-# torch's momentum is the share of the new, 0.01 and 0.1; these are the share that is kept.
+# torch's momentum, 0.01 and 0.1 here, is the weight of the new value; ours is that of the old.
 _TENSORFLOW = {"padding": "same", "bn_epsilon": 1e-3, "bn_momentum": 0.99}
 _TORCH = {"padding": "symmetric", "bn_epsilon": 1e-5, "bn_momentum": 0.9}
 EFFICIENTNET_PYTORCH = Source(
@@ -138,7 +145,7 @@ EFFICIENTNET_PYTORCH = Source(
 )
 TIMM = Source("timm", "conv_stem.weight", _timm, **_TORCH)
 TORCHVISION = Source("torchvision", "features.0.0.weight", _torchvision, **_TORCH)
-# timm has torchvision's names for these two.
+# timm uses torchvision's names for these two networks.
 RESNET = Source(
     "torchvision or timm",
     "layer1.0.conv1.weight",
@@ -155,8 +162,8 @@ SOURCES = (EFFICIENTNET_PYTORCH, TIMM, TORCHVISION, RESNET, DENSENET)
 
 
 def of_timm(network: str) -> Source | None:
-    """The source with timm's names for the network `config.model.name`; None if it has none."""
+    """Returns timm's source for the network `config.model.name`; None if timm lacks the network."""
     if network == "efficientnet_test":
         return None
-    # All EfficientNets but the test's are timm's too, under its own names.
+    # timm has every other EfficientNet, under names of its own.
     return {"resnet50": RESNET, "densenet121": DENSENET}.get(network, TIMM)

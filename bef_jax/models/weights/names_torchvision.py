@@ -1,7 +1,7 @@
-"""What torchvision calls the parameters and batch statistics of the networks that it shares.
+"""torchvision's names for parameters and batch statistics of the networks that we share with it.
 
-The paths are ours without the collection, such as 'block_03/reduce_conv/kernel' of a parameter or
-'stem_norm/mean' of a statistic. A path without a counterpart (attention) raises KeyError.
+Our paths come without the collection: 'block_03/reduce_conv/kernel' is a parameter, and
+'stem_norm/mean' a statistic. A path that torchvision lacks (attention) raises KeyError.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from bef_jax.models.densenet import DENSENET121
 from bef_jax.models.resnet import RESNET50
 
-# A norm's scale is a `weight` there as well; the module before it tells the two apart.
+# torch also calls a norm's scale `weight`; the name of the module tells the two apart.
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -19,7 +19,7 @@ _LEAVES = {
     "var": "running_var",
 }
 _RESNET = {"stem": "conv1", "stem_norm": "bn1", "classifier": "fc"}
-# torch keeps a shortcut's two layers in a Sequential, hence 0 and 1.
+# torch keeps a shortcut's two layers in a Sequential, so they are called 0 and 1.
 _BOTTLENECK = {
     "reduce_conv": "conv1",
     "reduce_norm": "bn1",
@@ -46,7 +46,7 @@ _TRANSITION = {"input_norm": "norm", "conv": "conv"}
 
 
 def resnet(path: str) -> str:
-    """ResNet-50: 'block_03/reduce_conv/kernel' -> 'layer2.0.conv1.weight'."""
+    """Turns 'block_03/reduce_conv/kernel' into 'layer2.0.conv1.weight' (ResNet-50)."""
     *scope, module, leaf = path.split("/")
     if not scope:
         return f"{_RESNET[module]}.{_LEAVES[leaf]}"
@@ -55,7 +55,7 @@ def resnet(path: str) -> str:
 
 
 def densenet(path: str) -> str:
-    """DenseNet-121: 'transition_1/conv/kernel' -> 'features.transition1.conv.weight'."""
+    """Turns 'transition_1/conv/kernel' into 'features.transition1.conv.weight' (DenseNet-121)."""
     *scope, module, leaf = path.split("/")
     if not scope:
         return f"{_DENSENET[module]}.{_LEAVES[leaf]}"
@@ -63,22 +63,22 @@ def densenet(path: str) -> str:
         transition = scope[0].replace("_", "")
         return f"features.{transition}.{_TRANSITION[module]}.{_LEAVES[leaf]}"
     stage, index = _places(DENSENET121.stages)[scope[0]]
-    # torchvision counts a DenseNet's layers from 1, a ResNet's blocks from 0.
+    # torchvision counts a DenseNet's layers from 1, but a ResNet's blocks from 0.
     layer = f"features.denseblock{stage}.denselayer{index + 1}"
     return f"{layer}.{_DENSE_LAYER[module]}.{_LEAVES[leaf]}"
 
 
 def densenet_key(key: str) -> str:
-    """A key of a DenseNet's file as torchvision's network has it.
+    """Returns a key of a DenseNet's file as torchvision's network names it.
 
-    The ImageNet weights were saved by an older torchvision, with 'norm.1' for 'norm1'.
+    An older torchvision saved the ImageNet weights, with 'norm.1' instead of 'norm1'.
     """
-    # By the pattern, not by a list: it leaves every other network's keys as they are.
+    # The pattern leaves the keys of every other network as they are.
     return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
 
 
 def _places(stages: Sequence) -> dict[str, tuple[int, int]]:
-    """{'block_00': (1, 0), ...}: the stage, from 1, and the place in it, from 0, of every block."""
-    # Ours are numbered through the whole network, torchvision's anew in each stage.
+    """Returns {'block_00': (1, 0), ...}: each block's stage, from 1, and place in it, from 0."""
+    # We number blocks through the whole network; torchvision starts again in each stage.
     places = [(number, i) for number, stage in enumerate(stages, 1) for i in range(stage.repeats)]
     return {f"block_{index:02d}": place for index, place in enumerate(places)}

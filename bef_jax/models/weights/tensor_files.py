@@ -1,12 +1,13 @@
-"""Files of tensors: .safetensors, and torch's .pth in both of its formats.
+"""Reads files of tensors: .safetensors, and both formats of torch's .pth.
 
-Of each tensor such a file says what type and shape it has, and where its numbers are. A tensor
-becomes an array that shows the file, mapped into memory: nothing of it is read, and nothing as
-large as it claims to be is made, before somebody converts it. NumPy refuses an array that would
-reach beyond the file's own bytes.
+Such a file says for each tensor which type and shape it has, and where its numbers are. A tensor
+becomes an array that shows the file, which is mapped into memory. Until a caller converts it, its
+numbers are not read and it takes no memory, however large it claims to be. NumPy refuses an array
+that would reach beyond the bytes of the file.
 
-The .pth are read here and not by torch, which makes what a file asks for before anybody can look:
-an inflated entry, a dense copy of a sparse tensor, a `bytearray` of any length.
+This module reads .pth files without torch, because torch creates what a file asks for before
+anybody can check it: an inflated entry, a dense copy of a sparse tensor, or a `bytearray` of any
+length.
 """
 
 import io
@@ -24,15 +25,15 @@ import numpy as np
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file
 
-# Of what describes tensors, in bytes; EfficientNet-B7's takes 0.2 MB. The objects that Python makes
-# of it can take a hundred times as much memory.
+# The most bytes of a description of tensors; EfficientNet-B7's takes 0.2 MB. Python's objects of it
+# can take a hundred times as much memory.
 _LONGEST = 4 << 20
-_AXES = 64  # NumPy's most; a pickle can give one long list as the shape of many tensors
+_AXES = 64  # NumPy's limit; a pickle can give one long list as the shape of many tensors
 _SHOWN = 80  # characters of a name
 _CUT = "it was cut, or is damaged; fetch or save it again"
-_NO_STATE = "it holds no dict of tensors; save the network's state_dict() alone"
-_STRANGE = "it is another program's; give what torch.save or safetensors wrote"
-# Names of types: torch's storages have one, and safetensors another.
+_NO_STATE = "it holds no dict of tensors; save only the network's state_dict()"
+_STRANGE = "another program wrote it; give a file that torch.save or safetensors wrote"
+# Each type has a name of torch's storage, a name of safetensors, and NumPy's own type.
 _TYPES = (
     ("DoubleStorage", "F64", np.float64),
     ("FloatStorage", "F32", np.float32),
@@ -45,18 +46,18 @@ _TYPES = (
     ("ByteStorage", "U8", np.uint8),
     ("BoolStorage", "BOOL", np.bool_),
 )
-# What damaged content raises: here, in NumPy, and in Python's readers of JSON, pickles and zips.
+# Damaged content raises these here, in NumPy, and in Python's readers of JSON, pickles and zips.
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _DAMAGE += (EOFError, NotImplementedError, pickle.PickleError, struct.error, zipfile.BadZipFile)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file by their names: arrays that show the file, of any type.
+    """Returns the tensors of a file by name, as arrays of any type that show the file.
 
-    The content decides the format, whatever the suffix says.
+    The content decides the format; the suffix does not matter.
 
     Raises:
-        UserError: it is no regular file, is damaged, or holds anything but a dict of tensors.
+        UserError: it is not a regular file, is damaged, or holds anything except a dict of tensors.
     """
     try:
         with _Bounded(open_user_file(path).detach()) as stream:
@@ -69,24 +70,24 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     except _DAMAGE as error:
         why = shortened(reason_of(error), 200)
         why = why if isinstance(error, _Refused) else f"damaged ({why}); fetch or save it again"
-        raise UserError(f"{path} is no file of tensors alone: {why}") from error
+        raise UserError(f"{path} is not a file that holds only tensors: {why}") from error
 
 
 def shortened(text: str, most: int = _SHOWN) -> str:
-    """Returns `text`, cut where it is too long for a line: strangers choose names of tensors."""
+    """Returns `text`, cut if it is too long for a line, because strangers choose tensors' names."""
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 class _Refused(ValueError):
-    """What is wrong with a file, and what to do about it."""
+    """An error whose text says what is wrong with a file, and how to fix it."""
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which nobody reads more at once than describes tensors: a zip's directory, say."""
+    """A file that refuses to read more than `_LONGEST` at once, such as a zip's long directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _LONGEST:
-            raise _Refused("its directory is too long; save the network's state_dict() alone")
+            raise _Refused("its directory is too long; save only the network's state_dict()")
         return super().read(size)
 
 
@@ -108,7 +109,7 @@ def _read_safetensors(content: np.ndarray, stream: _Bounded) -> dict[str, np.nda
     del stream
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > _LONGEST:
-        raise _Refused("its header is too long; save the network's tensors alone")
+        raise _Refused("its header is too long; save only the network's tensors")
     header, data = json.loads(content[8 : 8 + length].tobytes()), content[8 + length :]
     return {key: _entry(data, **entry) for key, entry in header.items() if key != "__metadata__"}
 
@@ -136,7 +137,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A tensor as it is described; all but the storage counts numbers, not bytes."""
+    """The description of a tensor; offset, shape and strides count numbers, not bytes."""
 
     storage: _Storage
     offset: int
@@ -145,14 +146,14 @@ class _Tensor(NamedTuple):
 
 
 def _read_zip(content: np.ndarray, stream: _Bounded) -> dict[str, np.ndarray]:
-    """Reads the format of today: entries NAME/data.pkl, NAME/byteorder and NAME/data/KEY."""
+    """Reads torch's present format: entries NAME/data.pkl, NAME/byteorder and NAME/data/KEY."""
     with zipfile.ZipFile(stream) as archive:
         entries = {entry.filename: _stored(content, entry) for entry in archive.infolist()}
     pickled = next((name for name in entries if name.endswith("/data.pkl")), None)
     if pickled is None:
         raise _Refused(_STRANGE)
     if len(entries[pickled]) > _LONGEST:
-        raise _Refused("its description is too long; save the network's state_dict() alone")
+        raise _Refused("its description is too long; save only the network's state_dict()")
     folder = pickled.removesuffix("data.pkl")
     order = entries.get(f"{folder}byteorder")
     _check_byte_order(order is None or order[:9].tobytes() == b"little")
@@ -163,10 +164,11 @@ def _read_zip(content: np.ndarray, stream: _Bounded) -> dict[str, np.ndarray]:
 
 def _stored(content: np.ndarray, entry: zipfile.ZipInfo) -> np.ndarray:
     """Returns the bytes of a zip's entry."""
-    # torch never compresses, and a compressed entry can be a thousand times as large as the file.
+    # torch never compresses, and a compressed entry can unpack to a thousand times the file's size.
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         raise _Refused(f"{shortened(entry.filename)} is compressed; save it with torch.save")
-    # Before the content a zip has 30 bytes, the last four of which are two lengths of what follows.
+    # 30 bytes, a name and an extra field come before the content. The last four of the 30 bytes are
+    # the lengths of the name and the extra field.
     start = entry.header_offset
     sign, name, extra = struct.unpack("<4s22x2H", content[start : start + 30].tobytes())
     if sign != zipfile.stringFileHeader:
@@ -176,7 +178,7 @@ def _stored(content: np.ndarray, entry: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _read_legacy(content: np.ndarray, stream: _Bounded) -> dict[str, np.ndarray]:
-    """Reads torch's format before 1.6: five pickles, then the storages, a length before each."""
+    """Reads the format of torch before 1.6: five pickles, then each storage after its length."""
     del stream
     head = io.BytesIO(content[:_LONGEST].tobytes())
     magic, _, system = (_Description(head).load() for _ in range(3))
@@ -199,7 +201,7 @@ def _check_byte_order(little: bool) -> None:
 
 
 def _views(loaded: Any, data: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the tensors of a state dict, alone or, as training scripts nest it, in a dict."""
+    """Returns the tensors of a state dict, which training scripts may nest in another dict."""
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not state:
         raise _Refused(_NO_STATE)
@@ -217,7 +219,7 @@ def _view(tensor: Any, data: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 class _Named(dict):
-    """A dict by names."""
+    """A dict whose keys must be names, which `_name` checks."""
 
     __slots__ = ()
 
@@ -226,19 +228,22 @@ class _Named(dict):
 
 
 def _name(key: Any) -> str | int:
-    """Returns `key`; of tuples that hold each other twice, a hash or a text would take years."""
+    """Returns `key`, which must be a text or an integer.
+
+    A tuple can hold another one twice, for many levels. Such a key takes years to hash or print.
+    """
     if not isinstance(key, str | int):
-        raise _Refused("it has a name that is no text")
+        raise _Refused("it has a name that is not text")
     return key
 
 
 def _numbers(*values: Any) -> tuple[int, ...]:
     if len(values) > _AXES or not all(isinstance(value, int) for value in values):
-        raise _Refused("it has a size that is no number")
+        raise _Refused("it has a size that is not a number")
     return values
 
 
-# Those that torch writes, whose pickles have protocol 2, under Python 3 and 2.
+# The opcodes that torch writes under Python 2 and 3, in pickles of protocol 2.
 _OPCODES = [
     ord(getattr(pickle, name))
     for name in (
@@ -251,21 +256,21 @@ _OPCODES = [
 ]  # fmt: skip
 
 
-# The one in Python: that in C makes a table as long as the largest number of a memo says.
+# The unpickler in Python is used: the one in C makes a table as long as the largest memo number.
 class _Description(pickle._Unpickler):
-    """Reads how torch describes tensors: dicts and lists of them, of text and of numbers.
+    """Reads torch's description of tensors: dicts and lists of tensors, text and numbers.
 
-    Whatever else a pickle names is refused. So nothing in it runs, and nothing is larger than what
-    describes it.
+    Everything else that a pickle names is refused. So nothing in the pickle runs, and no object is
+    larger than its description.
 
     Attributes:
-        storages: those that tensors have their numbers in, by their keys.
+        storages: those that hold the numbers of the tensors, by key.
     """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
-        # Bound methods, since a pickle can change neither them nor what they belong to.
+        # Bound methods, because a pickle can't change them or the objects that they belong to.
         self._known = {
             "collections OrderedDict": self._ordered_dict,
             "torch._utils _rebuild_tensor": self._tensor,
@@ -277,7 +282,7 @@ class _Description(pickle._Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
         known = self._known.get(f"{module} {name}")
         if known is None:
-            raise _Refused(f"it holds {module}.{name}; save state_dict() alone")
+            raise _Refused(f"it holds {module}.{name}; save only state_dict()")
         return known
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -289,10 +294,10 @@ class _Description(pickle._Unpickler):
 
     def _ordered_dict(self, pairs: list | None = None) -> _Named:
         named = _Named()
-        if pairs:  # so Python 2 wrote it
+        if pairs:  # Python 2 wrote it this way
             for key, value in pairs:
                 named[key] = value
-            pairs.clear()  # else a short file could make many long dicts of one list
+            pairs.clear()  # otherwise a short file could make many long dicts of one list
         return named
 
     def _tensor(
@@ -309,7 +314,7 @@ class _Description(pickle._Unpickler):
         return tensor
 
     def _drop(self) -> None:
-        self.stack.pop()  # such as the versions of layers, which a state dict carries
+        self.stack.pop()  # extra state, such as the layers' versions in a state dict
 
     def _empty_dict(self) -> None:
         self.append(_Named())

@@ -1,4 +1,4 @@
-"""The config.json that timm keeps beside weights: of which network they are, and of what inputs."""
+"""Reads the config.json that timm keeps beside weights, about their network and its inputs."""
 
 import reprlib
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ _HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "pretrain
 
 @dataclass(frozen=True)
 class TimmConfig:
-    """What it says of the weights.
+    """The facts that a config.json gives about the weights beside it.
 
     Attributes:
         architecture: timm's name of the network, such as tf_efficientnet_b0.
-        mean, std: of inputs in 0 .. 1, per channel; None where it says nothing.
-        arguments: of timm's create_model, which override what the architecture's name means.
+        mean, std: per channel, of inputs in 0 .. 1; None where the file does not say.
+        arguments: those of timm's create_model; they override what the architecture's name means.
     """
 
     architecture: str
@@ -31,19 +31,19 @@ class TimmConfig:
     arguments: Mapping = field(default_factory=dict)
 
     def convention(self) -> dict:
-        """The fields of `config.model` that the arguments decide."""
+        """Returns the fields of `config.model` that the arguments decide."""
         fields = {}
         if self.arguments.get("pad_type") in ("", "same"):
             fields["padding"] = self.arguments["pad_type"] or "symmetric"
         if self.arguments.get("bn_eps") is not None:
             fields["bn_epsilon"] = float(self.arguments["bn_eps"])
         if self.arguments.get("bn_momentum") is not None:
-            # torch's momentum is the share of the new.
+            # torch's momentum is the weight of the new value; ours is that of the old.
             fields["bn_momentum"] = 1 - float(self.arguments["bn_momentum"])
         return fields
 
     def not_followed(self) -> dict:
-        """The arguments that make another network than ours of the same weights."""
+        """Returns the arguments that make timm's network differ from ours with the same weights."""
         ours = {"pad_type": ("", "same"), "global_pool": ("avg",)}
         return {
             key: value
@@ -55,13 +55,13 @@ class TimmConfig:
 
 
 def read(weights: Path) -> TimmConfig | None:
-    """Returns what the config.json beside weights says; None without one, or if it is not timm's.
+    """Returns the content of the config.json beside weights; None if it is missing or not timm's.
 
     Raises:
-        UserError: it is no regular file, is damaged, or says what can't be.
+        UserError: it is not a regular file, is damaged, or has values that are not possible.
     """
     try:
-        # Not without it: a network with padding of another kind scores, but wrongly.
+        # A damaged file is not ignored, because a network with another padding gives wrong scores.
         content = read_json(weights.parent / NAME, _check, "fetch it again, or remove it")
     except FileNotFoundError:
         return None
@@ -77,8 +77,8 @@ def _is_timm_s(content: Any) -> bool:
 
 
 def _parts(content: dict) -> tuple[dict, dict]:
-    """Returns what was trained with, and the arguments of create_model."""
-    # Files of 2022 have all in one dict.
+    """Returns the settings of pretraining, and the arguments of create_model."""
+    # Files from 2022 have everything in one dict.
     return content.get("pretrained_cfg", content), content.get("model_args") or {}
 
 
@@ -107,5 +107,5 @@ def _is_three_above(value: Any, least: float) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # JSON has integers of any length, which no float is, and Python's reader takes NaN.
+    # JSON allows integers that are too large for a float, and Python's reader accepts NaN.
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9

@@ -104,7 +104,7 @@ def test_offline_the_cache_is_used(server, monkeypatch):
     server.requests.clear()
     with environment(monkeypatch, HF_HUB_OFFLINE="1"):
         assert [hub.fetch(name) for name in names] == paths
-        with pytest.raises(UserError, match=r"^hf:timm/other: not whole in .*HF_HUB_OFFLINE"):
+        with pytest.raises(UserError, match=r"^hf:timm/other: incomplete in .*HF_HUB_OFFLINE"):
             hub.fetch("hf:timm/other")
     assert server.requests == []
 
@@ -114,7 +114,7 @@ def test_offline_half_a_cache_is_not_used(file, server, monkeypatch):
     (hub.fetch(NAME).parent / file).unlink()
     with (
         environment(monkeypatch, HF_HUB_OFFLINE="1"),
-        pytest.raises(UserError, match="not whole in"),
+        pytest.raises(UserError, match="incomplete in"),
     ):
         hub.fetch(NAME)
 
@@ -255,7 +255,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_broke(server, monkeypatch):
 @pytest.mark.parametrize("fault", [{"cut": 500}, {"shorter": 1}])
 def test_of_a_truncated_download_nothing_is_used(fault, server):
     vars(server).update(fault)
-    with pytest.raises(UserError, match="nothing of it is used") as error:
+    with pytest.raises(UserError, match="no part of it is used") as error:
         hub.fetch(NAME)
     assert "\n" not in str(error.value)
     vars(server).update(cut=None, shorter=0)
@@ -284,7 +284,7 @@ def test_without_a_network_one_line_says_so(server, monkeypatch, caplog):
 
 def test_without_the_library_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"takes huggingface_hub: pip install -e '\.\[hub\]'"):
+    with pytest.raises(UserError, match=r"needs huggingface_hub: pip install -e '\.\[hub\]'"):
         hub.fetch(NAME)
 
 

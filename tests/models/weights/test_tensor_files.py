@@ -199,13 +199,13 @@ ATTACKS = {
     "a tensor without numbers": (unset, r"holds torch\.Tensor"),
     "a memo's number": (memo, "holds no dict of tensors"),
     "a list that becomes many dicts": (one_list_for_many_dicts, "holds no dict of tensors"),
-    "a key that takes years to hash": (shared_twice, "no text"),
+    "a key that takes years to hash": (shared_twice, "is not text"),
     "a pickle too long": (many_objects, "description is too long"),
-    "a tensor beyond its storage": (beyond_its_storage, "no file of tensors"),
-    "a header longer than the file": (header(1 << 20), "no file of tensors"),
+    "a tensor beyond its storage": (beyond_its_storage, "holds only tensors"),
+    "a header longer than the file": (header(1 << 20), "holds only tensors"),
     "a header of any length": (header(1 << 62), "header is too long"),
     "a header of many tensors": (many_headers, "header is too long"),
-    "a shape that is not there": (header(None, shape=[40_000, 40_000]), "no file of tensors"),
+    "a shape that is not there": (header(None, shape=[40_000, 40_000]), "holds only tensors"),
     "offsets beyond the file": (header(None, data_offsets=[0, 1 << 40]), "was cut"),
     "offsets before the file": (header(None, data_offsets=[-4, 0]), "was cut"),
     "a shape of another length": (header(None, shape=[0]), "header is damaged"),
@@ -242,7 +242,7 @@ def test_a_tensor_that_repeats_one_number_takes_no_memory(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"PK", b"PK\3\4" * 30, b"\x80\x02.", b"\x80"])
 def test_what_is_no_file_of_tensors_is_told(content, tmp_path):
     (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"w\.pth is no file of tensors alone"):
+    with pytest.raises(UserError, match=r"w\.pth is not a file that holds only tensors"):
         read_tensors(tmp_path / "w.pth")
 
 
@@ -250,7 +250,7 @@ def test_other_programs_zips_and_pickles_are_told(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.ones(3))
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({"a": 1}))
     for name in ("w.npz", "w.pkl"):
-        with pytest.raises(UserError, match="it is another program's; give"):
+        with pytest.raises(UserError, match="another program wrote it; give"):
             read_tensors(tmp_path / name)
 
 

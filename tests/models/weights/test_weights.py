@@ -346,7 +346,7 @@ def test_all_that_is_wrong_is_listed(state, tmp_path):
 
 
 def test_another_network_s_weights_are_refused():
-    with pytest.raises(UserError, match=r"57934424.pth is not of .*=efficientnet_b0: .* more"):
+    with pytest.raises(UserError, match=r"57934424.pth does not fit .*=efficientnet_b0: .* more"):
         weights.read(LITE0, make_model("efficientnet_b0"))
 
 
@@ -372,7 +372,7 @@ class Trap:
 def test_a_pickled_object_is_refused_and_runs_nothing(suffix, write, tmp_path):
     path, trapped = tmp_path / f"w{suffix}", tmp_path / "trapped"
     write({"_conv_stem.weight": torch.zeros(1), "x": Trap(trapped)}, path)
-    with pytest.raises(UserError, match="is no file of tensors alone"):
+    with pytest.raises(UserError, match="is not a file that holds only tensors"):
         weights.read(path, make_model("efficientnet_b0"))
     assert not trapped.exists()
 
@@ -382,7 +382,7 @@ def test_a_pickled_object_is_refused_and_runs_nothing(suffix, write, tmp_path):
 def test_damaged_files_are_refused(suffix, content, tmp_path):
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"w{suffix} is no "):
+    with pytest.raises(UserError, match=f"w{suffix} is not a "):
         weights.read(path, make_model("efficientnet_b0"))
 
 
@@ -400,7 +400,7 @@ def test_a_number_that_claims_to_be_a_huge_tensor_takes_no_memory(of_today, key,
     def read():
         expected = (
             contextlib.nullcontext() if fits
-            else pytest.raises(UserError, match=r"_conv_head.weight is \(40000, 40000\)$")
+            else pytest.raises(UserError, match=r"_conv_head.weight has shape \(40000, 40000\)$")
         )  # fmt: skip
         with expected:
             weights.read(path, model)
