@@ -3,9 +3,9 @@
 #   docker build -t bef-jax .
 #   docker run --gpus=all -v "$PWD/runs:/home/user/runs" bef-jax --config=quickstart
 #
-# It runs as user 1000, who must be able to write where the run writes.
+# It runs as user 1000, which must be able to write to the folder of the run.
 FROM python:3.12-slim
-# What JAX computes on: cuda or tpu.
+# EXTRA is what JAX computes on: cuda or tpu.
 ARG EXTRA=cuda
 COPY pyproject.toml README.md LICENSE constraints.txt /source/
 COPY bef_jax /source/bef_jax

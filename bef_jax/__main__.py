@@ -1,4 +1,4 @@
-"""`python -m bef_jax` is `bef-jax`."""
+"""Makes `python -m bef_jax` the same as `bef-jax`."""
 
 from bef_jax.main import run
 

@@ -1,22 +1,22 @@
-"""The one exception that a user should read, and what its text may suggest."""
+"""The errors that a user reads as one line, and hints for their texts."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A user's mistake: its text is one line that names the field or file, and how to fix it.
+    """A user's mistake; its text is one line that names the field or file, and how to fix it.
 
     `main` prints it without a traceback and exits with status 2.
     """
 
     def __init__(self, text: str) -> None:
-        """Takes the line; what it quotes of others is shown in one line, too."""
+        """Takes the line, and escapes what is not printable, so that it stays one line."""
         super().__init__(printable(text))
 
 
 class RunError(Exception):
-    """Something failed that is no mistake of the user's; its text is one line that says what."""
+    """A failure that is not the user's mistake; its text is one line that says what failed."""
 
     def __init__(self, text: str) -> None:
         """Takes the line, as `UserError` does."""
@@ -24,11 +24,11 @@ class RunError(Exception):
 
 
 class DivergedError(FloatingPointError):
-    """A loss or a score is not finite; `main` prints its line and exits with status 1.
+    """A loss or a score that is not finite; `main` prints its line and exits with status 1.
 
     Attributes:
-        last_good: the last step whose state is known to have had a finite loss. What was saved
-            later may be spoilt.
+        last_good: the last step whose state is known to have had a finite loss. A state that was
+            saved later may be bad.
     """
 
     def __init__(self, text: str, last_good: int) -> None:
@@ -38,25 +38,25 @@ class DivergedError(FloatingPointError):
 
 
 def printable(text: str) -> str:
-    """Returns `text` with everything escaped that is no letter, sign or space.
+    """Returns `text` with all characters escaped that are not letters, signs or spaces.
 
-    Names of files, tensors and patches come from strangers: a newline in one would make two lines
+    Names of files, tensors and patches come from strangers. A newline in one would make two lines
     of an error, and a terminal would obey an escape sequence.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the first line of what an error says; of the system's errors without the file."""
+    """Returns the first line of an error's text; a system error's text is without the file."""
     text = getattr(error, "strerror", None) or str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Returns "; did you mean PREFIX and the nearest known word?", or nothing if none is near.
+    """Returns "; did you mean ...?" with `prefix` and the nearest known word, or "" without one.
 
-    Of dotted names the last part may be alone, or initials: tta is near eval.tta, and optim.lr is
-    near optim.learning_rate.
+    For a dotted name, its last part is enough, or the initials of that part: tta is near eval.tta,
+    and optim.lr is near optim.learning_rate.
     """
     known = list(known)
     group, _, last = word.rpartition(".")

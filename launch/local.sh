@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Sets up an environment, once, and starts training or the tests in it:
+# Sets up an environment once, and starts training or the tests in it:
 #
 #   bash launch/local.sh [--dry-run] train [flags for bef_jax.main]   --config= defaults to the quickstart
 #   bash launch/local.sh [--dry-run] test [flags for pytest]
-#   bash launch/local.sh [--dry-run] setup                            the environment alone
+#   bash launch/local.sh [--dry-run] setup                            only the environment
 #
-# --dry-run prints the commands, those of the set-up where it is due, and runs none.
+# --dry-run prints the commands, with those of the set-up if it is needed, and runs none.
 # --device=DEVICE, before the mode, decides which JAX is installed: cpu, cuda12, cuda13, tpu, or cuda,
-# which is cuda12. Without it this machine's device nodes decide. With cpu, what is started leaves
-# other devices alone, too.
-# Without flags, the tests run on all cores. The environment goes to .venv, or to $BEF_VENV, and is
-# made with the first Python that serves, or with $BEF_PYTHON. Set-up speaks on stderr only: the
-# summary that training prints is all of stdout.
+# which is cuda12. Without it, this machine's device nodes decide. With cpu, the started program
+# uses no other device.
+# Without flags, the tests run on all cores. The environment goes to .venv, or to $BEF_VENV. It is
+# made with the first Python that fits, or with $BEF_PYTHON. The set-up prints on stderr only,
+# because stdout is only for the summary of the training.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,8 +27,8 @@ print() {
   echo
 }
 
-# Both run a command, or print it. The set-up's speaks on stderr; what is started takes this
-# script's place, so that signals reach Python itself, which saves and stops.
+# Both functions run a command, or print it. A command of the set-up prints on stderr. The started
+# program replaces this script, so that signals reach Python itself, which saves and stops.
 prepare() {
   if [[ $dry_run ]]; then print "$@"; else "$@" >&2; fi
 }
@@ -42,14 +42,14 @@ write() {
   if [[ ! $dry_run ]]; then printf '%s' "$1" >"$2"; fi
 }
 
-# A name on PATH may be a shim with nothing behind it, so each is run.
+# A name on PATH may be a shim with nothing behind it, so run each one.
 serves() {
   "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
     >/dev/null 2>&1
 }
 
-# Prints the first Python that serves: $BEF_PYTHON alone where it is given. 3.14 comes after those
-# that were tested, and 3.11 before: what results/ holds was measured with it.
+# Prints the first Python that fits; if $BEF_PYTHON is set, it tries only that one. 3.11 is first,
+# because the results in results/ were measured with it. 3.14 comes after the tested versions.
 find_python() {
   local candidate candidates=(python3.11 python3.12 python3.13 python3.14 python3 python)
   [[ -z ${BEF_PYTHON:-} ]] || candidates=("$BEF_PYTHON")
@@ -64,7 +64,7 @@ find_python() {
   return 1
 }
 
-# Prints cuda, tpu or cpu: what bef_jax/runtime/devices.py would look for, in the same places.
+# Prints cuda, tpu or cpu; it looks in the same places as bef_jax/runtime/devices.py.
 find_device() {
   local found
   found=$(ls -d /dev/nvidia0 /dev/nvidiactl /proc/driver/nvidia /dev/dxg /dev/accel0 \
@@ -72,13 +72,13 @@ find_device() {
   case $found in
     *nvidia* | *dxg*) echo cuda ;;
     *accel*) echo tpu ;;
-    # VFIO passes on any maker's devices: 0x1ae0 is Google.
+    # VFIO passes on the devices of any maker, and 0x1ae0 is Google.
     *vfio*) if cat /sys/bus/pci/devices/*/vendor | grep -qx 0x1ae0; then echo tpu; else echo cpu; fi ;;
     *) echo cpu ;;
   esac
 }
 
-# Prints the extras of what is installed: "[dev]" and a GPU make "[dev,cuda]".
+# Prints the extras to install: "[dev]" and a GPU make "[dev,cuda]".
 extras() {
   local device=${asked:-$(find_device)} inner=${1//[\[\]]/}
   case $device in
@@ -91,7 +91,7 @@ extras() {
   esac
 }
 
-# What the environment must have been made from: the stamp is a copy of it.
+# Prints what the environment must be made from; the stamp is a copy of it.
 recipe() {
   echo "$root $1"
   cat "$root/pyproject.toml" "$root/constraints.txt"
@@ -101,13 +101,13 @@ is_ready() {
   [[ "$(cat "$venv/stamp$1" 2>/dev/null)" == "$(recipe "$1")" ]] && "$venv/bin/python" -c '' 2>&-
 }
 
-# $venv.setup has content while a set-up is under way: found so, the last one was cut short, and
-# what it left is not to be trusted.
+# $venv.setup has content while a set-up runs. Content at the start means that the last one was cut
+# short, so its environment cannot be trusted.
 install() {
   local python clear=
   python=$(find_python)
   [[ -s "$venv.setup" ]] && clear=yes
-  [[ $dry_run ]] || say "setting up $venv with $python${1:+ and $1}: minutes, the first time only"
+  [[ $dry_run ]] || say "setting up $venv with $python${1:+ and $1}: takes minutes, but only once"
   write "under way" "$venv.setup"
   prepare "$python" -m venv ${clear:+--clear} "$venv"
   prepare "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
@@ -117,7 +117,7 @@ install() {
   [[ $dry_run ]] || say "done; to use it yourself: source $venv/bin/activate"
 }
 
-# Two that start at once must not install at once; where there is no flock, that is not guarded.
+# Two scripts that start at once must not install at once; without flock, nothing prevents it.
 set_up() {
   local extras
   extras=$(extras "$1")
@@ -137,7 +137,7 @@ train() {
   for flag in "$@"; do
     case $flag in -config | --config | -config=* | --config=*) config= ;; esac
   done
-  # -P: the package is this one, also where the current folder holds another copy of it.
+  # -P makes Python use this package, even if the current folder holds another copy of it.
   start "$venv/bin/python" -P -m bef_jax.main ${config:+"$config"} "$@"
 }
 
@@ -160,7 +160,7 @@ case ${1:-} in
   test)
     set_up "[dev]"
     prepare cd "$root"
-    # Most of a test is compiling, which takes one core. Each process of many takes a GB.
+    # A test mostly compiles, which uses one core. Each of many processes takes a GB.
     (($# > 1)) || set -- test -n logical --maxprocesses=8 --dist worksteal
     start "$venv/bin/python" -m pytest "${@:2}"
     ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on a Cloud TPU slice, from nothing to its results:
+# Makes one run on a Cloud TPU slice, from creating the slice to fetching the results:
 #
 #   bash launch/tpu_vm.sh [--dry-run] create | run [flags for bef_jax.main] | fetch | delete
 #
@@ -8,8 +8,8 @@
 #
 #   NAME     of the slice                                  ZONE     such as us-west4-a
 #   TYPE     v5litepod-8 (default), v5litepod-256, ...     RUNTIME  the slice's software version
-#   WORKDIR  where the hosts write, and what fetch brings: with several hosts, on a file system that
-#            all have mounted at the same place
+#   WORKDIR  where the hosts write, and what fetch copies; with several hosts it must be on a file
+#            system that all have mounted at the same place
 #   SPOT     yes for a slice that may be taken away
 set -euo pipefail
 
@@ -44,12 +44,12 @@ create() {
   call "${tpu[@]}" scp --recurse \
     "$root"/{bef_jax,configs,pyproject.toml,constraints.txt,README.md,LICENSE} "$NAME:bef_jax/" \
     "--zone=$ZONE" --worker=all
-  # The slices' Python is 3.10.
+  # The slices come with Python 3.10, which is too old.
   on_all 'sudo apt-get install -qq python3.11-venv && python3.11 -m venv bef_jax/.venv'
   on_all 'cd bef_jax && .venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
 }
 
-# auto: on a TPU VM the other hosts are in its metadata, not in its variables.
+# The coordinator is auto, because a TPU VM lists the other hosts in its metadata, not in variables.
 run() {
   local flags
   printf -v flags ' %q' --workdir="$WORKDIR" --config.distributed.coordinator=auto "$@"

@@ -75,10 +75,10 @@ def test_a_workdir_that_cannot_be_written_is_found_before_the_work(mode, tmp_pat
     (tmp_path / "file").write_text("content")
     flags = ["--config=quickstart", f"--mode={mode}", f"--config.data.dir={tmp_path / 'data'}"]
     line = refused(*flags, f"--workdir={tmp_path / 'file'}")
-    assert "is no folder; give another --workdir" in line
+    assert "is not a folder; give another --workdir" in line
     (tmp_path / "run" / f"{mode}_summary.json").mkdir(parents=True)
     line = refused(*flags, f"--workdir={tmp_path / 'run'}")
-    assert f"{mode}_summary.json: a file is to be written there" in line
+    assert f"{mode}_summary.json: is in the way of an output file" in line
     assert not (tmp_path / "data").exists()
 
 
@@ -104,7 +104,7 @@ def test_paths_that_no_file_can_have_are_mistakes(given, tmp_path, monkeypatch):
         *(functools.partial(store.prepare, each) for each in [*data.values(), stored]),
     ]
     for take in takers:
-        with pytest.raises(UserError, match="can be no path"):
+        with pytest.raises(UserError, match="cannot be a path"):
             take()
     assert os.listdir(tmp_path) == ["loop"]
 
@@ -115,7 +115,7 @@ def test_paths_of_flags_that_no_file_can_have_are_mistakes(flag, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     line = refused("--config=quickstart", f"--mode={mode}", f"--workdir={tmp_path}/run",
                    f"{flag}={tmp_path}/loop")  # fmt: skip
-    assert "can be no path" in line
+    assert "cannot be a path" in line
 
 
 @pytest.mark.parametrize(

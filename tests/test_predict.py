@@ -185,7 +185,7 @@ def test_outputs_that_cannot_be_written_are_found_first(small_config, tmp_path):
         workdir = tmp_path / name / "run"
         workdir.mkdir(parents=True)
         make(workdir / name)
-        with pytest.raises(UserError, match=f"{name}: a fil|{name}: a folder is to be there"):
+        with pytest.raises(UserError, match=f"{name}: is in .* file;|{name}: is in .* folder;"):
             predict.run(small_config(), workdir, tmp_path, tmp_path)
 
 

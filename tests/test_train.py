@@ -216,7 +216,7 @@ def test_more_steps_go_on_from_an_older_versions_checkpoint(undisturbed, small_c
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda run: [], r"6/run/metadata: damaged \(list, where a dict is meant\)"),
+        (lambda run: [], r"6/run/metadata: damaged \(list where a dict is expected\)"),
         (lambda run: run | {"clock": "late"}, r"6/run/metadata: damaged \(clock is str\)"),
         (lambda run: run | {"config": {"model": 3}}, r"6: its config is damaged \(model is int\)"),
         (

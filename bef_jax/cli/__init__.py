@@ -1,1 +1,1 @@
-"""The command line: what --config names, and the text of --help."""
+"""The command line: the values of --config, and the texts of --help."""

@@ -1,4 +1,4 @@
-"""What `--config=` means: a configuration of the package by its name, or a Python file."""
+"""Reads the value of `--config=`: the name of a configuration of the package, or a Python file."""
 
 import importlib.util
 import re
@@ -30,7 +30,7 @@ class ConfigParser(flags.ArgumentParser):
 
 
 def names() -> list[str]:
-    """Returns the names of the configurations that the package carries, sorted."""
+    """Returns the names of the configurations in the package, sorted."""
     files = _FOLDER.glob("*.py")
     return sorted(file.stem for file in files if "\ndef get_config(" in file.read_text("utf-8"))
 
@@ -38,7 +38,7 @@ def names() -> list[str]:
 def resolve(value: str) -> str:
     """Returns the path of the file that `value` means, with its argument after a colon.
 
-    A path is what has a slash or ends in .py; all else is the name of one of the package's
+    A value that has a slash or ends in .py is a path. Any other value names one of the package's
     configurations: "b2:batch_size=64" becomes "/.../configs/b2.py:batch_size=64".
 
     Raises:
@@ -49,28 +49,28 @@ def resolve(value: str) -> str:
         return value
     if name not in names():
         raise UserError(
-            f"no configuration has this name (there are {', '.join(names())}; the path of a file "
-            f"has a slash or ends in .py){did_you_mean(name, names())}"
+            f"no configuration has this name (the names are {', '.join(names())}; the path of a "
+            f"file has a slash or ends in .py){did_you_mean(name, names())}"
         )
     return f"{_FOLDER / name}.py{colon}{argument}"
 
 
 def load(value: str) -> ConfigDict:
-    """Returns the configuration that `value` means, locked: it takes no new fields.
+    """Returns the configuration that `value` means, locked, so that it takes no new fields.
 
     Raises:
-        UserError: there is no such file, or running it fails; the line names the place.
+        UserError: there is no such file, or running it fails; the text names the place.
     """
     path, colon, argument = resolve(value).partition(":")
     try:
         config = _run(Path(path)).get_config(*([argument] if colon else []))
-    except UserError:  # of the argument: it says what is wrong
+    except UserError:  # about the argument; it says what is wrong
         raise
     except FileNotFoundError as error:
         if error.filename != path:
             raise UserError(_describe(path, error)) from error
         raise UserError(f"{path}: {error.strerror}{_suggest_name(path)}") from error
-    except Exception as error:  # the file is Python: it can raise anything
+    except Exception as error:  # the file is Python code, which can raise anything
         raise UserError(_describe(path, error)) from error
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
@@ -79,7 +79,7 @@ def load(value: str) -> ConfigDict:
 
 
 def _run(path: Path) -> ModuleType:
-    # This loader takes a file of any suffix, as a path with a slash may have.
+    # This loader takes any suffix, because a path with a slash may have any.
     loader = importlib.machinery.SourceFileLoader("bef_jax_config", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module  # because dataclasses look their module up there
@@ -88,13 +88,13 @@ def _run(path: Path) -> ModuleType:
 
 
 def _suggest_name(path: str) -> str:
-    """Says how the package's own configuration is asked for, where the repository is not there."""
+    """Returns a hint to the package's own configuration, for a user without the repository."""
     name = Path(path).stem
-    return f"; the package carries one of that name: --config={name}" if name in names() else ""
+    return f"; the package has that configuration: --config={name}" if name in names() else ""
 
 
 def _describe(path: str, error: Exception) -> str:
-    """Returns one line: the file, the last of its lines that was reached, and the exception."""
+    """Returns one line: the file, the last line of it that was reached, and the exception."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return f"{path}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     reached = traceback.extract_tb(error.__traceback__)
@@ -107,11 +107,11 @@ def check_fields(argv: Iterable[str]) -> None:
     """Refuses flags such as --config.batchsize=3 that set no field.
 
     Raises:
-        UserError: names the field, and the one that was probably meant.
+        UserError: a flag sets no field; the text has the one that was probably meant.
     """
     known = default.field_names(default.get_config())
     for flag in argv:
         found = re.match(r"--?(?:no)?config\.([^=]*)", flag)
         if found and found[1] not in known:
             near = did_you_mean(found[1], known, "--config.")
-            raise UserError(f"--config.{found[1]} is no field of the configuration{near}")
+            raise UserError(f"--config.{found[1]} is not a field of the configuration{near}")

@@ -1,4 +1,4 @@
-"""What `--help` and `--version` print; JAX is not imported for it, so that they answer at once."""
+"""The texts of `--help` and `--version`; JAX is not imported, so that they are printed at once."""
 
 import dataclasses
 import inspect
@@ -20,10 +20,10 @@ from bef_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """A mode in one line, and the fields of the configuration that it reads.
+    """A mode: its help in one line, and the fields of the configuration that it reads.
 
     Attributes:
-        fields: names, or what names start with: "data." are all fields of config.data.
+        fields: names, or beginnings of names: "data." means all fields of config.data.
     """
 
     line: str
@@ -31,7 +31,7 @@ class Mode:
 
 
 def comments() -> dict[str, str]:
-    """Returns {"model.name": what it means, ...}, from the comments of configs/default.py."""
+    """Returns {"model.name": its meaning, ...}, from the comments of configs/default.py."""
     known, groups, found, above = default.field_names(default.get_config()), {"config": ""}, {}, []
     for line in inspect.getsource(default).splitlines():
         if group := re.match(r" +config\.(\w+) = (\w+) = ConfigDict\(\)", line):
@@ -52,14 +52,14 @@ _SCORES = ("eval.batch_size", "eval.tta", "eval.threshold", "distributed.", "com
 
 MODES = {
     "train": Mode("trains, or resumes; then evaluates and reports", _TRAINING),
-    "eval": Mode("metrics of a checkpoint on a split", (*_SCORES, "data.")),
+    "eval": Mode("computes metrics of a checkpoint on a split", (*_SCORES, "data.")),
     "predict": Mode("scores pictures, folders, .npz, .h5 or stores", ("predict.", *_SCORES)),
-    "export": Mode("a checkpoint -> StableHLO and ONNX, for serving", ("eval.tta",)),
-    "ablate": Mode("the paper's table: rows x seeds, with pictures", ("ablation.", *_TRAINING)),
-    "benchmark": Mode("images per second of training, inference, input", ("benchmark.", *_STEP)),
-    "plan": Mode("compiles for hardware that is not there: memory and speed", _STEP),
-    "prepare": Mode("a data set -> the decoded store", ("data.",)),
-    "import_weights": Mode("weights of another package -> a checkpoint", ("model.", "seed")),
+    "export": Mode("turns a checkpoint into StableHLO and ONNX, for serving", ("eval.tta",)),
+    "ablate": Mode("makes the paper's table: rows x seeds, pictures", ("ablation.", *_TRAINING)),
+    "benchmark": Mode("measures images/s of training, inference, input", ("benchmark.", *_STEP)),
+    "plan": Mode("compiles for absent hardware, and predicts memory and speed", _STEP),
+    "prepare": Mode("decodes a data set into a store", ("data.",)),
+    "import_weights": Mode("turns another package's weights into a checkpoint", ("model.", "seed")),
 }
 
 _EXAMPLES = {
@@ -72,15 +72,15 @@ _EXAMPLES = {
 
 
 def answer(argv: Sequence[str], known: Sequence[flags.Flag]) -> str | None:
-    """Returns what is to be printed where `argv` asks for help or the version, else None.
+    """Returns the text to print if `argv` asks for help or the version, else None.
 
     Args:
-        argv: the command line, the program's name first.
+        argv: the command line, with the program's name first.
         known: the program's flags. A line of a flag's help may begin with modes ("eval, predict:
-            ..."), which are then the ones that read it.
+            ..."); then only these modes read it.
 
     Raises:
-        UserError: help is asked for with a mode that is unknown.
+        UserError: help is asked for an unknown mode.
     """
     if "--version" in argv:
         return _version()
@@ -91,10 +91,10 @@ def answer(argv: Sequence[str], known: Sequence[flags.Flag]) -> str | None:
 
 
 def check_mode(mode: str) -> None:
-    """Raises `UserError` where there is no such mode."""
+    """Raises `UserError` if there is no such mode."""
     if mode not in MODES:
         near = did_you_mean(mode, MODES)
-        raise UserError(f"--mode={mode} is unknown (there are {', '.join(MODES)}){near}")
+        raise UserError(f"--mode={mode} is unknown (the modes are {', '.join(MODES)}){near}")
 
 
 def _version() -> str:
@@ -103,7 +103,7 @@ def _version() -> str:
 
 
 def _mode(argv: Sequence[str]) -> str | None:
-    """Returns the mode that is named as --mode=eval or --mode eval, with one dash or two."""
+    """Returns the mode of --mode=eval or --mode eval, with one dash or two; else None."""
     found = re.findall(r"(?:^| )--?mode[= ](\S+)", " ".join(argv))
     for mode in found:
         check_mode(mode)
@@ -136,7 +136,7 @@ def _general(known: Sequence[flags.Flag]) -> str:
 
 def _of_mode(mode: str, known: Sequence[flags.Flag]) -> str:
     texts = {_spelled(flag): text for flag in known if (text := _help(flag, mode))}
-    own = "; a checkpoint brings its own" if "--checkpoint=" in texts else ""
+    own = "; a checkpoint has its own values" if "--checkpoint=" in texts else ""
     return "\n".join(
         [
             f"bef-jax --mode={mode}: {MODES[mode].line}",
@@ -151,7 +151,7 @@ def _of_mode(mode: str, known: Sequence[flags.Flag]) -> str:
 
 
 def _fields(mode: str) -> dict[str, str]:
-    """Returns {"--config.seed=0": what it means, ...} of the fields that `mode` reads."""
+    """Returns {"--config.seed=0": its meaning, ...} for the fields that `mode` reads."""
     found, values = comments(), default.get_config()
     names = [
         name
@@ -163,7 +163,7 @@ def _fields(mode: str) -> dict[str, str]:
 
 
 def _help(flag: flags.Flag, mode: str) -> str:
-    """Returns what `mode` is told of a flag: nothing where the flag is of other modes."""
+    """Returns the help of a flag for `mode`; "" if the flag is for other modes."""
     for line in flag.help.splitlines():
         modes, colon, text = line.partition(": ")
         if not colon or not set(modes.split(", ")) <= set(MODES):
@@ -190,7 +190,7 @@ def _width() -> int:
 
 
 def _table(rows: dict[str, str], widest: int = 36) -> Iterator[str]:
-    """Yields the lines of two columns; what is too long for the first has a line of its own."""
+    """Yields the lines of two columns; a text too long for the first column has its own line."""
     indent = min(widest, max(map(len, rows)) + 4)
     for left, right in rows.items():
         lines = textwrap.wrap(right, _width() - indent)

@@ -1,4 +1,4 @@
-"""The report of a run for people: one page that carries its pictures and works offline."""
+"""The report of a run for people: one page that contains its pictures and works offline."""
 
 from bef_jax.report.gather import report_run
 from bef_jax.report.write import Content, write_report

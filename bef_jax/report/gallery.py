@@ -1,4 +1,4 @@
-"""The patches that a network is surest of, rightly and wrongly, with what it looked at."""
+"""The patches where a network is most confident, right or wrong, with what it looked at."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ _COVER = 0.7  # opacity of a heat map where it is hottest
 _GAP = 4  # pixels between a patch and its heat map
 _WHITE, _BLACK = 255, 0
 _PER_ROW, _FRAME = 4, 6  # patches, and pixels of white around each, in most_wrong.png
-_CONTACT_ZOOM = 2  # of most_wrong.png, whose patches would be stamps on today's screens
-_TEXT, _LINE = 15, 22  # pixels: of a caption's letters, and of the line that they stand in
+_CONTACT_ZOOM = 2  # for most_wrong.png, because its patches are tiny on today's screens
+_TEXT, _LINE = 15, 22  # pixels: the size of a caption's letters, and the height of its line
 
-# Grad-CAM of patches [n, 96, 96, 3], uint8, that are called positive or not (bool [n]): maps
-# [n, 96, 96] that add up to 1, or are 0.
+# Computes Grad-CAM of patches [n, 96, 96, 3], uint8, that are called positive or not (bool [n]).
+# It returns maps [n, 96, 96]; each adds up to 1, or is 0.
 Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -31,7 +31,7 @@ class Shown:
     Attributes:
         kind: such as "false positives".
         pixels: uint8 [96, 96, 3], or [96, 196, 3] with its heat map at the right.
-        in_centre: share of the attribution in the square that decides the label; None without one.
+        in_centre: share of the attribution in the square that decides the label; None if no map.
     """
 
     kind: str
@@ -42,12 +42,12 @@ class Shown:
 
     @property
     def caption(self) -> str:
-        """What it is, and its probability of a metastasis."""
+        """Returns its kind, and its probability of a metastasis."""
         return f"{self.kind.removesuffix('s')}, p = {self.probability:.3f}"
 
 
 def pick(evaluation: Evaluation) -> dict[str, np.ndarray]:
-    """Indices of the surest patches by kind, the surest first."""
+    """Returns the indices of the most confident patches by kind, the most confident first."""
     probabilities = np.asarray(evaluation.probabilities)
     called = probabilities >= evaluation.metrics["threshold"]
     positive = np.asarray(evaluation.labels) == 1
@@ -60,17 +60,17 @@ def pick(evaluation: Evaluation) -> dict[str, np.ndarray]:
 
 
 def _top(indices: np.ndarray, sureness: np.ndarray) -> np.ndarray:
-    # Stable: of ties the first of the split, so that every report shows the same.
+    # A stable sort keeps ties in the order of the split, so that every report shows the same.
     return indices[np.argsort(-sureness[indices], kind="stable")[:SHOWN]]
 
 
 def show(evaluation: Evaluation, images: Any, explain: Explain | None) -> list[Shown]:
-    """The gallery of one split.
+    """Returns the gallery of one split.
 
     Args:
-        images: indexable, uint8 [N, 96, 96, 3] in the order of the evaluation; only what is shown
-            is read.
-        explain: see `Explain`; without it patches stand alone.
+        images: indexable, uint8 [N, 96, 96, 3] in the order of the evaluation; only the patches
+            that are shown are read.
+        explain: see `Explain`; without it there are no heat maps.
     """
     kinds = [(kind, index) for kind, found in pick(evaluation).items() for index in found]
     if not kinds:
@@ -93,8 +93,9 @@ def _tile(patch: np.ndarray, heat: np.ndarray | None) -> tuple[np.ndarray, float
 
 
 def covered(patch: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A patch under its heat map, uint8: the hotter, the more it is covered."""
-    # By each map's own peak, as a wide map of the same sum would hardly show. Of 0, 0 stays.
+    """Returns a patch under its heat map, uint8; hotter places are covered more."""
+    # Scale by each map's own peak, because a wide map of the same sum would hardly show. A map of 0
+    # stays 0.
     level = heat / max(float(heat.max()), np.finfo(np.float32).tiny)
     colour = matplotlib.colormaps["viridis"](level)[..., :3] * 255
     opacity = (_COVER * level)[..., None]
@@ -102,14 +103,14 @@ def covered(patch: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def central_share(heat: np.ndarray) -> float | None:
-    """Share of a map [96, 96] that lies in the central 32x32; None of a map that is 0."""
+    """Returns the share of a map [96, 96] in its central 32x32; None if the map is 0."""
     total = float(heat.sum())
     middle = slice(*CENTER)
     return float(heat[middle, middle].sum()) / total if total > 0 else None
 
 
 def framed(patch: np.ndarray) -> np.ndarray:
-    """A copy with the deciding square outlined, white in black: it shows on any tissue."""
+    """Returns a copy with the deciding square outlined, white in black, to show on any tissue."""
     patch = patch.copy()
     low, high = CENTER
     for colour, first, last in ((_BLACK, low - 2, high + 1), (_WHITE, low - 1, high)):
@@ -119,18 +120,18 @@ def framed(patch: np.ndarray) -> np.ndarray:
 
 
 def contact_sheet(shown: list[Shown]) -> np.ndarray:
-    """The most wrong patches side by side, uint8 [H, W, 3]; the surest, where none is wrong."""
+    """Returns the wrong patches side by side, uint8 [H, W, 3]; the right ones if none is wrong."""
     wrong = [each for each in shown if each.kind.startswith("false")] or shown
     tiles = [_captioned(each) for each in wrong]
-    # White ones fill the last row up.
+    # White tiles fill the last row.
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % _PER_ROW)
     rows = [np.hstack(tiles[i : i + _PER_ROW]) for i in range(0, len(tiles), _PER_ROW)]
     return np.vstack(rows)
 
 
 def _captioned(each: Shown) -> np.ndarray:
-    """A tile over its caption, on white, uint8 [H, W, 3]."""
-    # By a whole factor, without smoothing: else the square's line is thicker here than there.
+    """Returns a tile above its caption, on white, uint8 [H, W, 3]."""
+    # Use a whole factor and no smoothing, so that the square's line is equally thick everywhere.
     pixels = each.pixels.repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
     frame = [(_FRAME, _LINE), (_FRAME, _FRAME), (0, 0)]
     image = Image.fromarray(np.pad(pixels, frame, constant_values=255))

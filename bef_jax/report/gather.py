@@ -1,4 +1,4 @@
-"""The report of a training run: what `report` shows, gathered."""
+"""Gathers the content of the report of a training run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,24 +30,24 @@ def report_run(
     """Writes <workdir>/report and returns its page.
 
     Args:
-        splits: by name, of the run's store.
-        manifest: the store's; what is on disk may be gone by now.
+        splits: the splits of the run's store, by name.
+        manifest: the store's manifest, because the one on disk may be gone by now.
         history: the lines of metrics.jsonl.
-        evaluations: by split, of the best checkpoint.
-        variables: {params, batch_stats} of the same.
-        summary: of the run.
+        evaluations: of the best checkpoint, by split.
+        variables: {params, batch_stats} of the best checkpoint.
+        summary: the summary of the run.
     """
     environment = [*versions().items(), ("device", devices.describe())]
     content = Content(
         history=history,
         evaluations=evaluations,
-        # Mapped files, of which the gallery reads the patches that it shows alone.
+        # These files are memory-mapped, and the gallery reads only the patches that it shows.
         images={name: splits[name].images for name in evaluations},
         summary=summary,
         tables={
             "Data": data_card(store.store_path(config.data), manifest, splits),
             "Environment": list(map(list, environment)),
-            # repr, which tells '' from None.
+            # repr shows a difference between '' and None.
             "Configuration": [[name, repr(value)] for name, value in flatten(config).items()],
         },
         explain=make_explainer(config, variables),

@@ -1,4 +1,4 @@
-"""The page of a report: HTML from tables, plots and tiles. Whatever it shows is escaped."""
+"""The page of a report: HTML from tables, plots and tiles. All text that it shows is escaped."""
 
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -35,8 +35,8 @@ _ALT = {
 _KINDS = {
     "false positives": "Normal, called metastasis",
     "false negatives": "Metastasis, called normal",
-    "true positives": "Metastasis, rightly",
-    "true negatives": "Normal, rightly",
+    "true positives": "Metastasis, called metastasis",
+    "true negatives": "Normal, called normal",
 }
 
 
@@ -51,13 +51,13 @@ def render(
     """Returns the page.
 
     Args:
-        pictures: by name, the data: addresses for light and for dark screens.
-        tiles: by split, what the gallery shows, each with its picture's address.
-        tables: by title, rows of name and value.
+        pictures: for each name, the data: addresses for light and for dark screens.
+        tiles: for each split, what the gallery shows, each with its picture's address.
+        tables: for each title, rows of name and value.
     """
     files = resources.files("bef_jax.report")
     template = Template(files.joinpath("page.html").read_text(encoding="utf-8"))
-    # Not safe_substitute: a place of the page that nothing fills is an error.
+    # This is not safe_substitute, because a place that nothing fills must be an error.
     return template.substitute(
         title=escape(title),
         style=files.joinpath("page.css").read_text(encoding="utf-8"),
@@ -75,8 +75,8 @@ def render(
 
 
 def _headline(evaluations: Mapping[str, Evaluation], summary: Mapping[str, Any]) -> str:
-    """A row for each figure, a column for each split: it fits a narrow screen."""
-    # The summary's block besides: it has the intervals.
+    """Returns a table with a row per figure and a column per split, to fit a narrow screen."""
+    # Add the summary's block, because it has the intervals.
     blocks = {split: seen.metrics | _block(summary, split) for split, seen in evaluations.items()}
     rows = [["", *blocks]]
     for key, (name, form) in _COLUMNS.items():
@@ -93,21 +93,21 @@ def _figure(block: Mapping[str, Any], key: str, form: str) -> str:
     value = block.get(key)
     if value is None:
         return "-"
-    # The AUC's has a key of its own, a stable one; the others are together in ci95.
+    # The interval of the AUC has its own, stable key. The other intervals are all in ci95.
     interval = block.get(f"{key}_ci95") or (block.get("ci95") or {}).get(key)
     ends = f" ({form.format(interval[0])} to {form.format(interval[1])})" if interval else ""
     return form.format(value) + ends
 
 
 def _tuned(summary: Mapping[str, Any]) -> str:
-    """What a temperature and a threshold chosen on valid make of each split."""
+    """Returns a table of each split with a temperature and a threshold chosen on valid."""
     rows = [["split", "", "", *(_COLUMNS[key][0] for key in _TUNED)]]
     for split in ("valid", "test"):
         for block, chosen in (("calibrated", "temperature"), ("operating_point", "threshold")):
             found = _block(summary, split).get(block)
             if found and found[chosen] is not None:
-                # A dash where a block lacks a figure: a temperature moves no decision at 0.5, a
-                # threshold no probability.
+                # A dash means that a block lacks a figure: a temperature changes no decision at
+                # 0.5, and a threshold changes no probability.
                 cells = [_figure(found, key, _COLUMNS[key][1]) for key in _TUNED]
                 rows.append([split, chosen, f"{found[chosen]:.4g}", *cells])
     return table(rows) if len(rows) > 1 else ""
@@ -117,7 +117,7 @@ _TUNED = ("accuracy", "sensitivity", "specificity", "f1", "loss", "brier", "ece"
 
 
 def _confusion(seen: Evaluation) -> str:
-    """Counts of one split, and their share of the row."""
+    """Returns a table of the counts of one split, with their shares of the row."""
     called = np.asarray(seen.probabilities) >= seen.metrics["threshold"]
     rows = [[seen.split, "called normal", "called metastasis"]]
     for label, name in enumerate(("normal", "metastasis")):
@@ -130,7 +130,7 @@ def _confusion(seen: Evaluation) -> str:
 
 
 def _facts(summary: Mapping[str, Any]) -> str:
-    # Blocks by split have tables of their own.
+    # The blocks of the splits have their own tables.
     scalars = {k: v for k, v in summary.items() if isinstance(v, str | int | float)}
     return table([["", "this run"], *([_fact_name(k), _fact(k, v)] for k, v in scalars.items())])
 
@@ -153,7 +153,7 @@ def _fact(key: str, value: str | int | float) -> str:
 
 
 def _picture(name: str, light: str, dark: str) -> str:
-    # For screens alone: paper gets the light picture, whatever the reader's system prefers.
+    # Only screens get the dark picture. Paper gets the light one, even if the system prefers dark.
     return (
         f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img alt="{_ALT[name]}" src="{light}"></picture>'
@@ -170,7 +170,7 @@ def _group(kind: str, tiles: list[tuple[Shown, str]]) -> str:
     shares = [each.in_centre for each, _ in tiles if each.in_centre is not None]
     mean = f"; {np.mean(shares):.0%} of the attribution in the square" if shares else ""
     figures = "".join(_tile(each, uri) for each, uri in tiles)
-    # Six digits: with the caption's three, the surest may all be 1.000.
+    # Show six digits: with three, as in the caption, confident patches may all be 1.000.
     rows = [["id", "probability"], *([each.id, f"{each.probability:.6f}"] for each, _ in tiles)]
     return (
         f"<h4>{_KINDS[kind]} <small>{kind}{mean}</small></h4><div class=tiles>{figures}</div>"
@@ -193,12 +193,12 @@ def _section(title: str, rows: list[list[Any]]) -> str:
 
 
 def table(rows: Iterable[list[Any]]) -> str:
-    """A table whose first row is the head; every cell is escaped."""
+    """Returns a table whose first row is the head; every cell is escaped."""
     head, *body = rows
     cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in body)
     names = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
     lines = "".join(f"<tr>{row}</tr>" for row in cells)
-    # In a box that scrolls: on a phone a wide table must not make the whole page scroll aside.
+    # The table has a box that scrolls, so that on a phone the whole page need not scroll sideways.
     return (
         f"<div class=scroll><table><thead><tr>{names}</tr></thead>"
         f"<tbody>{lines}</tbody></table></div>"

@@ -1,7 +1,7 @@
 """Writes the report: one page with all that a reader needs to judge a run.
 
-The page carries its pictures, works offline and runs no script, so that one file can be mailed.
-The plots also lie beside it as PNG.
+The page contains its pictures, works offline and runs no script, so that one file can be mailed.
+The plots are also saved beside it as PNG files.
 """
 
 import base64
@@ -23,16 +23,16 @@ from bef_jax.scoring.metrics import Evaluation
 
 @dataclass(frozen=True)
 class Content:
-    """What a report is about.
+    """The content of a report.
 
     Attributes:
-        history: the lines of metrics.jsonl; of several lines of one step the last counts.
-        evaluations: by split.
-        images: by split, indexable uint8 [N, 96, 96, 3] in the order of the evaluation's ids; a
-            split without images is left out of the gallery.
-        summary: of the run; its blocks by split and its scalars are shown.
-        tables: further ones by their title, each a list of rows of name and value.
-        explain: Grad-CAM (`gallery.Explain`), if there is to be one.
+        history: the lines of metrics.jsonl; if a step has several lines, the last one counts.
+        evaluations: the evaluation of each split.
+        images: for each split, indexable uint8 [N, 96, 96, 3] in the order of the evaluation's ids;
+            the gallery leaves out a split without images.
+        summary: the run's summary; its blocks by split and its scalars are shown.
+        tables: more tables by title, each a list of rows of name and value.
+        explain: Grad-CAM (`gallery.Explain`); None leaves the heat maps out.
     """
 
     history: list[dict[str, Any]]
@@ -46,7 +46,7 @@ class Content:
 def write_report(report_dir: Path, content: Content) -> Path:
     """Writes plots, most_wrong.png and index.html into `report_dir`, and returns the page's path.
 
-    The folder is made when it is missing; what it holds is replaced file by file.
+    The folder is made if it is missing; its files are replaced one by one.
     """
     report_dir.mkdir(parents=True, exist_ok=True)
     pictures = {
@@ -60,20 +60,20 @@ def write_report(report_dir: Path, content: Content) -> Path:
     shown = [each for gallery in galleries.values() for each in gallery]
     if shown:
         write_bytes(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
-    # In base64, a third larger than as files: what one file that can be mailed costs.
+    # base64 makes pictures a third larger, which is the cost of one file that can be mailed.
     tiles = {
         split: [(each, _uri(_png(each.pixels))) for each in gallery]
         for split, gallery in galleries.items()
     }
     title = report_dir.resolve().parent.name
     text = page.render(title, content.evaluations, content.summary, pictures, tiles, content.tables)
-    # Last: who reloads sees the old page, or all of the new one.
+    # Write the page last, so that a reload shows the old page, or all of the new one.
     write_text(report_dir / "index.html", text)
     return report_dir / "index.html"
 
 
 def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
-    # Functions, as each plot is drawn twice, in the colours of both themes.
+    # These are functions, because each plot is drawn twice, in the colours of both themes.
     history, evaluations = content.history, content.evaluations
     return {
         "loss": lambda theme: plots.loss(history, theme),
@@ -93,7 +93,7 @@ def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
 
 def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    # optimize: the page carries every tile, so bytes count for more than the time to pack them.
+    # optimize, because the page contains every tile, and its size matters more than this time.
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 

@@ -1,1 +1,1 @@
-"""What a run needs of the machine: devices, processes, memory, files and signals."""
+"""What a run needs from the machine: devices, processes, memory, files and signals."""

@@ -1,4 +1,4 @@
-"""Compiled programs are kept between runs, so that only the first run waits for the compiler."""
+"""Keeps compiled programs between runs, so that only the first run waits for the compiler."""
 
 import logging
 import os
@@ -13,39 +13,40 @@ from bef_jax.runtime.files import user_path
 
 LOG = logging.getLogger(__name__)
 
-# JAX keeps what took a second. Reading an entry back takes milliseconds, and the many small
-# programs of a start add up.
+# By default JAX keeps only programs that took a second to compile. The many small programs of a
+# start add up, and reading one takes milliseconds, so quicker ones are kept too.
 _LEAST_SECONDS = 0.1
 
 
 def enable(setting: str) -> None:
-    """Tells JAX where compiled programs are kept; call it before anything is compiled.
+    """Tells JAX where to keep compiled programs; call it before anything is compiled.
 
-    Where JAX_COMPILATION_CACHE_DIR is set, it decides. A folder that can't be written is one line
-    of warning: without a cache a run is slower, and as good.
+    If JAX_COMPILATION_CACHE_DIR is set, it decides. If the folder can't be written, this logs one
+    warning, because without a cache a run is only slower.
 
-    A home folder that unlike machines share is safe: the key of an entry holds, besides the program
-    and jaxlib's version, a fingerprint of the devices, and for a CPU that covers the instructions
-    it has. So no other machine's code is loaded. The key leaves out how many cores there are, by
-    which loops are cut into parts, hence a folder for each number: compiled for one core, a program
-    would stay on one.
+    Machines of different kinds can share a home folder safely. The key of an entry holds the
+    program, jaxlib's version and a fingerprint of the devices. For a CPU the fingerprint covers its
+    instructions, so no other machine's code is loaded. The key does not hold the number of cores,
+    which decides into how many parts loops are cut. So each number of cores has its own folder,
+    because a program that was compiled for one core would always use one.
 
     Args:
         setting: `config.compile_cache`: auto, a folder, or empty for none.
     """
-    # The variable is the user's own word to JAX: a launcher's, say, with a folder for all runs.
+    # The variable is the user's own setting: for example, a launcher's folder for all runs.
     if not setting or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     try:
         folder = _default_folder() if setting == "auto" else user_path(setting)
         folder /= f"cores_{devices.cores()}"
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell: quota, read-only
-    # RuntimeError: a user without a home.
+        # Try to write, because permissions do not show a full quota or a read-only disk.
+        tempfile.TemporaryFile(dir=folder).close()
+    # RuntimeError means that the user has no home folder.
     except (OSError, RuntimeError, UserError) as error:
         LOG.warning("config.compile_cache: compiled programs can't be kept: %s", error)
         return
-    # In code, not by a variable: JAX read those when it was imported.
+    # Set these in code, because JAX read its variables when it was imported.
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
 

@@ -1,7 +1,7 @@
-"""Several processes as one run: when they meet, what only the first does, how they part.
+"""Several processes as one run: how they meet, what only the first one does, and how they end.
 
-JAX finds the others by itself where a launcher tells it (SLURM, Open MPI, Cloud TPU, TPUs on GKE);
-here is decided when to ask it, and what a user reads when a host is lost.
+JAX finds the other processes by itself if a launcher announces them (SLURM, Open MPI, Cloud TPU,
+TPUs on GKE). This module decides when to ask JAX, and what a user reads when a host is lost.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ AGAIN = "the same command on all hosts goes on from the last checkpoint"
 
 
 def is_announced(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher's variables say that this is one process of several.
+    """Returns whether a launcher's variables say that this is one process of several.
 
-    SLURM counts inside a step (srun) alone: in a batch script or a shell of an allocation nobody
-    started the other tasks.
+    SLURM counts only inside a step (srun): in a batch script or a shell of an allocation, nobody
+    has started the other tasks.
     """
-    # GKE sets them for a slice of one host as well: it is how many there are that counts.
+    # GKE sets these for a slice of one host as well, so count the hosts.
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     in_step = "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment
     counts = [
@@ -40,11 +40,12 @@ def is_announced(environment: Mapping[str, str]) -> bool:
 
 
 def node_devices(environment: Mapping[str, str]) -> list[int] | None:
-    """The GPUs that SLURM's only task on a node takes: all of the node's.
+    """Returns the numbers of all GPUs of the node, if SLURM runs one task on each node.
 
-    JAX gives each task of SLURM one GPU, by its place on the node; None leaves it so.
+    Otherwise it returns None, which keeps JAX's default: each task gets one GPU, by its place on
+    the node.
     """
-    # Outside of SLURM both are None, and equal: hence the look at the step's list.
+    # Outside SLURM both are None, and so equal. So the step's list must be set as well.
     tasks, nodes = (environment.get(f"SLURM_{name}") for name in ("NTASKS", "JOB_NUM_NODES"))
     gpus = int(environment.get("SLURM_GPUS_ON_NODE", 1))
     alone = "SLURM_STEP_NODELIST" in environment and tasks == nodes
@@ -55,38 +56,40 @@ def node_devices(environment: Mapping[str, str]) -> list[int] | None:
 def initialize(settings: ConfigDict) -> Iterator[None]:
     """Joins the other processes of the run, if there are any; call it before JAX has devices.
 
-    1. `coordinator` is host:port: `num_processes` meet there, this one as `process_id`.
-    2. It is auto: JAX finds the address and the numbers; needed on Cloud TPU VMs, whose variables
-       do not tell.
-    3. It is empty: as auto where the launcher's variables announce several processes, else alone.
+    1. `coordinator` is host:port: `num_processes` meet there, and this one has `process_id`.
+    2. It is auto: JAX finds the address and the numbers. Cloud TPU VMs need this, because their
+       variables do not announce a run.
+    3. It is empty: as auto if the launcher's variables announce several processes; otherwise this
+       process runs alone.
 
-    Inside, the loss of another process ends this one within `settings.timeout_seconds`. XLA ends
-    it by abort(), which leaves Python no chance to speak, so a shell that waits for our end does.
+    While the body runs, the loss of another process ends this one within
+    `settings.timeout_seconds`. XLA ends it by abort(), after which Python can print nothing. So a
+    shell waits for the end of this process and prints the reason.
 
     Args:
         settings: config.distributed.
 
     Raises:
-        UserError: the settings do not name a place in a group of processes, or none is found.
+        UserError: the settings give this process no place among the others, or JAX finds none.
     """
     if not settings.coordinator and not is_announced(os.environ):
         yield
         return
     seconds = settings.timeout_seconds
-    absent = f"failed: not every process of the run has come within {seconds} s; start all of them"
-    # JAX ends a process that waited in vain by abort(), too: what it says comes from the shell.
+    absent = f"failed: not every process of the run joined within {seconds} s; start all of them"
+    # JAX also calls abort() in a process that waited too long, so the shell prints this as well.
     with _last_words(f"{absent}, or raise config.distributed.timeout_seconds"):
         _connect(settings)
-    lost = f"failed: {who()} ends, since it or another one is lost; {AGAIN}"
-    # Entered once all are there, so that the two reasons have a line of their own each.
+    lost = f"failed: {who()} ends, because it or another process is lost; {AGAIN}"
+    # This begins when all processes are there, so that each of the two reasons has its own line.
     with _last_words(lost), _stdout_on_stderr():
         yield
 
 
 @contextlib.contextmanager
 def _stdout_on_stderr() -> Iterator[None]:
-    """Sends what libraries print elsewhere: Gloo greets on stdout, which the summary alone is."""
-    # By descriptors: what C++ prints does not go through sys.stdout.
+    """Sends stdout to stderr, because Gloo prints a greeting and stdout is for the summary only."""
+    # Swap the descriptors, because C++ does not print through sys.stdout.
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -97,7 +100,7 @@ def _stdout_on_stderr() -> Iterator[None]:
 
 
 def who() -> str:
-    """What a message calls this process of several."""
+    """Returns the name of this process for a message."""
     return f"process {jax.process_index()} of {jax.process_count()}"
 
 
@@ -107,12 +110,12 @@ def _connect(settings: ConfigDict) -> None:
         "coordinator_address": settings.coordinator,
         "num_processes": settings.num_processes,
         "process_id": settings.process_id,
-        "cluster_detection_method": "deactivate",  # a launcher around us may count otherwise
+        "cluster_detection_method": "deactivate",  # because a launcher may count otherwise
     }
     try:
         jax.distributed.initialize(
             **(place if explicit else {"local_device_ids": node_devices(os.environ)}),
-            # One time-out for all three, which the messages can name.
+            # All three have one time-out, so that the messages can name it.
             initialization_timeout=seconds,
             heartbeat_timeout_seconds=seconds,
             shutdown_timeout_seconds=seconds,
@@ -125,30 +128,30 @@ def _connect(settings: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def _last_words(text: str) -> Iterator[None]:
-    """If the process dies inside, its end of the pipe closes and the shell prints `text`."""
-    # read fails at the end of the pipe without a line: that is a death, a line is an end in peace.
+    """Starts a shell that prints `text` if this process dies while the body runs."""
+    # If the process dies, the pipe ends without a line and read fails. A line is a normal end.
     script = 'read -r _ || echo "$0" >&2'
-    # A session of its own: a Ctrl-C in the terminal is not for it.
+    # The shell has its own session, so that a Ctrl-C in the terminal does not reach it.
     shell = subprocess.Popen(
         ["sh", "-c", script, text], stdin=subprocess.PIPE, start_new_session=True
     )
     try:
         yield
     finally:
-        # Where an exception comes by, Python is alive, and tells it itself.
+        # After an exception Python is still alive, and reports it itself.
         shell.communicate(b"\n")
 
 
 def is_first() -> bool:
-    """Whether this process writes what the run writes once: process 0, or the only one."""
+    """Returns whether this process writes for the whole run: it is process 0, or the only one."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[None]:
-    """Lets process 0 run the body before the others do; `name` is the same in all of them."""
-    # Each comes to one barrier, the others before the body and process 0 after it. If the body
-    # fails in process 0, its end ends those that wait.
+    """Lets process 0 run the body before the others; `name` must be the same in all of them."""
+    # The others wait at the barrier before the body, and process 0 comes to it after the body. If
+    # the body fails in process 0, the end of process 0 also ends those that wait.
     if not is_first():
         wait_for_all(name)
     yield
@@ -159,27 +162,27 @@ def first_alone(name: str) -> Iterator[None]:
 def wait_for_all(name: str) -> None:
     """Returns once every process has called it with the same `name`, once each.
 
-    Not by a collective: Gloo gives one up after 30 s, and there is no limit here. Who waits for a
-    process that is lost is ended like the rest.
+    It does not use a collective, because Gloo gives up after 30 s, and here the wait has no such
+    limit. If a process is lost, those that wait for it are ended like the rest.
     """
     if jax.distributed.is_initialized():
         get_barrier_sync_fn()(key=name, timeout_ms=_WEEK)
 
 
 def is_stop_agreed(steps: range) -> bool:
-    """Whether all processes stop after `steps`, since one of them got SIGTERM.
+    """Returns whether all processes stop after `steps`, because one of them got SIGTERM.
 
-    JAX passes the notice on in the background, and the processes agree on the first step that none
-    of them has asked about. So each must ask about every step, in the same order.
+    JAX tells the others in the background. The processes then agree on the first step that none of
+    them has asked about. So each must ask about every step, in the same order.
     """
-    # any() stops at the agreed step: none of the processes asks about a later one.
+    # any() stops at the agreed step, so no process asks about a later one.
     return any(multihost_utils.reached_preemption_sync_point(step) for step in steps)
 
 
 def leave(status: int) -> int:
-    """Returns `status`; a process of several that failed ends here and now instead.
+    """Returns `status`; but a process of several that has failed is ended at once.
 
-    Python's own end would first wait for the others, which wait for this one.
+    Python's normal exit would first wait for the other processes, which wait for this one.
     """
     if not status or not jax.distributed.is_initialized():
         return status

@@ -1,7 +1,7 @@
-"""Files on disk: users' files are opened here, and ours are read, checked and replaced here.
+"""Files on disk: opens users' files, and reads, checks and replaces the program's own files.
 
-A file that is read must be a regular one: opening a FIFO waits for a writer, and a device such as
-/dev/zero has no end. A file that is written appears whole, under its name, or not at all.
+A file to read must be a regular one, because opening a FIFO waits for a writer, and a device such
+as /dev/zero has no end. A written file appears whole, under its name, or not at all.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from typing import IO, Any, BinaryIO
 
 from bef_jax.errors import UserError, reason_of
 
-# Of a JSON file of ours. What Python makes of it can take twenty times as much memory.
+# Bytes of a JSON file of our own. Its Python objects can take twenty times as much memory.
 _LONGEST_JSON = 32 << 20
-_PROBE = bytes(1 << 16)  # a full disk still makes empty files
+_PROBE = bytes(1 << 16)  # not empty, because a full disk can still make empty files
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -26,19 +26,19 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-# What damaged content raises while it is parsed, looked up in and compared.
+# Damaged content raises these while it is parsed, searched and compared.
 _DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
-_DAMAGE += (RecursionError,)  # brackets by the thousand
+_DAMAGE += (RecursionError,)  # thousands of nested brackets
 
 
-# ---- what users name ----------------------------------------------------------------------------
+# ---- the files of users -------------------------------------------------------------------------
 
 
 def user_path(given: str | os.PathLike) -> Path:
-    """Returns the path that a user means; `~` is their home. It need not be there.
+    """Returns the path that a user means; `~` is their home. It need not exist.
 
     Raises:
-        UserError: no file can have that name: links that end nowhere, a name that is too long, the
+        UserError: no file can have that name: a loop of links, a name that is too long, or the
             home of an unknown user.
     """
     try:
@@ -46,12 +46,12 @@ def user_path(given: str | os.PathLike) -> Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{given}: can be no path ({reason_of(error)})") from error
+        raise UserError(f"{given}: cannot be a path ({reason_of(error)})") from error
     return path
 
 
 def check_regular(file: Path) -> None:
-    """Raises `UserError` where `file`, or what it links to, is there and is no regular file."""
+    """Raises `UserError` if `file`, or what it links to, exists and is not a regular file."""
     try:
         kind = stat.S_IFMT(os.stat(file).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -59,40 +59,40 @@ def check_regular(file: Path) -> None:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({reason_of(error)})") from error
     if kind != stat.S_IFREG:
-        raise UserError(f"{file}: is {_KINDS.get(kind, 'no file')}; name a regular file")
+        raise UserError(f"{file}: is {_KINDS.get(kind, 'not a file')}; name a regular file")
 
 
 def open_user_file(file: Path) -> BinaryIO:
-    """Opens a file for reading, as bytes; every file that is not ours is opened here.
+    """Opens a file to read bytes; every file that the program did not write is opened here.
 
     Raises:
-        UserError: it is no regular file.
-        OSError: it is not there, or may not be read.
+        UserError: it is not a regular file.
+        OSError: it does not exist, or may not be read.
     """
     check_regular(file)
     return open(file, "rb")
 
 
-# ---- what the program wrote itself --------------------------------------------------------------
+# ---- the files of the program itself ------------------------------------------------------------
 
 
 def read_json(file: Path, check: Callable[[Any], object], fix: str) -> Any:
-    """Reads a JSON file that this program wrote, and lets `check` look at what it holds.
+    """Reads a JSON file that this program wrote, and calls `check` with its content.
 
     Args:
-        check: raises ValueError, KeyError, TypeError or the like where the content has another
-            shape, or other types. Whoever gets the content need not look again.
-        fix: what a user does about a damaged file; ends the error.
+        check: raises ValueError, KeyError, TypeError or the like if the content has another shape
+            or other types. The caller need not check it again.
+        fix: what a user can do about a damaged file; it becomes the end of the error.
 
     Raises:
-        FileNotFoundError: it is not there.
-        UserError: it is no regular file, was cut or edited, or is of another version.
+        FileNotFoundError: the file does not exist.
+        UserError: it is not a regular file, was cut or edited, or is of another version.
     """
     try:
         with open_user_file(file) as stream:
             content = stream.read(_LONGEST_JSON + 1)
         if len(content) > _LONGEST_JSON:
-            raise ValueError("it is longer than any that is written")
+            raise ValueError("it is longer than any file that this program writes")
         found = json.loads(content)
         check(found)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -109,11 +109,11 @@ def check_types(content: Any, /, **types: Any) -> None:
     """Raises TypeError or KeyError unless `content` is a dict with values of these types.
 
     Args:
-        types: by key, a type or several, as `dict | None`. An int passes for a float, a bool for no
-            number.
+        types: for each key, a type or several, such as `dict | None`. An int is accepted as a
+            float; a bool is not accepted as a number.
     """
     if not isinstance(content, dict):
-        raise TypeError(f"{type(content).__name__}, where a dict is meant")
+        raise TypeError(f"{type(content).__name__} where a dict is expected")
     for key, wanted in types.items():
         value = content[key]
         taken = int | float if wanted is float else wanted
@@ -123,21 +123,21 @@ def check_types(content: Any, /, **types: Any) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """Gives a new file, opened to be written, which takes the place of `file` in the end.
+    """Yields a new file, open for writing, which replaces `file` at the end.
 
-    Where the body raises, `file` stays as it was, and the new one is removed.
+    If the body raises, `file` stays as it was, and the new one is removed.
 
     Args:
         mode: `wb` or `w`.
-        options: of `open`, such as encoding.
+        options: for `open`, such as encoding.
     """
-    # In the same folder, since a rename is atomic on one file system only.
+    # Use the same folder, because a rename is atomic only within one file system.
     temporary = _temporary_name(file.parent)
     try:
-        # "x": of several processes, or threads, each writes its own.
+        # Mode "x" makes sure that each process or thread writes its own file.
         with open(temporary, mode.replace("w", "x"), **options) as stream:
             yield stream
-        # No fsync: it guards against a power cut, not against a kill.
+        # fsync is left out, because it guards against a power cut, not against a kill.
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -150,7 +150,7 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes `text` to `file` as UTF-8, whole or not at all; what is no text is escaped."""
+    """Writes `text` to `file` as UTF-8, whole or not at all; escapes what UTF-8 cannot hold."""
     write_bytes(file, text.encode(errors="backslashreplace"))
 
 
@@ -165,26 +165,26 @@ def check_outputs(
     folders: Iterable[str] = (),
     fix: str = "give another --workdir",
 ) -> None:
-    """Looks whether outputs can be written, before the work that makes them; changes nothing.
+    """Checks that outputs can be written, before the work that makes them; changes nothing.
 
     Args:
-        folder: of the outputs; it need not be there yet.
-        files: names in it that will be written or replaced.
+        folder: the folder of the outputs; it need not exist yet.
+        files: names in it of files that will be written or replaced.
         folders: names in it of folders that will be written to.
-        fix: what a user does about it; ends the error.
+        fix: what a user can do about it; it becomes the end of the error.
 
     Raises:
-        UserError: something else has one of the names, or nothing can be written there.
+        UserError: something else has one of these names, or nothing can be written there.
     """
     try:
         if os.path.lexists(folder) and not folder.is_dir():
-            raise UserError(f"{folder}: is no folder; {fix}")
+            raise UserError(f"{folder}: is not a folder; {fix}")
         for name in files:
             if os.path.lexists(folder / name) and not _is_replaceable(folder / name):
-                raise UserError(f"{folder / name}: a file is to be written there; move it away")
+                raise UserError(f"{folder / name}: is in the way of an output file; move it away")
         for name in folders:
             if os.path.lexists(folder / name) and not (folder / name).is_dir():
-                raise UserError(f"{folder / name}: a folder is to be there; move it away")
+                raise UserError(f"{folder / name}: is in the way of an output folder; move it away")
         _probe(folder)
         for name in folders:
             _probe(folder / name)
@@ -193,15 +193,15 @@ def check_outputs(
 
 
 def _is_replaceable(file: Path) -> bool:
-    """Whether it is a regular file, or a link to one, or a link to nothing."""
+    """Returns whether it is a regular file, a link to one, or a link to nothing."""
     return file.is_file() or (file.is_symlink() and not file.exists())
 
 
 def _probe(folder: Path) -> None:
-    """Writes some bytes into the folder, or where it will be made, and removes them again."""
+    """Writes some bytes to the folder, or where it will be made, and removes them again."""
     place = next(each for each in (folder, *folder.parents) if each.exists())
     for name in folder.relative_to(place).parts:
-        # Where its folder is not there yet, no name is found to be too long.
+        # Look right below a folder that exists, because only there stat rejects a too long name.
         with contextlib.suppress(FileNotFoundError):
             (place / name).stat()
     temporary = _temporary_name(place)
@@ -213,8 +213,8 @@ def _probe(folder: Path) -> None:
 
 
 def _temporary_name(folder: Path) -> Path:
-    # Hidden, so that whoever lists results does not meet it. Short, as `file` may have the longest
-    # name that there can be.
+    # The name is hidden, so that a list of results does not show it. It is short, because the file
+    # that it stands for may have the longest possible name.
     return folder / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -224,7 +224,7 @@ _BLOCK = 1 << 20
 
 
 def sha256(file: Path, advance: Callable[[int], object] = lambda _: None) -> str:
-    """Returns the sha256 of a file's content, as hex digits; the file is streamed.
+    """Returns the sha256 of a file's content as hex digits; it reads the file in blocks.
 
     Args:
         file: a regular file.
@@ -232,7 +232,7 @@ def sha256(file: Path, advance: Callable[[int], object] = lambda _: None) -> str
     """
     digest = hashlib.sha256()
     with open_user_file(file) as stream:
-        # No more than it has: a link can lead to a file of the system that has no end.
+        # Read only as much as its size, because a link can lead to a system file without an end.
         left = os.fstat(stream.fileno()).st_size
         while block := stream.read(min(left, _BLOCK)):
             digest.update(block)
@@ -246,14 +246,14 @@ def first_damaged(
     expected: Mapping[str, str],
     advance: Callable[[int], object] = lambda _: None,
 ) -> Path | None:
-    """Returns the first file, by name, that is missing or has another content, or None.
+    """Returns the first file, by name, that is missing or has other content; else None.
 
     Args:
-        folder: where the files lie; what a name leads to outside of it counts as missing.
-        expected: sha256 by the file's path in `folder`, with forward slashes.
+        folder: where the files are; a name that leads outside of it counts as missing.
+        expected: the sha256 of each file, by its path in `folder` with forward slashes.
         advance: as for `sha256`.
     """
-    # Sorted, so that every try names the same file; those after it are not read.
+    # Sort, so that every try names the same file. The files after it are not read.
     for name in sorted(expected):
         file = folder / name
         is_there = _is_inside(name) and os.path.isfile(file)

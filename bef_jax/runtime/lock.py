@@ -13,24 +13,25 @@ from bef_jax.runtime.files import check_regular
 
 @contextlib.contextmanager
 def held(workdir: Path, name: str = ".lock") -> Iterator[None]:
-    """Holds a lock in the workdir inside; of several processes of one run, the first does.
+    """Holds a lock in the workdir while the body runs; only the first process of a run takes it.
 
-    The operating system drops the lock with its owner, so a killed run holds nothing. Two runs in
-    one workdir would delete each other's checkpoints, and mix their lines in metrics.jsonl.
+    The operating system drops the lock with its owner, so a killed run holds nothing. Without
+    it, two runs in one workdir would delete each other's checkpoints, and mix their lines in
+    metrics.jsonl.
 
     Args:
-        name: of the lock's file. Modes that write other files, such as predict, have their own, so
-            that they can look at a run that still trains.
+        name: the lock's file. Modes that write other files, such as predict, have their own, so
+            that they can read a run that still trains.
 
     Raises:
-        UserError: another run holds it, or nothing can be written there.
+        UserError: another run holds the lock, or nothing can be written there.
     """
-    # The workdir is shared: the others would meet the lock of their own run.
+    # All processes share the workdir, so the others would find the lock of their own run.
     if not distributed.is_first():
         yield
         return
     check_regular(workdir / name)
-    # No waiting: the other run may take days.
+    # Do not wait, because the other run may take days.
     lock, fix = FileLock(workdir / name, timeout=0), "give another --workdir"
     try:
         workdir.mkdir(parents=True, exist_ok=True)

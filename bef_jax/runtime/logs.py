@@ -1,4 +1,4 @@
-"""What the program says on stderr: its own lines, and of its libraries what warns."""
+"""What the program prints on stderr: its own messages, and the warnings of its libraries."""
 
 import logging
 
@@ -8,22 +8,22 @@ from bef_jax.errors import printable
 
 
 def set_up() -> None:
-    """Lets the project speak, and its libraries warn: each warning once, as one line.
+    """Shows the project's messages and its libraries' warnings: each warning once, in one line.
 
-    Of Orbax, which is chatty and speaks through absl, errors alone are shown.
+    Orbax logs a lot, through absl, so only its errors are shown.
     """
     log = logging.getLogger("bef_jax")
     handler = logging.StreamHandler()
     handler.setFormatter(Printable())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    # The root logger's handler below would say every line again.
+    # The root logger's handler below would print every line again.
     log.propagate = False
     _set_up_libraries(logging.getLogger())
 
 
 def _set_up_libraries(root: logging.Logger) -> None:
-    # absl's own handler prints tracebacks, and a prefix that says nothing to a user.
+    # absl's own handler prints tracebacks, and a prefix that tells a user nothing.
     root.removeHandler(absl_logging.get_absl_handler())
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine())
@@ -31,13 +31,13 @@ def _set_up_libraries(root: logging.Logger) -> None:
     handler.setLevel(logging.WARNING)
     root.addHandler(handler)
     absl_logging.set_verbosity(absl_logging.ERROR)
-    # Of a damaged picture our own line says what they say in several.
+    # Our own line about a damaged picture says what these libraries say in several lines.
     for library in ("tifffile", "PIL"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 class Printable(logging.Formatter):
-    """Escapes what a terminal would obey: names of files and patches come from strangers."""
+    """Escapes what a terminal would obey, because file and patch names come from strangers."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line."""
@@ -48,7 +48,7 @@ class OneLine(logging.Formatter):
     """Folds a message, and the exception that it reports, into one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the line; of an exception its last words, not the traceback."""
+        """Returns the line; it has the type and text of an exception, not the traceback."""
         text = record.getMessage()
         if record.exc_info and record.exc_info[1]:
             error = record.exc_info[1]
@@ -57,15 +57,15 @@ class OneLine(logging.Formatter):
 
 
 class Once(logging.Filter):
-    """Drops what has been said already."""
+    """Drops messages that were shown already."""
 
     def __init__(self) -> None:
-        """Starts with nothing said."""
+        """Starts without any message."""
         super().__init__()
         self._said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is new."""
+        """Returns whether the record's message is new."""
         text = record.getMessage()
         is_new = text not in self._said
         self._said.add(text)

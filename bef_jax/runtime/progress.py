@@ -1,4 +1,4 @@
-"""Where long work stands, on stderr: a live bar on a terminal, a line now and then elsewhere."""
+"""The progress of long work, on stderr: a live bar on a terminal, else a line now and then."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-# Short enough for a terminal of 80 columns: the AUC is of valid, the wait is for input.
+# Short, to fit a terminal of 80 columns: AUC is the AUC on valid, wait is the wait for input.
 FORMATS = {
     "loss": "loss {:.3f}",
     "valid_auc": "AUC {:.4f}",
@@ -19,21 +19,21 @@ FORMATS = {
 
 
 class _Display:
-    """A context manager with a bar of rich's, and the lines that stand in for it."""
+    """A context manager with a bar from rich, or with lines that replace it."""
 
     def __init__(self, console: Console | None, line_seconds: float, *columns: ProgressColumn):
         self._console = console or Console(stderr=True)
         self._line_seconds = line_seconds
         self._next_line = 0.0
-        # The summary is the only thing on stdout, so it must not be caught by the display.
+        # stdout has only the summary, so the display must not catch it.
         self._bar = RichProgress(
             *columns,
             console=self._console,
-            # In a file or a pipe the bar would be a heap of control characters.
+            # In a file or a pipe the bar would be many control characters.
             disable=not self._console.is_interactive,
             redirect_stdout=False,
-            # rich draws in a thread of its own, which takes the GIL from the loop: ten times, by
-            # default.
+            # rich draws in its own thread, which takes the GIL from the loop. Its default is ten
+            # times a second.
             refresh_per_second=2,
         )
 
@@ -48,38 +48,38 @@ class _Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stops the display and gives the cursor back."""
+        """Stops the display and shows the cursor again."""
         self._bar.stop()
 
     def log(self, text: str) -> None:
-        """Prints `text` on a line of its own, above the bar."""
-        # Plain: brackets in a path would be taken for markup.
+        """Prints `text` on its own line, above the bar."""
+        # Turn markup off, because rich would read brackets in a path as markup.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, text: str, now: float, is_last: bool) -> None:
-        """Prints `text` where there is no bar, if it is time for a line, or the last one."""
+        """Prints `text` if there is no bar, and it is time for a line or this is the last one."""
         if self._bar.disable and (now >= self._next_line or is_last):
             self._next_line = now + self._line_seconds
             self.log(text)
 
 
 class _Pace:
-    """How fast work goes, from the first time that it is told on."""
+    """The speed of work since the first call of `rate` or `left`."""
 
     def __init__(self, total: int):
         self._total = total
         self._first: tuple[int, float] | None = None
 
     def rate(self, done: int, now: float) -> float | None:
-        """Returns how much is done in a second; None where there is too little to tell."""
-        # What came before, such as compilation, says nothing about the time left.
+        """Returns how much is done in a second; None if it is too early to know."""
+        # Earlier work, such as compilation, says nothing about the time left.
         self._first = self._first or (done, now)
         first_done, first_time = self._first
         is_known = done > first_done and now > first_time
         return (done - first_done) / (now - first_time) if is_known else None
 
     def left(self, done: int, now: float) -> str | None:
-        """Returns the time left, in words."""
+        """Returns the time left in words; None if it is too early to know."""
         rate = self.rate(done, now)
         return f"{timedelta(seconds=round((self._total - done) / rate))} left" if rate else None
 
@@ -97,10 +97,10 @@ class Progress(_Display):
         """Sets up the display; nothing is shown before the first update.
 
         Args:
-            total_steps: of the whole run.
+            total_steps: the steps of the whole run.
             start_step: the step that a resumed run starts from.
-            console: where to show; stderr unless told.
-            line_seconds: least time between two lines, where there is no terminal.
+            console: where to show it; stderr by default.
+            line_seconds: the least time between two lines, if there is no terminal.
         """
         super().__init__(
             console,
@@ -111,12 +111,12 @@ class Progress(_Display):
         )
         self._total = total_steps
         self._figures: dict[str, float] = {}
-        # Of this start alone: a resumed run may be on other hardware.
+        # Measure only this start, because a resumed run may be on other hardware.
         self._pace = _Pace(total_steps)
         self._task = self._bar.add_task("", total=total_steps, completed=start_step, figures="")
 
     def update(self, step: int, **figures: float | None) -> None:
-        """Shows `step` and the figures named in FORMATS; one that is not given keeps its value.
+        """Shows `step` and the figures named in FORMATS; one that is not given stays as it was.
 
         Args:
             step: steps done, of total_steps.
@@ -126,7 +126,7 @@ class Progress(_Display):
         now = monotonic()
         text = self._describe(step, now)
         self._bar.update(self._task, completed=step, figures=text)
-        # The last step's line always, since a run's end is what a log is read for.
+        # Always print the last step's line, because a log is read for the end of the run.
         self._line(f"step {step:,}/{self._total:,}  {text}", now, is_last=step == self._total)
 
     def _describe(self, step: int, now: float) -> str:
@@ -136,25 +136,25 @@ class Progress(_Display):
 
 
 class Phases(_Display):
-    """A context manager that shows one long piece of work after another: how far, time left."""
+    """A context manager that shows the progress and time left of long work, piece by piece."""
 
     def __init__(self, console: Console | None = None, line_seconds: float = 10.0):
         """Sets up the display; nothing is shown before the first piece begins.
 
         Args:
-            console: where to show; stderr unless told.
-            line_seconds: least time between two lines of a piece, where there is no terminal.
+            console: where to show it; stderr by default.
+            line_seconds: the least time between two lines of a piece, if there is no terminal.
         """
         name, figures = TextColumn("{task.description}", markup=False), "{task.fields[figures]}"
         super().__init__(console, line_seconds, name, BarColumn(bar_width=12), TextColumn(figures))
 
     def begin(self, name: str, total: int, unit: str) -> Callable[[int], None]:
-        """Shows a new piece of work, and returns what is called with how much more is done.
+        """Shows a new piece of work; returns a function to call with the amount of new work done.
 
         Args:
-            name: what is done, for a reader.
-            total: of what is to be done, in units.
-            unit: patches or bytes.
+            name: the work, in words for a reader.
+            total: the amount of work, in units.
+            unit: "patches" or "bytes".
         """
         task = self._bar.add_task(name, total=total, figures="")
         done, start, pace = 0, monotonic(), _Pace(total)

@@ -1,7 +1,7 @@
-"""One mesh axis, `data`, over all devices: the batch is cut along it, the state is everywhere.
+"""One mesh axis, `data`, over all devices: it cuts the batch, and every device has the whole state.
 
-The same code runs on one device and on many; a jitted function over a sharded batch computes what
-one device would, and XLA adds the collectives.
+The same code runs on one device and on many. A jitted function over a sharded batch computes what
+one device would compute, and XLA adds the collectives.
 """
 
 import jax
@@ -9,31 +9,31 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Every accelerator holds the state of these networks whole, so the batch alone is cut.
+# Every accelerator can hold the whole state of these networks, so only the batch is cut.
 AXIS = "data"
 
 
 def make_mesh() -> Mesh:
     """Returns the mesh over all devices of all hosts."""
-    # Auto: XLA finds the shardings in between. The default is Explicit axes, by which every
-    # operation must be able to say its own.
+    # With Auto axes, XLA finds the shardings in between. With the default, Explicit axes, every
+    # operation must be able to give its own.
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of the state: a copy on every device."""
+    """Returns the sharding of the state: a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch, or of a whole split: rows (the first axis) over devices."""
+    """Returns the sharding of a batch or a whole split: rows (the first axis) over devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def put_everywhere(array: np.ndarray, mesh: Mesh) -> Array:
-    """Copies an array that all processes have to all devices.
+    """Copies an array, which every process must have, to all devices.
 
-    jax.device_put would, with several processes, wait for all of them to compare their copies.
+    With several processes, jax.device_put would wait for all of them to compare their copies.
     """
     # Each process fills its own devices, and none asks the others.
     return jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])

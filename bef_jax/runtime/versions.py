@@ -1,4 +1,4 @@
-"""The versions of JAX that were tested: .ci/run has a Python for each line."""
+"""The versions of JAX that were tested; .ci/run has one Python for each minor version."""
 
 import logging
 
@@ -6,16 +6,16 @@ import jax
 
 LOG = logging.getLogger(__name__)
 
-# From this line of JAX to the one below that: pyproject.toml has the same.
+# The first minor version that was tested, and the first that was not; as in pyproject.toml.
 TESTED = ((0, 10), (0, 13))
 
 
 def warn_if_untested(version: str = jax.__version__) -> None:
-    """Logs one line of warning where `version` of JAX is outside the range that was tested.
+    """Logs a warning of one line if `version` of JAX is outside the range that was tested.
 
-    No error: most of what works with one line of JAX works with the next.
+    It is not an error, because most of what works with one minor version works with the next.
     """
     first, end = TESTED
     if not first <= tuple(map(int, version.split(".")[:2])) < end:
         shown = f">={first[0]}.{first[1]},<{end[0]}.{end[1]}"
-        LOG.warning("jax %s is untested here; tested was jax%s", version, shown)
+        LOG.warning("jax %s is untested; if it fails, install jax%s", version, shown)

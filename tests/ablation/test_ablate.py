@@ -111,7 +111,7 @@ def test_what_is_in_the_way_of_a_file_is_named_before_any_is_trained(
     monkeypatch.setattr(ablate, "prepare_with_progress", lambda _: pytest.fail("too late"))
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     {"FIFO": os.mkfifo, "folder": os.mkdir}[kind](tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: a file is to be written there"):
+    with pytest.raises(UserError, match=f"{name}: is in the way of an output file"):
         ablate.run(small_config(**{"ablation.seeds": 1}), tmp_path, [])
 
 

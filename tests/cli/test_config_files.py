@@ -112,7 +112,7 @@ def test_the_near_field_is_named_in_full(flag, near):
 
 
 def test_what_is_near_nothing_gets_no_suggestion():
-    with pytest.raises(UserError, match=r"--config\.zzzzz is no field of the configuration$"):
+    with pytest.raises(UserError, match=r"--config\.zzzzz is not a field of the configuration$"):
         check_fields(["--config.zzzzz"])
 
 

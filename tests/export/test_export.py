@@ -123,14 +123,14 @@ OUTPUTS = ["export_summary.json", *(f"export/{name}" for name in (
 def test_something_else_in_an_output_s_place(name, make, before_work, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     make(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: a .* is to be .*there; move it away"):
+    with pytest.raises(UserError, match=f"{name}: is in the way of an output .*; move it away"):
         before_work(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere"])
 def test_a_workdir_that_cannot_be_written(name, before_work, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"(is no folder|cannot be written.*); give another"):
+    with pytest.raises(UserError, match=r"(is not a folder|cannot be written.*); give another"):
         before_work(tmp_path / name)
 
 

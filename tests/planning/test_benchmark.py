@@ -142,7 +142,7 @@ def test_mistakes_are_refused_before_anything_is_compiled(tmp_path, monkeypatch)
     kernels = {"model.mbconv": "pallas"}
     assert "set config.model.mbconv=layers" in refused(tmp_path, compare="lax", **kernels)
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path / 'file'}: is no folder; name another --results" in refused(
+    assert f"{tmp_path / 'file'}: is not a folder; name another --results" in refused(
         tmp_path, folder=tmp_path / "file"
     )
 

@@ -73,5 +73,5 @@ def test_what_is_no_list_is_refused_and_kept(content, tmp_path):
 
 def test_a_fifo_in_place_of_results_is_refused_at_once(tmp_path):
     os.mkfifo(records.results_file(tmp_path, "cpu"))
-    with pytest.raises(UserError, match=r"cpu-.*\.json: a file is to be written there"):
+    with pytest.raises(UserError, match=r"cpu-.*\.json: is in the way of an output file"):
         records.results_file(tmp_path, "cpu")

@@ -240,7 +240,7 @@ def test_a_process_that_never_comes_is_one_clear_line(data_dir, tmp_path):
     with running(tmp_path, data_dir, processes=2, devices=1, only=[0], **fields) as (process,):
         _, errors = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
-    assert "not every process of the run has come within 3 s" in errors.splitlines()[-1]
+    assert "not every process of the run joined within 3 s" in errors.splitlines()[-1]
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_a_link_to_a_file_is_a_file_and_none_is_none(tmp_path):
 def test_a_path_that_no_file_can_have_is_a_mistake(tmp_path, given, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(UserError, match="can be no path"):
+    with pytest.raises(UserError, match="cannot be a path"):
         files.user_path(given)
 
 
@@ -132,12 +132,12 @@ def test_a_new_file_has_the_permissions_that_the_user_gives_to_files(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_that_cannot_be_written_are_found_before(tmp_path, kind):
     path = special(tmp_path, kind)
-    with pytest.raises(UserError, match="special: a file is to be written there"):
+    with pytest.raises(UserError, match="special: is in the way of an output file"):
         files.check_outputs(tmp_path, ["special"])
     if kind != "folder":
-        with pytest.raises(UserError, match="special: a folder is to be there"):
+        with pytest.raises(UserError, match="special: is in the way of an output folder"):
             files.check_outputs(tmp_path, folders=["special"])
-        with pytest.raises(UserError, match="special: is no folder; give another"):
+        with pytest.raises(UserError, match="special: is not a folder; give another"):
             files.check_outputs(path)
         with pytest.raises(UserError, match="special/run: cannot be written"):
             files.check_outputs(path / "run")

@@ -209,7 +209,7 @@ def test_no_special_file_of_a_checkpoint_is_opened(saved, kind, checksums):
 def test_a_place_that_is_no_folder_of_checkpoints_is_refused(tmp_path, kind):
     place = tmp_path / "checkpoints"
     place.touch() if kind == "file" else put(place, kind)
-    with pytest.raises(UserError, match="checkpoints: a folder is to be there; move it away"):
+    with pytest.raises(UserError, match="checkpoints: is in the way of an output folder; move"):
         Checkpoints(tmp_path, 2)
     with pytest.raises(UserError, match="checkpoints: no checkpoint there"):
         checkpoint.best(tmp_path)

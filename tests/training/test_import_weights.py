@@ -38,9 +38,9 @@ def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("", "file", "is no folder; give another --workdir"),
-        ("checkpoints", "file", "checkpoints: a folder is to be there; move it away"),
-        ("import_weights_summary.json", "folder", "a file is to be written there; move it away"),
+        ("", "file", "is not a folder; give another --workdir"),
+        ("checkpoints", "file", "checkpoints: is in the way of an output folder; move it away"),
+        ("import_weights_summary.json", "folder", "is in the way of an output file; move it away"),
         (".lock", "FIFO", "is a FIFO"),
     ],
 )

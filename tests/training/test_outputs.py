@@ -19,7 +19,7 @@ def test_what_is_in_the_way_of_a_file_is_told_before_data_are_read(
     (tmp_path / "report").mkdir()
     make = {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}
     make[kind](tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: a file is to be written there; move it away"):
+    with pytest.raises(UserError, match=f"{name}: is in the way of an output file; move it away"):
         train.train_and_evaluate(small_config(), tmp_path)
 
 
@@ -30,6 +30,6 @@ def test_what_is_in_the_way_of_a_folder_is_told_before_data_are_read(
     monkeypatch.setattr(train, "open_splits", lambda _: pytest.fail("too late"))
     for make in (os.mkfifo, Path.touch, lambda x: x.symlink_to("nowhere")):
         make(tmp_path / name)
-        with pytest.raises(UserError, match=f"{name}: a folder is to be there; move it away"):
+        with pytest.raises(UserError, match=f"{name}: is in the way of an output folder; move it"):
             train.train_and_evaluate(small_config(), tmp_path)
         (tmp_path / name).unlink()
