@@ -32,26 +32,26 @@ from bef_jax.training import checkpoint
 def run(
     config: ConfigDict, path: Path, split: str | None = None, other: Path | None = None
 ) -> dict:
-    """--mode=eval: the metrics of a checkpoint on one split.
+    """Returns the metrics of a checkpoint on one split, as the summary of --mode=eval.
 
     Args:
-        config: as `trained.scoring_config` makes it for the checkpoint.
+        config: as `trained.scoring_config` returns it for the checkpoint.
         path: the checkpoint's folder.
-        split: train, valid or test; test without it, or valid where there is no test.
-        other: a checkpoint, of any network, to test this one against on the same patches.
+        split: train, valid or test. The default is test, or valid where there is no test.
+        other: a checkpoint, of any network, to compare with this one on the same patches.
 
     Raises:
-        UserError: no such checkpoint or split.
+        UserError: there is no such checkpoint or split.
         RunError: a score is not finite.
     """
     folder = store.store_path(config.data)
     counts = store.read_manifest(folder)["counts"]
     patches = store.open_split(folder, split or ("test" if counts.get("test") else "valid"))
-    # Before the first evaluation: a wrong path is told at once, not in the end.
+    # Read this before the first evaluation, so that a wrong path is an error at once.
     theirs = _config_of_other(other, config) if other else None
     evaluate = _evaluator(path, config)
-    # Temperature and threshold are chosen on valid, which costs a pass of its own where another
-    # split was asked for.
+    # Temperature and threshold are chosen on valid, which costs an extra pass if the user asked
+    # for another split.
     evaluation = valid = evaluate(patches)
     if patches.name != "valid" and counts.get("valid"):
         valid = evaluate(store.open_split(folder, "valid"))
@@ -64,14 +64,14 @@ def run(
 
 
 def _config_of_other(other: Path, config: ConfigDict) -> ConfigDict:
-    """The other checkpoint's network and input, under the same views and at the same threshold."""
+    """Returns the other checkpoint's configuration, with the data and eval fields of `config`."""
     theirs = trained.scoring_config(other)
     theirs.update(data=config.data, eval=config.eval)
     return theirs
 
 
 def _evaluator(path: Path, config: ConfigDict) -> Callable[[Split], Evaluation]:
-    """Evaluates the checkpoint at `path`; read and compiled once, for several splits."""
+    """Returns `evaluate(split)` for the checkpoint at `path`, which is read and compiled once."""
     mesh = sharding.make_mesh()
     variables = checkpoint.restore_variables(path, config, sharding.replicated(mesh))
     return functools.partial(make_evaluator(config, mesh), variables)
@@ -91,21 +91,21 @@ def _compare(evaluation: Evaluation, path: Path, config: ConfigDict, patches: Sp
 def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
     """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once.
 
-    It raises RunError where a score is not finite.
+    `evaluate` raises RunError where a score is not finite.
     """
     scorer = make_scorer(config, mesh)
     size = batch_size(config, mesh)
 
     def evaluate(variables: dict, split: Split) -> Evaluation:
         score = scorer(variables)
-        # By generators, so that the host gathers a batch while the devices score the one before.
+        # These are generators, so that the host gathers a batch while devices score the one before.
         scored = one_late(
             [score(images, view) for view in range(config.eval.tta)]
             for images in (
                 put_batch(split, mesh, rows).images for rows in padded_rows(len(split), size)
             )
         )
-        # [tta, N], float32, less what filled the last batch up.
+        # [tta, N], float32, without the rows that fill the last batch.
         views = np.concatenate([np.stack(parts) for parts in scored], axis=1)[:, : len(split)]
         by_view = sigmoid(views)
         probabilities, plain = by_view.mean(axis=0), by_view[0] if len(by_view) > 1 else None
@@ -117,11 +117,11 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
 
 
 def summarise(evaluation: Evaluation, config: ConfigDict, valid: Evaluation) -> dict:
-    """The block of a summary that describes one evaluation.
+    """Returns the block of a summary that describes one evaluation.
 
-    Beside the figures of the network as it is (`ci95` has the intervals that they lack) stand those
-    with a temperature and at a threshold that were chosen on `valid`; and, where `tta` views were
-    averaged, the plain ones of each patch as it is.
+    It has the network's own figures, and in `ci95` the intervals that they lack. It also has
+    figures with a temperature and at a threshold that were chosen on `valid`. Where `tta` views
+    were averaged, `plain` has the figures of each patch as it is.
     """
     block = {"split": evaluation.split, **evaluation.metrics, "tta": config.eval.tta}
     block |= {"ci95": intervals(evaluation), **tuned(valid, evaluation)}

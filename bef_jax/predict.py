@@ -47,13 +47,13 @@ def run(
     path: Path | None,
     split: str | None = None,
 ) -> dict:
-    """Scores what lies at `path`, and writes predictions.csv and heat maps into `workdir`.
+    """Scores the input at `path`, and writes predictions.csv and heat maps into `workdir`.
 
     Args:
-        config: as `trained.scoring_config` makes it for the checkpoint.
+        config: as `trained.scoring_config` returns it for the checkpoint.
         checkpoint_path: the checkpoint's folder.
-        path: of the input (`inputs.read`).
-        split: of a store; all of them without it.
+        path: the input, of a kind that `inputs.read` takes.
+        split: one split of a store; None for all of them.
 
     Returns:
         The summary: mode, checkpoint, input, n, positives, unreadable (file and reason of each
@@ -61,8 +61,8 @@ def run(
         heatmaps, images_per_second. `operating_point` is what the run chose on valid, or None.
 
     Raises:
-        UserError: the input or the checkpoint is not as it must be, or no output can be written.
-        RunError: a score is not finite. Either way predictions of before stay as they were.
+        UserError: the input or the checkpoint can't be used, or no output can be written.
+        RunError: a score is not finite. After either error, earlier predictions stay as they were.
     """
     _check_flags(path)
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
@@ -87,7 +87,7 @@ def run(
         "operating_point": checkpoint.read_run(checkpoint_path).get("operating_point"),
         "predictions": str(workdir / _FILE),
         "heatmaps": [str(workdir / _MAPS / name) for name in found["heatmaps"]],
-        # With reading and compiling, as whoever waits has it.
+        # The time includes reading and compiling, because a user waits for them, too.
         "images_per_second": found["n"] / (time.perf_counter() - start),
     }
 
@@ -100,16 +100,16 @@ def _first(unreadable: dict[str, str]) -> str:
 def _check_flags(path: Path | None) -> None:
     if path is None:
         raise UserError("--input is missing: name a picture, a folder, a .npz, a .h5 or a store")
-    # Each process would read the whole input, and write the same file.
+    # Each process would read the whole input and write the same file.
     if jax.process_count() > 1:
         raise UserError("--mode=predict runs in one process: give each host a part of the input")
 
 
 @contextlib.contextmanager
 def _stage(workdir: Path) -> Iterator[Path]:
-    """Gives a folder in which the outputs are made; until all are, those of before stay."""
+    """Yields a folder for new outputs; earlier outputs stay until all new ones are made."""
     stage = workdir / _STAGE
-    shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(stage, ignore_errors=True)  # left by a run that was killed
     stage.mkdir()
     try:
         yield stage
@@ -118,9 +118,9 @@ def _stage(workdir: Path) -> Iterator[Path]:
 
 
 def _publish(stage: Path, workdir: Path) -> None:
-    """Puts the outputs in their place, and removes the heat maps of the input before."""
+    """Moves the outputs to their place, and removes the heat maps of the earlier input."""
     if (workdir / _FILE).exists():
-        LOG.info("%s and the heat maps of before are replaced", workdir / _FILE)
+        LOG.info("replacing %s and the heat maps of an earlier run", workdir / _FILE)
     remove_heatmaps(workdir / _MAPS)
     os.replace(stage / _FILE, workdir / _FILE)
     for file in sorted(stage.rglob("*.png")):
@@ -130,13 +130,13 @@ def _publish(stage: Path, workdir: Path) -> None:
 
 
 def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
-    """Passes patches on, and counts them on stderr."""
+    """Passes patches on, and shows their number on stderr."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("predict")
         for count, patch in enumerate(patches, 1):
             yield patch
-            if count % 256 == 0:  # to draw takes longer than to pass a patch on
+            if count % 256 == 0:  # drawing takes longer than passing a patch on
                 bar.update(task, description=f"predict: {count:,} patches")
 
 
@@ -144,7 +144,7 @@ def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
 
 
 def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator[Scored]:
-    """Scores batch by batch: memory holds a few of them, however many patches come."""
+    """Scores batch by batch, so that memory holds a few batches for any number of patches."""
     mesh = sharding.make_mesh()
     variables = checkpoint.restore_variables(path, config, sharding.replicated(mesh))
     predict = make_predictor(config, variables, mesh)
@@ -152,7 +152,7 @@ def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator
 
     def pixels() -> Iterator[np.ndarray]:
         for patch in patches:
-            # Without the pixels, 27 kB a patch: their batch has them.
+            # Drop the pixels, 27 kB a patch, because the batch already holds them.
             waiting.append(patch._replace(pixels=None))
             yield patch.pixels
 
@@ -166,17 +166,17 @@ def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator
 
 
 def _write(stage: Path, scored: Iterator[Scored], threshold: float) -> dict:
-    """Writes predictions.csv and heatmaps/ into `stage`; returns n, positives, and maps' names."""
+    """Writes predictions.csv and heatmaps/ into `stage`; returns n, positives, and heatmaps."""
     with open(stage / _FILE, "w", newline="", encoding="utf-8") as file:
         return _write_rows(csv.writer(file), scored, threshold, stage / _MAPS)
 
 
 def _write_rows(out: Any, scored: Iterator[Scored], threshold: float, folder: Path) -> dict:
-    """Writes a row for each patch, and a heat map for each larger picture when it is through."""
+    """Writes a row for each patch, and a heat map after the last patch of each larger picture."""
     n = positives = 0
-    maps: dict[str, None] = {}  # in order, and quick to look up
+    maps: dict[str, None] = {}  # a set that keeps the order
     out.writerow(_HEAD)
-    # The tiles of a picture come in a row, so that one map at a time is held.
+    # The tiles of a picture follow each other, so memory holds one map at a time.
     for picture, of_picture in itertools.groupby(scored, key=lambda each: each.patch.picture):
         tiles = Scores()
         for patch, probability in of_picture:
@@ -192,6 +192,6 @@ def _write_rows(out: Any, scored: Iterator[Scored], threshold: float, folder: Pa
 
 
 def _new_name(picture: str, taken: dict[str, None]) -> str:
-    """The name of a picture's map: a.tif has a.tif.png, which may be a picture's own, too."""
+    """Returns a free name for a picture's map: a.tif and a.tif.png would both get a.tif.png."""
     name = name_of(picture)
     return name if name not in taken else name_of(f"{picture}.map")

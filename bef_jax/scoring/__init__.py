@@ -1,1 +1,1 @@
-"""From images to log-odds, and from log-odds to metrics, intervals and heat maps."""
+"""Turns images into log-odds, and log-odds into metrics, intervals and heat maps."""

@@ -1,24 +1,25 @@
-"""What is chosen on the valid split, and held fixed for every other: a temperature, a threshold."""
+"""A temperature and a threshold, chosen on the valid split and kept for every other split."""
 
 import numpy as np
 
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
-_TINY = np.finfo(np.float64).tiny  # keeps a probability of exactly 0 or 1 from infinite log-odds
+_TINY = np.finfo(np.float64).tiny  # keeps the log-odds of a probability of 0 finite
 _CHOICES = ("accuracy", "sensitivity", "specificity", "f1")
 
 
 def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
-    """The blocks of a summary that stand beside the figures of the network as it is.
+    """Returns two blocks of a summary, with figures at a chosen temperature and threshold.
 
     Args:
-        valid: where temperature and threshold are chosen. On itself they flatter.
-        evaluation: what they are applied to.
+        valid: the evaluation on which they are chosen. If it is `evaluation` itself, the figures
+            look better than they are.
+        evaluation: the evaluation to which they are applied.
 
     Returns:
         calibrated: temperature, and loss, brier and ece with it. operating_point: threshold, and
-        accuracy, sensitivity, specificity and f1 at it. Both say `chosen_on`. All but that are None
-        where `valid` gives nothing to choose by.
+        accuracy, sensitivity, specificity and f1 at it. Both name the split, as `chosen_on`. The
+        other values are None where nothing could be chosen on `valid`.
     """
     chosen = choose_operating_point(valid)
     temperature, threshold = chosen["temperature"], chosen["threshold"]
@@ -28,7 +29,7 @@ def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
     if threshold is not None:
         at_point = binary_metrics(evaluation.probabilities, evaluation.labels, threshold)
     chosen_on = {"chosen_on": chosen["chosen_on"]}
-    # Of the cooled figures those that change: a temperature keeps the order, and so the AUC.
+    # Only these figures change, because a temperature keeps the order of scores, and so the AUC.
     return {
         "calibrated": chosen_on
         | {"temperature": temperature}
@@ -40,9 +41,10 @@ def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
 
 
 def choose_operating_point(valid: Evaluation) -> dict[str, float | str | None]:
-    """Returns the temperature and the threshold that fit a split best, and its name.
+    """Returns the temperature and the threshold that fit a split best, and the split's name.
 
-    They are None where the split has one class, or one score for all, which decide nothing.
+    Both are None where the split has one class only, or one score for all patches, because nothing
+    can be chosen there. The temperature may also be None for other splits (`fit_temperature`).
     """
     return {
         "chosen_on": valid.split,
@@ -52,26 +54,27 @@ def choose_operating_point(valid: Evaluation) -> dict[str, float | str | None]:
 
 
 def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
-    """The temperature that minimises the cross-entropy (Guo et al. 2017, section 4.2).
+    """Returns the temperature that minimises the cross-entropy (Guo et al. 2017, section 4.2).
 
     Args:
         probabilities: float [N], of class 1.
         labels: [N], 0 or 1.
 
     Returns:
-        Above 1 for a network that is too sure; between exp(-5) and exp(5). None without a choice
-        (`choose_operating_point`), or where the loss has no minimum. If the network is right of
-        every patch, the loss falls for ever as the temperature does; if its log-odds are on the
-        wrong side by more than on the right one, as the temperature rises.
+        A number between exp(-5) and exp(5), above 1 for a network that is too confident. None
+        where nothing can be chosen (`choose_operating_point`), or where the loss has no minimum. If
+        the network is right about every patch, the loss keeps falling as the temperature falls. If
+        its log-odds lie further on the wrong side than on the right side, the loss keeps falling as
+        the temperature rises.
     """
-    # Here: the first training step need not wait for it.
+    # Imported here so that the first training step does not wait for it.
     from scipy.optimize import minimize_scalar
     from scipy.special import logit
 
     if not _can_choose(probabilities, labels):
         return None
-    # By how much each patch is on the right side of 0.5. The loss is convex in 1 / temperature, and
-    # its slope at 0 is -mean(margins) / 2.
+    # A margin says how far a patch is on the right side of 0.5, in log-odds. The loss is convex in
+    # 1 / temperature, and its slope at 0 is -mean(margins) / 2.
     margins = logit(_inside(probabilities)) * np.where(labels == 1, 1, -1)
     if margins.min() >= 0 or margins.sum() <= 0:
         return None
@@ -79,36 +82,37 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | No
     def loss(log_temperature: float) -> float:
         return binary_metrics(temper(probabilities, np.exp(log_temperature)), labels)["loss"]
 
-    # Over its logarithm, which keeps it above 0.
+    # Search over the logarithm, which keeps the temperature above 0.
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 
 
 def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities of class 1, [N], with their log-odds divided by `temperature`."""
+    """Returns probabilities of class 1, [N], with their log-odds divided by `temperature`."""
     from scipy.special import expit, logit
 
     return expit(logit(_inside(probabilities)) / temperature)
 
 
 def _inside(probabilities: np.ndarray) -> np.ndarray:
-    # The upper end is the largest float64 below 1; towards 0 they reach much further.
+    # The upper end is the largest float64 below 1. Towards 0, float64 has much smaller steps.
     return np.clip(probabilities, _TINY, 1 - 2**-53)
 
 
 def choose_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
-    """The threshold of the largest sensitivity + specificity (Youden 1950).
+    """Returns the threshold with the largest sensitivity + specificity (Youden 1950).
 
-    A probability of at least the threshold counts as class 1. It is that of a sample; None without
-    a choice (`choose_operating_point`).
+    A probability of at least the threshold counts as class 1. The threshold is a sample's
+    probability, or 1 if no sample's is better than to call nothing positive. It is None where
+    nothing can be chosen (`choose_operating_point`).
     """
     from sklearn.metrics import roc_curve
 
     if not _can_choose(probabilities, labels):
         return None
     false_positive, true_positive, thresholds = roc_curve(labels, probabilities)
-    # Of equally good ones the highest: they come in falling order.
+    # argmax takes the highest of equally good thresholds, because they come in falling order.
     best = np.argmax(true_positive - false_positive)
-    # roc_curve's first threshold, at which nothing is positive, is infinite.
+    # roc_curve's first threshold is infinite, so that nothing is positive at it.
     return float(min(thresholds[best], 1.0))
 
 

@@ -1,4 +1,4 @@
-"""Grad-CAM (Selvaraju et al. 2017): which part of a patch spoke for the decision."""
+"""Grad-CAM (Selvaraju et al. 2017): which part of a patch supports the decision."""
 
 from collections.abc import Callable
 
@@ -14,27 +14,27 @@ from bef_jax.data.patch import PATCH
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 
-_BATCH = 8  # patches in a call: one small program, whatever their number
+_BATCH = 8  # patches per call, so that one small program serves any number of them
 
 
 def make_explainer(
     config: ConfigDict, variables: dict
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Returns `explain(images, called)`.
+    """Returns `explain(images, called)`, which computes Grad-CAM maps.
 
-    It takes patches, uint8 [n, 96, 96, 3], and whether each was called positive, bool [n], and
-    gives maps, float32 [n, 96, 96], of what spoke for that decision. Each map adds up to 1, or is
-    0 where nothing spoke for it. A map is the mean over the fused stages of theirs (eq. 1 and 2),
-    each brought to a sum of 1, so that coarse and fine ones count alike.
+    It takes patches, uint8 [n, 96, 96, 3], and whether each was called positive, bool [n]. It
+    returns maps, float32 [n, 96, 96], of what supports that decision. A map is the mean of one map
+    per fused stage (eq. 1 and 2). Each of those is scaled to a sum of 1, so that coarse and fine
+    stages count the same, or is 0 where the stage has nothing that supports the decision.
     """
     model = create(config.model, folded=True)
-    # Off the devices, of which other processes have theirs: one alone explains.
+    # Copy to the host, because one process explains alone, and others own some of the devices.
     variables = jax.device_get(variables)
     targets = fused_outputs(model)
 
     @jax.jit
     def explain(variables: dict, images: Array, signs: Array) -> Array:
-        # Within the program: by itself it would be another one to compile.
+        # Fold inside this program, because folding by itself would be another one to compile.
         folded = fold_batch_norm(variables, config.model.bn_epsilon)
         inputs = augment.eval_view(images, config)
         maps = stage_maps(model, folded, inputs, signs, targets)
@@ -45,7 +45,7 @@ def make_explainer(
         signs = np.where(called, 1, -1).astype(np.float32)
         found = []
         for first in range(0, len(images), _BATCH):
-            # The last call is filled up with its last patch, and has the shape of the others.
+            # Repeat the last patch to fill the last call, so that all calls have one shape.
             rows = np.minimum(np.arange(first, first + _BATCH), len(images) - 1)
             found.append(np.asarray(explain(variables, images[rows], signs[rows])))
         return np.concatenate(found)[: len(images)]
@@ -54,9 +54,10 @@ def make_explainer(
 
 
 def fused_outputs(model: nn.Module) -> list[str]:
-    """The modules whose outputs are the features of the fused stages: attention, or last blocks.
+    """Returns the names of the modules that output the features of the fused stages.
 
-    Without fusion, those of the last stage: the classifier sees no other.
+    A stage's module is its attention, or its last block if it has no attention. Without fusion,
+    only the last stage counts, because the classifier sees no other.
     """
     last = (len(model.architecture.stages),)
     return [
@@ -70,17 +71,17 @@ def fused_outputs(model: nn.Module) -> list[str]:
 def stage_maps(
     model: nn.Module, variables: dict, inputs: Array, signs: Array, targets: list[str]
 ) -> list[Array]:
-    """Grad-CAM of each target, [N, H, W], not negative.
+    """Returns the Grad-CAM map of each target, [N, H, W], with no negative values.
 
     Args:
         inputs: normalised [N, S, S, 3].
-        signs: [N], 1 for what speaks for class 1 and -1 for what speaks for class 0.
-        targets: names of modules directly below the network, which give [N, H, W, C].
+        signs: [N], 1 for what supports class 1 and -1 for what supports class 0.
+        targets: names of modules directly below the network, which return [N, H, W, C].
     """
 
     def score(offsets: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        # Added where the features come out, so that the gradient by an offset of 0 is the one by
-        # the features; the network itself need not know of it.
+        # Add each offset where the features come out. The gradient with respect to an offset of 0
+        # is the gradient with respect to the features, so the network needs no change.
         features = {}
 
         def intercept(call, args, kwargs, context):
@@ -93,10 +94,10 @@ def stage_maps(
 
         with nn.intercept_methods(intercept):
             logits = model.apply(variables, inputs, train=False)
-        # Patches do not mix in inference: the sum's gradient holds that of each by itself.
+        # Patches do not mix in inference, so the sum's gradient holds each patch's own gradient.
         return jnp.sum(signs * (logits[:, 1] - logits[:, 0])), features
 
-    # By shapes alone: the network is run once, for the gradient.
+    # eval_shape finds the shapes without a run: the network runs once, for the gradient.
     shapes = jax.eval_shape(lambda: score({})[1])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     gradients, features = jax.grad(score, has_aux=True)(zeros)
@@ -109,7 +110,10 @@ def _cam(features: Array, gradients: Array) -> Array:
 
 
 def _spread(heat: Array, size: int) -> Array:
-    """[N, H, W] -> [N, 96, 96], of sum 1: over the central `size` x `size` that was looked at."""
+    """Resizes maps [N, H, W] to the central `size` x `size` that the network saw, in [N, 96, 96].
+
+    Each map then has a sum of 1, or stays 0.
+    """
     heat = jax.image.resize(heat, (len(heat), size, size), "linear")
     total = heat.sum((1, 2), keepdims=True)
     heat = heat / jnp.where(total > 0, total, 1)

@@ -1,4 +1,4 @@
-"""Probabilities drawn over the picture that they were found in."""
+"""Heat maps: probabilities drawn over the picture that they belong to."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ from bef_jax.errors import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LONGEST = 1600  # pixels of the drawing's longer side: what a screen shows
-_INCHES = 10  # of the same
-_STRIP = 10  # times as long as it is wide
-_BAND = 1 << 22  # pixels that are reduced at once
-_MARK = "bef_jax heat map"  # in each PNG, so that it is known again
+_LONGEST = 1600  # pixels of a drawing's longer side: what a screen shows
+_INCHES = 10  # length of the same side
+_STRIP = 10  # a strip is more than this many times as long as it is wide
+_BAND = 1 << 22  # pixels that are reduced at a time
+_MARK = "bef_jax heat map"  # in each PNG, so that `remove_heatmaps` recognises it
 
 
 @dataclass
@@ -34,9 +34,10 @@ class Scores:
         self.squares.append((y, x, probability))
 
     def spread(self, height: int, width: int, scale: int) -> np.ndarray:
-        """Probabilities [H / scale, W / scale], float32: of each pixel the largest about it.
+        """Returns probabilities [H / scale, W / scale], float32, with both sides rounded up.
 
-        NaN where no square lies, which happens at strides above 32.
+        Each pixel has the largest probability of the squares that touch it. A pixel that no square
+        touches is NaN, which happens at strides above 32.
         """
         found = np.full((-(-height // scale), -(-width // scale)), np.nan, np.float32)
         for y, x, probability in self.squares:
@@ -51,12 +52,13 @@ def name_of(picture: str) -> str:
     """Returns the name of a picture's map, a PNG.
 
     Args:
-        picture: its name below the input, with folders: equal names in two of them do not meet.
+        picture: its name below the input, with folders, so that equal names in two stay apart.
     """
     path = PurePosixPath(picture)
     if path.suffix == ".png":
         return picture
-    # With the suffix, since a.tif and a.jpg have a map each; but a name has 255 bytes at most.
+    # Keep the suffix, because a.tif and a.jpg have a map each. A long name loses it, because the
+    # name of a file has 255 bytes at most.
     is_long = len(os.fsencode(path.name)) > 251
     return str(path.with_suffix(".png")) if is_long else f"{picture}.png"
 
@@ -64,7 +66,8 @@ def name_of(picture: str) -> str:
 def write_heatmap(file: Path, picture: Path, scores: Scores, threshold: float) -> None:
     """Draws the probabilities over the picture, as a PNG.
 
-    Left the picture, right the same under its map; where a patch is called positive is outlined.
+    The picture is on the left, and again on the right, under its map. An outline on the right
+    shows where patches are called positive.
     """
     pixels = pictures.read(picture)
     scale = max(1, -(-max(pixels.shape[:2]) // _LONGEST))
@@ -75,9 +78,9 @@ def write_heatmap(file: Path, picture: Path, scores: Scores, threshold: float) -
 
 
 def remove_heatmaps(folder: Path) -> None:
-    """Removes the maps that were written into `folder`, and folders that are empty then.
+    """Removes the maps that were written into `folder`, and all folders that are then empty.
 
-    Other files stay: the folder may be somebody's own, and only have the name.
+    Other files stay, because the folder may be a user's own that has the same name.
     """
     for file in folder.rglob("*.png"):
         if file.is_file() and not file.is_symlink() and _is_ours(file):
@@ -89,23 +92,23 @@ def remove_heatmaps(folder: Path) -> None:
 
 def _is_ours(file: Path) -> bool:
     with open(file, "rb") as stream:
-        # The text that the PNG carries stands before its pixels.
+        # The text in a PNG stands before its pixels, so the first bytes are enough.
         return _MARK.encode() in stream.read(1024)
 
 
 def _reduced(pixels: np.ndarray, scale: int) -> np.ndarray:
-    """Means over squares of `scale` pixels, uint8 [H / scale, W / scale, 3], rounded up."""
-    # By bands, since Pillow's image of a large picture takes more memory than the array.
+    """Returns means of `scale` x `scale` squares, uint8 [H / scale, W / scale, 3], rounded up."""
+    # Work in bands, because Pillow's image of a large picture takes more memory than the array.
     rows = max(1, _BAND // (scale * pixels.shape[1])) * scale
     bands = (pixels[top : top + rows] for top in range(0, len(pixels), rows))
     return np.concatenate([Image.fromarray(np.ascontiguousarray(x)).reduce(scale) for x in bands])
 
 
 def _draw(pixels: np.ndarray, found: np.ndarray, name: str, threshold: float) -> "Figure":
-    from matplotlib.figure import Figure  # here: it takes a while, and few inputs need it
+    from matplotlib.figure import Figure  # slow to import, and few inputs need it
 
     height, width = found.shape
-    # A strip would be a line if it were drawn to scale, so it is stretched.
+    # Stretch a strip, because it would be a line if it were drawn to scale.
     is_strip = max(height, width) > _STRIP * min(height, width)
     drawn = [max(side / max(height, width), 1 / _STRIP) * _INCHES for side in (height, width)]
     figure = Figure((2 * drawn[1] + 1.2, drawn[0] + 0.6), layout="constrained")
@@ -113,14 +116,14 @@ def _draw(pixels: np.ndarray, found: np.ndarray, name: str, threshold: float) ->
     for axes in (plain, covered):
         axes.imshow(pixels, interpolation="nearest", aspect="auto" if is_strip else "equal")
         axes.set_axis_off()
-    # Cividis: one hue for the colour-blind too, and dark where nothing was found.
+    # Cividis also works for colour-blind readers, and is dark where nothing was found.
     layer = covered.imshow(
         found, cmap="cividis", vmin=0, vmax=1, alpha=0.6, aspect=covered.get_aspect()
     )
-    # A strip that is one pixel wide when drawn has no outlines.
+    # A strip that is one pixel wide when drawn can have no outline.
     if np.nanmax(found) >= threshold > np.nanmin(found) and min(found.shape) > 1:
         covered.contour(np.nan_to_num(found) >= threshold, levels=[0.5], colors="#D55E00")
-    # A file's name is no formula, and need not even be text.
+    # The name of a file is not a formula, and may hold bytes that are not text.
     plain.set_title(printable(name), loc="left", parse_math=False)
     covered.set_title(f"largest probability {np.nanmax(found):.3f}", loc="left")
     figure.colorbar(layer, ax=covered, label="probability of a metastasis", shrink=0.8)

@@ -1,4 +1,4 @@
-"""95% confidence intervals of the figures that `metrics` gives without one."""
+"""95% confidence intervals of the figures that `metrics` gives without an interval."""
 
 import warnings
 from collections.abc import Callable
@@ -12,12 +12,12 @@ RESAMPLES = 1000  # so that each end of a percentile interval rests on 25 of the
 
 
 def intervals(evaluation: Evaluation) -> dict[str, list[float] | None]:
-    """Intervals [low, high] of accuracy, sensitivity, specificity, average_precision, f1 and brier.
+    """Returns intervals [low, high] of six figures, by name; None where one is not defined.
 
-    Proportions have Wilson's; the others the bootstrap's, over patches. A patch counts as one
-    sample, although those of one slide are alike: between slides, figures vary more than this says.
-    None where a figure is not defined. ECE has none: resampling adds noise to every bin, so that
-    its bootstrap lies above the figure itself.
+    Accuracy, sensitivity and specificity are proportions and have Wilson's interval. Average
+    precision, f1 and brier have a bootstrap interval over patches. A patch counts as one sample,
+    although patches of one slide are alike. So figures vary more between slides than this says.
+    ECE has no interval: resampling adds noise to every bin, so its bootstrap lies above the figure.
     """
     probabilities, positive = evaluation.probabilities, evaluation.labels == 1
     called = probabilities >= evaluation.metrics["threshold"]
@@ -35,8 +35,9 @@ def intervals(evaluation: Evaluation) -> dict[str, list[float] | None]:
 
 
 def wilson(successes: np.ndarray) -> list[float] | None:
-    """Wilson's interval [low, high] of a proportion, from bool [N]; None without samples."""
-    from scipy.stats import binomtest  # here: the first training step need not wait for it
+    """Returns Wilson's interval [low, high] of a proportion, from bool [N]; None if N is 0."""
+    # Imported here so that the first training step does not wait for it.
+    from scipy.stats import binomtest
 
     if not len(successes):
         return None
@@ -45,19 +46,19 @@ def wilson(successes: np.ndarray) -> list[float] | None:
 
 
 def bootstrap(figure: Callable[..., float], *samples: np.ndarray) -> list[float] | None:
-    """The percentile interval [low, high] of `figure(*samples)`, the same at every call.
+    """Returns the percentile interval [low, high] of `figure(*samples)`, the same at every call.
 
     Args:
-        figure: of arrays [N], which are drawn together, to a number.
-        samples: those arrays.
+        figure: a function that takes arrays [N] and returns a number.
+        samples: those arrays. A resample takes the same rows of each.
 
     Returns:
-        None where a resample leaves the figure undefined.
+        The interval, or None where a resample leaves the figure undefined.
     """
     n, rng = len(samples[0]), np.random.default_rng(0)
     draws = (rng.integers(0, n, n) for _ in range(RESAMPLES))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of resamples with one class alone
+        warnings.simplefilter("ignore")  # from resamples with one class only
         found = np.array([figure(*(sample[rows] for sample in samples)) for rows in draws])
     tail = 50 * (1 - LEVEL)
     ends = np.percentile(found, [tail, 100 - tail])
@@ -65,10 +66,10 @@ def bootstrap(figure: Callable[..., float], *samples: np.ndarray) -> list[float]
 
 
 def _average_precision(positive: np.ndarray, probabilities: np.ndarray) -> float:
-    # scikit-learn's figure. Its own function, called a thousand times, takes seconds of a short
-    # run for looking at its arguments.
+    # This is scikit-learn's figure. Its own function checks its arguments at each call, so that a
+    # thousand calls would take seconds of a short run.
     order = np.argsort(-probabilities, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # of those that tie
+    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # row of each group of ties
     hits = np.cumsum(positive[order])[last]
     return np.diff(hits, prepend=0) @ (hits / (last + 1)) / hits[-1]
 

@@ -1,4 +1,4 @@
-"""Trained networks in Python: what `bef_jax.load` returns."""
+"""Trained networks in Python, as `bef_jax.load` returns them."""
 
 import dataclasses
 import functools
@@ -30,17 +30,17 @@ from bef_jax.scoring import scorer, trained
 from bef_jax.scoring.gradcam import make_explainer
 from bef_jax.training import checkpoint
 
-# uint8 [N, 96, 96, 3], an iterator of such arrays, or the path of anything that predict takes.
+# uint8 [N, 96, 96, 3], an iterator of such arrays, or the path of any input of --mode=predict.
 Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
 
-_BATCH = 64  # patches in a call of an exported file, and explained at once
-_LARGEST = 400 << 20  # bytes of an exported file; EfficientNet-B7 has 0.3 GB
+_BATCH = 64  # patches per call of an exported file, and per call of the explainer
+_LARGEST = 400 << 20  # bytes of an exported file at most; EfficientNet-B7 has 0.3 GB
 _EXPORT_AGAIN = "export again, or move export.json away"
-_STRIDE = 32  # between the windows of a picture above 96 px: each pixel is decided on once
+_STRIDE = 32  # pixels between windows of a picture above 96 px: each pixel is decided on once
 
 
 def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
-    """Returns the trained network that `where` means; `bef_jax.load` says what that may be."""
+    """Returns the trained network at `where`; `bef_jax.load` lists what `where` may be."""
     path = user_path(where).resolve()
     if not path.is_dir():
         check_regular(path)
@@ -62,11 +62,11 @@ def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
 class TrainedModel:
     """A checkpoint that scores patches, on all devices.
 
-    Weights are read, and programs compiled, when they are first needed, and then kept.
+    Weights are read and programs are compiled when they are first needed. Then both are kept.
 
     Attributes:
-        checkpoint: its folder.
-        config: with which it was trained, and scores.
+        checkpoint: the checkpoint's folder.
+        config: the configuration of its training, prepared for scoring.
     """
 
     checkpoint: Path
@@ -74,26 +74,26 @@ class TrainedModel:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their numbers."""
+        """Returns the names of the classes, in the order of their numbers."""
         return class_names(self.config)
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel of the patches that it learned from; None if unknown."""
+        """Returns the micrometres per pixel of its training patches; None if unknown."""
         return mpp(self.config)
 
     @property
     def threshold(self) -> float:
-        """The probability from which --mode=predict calls a patch positive."""
+        """Returns the smallest probability that --mode=predict calls positive."""
         return self.config.eval.threshold
 
     @functools.cached_property
     def operating_point(self) -> dict[str, Any] | None:
-        """`temperature` and `threshold` that training chose on valid; None if it did not."""
+        """Returns the `temperature` and `threshold` that training chose on valid, or None."""
         return checkpoint.read_run(self.checkpoint).get("operating_point")
 
     def predict(self, images: Images) -> np.ndarray:
-        """Returns the probability of class 1, float64 [N], as --mode=predict gives it.
+        """Returns the probability of class 1, float64 [N], as --mode=predict computes it.
 
         Args:
             images: uint8 [N, 96, 96, 3], an iterator of such arrays, or a path.
@@ -113,7 +113,7 @@ class TrainedModel:
     def gradcam(self, images: Images) -> np.ndarray:
         """Returns Grad-CAM maps of class 1, float32 [N, 96, 96], each scaled to a maximum of 1.
 
-        A map is 0 all over where no part of the patch raises the score. Takes what `predict` takes.
+        A map is all 0 if no part of the patch raises the score. Takes what `predict` takes.
         """
         batches = map(np.stack, scorer.in_batches(self._patches(images), _BATCH))
         maps = (_scaled(self._explain(batch, np.ones(len(batch), bool))) for batch in batches)
@@ -156,13 +156,13 @@ class ExportedModel:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes; None if the file and its export.json do not say."""
+        """Returns the names of the classes; None if the file and its export.json do not say."""
         names = self._description.get("classes")
         return names and tuple(names)
 
     @property
     def mpp(self) -> float | None:
-        """Micrometres per pixel of the patches that it learned from; None if unknown."""
+        """Returns the micrometres per pixel of its training patches; None if unknown."""
         return self._description.get("mpp")
 
     def predict(self, images: Images) -> np.ndarray:
@@ -172,7 +172,7 @@ class ExportedModel:
             UserError: the images have another shape or type, or can't be read.
             RunError: a score is not finite.
         """
-        # One device: that is what the file was exported for.
+        # The file was exported for one device.
         mesh = Mesh(np.array(jax.local_devices()[:1]), (sharding.AXIS,))
         found = scorer.map_patches(
             self._log_odds, patches_of(images, _STRIDE, self.mpp), _BATCH, mesh
@@ -180,11 +180,11 @@ class ExportedModel:
         return _finite(map(scorer.sigmoid, found))
 
     def features(self, images: Images) -> NoReturn:
-        """Raises `UserError`: the file gives scores alone."""
+        """Raises `UserError`, because the file gives only scores."""
         self._refuse("no features")
 
     def gradcam(self, images: Images) -> NoReturn:
-        """Raises `UserError`: the file gives scores alone."""
+        """Raises `UserError`, because the file gives only scores."""
         self._refuse("no Grad-CAM")
 
     def _refuse(self, what: str) -> NoReturn:
@@ -196,9 +196,9 @@ class ExportedModel:
 
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
-        """What --mode=export wrote beside the file; where it was moved alone, what it says itself.
+        """Returns export.json beside the file or, if there is none, the file's own metadata.
 
-        A StableHLO file says nothing itself.
+        A StableHLO file has no metadata.
         """
         return _described(self.file) or _said_inside(self.file)
 
@@ -213,13 +213,13 @@ def _described(file: Path) -> dict[str, Any]:
 def _check_description(found: Any) -> None:
     check_types(found, classes=list, mpp=int | float | None, files=dict)
     if not all(isinstance(name, str) for name in found["classes"]):
-        raise TypeError("classes are no names")
+        raise TypeError("classes holds something that is not a string")
     for written in found["files"].values():
         check_types(written, sha256=str | None)
 
 
 def _said_inside(file: Path) -> dict[str, Any]:
-    """What the metadata of an ONNX file say, or nothing if --mode=export did not write them."""
+    """Returns the metadata of an ONNX file, or nothing if --mode=export did not write them."""
     if file.suffix != ".onnx":
         return {}
     said = _onnx_session(file).get_modelmeta().custom_metadata_map
@@ -232,16 +232,16 @@ def _said_inside(file: Path) -> dict[str, Any]:
 
 
 def _content(file: Path) -> bytes:
-    """Reads an exported file, and compares it with what export.json beside it says, if there."""
+    """Reads an exported file, and compares it with export.json beside it, if that is there."""
     try:
         with open_user_file(file) as stream:
             content = stream.read(_LARGEST + 1)
     except OSError as error:
         raise UserError(f"{file} can't be read: {reason_of(error)}") from error
     if len(content) > _LARGEST:
-        raise UserError(f"{file}: is larger than any file of --mode=export")
+        raise UserError(f"{file}: is larger than any file that --mode=export writes; export again")
     written = _described(file).get("files", {}).get(file.name)
-    # JAX's reader of a damaged file may end the process, or never come back.
+    # JAX's reader of a damaged file may end the process, or never return.
     if written and written["sha256"] != hashlib.sha256(content).hexdigest():
         raise UserError(f"{file}: is not what export.json beside it describes; {_EXPORT_AGAIN}")
     return content
@@ -252,9 +252,9 @@ def _read_stablehlo(file: Path) -> Callable:
     try:
         call = jax.export.deserialize(bytearray(content)).call
         score = jax.jit(lambda images: call(images)[1])
-        # What is damaged further inside, or another program, shows now, and not when it scores.
+        # Lower now, so that deeper damage or a wrong program is an error here, not when it scores.
         score.lower(jax.ShapeDtypeStruct((1, PATCH, PATCH, 3), np.uint8))
-    except Exception as error:  # parsers of flatbuffers and of MLIR raise many kinds
+    except Exception as error:  # parsers of flatbuffers and of MLIR raise many types
         raise UserError(f"{file} can't be read: {reason_of(error)}") from error
     return score
 
@@ -264,7 +264,9 @@ def _read_onnx(file: Path) -> Callable:
     given = [(value.name, value.type, value.shape[1:]) for value in session.get_inputs()]
     made = [value.name for value in session.get_outputs()]
     if given != [("image", "tensor(uint8)", [PATCH, PATCH, 3])] or "log_odds" not in made:
-        raise UserError(f"{file}: is no file of --mode=export; give one, or a run's folder")
+        raise UserError(
+            f"{file}: was not written by --mode=export; give a file that was, or a run's folder"
+        )
     return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})[0]
 
 
@@ -272,13 +274,15 @@ def _onnx_session(file: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"{file}: reading it takes pip install 'bef_jax[export]'") from error
-    # Its content, not its name: of a file it would read what other files that one names.
+        raise UserError(
+            f"{file}: reading it needs onnxruntime: run pip install 'bef_jax[export]'"
+        ) from error
+    # Pass the content, not the path: with a path it would also read the files that the model names.
     content, options = _content(file), onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised, too
+    options.log_severity_level = 4  # fatal errors only, because errors are also raised
     try:
         return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    except Exception as error:  # its kinds are not public
+    except Exception as error:  # its types are not public
         raise UserError(f"{file} can't be read: {reason_of(error)}") from error
 
 
@@ -293,7 +297,7 @@ def patches_of(images: Images, stride: int, mpp: float | None = None) -> Iterato
 
     Args:
         stride: between the windows of pictures above 96 px, in pixels.
-        mpp: micrometres per pixel of the network; pictures that say another are warned of.
+        mpp: micrometres per pixel of the network; a picture with another value gives a warning.
 
     Raises:
         UserError: an array has another shape or type, or the path can't be read.
@@ -302,7 +306,7 @@ def patches_of(images: Images, stride: int, mpp: float | None = None) -> Iterato
         path = user_path(images)
         inputs.check(path, None, mpp)
         return (patch.pixels for patch in inputs.read(path, None, stride))
-    # What has a shape is one array, of NumPy, JAX or torch.
+    # A single array, of NumPy, JAX or torch, has a shape. An iterable of arrays has none.
     arrays = [images] if hasattr(images, "shape") else images
     return (patch for array in arrays for patch in _checked(array))
 
@@ -318,18 +322,18 @@ def _checked(array: np.ndarray) -> np.ndarray:
 
 
 def _scaled(maps: np.ndarray) -> np.ndarray:
-    """Maps [n, H, W], each with its maximum brought to 1, if it has any."""
+    """Returns maps [n, H, W], each scaled to a maximum of 1; a map of zeros stays the same."""
     most = maps.max((1, 2), keepdims=True)
     return maps / np.where(most > 0, most, 1)
 
 
 def _finite(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """Joins probabilities; each must be finite."""
+    """Joins probabilities, and raises `RunError` if one of them is not finite."""
     found = _joined(parts, np.empty(0))
     scorer.check_finite(found, range(len(found)))
     return found
 
 
 def _joined(parts: Iterable[np.ndarray], empty: np.ndarray) -> np.ndarray:
-    """Parts one after the other; `empty` has the shape and type of no patch at all."""
+    """Joins the parts; `empty` [0, ...] gives the shape and dtype if there are none."""
     return np.concatenate([empty, *parts])

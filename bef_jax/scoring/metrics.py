@@ -1,4 +1,4 @@
-"""The figures that a set of predictions is judged by: exact, in float64, on the host."""
+"""Figures that judge a set of predictions: exact, in float64, on the host."""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
-ECE_BINS = 15  # as Guo et al. 2017 have it
+ECE_BINS = 15  # as in Guo et al. 2017
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation of a split saw, in the split's order.
+    """The result of one evaluation of a split, in the split's order.
 
     Attributes:
         split: the split's name.
         ids: str array [N].
         labels: uint8 array [N], 0 or 1.
         probabilities: float array [N], of class 1.
-        metrics: what `binary_metrics` says of them.
-        plain: float array [N], likewise but of the patches as they are, where `probabilities` are
+        metrics: what `binary_metrics` returns for them.
+        plain: float array [N], probabilities of the unchanged patches, where `probabilities` are
             averages over several views.
     """
 
@@ -74,7 +74,7 @@ def delong_interval(
 ) -> list[float] | None:
     """Returns DeLong's confidence interval [low, high] of the AUC, clipped to [0, 1].
 
-    Computed from midranks (Sun and Xu, 2014), so in O(N log N) and exact under ties.
+    It is computed from midranks (Sun and Xu, 2014), in O(N log N), and is exact under ties.
 
     Args:
         probabilities: float [N].
@@ -82,8 +82,8 @@ def delong_interval(
         level: coverage of the interval.
 
     Returns:
-        None where a class has fewer than two samples, whose variance is not defined; or where all
-        have one score, so that nothing is ranked.
+        The interval. None where a class has fewer than two samples, because its variance is not
+        defined; or where all samples have one score, because nothing is ranked.
     """
     positive = np.asarray(labels) == 1
     if min(positive.sum(), (~positive).sum()) < 2 or np.ptp(probabilities) == 0:
@@ -91,7 +91,7 @@ def delong_interval(
     above, below = placements(np.asarray(probabilities, np.float64), positive)
     error = np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
     half = NormalDist().inv_cdf(0.5 + level / 2) * error
-    # A normal interval knows no bound: near an AUC of 1 it would go past it.
+    # A normal interval has no bounds: near an AUC of 1 it would go past 1.
     return [float(np.clip(above.mean() + side, 0, 1)) for side in (-half, half)]
 
 
@@ -102,13 +102,13 @@ def _check(probabilities: np.ndarray, labels: np.ndarray) -> None:
         )
     if not np.isin(labels, (0, 1)).all():
         raise ValueError("metrics need labels of 0 or 1")
-    # Written so that NaN fails it too.
+    # This form of the check also fails for NaN.
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError("metrics need probabilities in [0, 1]")
 
 
 def _auc(probabilities: np.ndarray, positive: np.ndarray) -> tuple[float | None, list | None]:
-    # Of one class alone there is no pair to rank.
+    # With one class only, there is no pair to rank.
     if positive.all() or not positive.any():
         return None, None
     above, _ = placements(probabilities, positive)
@@ -116,21 +116,21 @@ def _auc(probabilities: np.ndarray, positive: np.ndarray) -> tuple[float | None,
 
 
 def placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """DeLong's structural components of the AUC, which is the mean of either.
+    """Returns DeLong's structural components of the AUC, which is the mean of either.
 
     Args:
         scores: float [N].
         positive: bool [N], with samples of both classes.
 
     Returns:
-        Of each positive the share of negatives below it, [positives], and of each negative the
-        share of positives above it, [negatives]; ties count half.
+        For each positive, the share of negatives below it, [positives]. For each negative, the
+        share of positives above it, [negatives]. Ties count half.
     """
-    # Here: scipy.stats takes a while to import, which the first training step need not wait for.
+    # Imported here, because scipy.stats is slow, and the first training step should not wait.
     from scipy.stats import rankdata
 
-    # [N], midranks. A rank among all, less that among one's own class, counts the others below: by
-    # sorting, where the pairs of PCam's test split are some 268 million.
+    # [N], midranks. A sample's rank among all, minus its rank in its own class, is the number of
+    # the other class below it. This sorts, because PCam's test split has some 268 million pairs.
     ranks = rankdata(scores)
     own_positive, own_negative = rankdata(scores[positive]), rankdata(scores[~positive])
     above = (ranks[positive] - own_positive) / own_negative.size
@@ -141,14 +141,14 @@ def placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np
 def _average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float | None:
     if positive.all() or not positive.any():
         return None
-    from sklearn.metrics import average_precision_score  # here for the same reason
+    from sklearn.metrics import average_precision_score  # slow to import, too
 
     return float(average_precision_score(positive, probabilities))
 
 
 def _cross_entropy(probabilities: np.ndarray, positive: np.ndarray) -> float:
-    # A softmax that saturates gives exactly 0 or 1; the clip keeps one such patch from making the
-    # mean infinite, and costs a confident mistake some 36 nats.
+    # A softmax that saturates gives exactly 0 or 1. The clip keeps one such patch from making the
+    # mean infinite: a confident mistake costs some 36 nats.
     tiny = np.finfo(np.float64).eps
     right = np.where(positive, probabilities, 1 - probabilities)
     return float(-np.log(np.clip(right, tiny, 1)).mean())
@@ -170,9 +170,9 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def _calibration_error(probabilities: np.ndarray, positive: np.ndarray) -> float:
-    """Gap between mean probability and share of positives, averaged over bins by their counts."""
+    """Returns the gap of mean probability and share of positives: a mean over bins, by count."""
     # A probability of 1 belongs to the last bin.
     bins = np.minimum((probabilities * ECE_BINS).astype(int), ECE_BINS - 1)
-    # The sum of p - y is a bin's gap times its count: no empty bin divides by 0.
+    # The sum of p - y is a bin's gap times its count, so no empty bin divides by 0.
     gaps = np.bincount(bins, weights=probabilities - positive, minlength=ECE_BINS)
     return float(np.abs(gaps).sum() / positive.size)

@@ -1,4 +1,4 @@
-"""Two models on the same patches: is one better than the other by more than chance?"""
+"""Tests of two models on the same patches: is one better by more than chance?"""
 
 import numpy as np
 
@@ -7,17 +7,17 @@ from bef_jax.scoring.metrics import placements
 
 
 def paired_tests(first: np.ndarray, second: np.ndarray, labels: np.ndarray, threshold: float):
-    """DeLong's test of the AUCs and McNemar's of the decisions, as entries of a summary.
+    """Returns DeLong's test of the AUCs and McNemar's of the decisions, as entries of a summary.
 
     Args:
         first: float [N], probabilities of class 1 by one model.
-        second: likewise by another, of the same patches in the same order.
+        second: the same by another model, for the same patches in the same order.
         labels: [N], 0 or 1.
-        threshold: from which a probability counts as class 1, for McNemar's test.
+        threshold: a probability of at least this much counts as class 1 in McNemar's test.
 
     Returns:
-        auc_difference (first less second), auc_difference_ci95, delong_p, mcnemar_p, and how many
-        patches only_first_right and only_second_right have. What is not defined is None.
+        auc_difference (first minus second), auc_difference_ci95, delong_p, mcnemar_p, and the
+        numbers of patches only_first_right and only_second_right. An undefined value is None.
     """
     right = [(scores >= threshold) == (labels == 1) for scores in (first, second)]
     return delong_test(first, second, labels) | mcnemar_test(*right)
@@ -26,22 +26,22 @@ def paired_tests(first: np.ndarray, second: np.ndarray, labels: np.ndarray, thre
 def delong_test(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict:
     """Tests the difference of two AUCs of the same patches (DeLong et al. 1988, eq. 7).
 
-    A class of fewer than two patches leaves all of it undefined.
+    All values are None if a class has fewer than two patches.
     """
     from scipy.stats import norm
 
     positive = np.asarray(labels) == 1
     if min(positive.sum(), (~positive).sum()) < 2:
         return dict.fromkeys(("auc_difference", "auc_difference_ci95", "delong_p"))
-    # [positives] and [negatives]: by how much the first model places each of them better.
+    # [positives] and [negatives]: how much better the first model places each patch.
     above, below = (
         np.subtract(*pair)
         for pair in zip(placements(first, positive), placements(second, positive), strict=True)
     )
-    # The variance of a difference of means is that of the differences' mean: no covariance to add.
+    # This is the variance of the mean of the differences, so there is no covariance to add.
     error = np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
     difference, half = above.mean(), norm.ppf(0.5 + LEVEL / 2) * error
-    # Two models that rank all patches alike differ by nothing, for certain.
+    # The error is 0 if both models rank all patches alike. Then they certainly do not differ.
     p = 2 * norm.sf(abs(difference) / error) if error else float(difference == 0)
     return {
         "auc_difference": float(difference),
@@ -51,14 +51,14 @@ def delong_test(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> di
 
 
 def mcnemar_test(first_right: np.ndarray, second_right: np.ndarray) -> dict:
-    """McNemar's exact test of two models' decisions, from bool [N] each (McNemar 1947)."""
+    """Runs McNemar's exact test of two models' decisions, from bool [N] each (McNemar 1947)."""
     from scipy.stats import binomtest
 
     only_first = int(np.sum(first_right & ~second_right))
     only_second = int(np.sum(~first_right & second_right))
     differing = only_first + only_second
-    # Exact, not by chi-squared: two good models may differ on few patches. Of none at all there is
-    # nothing to test, and binomtest would refuse.
+    # The test is exact, not by chi-squared, because two good models may differ on few patches. If
+    # they differ on none, there is nothing to test, and binomtest would refuse.
     return {
         "only_first_right": only_first,
         "only_second_right": only_second,

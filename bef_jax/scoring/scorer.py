@@ -24,11 +24,12 @@ from bef_jax.runtime import sharding
 def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Callable[[Array, int], Array]]:
     """Returns `scorer(variables)`, which returns `score(images, view)`, jitted.
 
-    A score is the log-odds of class 1 over class 0, [N], float32, on every device; of images
-    [N, 96, 96, 3], uint8, sharded by rows, under view 0 .. config.eval.tta - 1. The network is
-    folded: `scorer` puts batch normalisation into the convolutions, once for all batches.
+    `score` takes images [N, 96, 96, 3], uint8, sharded by rows, and a view in
+    0 .. config.eval.tta - 1. It returns the log-odds of class 1 over class 0, [N], float32, on
+    every device. The network is folded: `scorer` puts batch normalisation into the convolutions,
+    once for all batches.
     """
-    # Scores go to every device: figures need the whole split, and each process computes them.
+    # Scores go to every device, because each process computes figures of the whole split.
     everywhere = sharding.replicated(mesh)
     model = create(config.model, config.dtype, folded=True)
     log_odds = jax.jit(functools.partial(_log_odds, model, config), out_shardings=everywhere)
@@ -36,19 +37,20 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Callable[[Ar
         functools.partial(fold_batch_norm, epsilon=config.model.bn_epsilon),
         out_shardings=everywhere,
     )
-    # Weights and view are arguments: one program serves every checkpoint and all eight views.
+    # Weights and view are arguments, so one program serves every checkpoint and all eight views.
     return lambda variables: functools.partial(log_odds, fold(variables))
 
 
 def _log_odds(
     model: nn.Module, config: ConfigDict, variables: dict, images: Array, view: int
 ) -> Array:
-    """The margin of class 1 over class 0 under one of the eight symmetries, [N], float32."""
+    """Returns the log-odds of class 1 under one of the eight symmetries, [N], float32."""
     turned = (
         augment.symmetry(images, jnp.full(len(images), view)) if config.eval.tta > 1 else images
     )
     logits = model.apply(variables, augment.eval_view(turned, config), train=False)
-    # The softmax of two classes is the sigmoid of this: 4 bytes a view leave the devices.
+    # The softmax of two classes is the sigmoid of this difference. So only 4 bytes per patch and
+    # view leave the devices.
     return logits[:, 1] - logits[:, 0]
 
 
@@ -57,8 +59,8 @@ def make_predictor(
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
     """Returns `predict(patches)`, which yields probabilities of class 1, float64 [n], by batches.
 
-    Patches are uint8 [96, 96, 3] each. A probability is the mean over the views of config.eval.tta,
-    and NaN where one of them is not finite: `check_finite` before it is used.
+    Each patch is uint8 [96, 96, 3]. A probability is the mean over config.eval.tta views. It is NaN
+    where one of them is not finite, so a caller must use `check_finite` first.
     """
     score = make_scorer(config, mesh)(variables)
     size = batch_size(config, mesh)
@@ -78,7 +80,7 @@ def make_featurizer(
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
     """Returns `features(patches)`, which yields float32 [n, D] by batches.
 
-    These are the pooled features that the classifier reads, of each patch as it is (one view).
+    These are the pooled features that the classifier reads. Each patch has one view, as it is.
     """
     model = create(config.model, config.dtype, folded=True)
     everywhere = sharding.replicated(mesh)
@@ -98,25 +100,25 @@ def make_featurizer(
 
 
 def sigmoid(log_odds: np.ndarray) -> np.ndarray:
-    """Returns the probabilities of class 1 of log-odds, both of one shape; float64.
+    """Returns the probabilities of class 1 for log-odds; float64, of the same shape.
 
-    Those of log-odds that are not finite are NaN, although the sigmoid of infinity is 1: a network
-    that overflows knows nothing.
+    Log-odds that are not finite give NaN, although the sigmoid of infinity is 1, because the scores
+    of a network that overflows mean nothing.
     """
-    # In float32 the most confident patches would all have probability 1, and tie.
+    # In float32, the most confident patches would all have probability 1, and would tie.
     return np.where(np.isfinite(log_odds), expit(log_odds.astype(np.float64)), np.nan)
 
 
 def check_finite(probabilities: np.ndarray, ids: Sequence[object]) -> None:
-    """Raises `RunError` for the first of `probabilities`, [N], that is NaN; names its patch.
+    """Raises `RunError` if one of `probabilities`, [N], is NaN, and names the first such patch.
 
-    NaN is not above any threshold, so it would be called normal.
+    NaN is not above any threshold, so the patch would be called normal.
     """
     wrong = np.flatnonzero(np.isnan(probabilities))
     if wrong.size:
         raise RunError(
             f"no finite score for patch {ids[wrong[0]]}: the network's weights, or what it "
-            "computes of them, are not finite; give an earlier checkpoint"
+            "computes from them, are not finite; give an earlier checkpoint"
         )
 
 
@@ -124,7 +126,7 @@ def check_finite(probabilities: np.ndarray, ids: Sequence[object]) -> None:
 
 
 def batch_size(config: ConfigDict, mesh: Mesh) -> int:
-    """Returns eval.batch_size, rounded up so that every device gets as many rows."""
+    """Returns eval.batch_size, rounded up so that all devices get equally many rows."""
     return -(-config.eval.batch_size // mesh.size) * mesh.size
 
 
@@ -138,15 +140,15 @@ def in_batches(patches: Iterable[np.ndarray], size: int) -> Iterator[list[np.nda
 def map_patches(
     function: Callable, patches: Iterable[np.ndarray], size: int, mesh: Mesh
 ) -> Iterator:
-    """Yields `function(images)` by batches, each fetched after the next one was asked for.
+    """Yields `function(images)` by batches, and fetches each result after the next call.
 
-    Memory holds two batches, however many patches come. The last batch is filled up with its last
-    patch, so that one program serves all; what the filling gives is cut off again.
+    Memory holds two batches, for any number of patches. The last batch is filled up with its last
+    patch, so that one program serves all batches. The results of the filling are cut off.
 
     Args:
-        function: uint8 [N, 96, 96, 3] on the devices of `mesh` -> arrays [N, ...].
+        function: takes uint8 [N, 96, 96, 3] on the devices of `mesh`, and returns arrays [N, ...].
         patches: uint8 [96, 96, 3] each.
-        size: of a batch, a multiple of the devices.
+        size: patches per batch, a multiple of the number of devices.
     """
     counts = deque()
 
@@ -165,13 +167,16 @@ def map_patches(
 
 
 def _filled_size(count: int, size: int, mesh: Mesh) -> int:
-    """The next power of two on each device: a single patch does not cost what a full batch does."""
+    """Returns the batch size after filling: a power of two per device, but at most `size`.
+
+    So a single patch costs less than a full batch.
+    """
     per_device = -(-count // mesh.size)
     return min(size, mesh.size << (per_device - 1).bit_length())
 
 
 def one_late(results: Iterable) -> Iterator:
-    """Fetches each result after the next was asked for, so that devices need not wait."""
+    """Yields each result on the host after the next was asked for, so that devices do not wait."""
     previous = None
     for result in results:
         if previous is not None:
@@ -182,6 +187,6 @@ def one_late(results: Iterable) -> Iterator:
 
 
 def padded_rows(n: int, batch_size: int) -> np.ndarray:
-    """Row numbers 0 .. n - 1 in batches, [batches, batch_size]; the last row fills up."""
+    """Returns row numbers 0 .. n - 1, [batches, batch_size], filled up with n - 1."""
     batches = -(-n // batch_size)
     return np.minimum(np.arange(batches * batch_size), n - 1).reshape(batches, batch_size)

@@ -1,4 +1,4 @@
-"""What a model said of every patch of a split, kept for whoever wants other figures of it."""
+"""A CSV with the probability of every patch of a split, so that other figures can be computed."""
 
 import csv
 import io
@@ -15,29 +15,29 @@ from bef_jax.scoring.metrics import Evaluation
 
 _HEAD = ["id", "label", "probability"]
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_LONGEST = 1 << 26  # bytes: of some 1.5 million patches; to read them takes ten times as much
+_LONGEST = 1 << 26  # bytes: some 1.5 million patches, and ten times as much memory to read
 _MOST_LETTERS = 1 << 26  # NumPy gives each id the length of the longest, and each letter 4 bytes
 
 
 def write_scores(file: Path, evaluation: Evaluation) -> None:
     """Writes a CSV with id, label and probability of class 1, in the split's order.
 
-    Probabilities have all digits of their float64, so that other programs find the same figures.
+    Probabilities have all digits of their float64, so that other programs get the same figures.
     """
-    # In memory first, so that the file appears whole.
+    # Write to memory first, so that the file appears whole.
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    # Python's floats, whose repr csv writes: the shortest text that reads back as the same.
+    # csv writes the repr of Python's floats: the shortest text that reads back as the same float.
     columns = (map(csv_cell, evaluation.ids), evaluation.labels, evaluation.probabilities.tolist())
     writer.writerows([_HEAD, *zip(*columns, strict=True)])
     write_text(file, text.getvalue())
 
 
 def csv_cell(text: str) -> str:
-    """Returns a text as a cell of a CSV: an apostrophe first where a spreadsheet would run it.
+    """Returns a text as a CSV cell, after an apostrophe where a spreadsheet would run the text.
 
-    Ids come from strangers, and a spreadsheet takes what begins with = + - @ for a formula. What
-    begins so behind apostrophes gets one more, so that `read_scores` can take it off again.
+    Ids come from strangers, and a spreadsheet reads a text that begins with = + - @ as a formula. A
+    text with apostrophes before such a sign gets one more, so that `read_scores` can remove it.
     """
     return f"'{text}" if _FORMULA.match(text) else text
 
@@ -46,13 +46,13 @@ def read_scores(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reads what `write_scores` wrote: ids str [N], labels uint8 [N], probabilities float64 [N].
 
     Raises:
-        UserError: the file is not there, or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         with open_user_file(file) as stream:
             content = stream.read(_LONGEST + 1)
         if len(content) > _LONGEST:
-            raise ValueError("it is longer than any that is read")
+            raise ValueError("it is longer than any file that this program reads")
         return _parse(io.TextIOWrapper(io.BytesIO(content), "utf-8", newline=""))
     except UserError:
         raise
@@ -64,21 +64,21 @@ def read_scores(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _parse(text: TextIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = csv.reader(text)
     if next(rows, None) != _HEAD:
-        raise ValueError("its head is another one")
-    # Arrays take a tenth of the memory that lists of numbers do.
+        raise ValueError("its first line is not id,label,probability")
+    # Arrays take a tenth of the memory of lists of numbers.
     ids, labels, probabilities = [], array("B"), array("d")
     for name, label, probability in rows:
         ids.append(_text_of(name))
         labels.append(int(label))
         probabilities.append(float(probability))
     labels, probabilities = np.array(labels), np.array(probabilities)
-    if (labels > 1).any() or not ((probabilities >= 0) & (probabilities <= 1)).all():  # or NaN
-        raise ValueError("a label or a probability that is none")
+    if (labels > 1).any() or not ((probabilities >= 0) & (probabilities <= 1)).all():  # NaN too
+        raise ValueError("a label is not 0 or 1, or a probability is not in [0, 1]")
     if len(ids) * max(map(len, ids), default=0) > _MOST_LETTERS:
-        raise ValueError("its ids are longer than any that are read")
+        raise ValueError("its ids are longer than this program reads")
     return np.array(ids, str), labels, probabilities
 
 
 def _text_of(cell: str) -> str:
-    """What `csv_cell` made the cell of."""
+    """Returns the text from which `csv_cell` made the cell."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

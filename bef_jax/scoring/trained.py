@@ -1,4 +1,4 @@
-"""Trained networks on disk: found by name, with the configuration and the variables that score."""
+"""Trained networks on disk: finds them by path, and reads the configuration to score with."""
 
 import json
 import logging
@@ -16,12 +16,12 @@ from bef_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 
-# How blocks are computed in training; scoring needs no gradient.
+# Scoring sets these fields, which say how training computes blocks, because it needs no gradient.
 _FORMS = {"mbconv": "layers", "remat": "none"}
-# Of these --config decides where it is given: what is scored, where, and how fast, not the score.
+# A given --config decides these fields: what is scored, where, and how fast, but not the score.
 _SURROUNDINGS = ("data.", "predict.", "benchmark.", "distributed.", "compile_cache")
 _SPEED = ("eval.batch_size", "model.depthwise")
-# Fields that, besides the network's own, decide what a patch's score is.
+# Fields that decide a patch's score, in addition to the fields of the network.
 _DECIDING = (
     "dtype",
     "augment.mean",
@@ -34,10 +34,10 @@ _DECIDING = (
 
 
 def find(where: Path | str) -> Path:
-    """Returns the checkpoint's folder that `where` means: that folder, or the best of a workdir.
+    """Returns the checkpoint's folder: `where` itself, or the best checkpoint of a workdir.
 
     Raises:
-        UserError: a workdir without a checkpoint, or whose scores are damaged.
+        UserError: a workdir has no checkpoint, or a score in it is damaged.
     """
     path = user_path(where).resolve()
     is_checkpoint = (path / "state").is_dir() and (path / "run").is_dir()
@@ -52,22 +52,23 @@ def workdir_of(path: Path) -> Path:
 def scoring_config(
     path: Path, given: ConfigDict | None = None, changes: Mapping[str, Any] | None = None
 ) -> ConfigDict:
-    """Returns the configuration to score with: that of the checkpoint, and what the user changed.
+    """Returns the configuration to score with: the checkpoint's, with the user's changes.
 
     The checkpoint decides the network, its input and its threshold. A field that is newer than the
     checkpoint has its default.
 
     Args:
         path: the checkpoint's folder.
-        given: a whole configuration, of which data and what else decides no score count.
-        changes: single fields by their dotted names. Those that have to do with a score count.
+        given: a whole configuration. Only fields that do not decide a score are used, such as data.
+        changes: single fields by their dotted names. Fields that decide a score are used, too, but
+            fields of training alone are not.
 
     Raises:
-        UserError: no such checkpoint, a field of it that this version can't read, or `changes` ask
-            for another network.
+        UserError: the checkpoint is missing or has a field that this version can't read, or
+            `changes` ask for another network.
     """
     config = checkpoint.read_config(path)
-    # The processes of the training run may have met elsewhere, or be gone.
+    # Use the defaults, because the processes of the training run may be elsewhere, or gone.
     _set(config, _fields_of(default.get_config(), "distributed."))
     changes = _as_json(dict(changes or {}))
     if given is not None:
@@ -79,28 +80,28 @@ def scoring_config(
     _check_network(path, saved, differing)
     for name in sorted(set(differing) & {*_DECIDING}):
         LOG.info("config.%s=%r; the checkpoint has %r", name, differing[name], saved[name])
-    # Not what belongs to training alone: the checkpoint's arrays are those of its own optimiser.
+    # Fields of training alone stay as saved: the checkpoint's arrays fit its own optimiser.
     _set(config, {name: x for name, x in changes.items() if _is_free(name) or name in _DECIDING})
     config.model.update(_FORMS)
-    # Again, since a change may be impossible beside what was saved.
+    # Validate again, because a change may be invalid together with the saved fields.
     with checkpoint.naming(path):
         validate(config)
     return config
 
 
 def _fields_of(config: ConfigDict, start: str = "") -> dict[str, Any]:
-    """The fields whose names begin with `start`, by their dotted names."""
+    """Returns the fields whose names begin with `start`, by their dotted names."""
     fields = flatten(ConfigDict(_as_json(config.to_dict())))
     return {name: value for name, value in fields.items() if name.startswith(start)}
 
 
 def _as_json(fields: dict) -> dict:
-    """Lists for tuples, as a saved configuration has them."""
+    """Returns the fields with lists instead of tuples, as a saved configuration has them."""
     return json.loads(json.dumps(fields))
 
 
 def _set(config: ConfigDict, fields: Mapping[str, Any]) -> None:
-    # A saved field may be empty, or an integer where a float is meant; `validate` knows.
+    # A saved field may be empty, or an integer instead of a float. `validate` checks them.
     with config.ignore_type():
         config.update_from_flattened_dict(fields)
 
@@ -125,8 +126,10 @@ def _check_network(path: Path, saved: Mapping[str, Any], differing: Mapping[str,
 def _log_ignored(
     saved: Mapping[str, Any], given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
-    """Names what --config's file says otherwise, where the checkpoint decides."""
+    """Logs the fields in which the checkpoint decides, and --config has another value."""
     decided = [name for name in saved if name in _DECIDING or _is_network(name)]
     for name in decided:
         if name not in changes and given.get(name) != saved[name]:
-            LOG.info("config.%s=%r, as the checkpoint has it", name, saved[name])
+            LOG.info(
+                "config.%s=%r: the checkpoint decides this field, not --config", name, saved[name]
+            )

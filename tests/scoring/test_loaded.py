@@ -189,7 +189,7 @@ def test_another_program_s_onnx_is_told_before_it_scores(tmp_path):
         tiny_onnx(file, **facts)
         model = bef_jax.load(file)
         assert (model.classes, model.mpp) == (None, None)
-        with pytest.raises(UserError, match="is no file of --mode=export"):
+        with pytest.raises(UserError, match="was not written by --mode=export"):
             model.predict(np.zeros((1, 96, 96, 3), np.uint8))
 
 

@@ -53,7 +53,7 @@ def test_all_that_decides_a_score_comes_from_the_checkpoint(
     config.update(eval=saved.eval, data=saved.data)
     assert config.to_json_best_effort() == saved.to_json_best_effort()
     assert (saved.rcc.eval_size, saved.eval.tta, saved.eval.threshold) == (48, 1, 0.5)
-    told = {line.split("=")[0] for line in caplog.messages if "as the checkpoint has it" in line}
+    told = {line.split("=")[0] for line in caplog.messages if "the checkpoint decides" in line}
     assert told == {f"config.{name}" for name in other} - {"config.eval.batch_size",
                                                            "config.data.dir"}  # fmt: skip
 
