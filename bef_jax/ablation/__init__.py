@@ -1,1 +1,1 @@
-"""The ablation table of the paper: a training run for each row and seed, then its pictures."""
+"""The ablation table of the paper: one training run for each row and seed, then the table."""

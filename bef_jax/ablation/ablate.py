@@ -1,7 +1,7 @@
-"""--mode=ablate: the paper's table. Every row is trained with several seeds, each run by itself.
+"""--mode=ablate: trains every row of the paper's table with several seeds.
 
-A run is `--mode=train` in WORKDIR/<row>/seed<seed>, in a process of its own, so it may be stopped,
-killed or repeated like any other. The same command goes on with what is missing.
+Each run is `--mode=train` in WORKDIR/<row>/seed<seed>, in a process of its own. So a run can be
+stopped, killed or repeated like any other, and the same command trains what is missing.
 """
 
 import json
@@ -33,22 +33,22 @@ from bef_jax.training import outputs
 from bef_jax.training.outputs import read_train_summary
 
 LOG = logging.getLogger(__name__)
-# Fields that change no figure of a run.
+# The results of a run do not depend on these fields.
 _DECIDE_NOTHING = (
     "ablation.", "benchmark.", "checkpoint.", "compile_cache", "distributed.", "log_every",
     "predict.",
 )  # fmt: skip
-_LOG, _LAST = "log.txt", 1 << 20  # of a run in its workdir; bytes of it that are read
-_POLL_SECONDS = 0.2  # between two looks at whether a signal came
+_LOG, _LAST = "log.txt", 1 << 20  # a run's log; how many of its last bytes are read
+_POLL_SECONDS = 0.2  # between two checks for a signal or an ended run
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the table before it is averaged: a row with a seed.
+    """One training run of the table: a row with one seed.
 
     Attributes:
-        config: what it trains.
-        changes: its fields that differ from the command's, as flags of the command line take them.
+        config: the run's whole configuration.
+        changes: fields that differ from the command's: {dotted name: value, as a flag takes it}.
     """
 
     row: str
@@ -58,44 +58,44 @@ class Run:
     changes: dict
 
     def summary(self) -> dict | None:
-        """What the run ended with; None where it has not come to its end."""
+        """Returns the summary of the run; None if the run has not finished."""
         found = read_train_summary(self.workdir)
-        # A run that a signal stopped leaves its summary too, without figures.
+        # A run that a signal stopped also leaves a summary, but one without results.
         return found if found and found["valid"] else None
 
 
 def run(config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = False) -> dict:
-    """Trains what is missing of the table, and writes ablation.md, .csv and .png into `workdir`.
+    """Trains the missing runs, and writes the table (`table.FILES`) into `workdir`.
 
     Args:
-        config: what the rows of configs/ablation.py change.
-        argv: the flags of the command line, after the program's name; each run gets them, too.
-        dry_run: trains nothing, and says what the missing runs would cost.
+        config: the configuration that the rows of configs/ablation.py change.
+        argv: the command line's flags, after the program's name; each run gets them too.
+        dry_run: trains nothing, and estimates what the missing runs would cost.
 
     Returns:
-        The summary: mode, runs, finished, split, rows (`ablation_table.tabulate`), files; or of a
-        dry run mode, runs, finished, rows (`ablation_cost.estimate`), seconds.
+        The summary: mode, runs, finished, split, rows (`table.tabulate`) and files. For a dry run:
+        mode, runs, finished, rows (`cost.estimate`) and seconds.
 
     Raises:
-        UserError: a row is unknown, a run's configuration or data are not as they must be, or a
-            file of an earlier run is damaged, or in the way of what will be written.
+        UserError: a row is unknown, a run's configuration or data are invalid, or a file of an
+            earlier run is damaged or in the way of an output.
         RunError: a run failed.
     """
     runs = plan_runs(config, workdir)
-    # Before any is trained: what can be told now should cost no run.
+    # Check everything before the first run, so that an error costs no training time.
     check_outputs(workdir, FILES)
     for planned in runs:
         outputs.check(planned.workdir, also=[_LOG])
         _check_unchanged(planned)
-        planned.summary()  # a damaged one raises
+        planned.summary()  # raises if the file is damaged
     if dry_run:
-        # Nothing is trained, but only a store tells how many patches duplicates leave.
+        # Prepare the store even so: only it knows how many patches are left without duplicates.
         n_train = prepare_with_progress(config.data)["counts"]["train"]
         return {"mode": "ablate", **estimate(runs, n_train)}
     with lock.held(workdir):
-        prepare_with_progress(config.data)  # once, not by several runs at the same time
+        prepare_with_progress(config.data)  # here, so that the runs do not all do it at once
         _train(runs, argv, workers.find(config.ablation.jobs))
-        # After a signal, too: a table of as many runs as there are.
+        # Write the table after a signal too, from the runs that have finished.
         finished = [each for each in runs if each.summary()]
         summary = {"mode": "ablate", "runs": len(runs), "finished": len(finished)}
         if finished:
@@ -105,10 +105,10 @@ def run(config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = 
 
 
 def plan_runs(config: ConfigDict, workdir: Path) -> list[Run]:
-    """The runs of the table, whole seeds first, so that what is done early can be compared.
+    """Returns the runs of the table, seed by seed, so that early results can be compared.
 
     Raises:
-        UserError: a row is unknown, or its configuration impossible.
+        UserError: a row is unknown, or its configuration is invalid.
     """
     rows = tuple(config.ablation.rows) or tuple(ROWS)
     unknown = [row for row in rows if row not in ROWS]
@@ -124,23 +124,23 @@ def _plan_run(config: ConfigDict, workdir: Path, row: str, seed: int) -> Run:
     changes = BASELINE | ROWS[row] | {"seed": seed, "name": f"{config.name}_{row}_{seed}"}
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(changes)
-    # Here, not in the run's own process, whose turn may come hours later.
+    # Validate here, because the run's own process may start hours later.
     validate(changed)
     return Run(row, seed, workdir / row / f"seed{seed}", changed, changes)
 
 
 def _check_unchanged(run: Run) -> None:
-    """Raises `UserError` where the run has begun otherwise: a table must not mix the two."""
+    """Raises `UserError` if the run was begun with other settings: a table must not mix them."""
     fix = f"move {run.workdir} away, and it is trained again"
     try:
         old = read_json(run.workdir / "config.json", _fields, fix)
     except FileNotFoundError:
         return
-    # Both through JSON, which makes lists of tuples: else they would differ from themselves.
+    # Pass the new one through JSON too, because JSON turns tuples into lists.
     old, new = _fields(old), _fields(json.loads(run.config.to_json_best_effort()))
     for name in new:
         decides = not name.startswith(_DECIDE_NOTHING)
-        # A field that an older version's run did not have can't be compared.
+        # A run of an older version may lack a field, which then can't be compared.
         if decides and name in old and old[name] != new[name]:
             raise UserError(
                 f"{run.workdir} was begun with config.{name}={old[name]!r}, not {new[name]!r}: "
@@ -149,7 +149,7 @@ def _check_unchanged(run: Run) -> None:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """The fields of a configuration as JSON has it, by their dotted names."""
+    """Returns the fields of a configuration that was read from JSON, by their dotted names."""
     check_types(config)
     return flatten(ConfigDict(config))
 
@@ -158,7 +158,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def _train(runs: list[Run], argv: Sequence[str], places: list[Slot]) -> None:
-    """Trains what is not finished, a run in each place at a time; a signal stops them all."""
+    """Trains the unfinished runs, one at a time in each place; a signal stops them all."""
     missing = [run for run in runs if not run.summary()]
     running: dict[Slot, tuple[Run, subprocess.Popen]] = {}
     ended, started = 0, time.monotonic()
@@ -170,11 +170,11 @@ def _train(runs: list[Run], argv: Sequence[str], places: list[Slot]) -> None:
                 time.sleep(_POLL_SECONDS)
                 for run, summary in _take_ended(running):
                     ended += 1
-                    # Wall time over runs that ended: places that work side by side are in it.
+                    # Wall time per ended run, so that it counts the places that work in parallel.
                     left = (time.monotonic() - started) / ended * (len(missing) + len(running))
                     _say(run, summary, left)
         finally:
-            # Whatever ends the loop: where one run fails, the others save, and can go on later.
+            # Stop them also when one run failed: the others save, so that they can resume later.
             _stop([process for _, process in running.values()])
 
 
@@ -189,13 +189,13 @@ def _take_ended(
 
 
 def _start(run: Run, argv: Sequence[str], place: Slot) -> tuple[Run, subprocess.Popen]:
-    """Starts the public command; what it says goes to log.txt, since several would talk at once."""
+    """Starts the run's command; it logs to log.txt, because several runs would mix their lines."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     changes = [f"--config.{name}={value}" for name, value in run.changes.items()]
-    # Of a flag that is given twice, the last counts.
+    # If a flag is given twice, the last one counts.
     flags = [*argv, *changes, "--mode=train", f"--workdir={run.workdir}"]
-    LOG.info("%s, seed %d: training; %s", run.row, run.seed, _log(run))
-    # Appended: a run that goes on keeps what its earlier starts said.
+    LOG.info("%s, seed %d: training, with its log in %s", run.row, run.seed, _log(run))
+    # Append, so that a resumed run keeps the log of its earlier starts.
     with open(_log(run), "a") as log:
         command = [sys.executable, "-m", "bef_jax.main", *flags]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=place.environment())
@@ -208,22 +208,22 @@ def _log(run: Run) -> Path:
 
 
 def _result(run: Run, status: int) -> dict:
-    """The summary of a run that has ended.
+    """Returns the summary of a run that has ended.
 
     Raises:
-        UserError: the run refused something.
-        RunError: it failed, or somebody stopped it.
+        UserError: the run ended with an error of the user's.
+        RunError: the run failed, or somebody stopped it.
     """
     summary = run.summary()
     if status == 0 and summary:
         return summary
-    # A refusal is one such line; earlier starts may have left others, so the last one counts.
+    # Take the last such line, because earlier starts may have logged others.
     lines = [line for line in _last_lines(_log(run)) if line.startswith("error: ")]
     if status == 2 and lines:
         raise UserError(f"{run.row}, seed {run.seed}: {lines[-1].removeprefix('error: ')}")
     raise RunError(
-        f"{run.row}, seed {run.seed} ended with status {status}; {_log(run)} says why, and the "
-        "same command goes on"
+        f"{run.row}, seed {run.seed} ended with status {status}; {_log(run)} says why; the "
+        "same command continues the ablation"
     )
 
 
@@ -234,12 +234,12 @@ def _last_lines(file: Path) -> list[str]:
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:
-    """Lets runs save and end."""
+    """Stops the runs: each of them saves and ends."""
     for process in processes:
-        # SIGTERM: a Ctrl-C in the terminal has reached the runs already, and a second SIGINT would
-        # end them without a save.
+        # Send SIGTERM: a Ctrl-C in the terminal has already reached the runs, and a second SIGINT
+        # would end them without a save.
         process.terminate()
-    # Only then waited for, so that all of them save at the same time.
+    # Wait only after all were told, so that all of them save at the same time.
     for process in processes:
         process.wait()
 

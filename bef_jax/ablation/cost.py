@@ -1,4 +1,4 @@
-"""What an ablation would cost, before it is begun."""
+"""The estimated cost of an ablation, before it starts."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,22 +15,22 @@ LOG = logging.getLogger(__name__)
 
 
 def estimate(runs: Sequence[Any], n_train: int) -> dict[str, Any]:
-    """Counts what the missing runs would train on, and their time where one was measured.
+    """Counts the images that the missing runs would train on, and estimates their time.
 
     Args:
         runs: `ablate.Run`s.
         n_train: patches of the training split.
 
     Returns:
-        runs, finished, seconds, and rows: of each name runs, finished, params,
-        training_flops_per_image, images (that the missing runs take in) and seconds (that they
-        take, one at a time). These rest on the row's own finished runs; without any, on those of
-        another row, in the ratio of the arithmetic; without these, they are None.
+        runs, finished, seconds and rows. Each row has runs, finished, params,
+        training_flops_per_image, images (that its missing runs train on) and seconds (that they
+        take, one at a time). The seconds come from the speed of the row's finished runs. A row
+        without any takes another row's speed, scaled by the arithmetic; without that, it has None.
     """
     by_row: dict[str, list] = {}
     for run in runs:
         by_row.setdefault(run.row, []).append(run)
-    # Both for all rows first: one without a finished run takes another's speed.
+    # Collect all rows first, because a row without a finished run takes another's speed.
     rows = {name: _count(of_row, n_train) for name, of_row in by_row.items()}
     speeds = {name: _speed(of_row) for name, of_row in by_row.items()}
     for name, row in rows.items():
@@ -38,21 +38,21 @@ def estimate(runs: Sequence[Any], n_train: int) -> dict[str, Any]:
         LOG.info("%s", _line(name, row))
     seconds = [row["seconds"] for row in rows.values()]
     finished = sum(row["finished"] for row in rows.values())
-    # Not the sum of those that are known, which would be taken for the whole.
+    # The total is unknown if a row's time is: a partial sum would look like the total.
     total = None if None in seconds else sum(seconds)
     return {"runs": len(runs), "finished": finished, "seconds": total, "rows": rows}
 
 
 def _count(runs: list, n_train: int) -> dict[str, Any]:
-    # Seeds change nothing of what a row costs.
+    # A row costs the same with every seed.
     config = runs[0].config
-    # A run that was stopped on its way counts whole: only its end is looked at.
+    # A run that was stopped halfway counts as a whole one: only its final summary is read.
     missing = [run for run in runs if not run.summary()]
     steps = durations(config, n_train).steps
     return {
         "runs": len(runs),
         "finished": len(runs) - len(missing),
-        # By shapes alone: no parameter is made.
+        # From shapes only, so that no parameters are allocated.
         "params": count_params(abstract_state(config).params),
         "training_flops_per_image": training_flops(config),
         "images": len(missing) * steps * config.batch_size,
@@ -60,13 +60,13 @@ def _count(runs: list, n_train: int) -> dict[str, Any]:
 
 
 def _speed(runs: list) -> float | None:
-    """Images per second of whole runs: with compilation, evaluation and the report."""
+    """Returns the images/s of whole runs, with compilation, evaluation and the report."""
     speeds = [
         summary["step"] * run.config.batch_size / summary["wall_seconds"]
         for run in runs
         if (summary := run.summary())
     ]
-    # One run on a busy machine would move a mean.
+    # The median, because one run on a busy machine would move a mean.
     return float(np.median(speeds)) if speeds else None
 
 
@@ -76,7 +76,7 @@ def _scaled(
     known = [name for name, speed in speeds.items() if speed]
     if not known:
         return None
-    # By arithmetic alone, while on accelerators memory bounds these networks: a rough guess.
+    # This is a rough guess: on accelerators memory limits these networks, not arithmetic.
     other = known[0]
     ratio = rows[other]["training_flops_per_image"] / row["training_flops_per_image"]
     return speeds[other] * ratio
@@ -84,7 +84,7 @@ def _scaled(
 
 def _seconds(row: dict, speed: float | None) -> float | None:
     if not row["images"]:
-        # Nothing is left, and that takes no time whether a speed is known or not.
+        # Nothing is left to train, so no speed is needed.
         return 0.0
     return row["images"] / speed if speed else None
 

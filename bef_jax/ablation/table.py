@@ -1,4 +1,4 @@
-"""The ablation table: what the runs of each row came to, and what sets a row apart from chance."""
+"""The ablation table: the averaged results of each row, and its tests against the baseline."""
 
 import csv
 import io
@@ -26,20 +26,20 @@ TITLES = {
 }
 
 
-# Not `ablate.Run` itself, whose module imports this one.
+# This stands for `ablate.Run`, because that module imports this one.
 class Finished(Protocol):
-    """A run that has come to its end."""
+    """A run that has finished."""
 
     row: str
     seed: int
     workdir: Path
 
     def summary(self) -> dict:
-        """What it ended with."""
+        """Returns the summary of the run."""
 
 
 def scored_block(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The block of a run's summary that the table is about: test, or valid where there is none."""
+    """Returns the block of a summary that the table shows: test, or valid if there is no test."""
     return summary["test"] or summary["valid"]
 
 
@@ -47,19 +47,19 @@ def tabulate(runs: Sequence[Finished], threshold: float) -> dict[str, Any]:
     """Averages the runs of each row over their seeds, and tests each row against the baseline.
 
     Args:
-        runs: that are finished.
-        threshold: from which a probability counts as positive, for McNemar's test.
+        runs: finished runs.
+        threshold: McNemar's test counts a probability from here on as positive.
 
     Returns:
-        split, and rows: of each name, in the order of the runs, seeds, params, images_per_second,
-        auc, auc_std, accuracy, accuracy_std (over seeds, ddof=1; None for one) and `against`, the
-        comparison with the baseline: None without one.
+        split and rows. Each row, in the order of the runs, has seeds, params, images_per_second,
+        auc, auc_std, accuracy, accuracy_std (over seeds, ddof=1; None for one seed) and `against`:
+        the comparison with the baseline, or None without one.
     """
-    # By seed, so that a row's run meets the baseline's of the same seed.
+    # Keyed by seed, so that a run is compared with the baseline's run of the same seed.
     by_row: dict[str, dict[int, Finished]] = {}
     for run in runs:
         by_row.setdefault(run.row, {})[run.seed] = run
-    # The first run's is everyone's: `ablate` lets no run of other data into the table.
+    # All runs have the split of the first, because `ablate` refuses runs with other data.
     split = scored_block(runs[0].summary())["split"]
     baseline = by_row.get("baseline")
     rows = {}
@@ -75,12 +75,12 @@ def _averages(summaries: list[dict]) -> dict[str, Any]:
     figures = {}
     for name in ("auc", "accuracy"):
         values = [block[name] for block in blocks]
-        # No mean of those that have one: the row would be of fewer runs than it says.
+        # No mean if one run has no value, because the row would average fewer runs than it says.
         figures[name] = float(np.mean(values)) if None not in values else None
         several = len(values) > 1 and None not in values
-        # ddof=1: with 0 the deviation of three seeds would be 18 % smaller.
+        # ddof=1, because with 0 the deviation of three seeds would be 18 % smaller.
         figures[f"{name}_std"] = float(np.std(values, ddof=1)) if several else None
-    # Their median below: one run on a busy machine would move a mean.
+    # The row gets their median, because one run on a busy machine would move a mean.
     speeds = [summary["images_per_second"] for summary in summaries]
     return {
         "seeds": len(blocks),
@@ -93,22 +93,22 @@ def _averages(summaries: list[dict]) -> dict[str, Any]:
 def _against(
     row: Mapping[int, Finished], baseline: Mapping[int, Finished], split: str, threshold: float
 ) -> dict[str, Any] | None:
-    """The row less the baseline, over the seeds that both have.
+    """Returns the row minus the baseline, over the seeds that both have.
 
-    Two questions, two tests. `seeds_p`, a paired t-test of the AUCs: would other seeds say the same
-    of these patches? `delong_p` and `mcnemar_p`, of probabilities averaged over the seeds: would
-    other patches?
+    There are two questions. `seeds_p`, a paired t-test of the AUCs, asks whether other seeds would
+    give the same result on these patches. `delong_p` and `mcnemar_p`, which test the probabilities
+    averaged over the seeds, ask whether other patches would.
     """
-    # Here: scipy.stats takes a while to import, and every mode imports this module.
+    # Import scipy.stats here, because that takes a while and only a comparison needs it.
     from scipy.stats import ttest_rel
 
-    # Pairs, since a seed decides the order of patches: its two runs see the same batches.
+    # Pair runs by seed: the seed sets the order of patches, so both runs see the same batches.
     seeds = [seed for seed in row if seed in baseline]
     if not seeds:
         return None
     ours, theirs = ([_auc(runs[seed]) for seed in seeds] for runs in (row, baseline))
     first, second, labels = _averaged_scores(row, baseline, seeds, split)
-    # Differences that are all alike have no deviation, by which the t-test would divide.
+    # The t-test divides by the deviation of the differences, which is 0 if all are equal.
     differs = len(seeds) > 1 and None not in ours + theirs and np.ptp(np.subtract(ours, theirs)) > 0
     return {
         "seeds": len(seeds),
@@ -124,14 +124,14 @@ def _auc(run: Finished) -> float | None:
 def _averaged_scores(
     row: Mapping[int, Finished], baseline: Mapping[int, Finished], seeds: list[int], split: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities of both rows, averaged over seeds, and the labels: [N] each."""
-    # [2][seeds] of ids, labels and scores, [N] each, in the order of the store that all share.
+    """Returns the probabilities of both rows, averaged over seeds, and the labels: [N] each."""
+    # [2][seeds] of (ids, labels, scores), [N] each, in the order of the store that all runs share.
     read = [
         [read_scores(runs[seed].workdir / f"scores_{split}.csv") for seed in seeds]
         for runs in (row, baseline)
     ]
     ids, labels, _ = read[0][0]
-    # Rows are averaged by their places: a store that was prepared anew may have others.
+    # Scores are averaged by position, and a store that was prepared again may have another order.
     if not all(np.array_equal(ids, other) for of_runs in read for other, _, _ in of_runs):
         raise UserError(
             "the runs of the table were scored on different patches, or in another order: give "
@@ -150,7 +150,7 @@ _HEAD = {
     "images_per_second": "images/s",
     "auc": "AUC",
     "accuracy": "accuracy",
-    "auc_difference": "AUC, less baseline (95% CI)",
+    "auc_difference": "AUC minus baseline (95% CI)",
     "delong_p": "p, DeLong",
     "seeds_p": "p, seeds",
     "mcnemar_p": "p, McNemar",
@@ -162,7 +162,7 @@ def write_table(workdir: Path, table: Mapping[str, Any], runs: Sequence[Finished
     write_text(workdir / "ablation.md", _markdown(table))
     write_text(workdir / "ablation.csv", _csv(_flat_rows(table)))
     write_text(workdir / "ablation_runs.csv", _csv([_flat_run(run) for run in runs]))
-    from bef_jax.ablation.picture import draw  # here: training need not wait for matplotlib
+    from bef_jax.ablation.picture import draw  # here, because matplotlib imports slowly
 
     aucs = {name: [_auc(run) for run in runs if run.row == name] for name in table["rows"]}
     with replacing(workdir / "ablation.png") as file:
@@ -175,9 +175,9 @@ def _markdown(table: Mapping[str, Any]) -> str:
     lines += [_cells(name, row) for name, row in table["rows"].items()]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     note = (
-        f"Figures of {table['split']}, mean +- standard deviation over seeds. p, DeLong and "
-        "McNemar: of the probabilities averaged over seeds, whether other patches would say the "
-        "same; p, seeds: a paired t-test, whether other seeds would."
+        f"Results on {table['split']}: mean +- standard deviation over seeds. DeLong and McNemar "
+        "test the probabilities averaged over seeds: would other patches give the same result? "
+        "p, seeds is a paired t-test of the AUCs: would other seeds give the same result?"
     )
     return f"{text}\n{note}\n"
 
@@ -211,20 +211,20 @@ def _spread(mean: float | None, std: float | None, form: str) -> str:
 def _p_value(p: float | None) -> str:
     if p is None:
         return ""
-    # Four digits would make it 0, which no p is.
+    # Four digits would show 0, which no p-value is.
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def _flat_rows(table: Mapping[str, Any]) -> list[dict]:
     rows = []
     for name, row in table["rows"].items():
-        # The baseline, which has none, comes first by default and sets the columns' order: a
-        # difference stands before the ends of its interval.
+        # The first row sets the order of the columns, and by default it is the baseline, which has
+        # no comparison. So put the difference before the ends of its interval here.
         against = {"auc_difference": None, **(row["against"] or {})}
         low, high = against.pop("auc_difference_ci95", None) or (None, None)
         ends = {"auc_difference_low": low, "auc_difference_high": high}
         own = {key: value for key, value in row.items() if key != "against"}
-        # `seeds` once more, last: a comparison counts those alone that the baseline has, too.
+        # Set `seeds` again, because a comparison counts only the seeds that the baseline has too.
         rows.append({"row": name, **own, **against, **ends, "seeds": row["seeds"]})
     return rows
 
@@ -243,9 +243,9 @@ def _flat_run(run: Finished) -> dict:
 
 
 def _csv(rows: list[dict]) -> str:
-    # Of all rows: the baseline lacks a comparison's columns, and leaves them empty.
+    # Take the columns of all rows: the baseline has no comparison, and leaves those empty.
     names = list(dict.fromkeys(name for row in rows for name in row))
-    # newline: csv ends its lines by itself.
+    # No translation of newlines, because csv writes its own line ends.
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names)
     writer.writeheader()

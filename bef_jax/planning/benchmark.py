@@ -1,8 +1,8 @@
-"""--mode=benchmark: how fast this machine trains, infers, reads its input and augments.
+"""--mode=benchmark: measures how fast this machine trains, infers, reads its input and augments.
 
-Each is measured alone: two calls to warm up, then runs of at least RUN_SECONDS. No data set is
-needed: patches are random, but for the input, which comes from the configuration's store if that
-is there.
+Each is measured alone: two calls warm up, then each run lasts at least RUN_SECONDS. No data set is
+needed, because the patches are random. Only the input comes from the configuration's store, if
+there is one.
 """
 
 import contextlib
@@ -47,19 +47,19 @@ from bef_jax.training.step import compile_step
 
 LOG = logging.getLogger(__name__)
 
-RUN_SECONDS = 0.2  # least length of a run: one call of a small network is too short to time
-INPUT_PATCHES = 4096  # random ones, where there is no store
+RUN_SECONDS = 0.2  # a run's least length, because one call of a small network is too short to time
+INPUT_PATCHES = 4096  # random patches, if there is no store
 COMPARISONS = {"lax": "native"}  # what --compare names -> config.model.depthwise
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What a network is timed by.
+    """The calls by which a network is timed.
 
     Attributes:
-        calls: `train` takes the next step, `eval` scores the batch under every view of eval.tta.
+        calls: `train` takes the next step; `eval` scores the batch under every view of eval.tta.
         compiled: the training step.
-        compile_seconds: what it took to compile, or to find in the compilation cache.
+        compile_seconds: time to compile the step, or to load it from the compilation cache.
     """
 
     calls: dict[str, Callable]
@@ -72,34 +72,34 @@ def run(config: ConfigDict, compare: str | None, folder: Path | None, argv: Sequ
 
     Args:
         config: the whole configuration.
-        compare: "lax" times the network with the native depthwise convolution, in turn with ours.
-        folder: where the summary is kept besides (`bef_jax.results`).
+        compare: "lax" also times the native depthwise convolution, in turn with ours.
+        folder: a folder that keeps the summary too (`planning.records`).
         argv: the command line's flags, for the record.
 
     Returns:
         The summary; its keys are stable.
 
     Raises:
-        UserError: `compare` or `folder` is not as it must be, or devices can't share a batch.
+        UserError: `compare` or `folder` is invalid, or the devices can't share a batch.
     """
     if compare not in (None, *COMPARISONS):
         raise UserError(f"--compare={compare} is unknown: choose {' or '.join(COMPARISONS)}")
     if compare and config.model.mbconv != "layers":
-        raise UserError(f"--compare={compare} is between layers: set config.model.mbconv=layers")
+        raise UserError(f"--compare={compare} compares layers: set config.model.mbconv=layers")
     mesh, machine = sharding.make_mesh(), devices.describe()
     check_devices(config, mesh)
-    # Named before anything is measured: a folder that can't be written costs no minutes.
+    # Name the file first, so that a folder that can't be written costs no minutes of measuring.
     file = records.results_file(folder, machine) if folder else None
     LOG.info("benchmark of %s on %s", config.model.name, machine)
     summary = _setting(config, machine) | _measure_all(config, mesh, compare)
     if file:
         records.append(file, summary, argv)
-        LOG.info("kept in %s", file)
+        LOG.info("summary added to %s", file)
     return summary
 
 
 def _setting(config: ConfigDict, machine: str) -> dict:
-    """What the figures were measured on and with."""
+    """Returns what was measured, on which hardware and with which settings."""
     return {
         "mode": "benchmark",
         "hardware": machine,
@@ -118,24 +118,24 @@ def _setting(config: ConfigDict, machine: str) -> dict:
 
 def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     batch_size = config.batch_size
-    with _batches(config, mesh) as (batches, source):  # first: a store can be damaged
+    with _batches(config, mesh) as (batches, source):  # first, because a store can be damaged
         reading = _time("input", config, lambda: next(batches))
-    # On the devices already: input is measured by itself.
+    # Put the batch on the devices now, because the input is measured by itself.
     batch = put_batch(_random_patches(batch_size), mesh, np.arange(batch_size))
     ours = _build(config, mesh, batch)
     train = _time("training", config, ours.calls["train"])
-    peak = peak_bytes(ours.compiled)  # now: an accelerator's is that of all that ran before
+    peak = peak_bytes(ours.compiled)  # now: an accelerator reports the peak so far
     evaluation = _time("inference", config, ours.calls["eval"])
     augmentation = _time("augmentation", config, _augmentation(config, batch))
     flops = flops_per_image(ours.compiled, config, mesh)
     rates = {"train": train, "eval": evaluation, "input": reading}
     rates = {f"{k}_images_per_second": batch_size / seconds for k, seconds in rates.items()}
-    # The median: a machine that others share has slow runs now and then, and a mean keeps them.
+    # The median, because a shared machine has some slow runs, which would move a mean.
     medians = {name: float(np.median(rate)) for name, rate in rates.items()}
     return {
         **medians,
-        # Percentiles over runs, each the mean of its steps, not over single steps: to time those,
-        # the host would have to wait for each.
+        # Percentiles of the runs' mean steps. To time single steps, the host would have to wait for
+        # each of them.
         "step_ms": {f"p{p}": float(1e3 * np.percentile(train, p)) for p in (50, 90)},
         "compile_seconds": ours.compile_seconds,
         "flops_per_image": flops,
@@ -152,18 +152,18 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
 
 
 def _time(what: str, config: ConfigDict, call: Callable) -> np.ndarray:
-    """Seconds of a call that handles one batch, [runs]."""
+    """Returns the seconds per call of each run, [runs]; a call handles one batch."""
     (seconds,) = measure(config.benchmark.runs, call)
-    # The slowest run is the longest, hence 100 first.
+    # The slowest run takes the most seconds, so its percentile is 100.
     slow, median, fast = config.batch_size / np.percentile(seconds, (100, 50, 0))
     LOG.info("%s: %s images/s (%s to %s)", what, *(f"{x:,.1f}" for x in (median, slow, fast)))
     return seconds
 
 
 def measure(runs: int, *calls: Callable) -> np.ndarray:
-    """Seconds of a call, [calls, runs]: the mean over each run.
+    """Returns the mean seconds per call of each run, [calls, runs].
 
-    Several calls take turns, run by run, so that a machine's slow moments fall on all of them.
+    Several calls take turns, run by run, so that a machine's slow moments hit all of them.
     """
     counts = [_warm_up(call) for call in calls]
     return np.array(
@@ -172,20 +172,20 @@ def measure(runs: int, *calls: Callable) -> np.ndarray:
 
 
 def _warm_up(call: Callable) -> int:
-    """Calls twice, and returns how many calls make a run: the first compiles and allocates."""
+    """Calls twice to warm up, and returns how many calls make a run."""
     _seconds(call, 1)
-    # By the second call: the first has compilation in it.
+    # Time the second call, because the first one also compiles and allocates.
     return max(1, math.ceil(RUN_SECONDS / _seconds(call, 1)))
 
 
 def _seconds(call: Callable, count: int) -> float:
-    """Seconds of a call, the mean of `count`.
+    """Returns the mean seconds per call, of `count` calls.
 
-    Each result is waited for once the next was asked for, as training and evaluation do.
+    It waits for a result after it has made the next call, as training and evaluation do.
     """
     start = time.perf_counter()
-    # One result late: dispatch is asynchronous, so that without waiting at all calls would pile up,
-    # and with waiting each time the host's part would be added to the device's.
+    # Wait one result late, because dispatch is asynchronous. Without waiting, calls would pile up;
+    # with waiting at once, the host's time would be added to the device's.
     previous = call()
     for _ in range(count - 1):
         following = call()
@@ -200,18 +200,18 @@ def _seconds(call: Callable, count: int) -> float:
 
 def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
     state = create_state(config, sharding.replicated(mesh))
-    # A copy: the step overwrites the state.
+    # Copy the variables, because the step overwrites the state.
     score = make_scorer(config, mesh)(jax.tree.map(jnp.copy, state.eval_variables()))
-    LOG.info("compiling, with depthwise convolutions %s", config.model.depthwise)
+    LOG.info("compiling with config.model.depthwise=%s", config.model.depthwise)
     start = time.perf_counter()
-    # A long warm-up: random labels teach nothing, so the weights had better stay what they are.
+    # A long warm-up keeps the weights nearly as they are, because random labels teach nothing.
     schedule = make_schedule(config, steps=1_000_000, steps_per_epoch=10_000)
     compiled = compile_step(config, schedule, mesh, state)
     compile_seconds = time.perf_counter() - start
 
     key = jax.random.key(config.seed)
 
-    # The state goes round: its memory was given away, so that the same can't be used twice.
+    # Each call needs the newest state, because the memory of the last one was donated.
     def train():
         nonlocal state
         state, metrics = compiled(state, batch, key)
@@ -224,23 +224,23 @@ def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
 
 
 def _augmentation(config: ConfigDict, batch: Batch) -> Callable:
-    # The config is bound beforehand: it is no array, and jit would refuse it.
+    # Bind the config before jit, which would refuse it as an argument: it is not an array.
     program = jax.jit(functools.partial(augment, config=config))
     return functools.partial(program, jax.random.key(config.seed), batch.images)
 
 
 def _compare(config: ConfigDict, mesh: Mesh, batch: Batch, ours: Programs, name: str) -> dict:
-    """Times another form of the depthwise convolution; a ratio above 1 says that ours is faster."""
+    """Times another form of the depthwise convolution; with a ratio above 1 ours is faster."""
     other = config.copy_and_resolve_references()
     other.model.depthwise = COMPARISONS[name]
-    # Both states live at once: twice the memory of a plain benchmark.
+    # Both states are in memory at once, which takes twice as much as a plain benchmark.
     theirs = _build(other, mesh, batch)
     figures = {}
     for work, call in ours.calls.items():
         mine, its = measure(config.benchmark.runs, call, theirs.calls[work])
         figures[f"{work}_images_per_second"] = float(config.batch_size / np.median(its))
-        # The median of ratios of runs side by side, not a ratio of medians: what slows a machine
-        # down for a while cancels.
+        # The median of the ratios of neighbouring runs, not a ratio of medians, so that a slow
+        # moment of the machine cancels out.
         figures[f"{work}_ratio"] = float(np.median(its / mine))
         LOG.info("%s: %.2f times as fast as with %s", work, figures[f"{work}_ratio"], name)
     return figures
@@ -251,9 +251,9 @@ def _compare(config: ConfigDict, mesh: Mesh, batch: Batch, ours: Programs, name:
 
 @contextlib.contextmanager
 def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[tuple[Iterator[Batch], dict]]:
-    """The batches that training would get, and where their patches come from."""
+    """Yields the batches that training would get, and where their patches come from."""
     with _input_split(config) as (split, folder):
-        durations(config, len(split))  # refuses a split that does not fill a batch
+        durations(config, len(split))  # raises if the split does not fill a batch
         with contextlib.closing(_gathered(split, config, mesh)) as batches:
             yield batches, {"store": folder and str(folder), "patches": len(split)}
 
@@ -262,7 +262,7 @@ def _gathered(split: Split, config: ConfigDict, mesh: Mesh) -> Iterator[Batch]:
     order = {"seed": config.seed, "batch_size": config.batch_size, "start": 0}
     if not is_placed(split, config.data.placement):
         return host_batches(split, mesh, **order)
-    # In training the step gathers by itself; here it is a program of its own.
+    # In training the step itself gathers; here gathering is a program of its own.
     program = jax.jit(lambda selection: gather(selection.split, selection.indices[0], mesh))
     chosen = selections(split, place_split(split, mesh), mesh, **order, sizes=itertools.repeat(1))
     return (program(selection) for selection in chosen)
@@ -270,12 +270,12 @@ def _gathered(split: Split, config: ConfigDict, mesh: Mesh) -> Iterator[Batch]:
 
 @contextlib.contextmanager
 def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
-    """The store's training split and its folder, or random patches in a file and None."""
+    """Yields the store's training split and its folder, or random patches in a file and None."""
     folder = store.store_path(config.data)
     if (folder / store.MANIFEST).is_file():
         yield store.open_split(folder, "train"), folder
         return
-    # In a file and mapped, as a store is: a gather from memory would be another thing.
+    # Map them from a file, as a store's are: a gather from memory would measure something else.
     random = _random_patches(max(INPUT_PATCHES, config.batch_size))
     with tempfile.TemporaryDirectory(prefix="bef_jax_benchmark_") as temporary:
         file = Path(temporary) / "images.npy"
@@ -285,20 +285,20 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
 
 
 def _random_patches(n: int) -> Split:
-    # Random bytes: neither branches nor memory traffic depend on what pixels show.
+    # Random bytes will do, because no branch and no memory traffic depends on the pixels' values.
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, PATCH, PATCH, 3), np.uint8)
     labels = rng.integers(0, 2, n, np.uint8)
     return Split("random", images, labels, np.arange(n).astype(str))
 
 
-# ---- what the compiler and the devices say ------------------------------------------------------
+# ---- what the compiler and the devices report ---------------------------------------------------
 
 
 def flops_per_image(compiled: jax.stages.Compiled, config: ConfigDict, mesh: Mesh) -> float | None:
-    """Floating-point operations of a training step per image, as XLA counts them.
+    """Returns the floating-point operations of a training step per image; None if unknown.
 
-    XLA counts one device's program, and of a loop, which accumulation is, one turn.
+    XLA counts them in one device's program. Of a loop, such as accumulation, it counts one turn.
     """
     flops = (compiled.cost_analysis() or {}).get("flops", -1)
     images = config.batch_size // config.optim.accumulate // mesh.size
@@ -306,22 +306,23 @@ def flops_per_image(compiled: jax.stages.Compiled, config: ConfigDict, mesh: Mes
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Most memory that a device held; on CPU, where nobody counts, what the compiler planned."""
+    """Returns the most bytes that a device held; on CPU, which counts none, what was planned."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(device["peak_bytes_in_use"] for device in stats)
     plan = compiled.memory_analysis()
     if plan is None:
         return None
-    # What is donated is counted once: its output aliases its argument.
+    # Count a donated array once, because its output aliases its argument.
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return held + plan.temp_size_in_bytes
 
 
 def mfu(flops: float | None, images_per_second: float, dtype: str) -> float | None:
-    """Share of the devices' published peak that training comes to, by `flops_per_image`.
+    """Returns the share of the devices' published peak that training reaches; None if unknown.
 
-    XLA counts more than a network's multiply-adds, so this is above what others call MFU.
+    `flops` are from `flops_per_image`. XLA counts more than a network's multiply-adds, so this is
+    higher than what others call MFU.
     """
     peak = chips.peak_flops(jax.devices()[0].device_kind, dtype)
     return flops * images_per_second / (peak * jax.device_count()) if flops and peak else None

@@ -1,14 +1,14 @@
-"""Chips, with what their makers publish of them: arithmetic, memory and links."""
+"""Chips, with the figures that their makers publish: arithmetic, memory and links."""
 
 import dataclasses
 
-# Dense bfloat16 FLOP/s of one device, by JAX's name for it, as the makers publish them: Google in
-# the pages on TPU v4, v5e, v5p and v6e of the Cloud TPU documentation; NVIDIA in the data sheets
-# of H100, H200, A100 and L4, whose figures with sparsity are twice these.
+# Dense bfloat16 FLOP/s of one device, by JAX's name for it. Google publishes them in the Cloud TPU
+# documentation, on the pages of TPU v4, v5e, v5p and v6e. NVIDIA publishes them in the data sheets
+# of H100, H200, A100 and L4, where figures with sparsity are twice these.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
-    # JAX knows one chip by two names: v5p here, v6e below.
+    # JAX has two names for one chip: for v5p here, and for v6e below.
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
@@ -25,21 +25,21 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s that a device reaches at best; None where that is not published, or not here."""
-    # A TPU puts float32 products together from several of bfloat16, and no peak is published.
+    """Returns the peak FLOP/s of a device; None if it is not published, or not listed here."""
+    # A TPU makes a float32 product from several bfloat16 ones, and no peak for it is published.
     return PEAK_FLOPS.get(device_kind) if dtype == "bfloat16" else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, as its maker publishes it; `peak_flops` has its arithmetic.
+    """The published figures of one device, except its arithmetic, which `peak_flops` has.
 
     Attributes:
         platform: cpu | tpu | cuda.
         kind: JAX's name for it.
-        hbm_bytes: capacity of its memory. A driver leaves a few percent more or less to programs.
+        hbm_bytes: its memory. What a driver leaves to programs is a few percent more or less.
         hbm_bandwidth: bytes/s.
-        link_bandwidth: bytes/s that it sends to the others of its slice or node, over all links.
+        link_bandwidth: bytes/s that it sends to the rest of its slice or node, over all links.
     """
 
     platform: str
@@ -49,9 +49,9 @@ class Chip:
     link_bandwidth: float | None = None
 
 
-# TPU: the pages on each version of the Cloud TPU documentation, and for the links of v4 Jouppi et
-# al. 2023 (arXiv 2304.01433), table 4: six of 50 GB/s. GPU: NVIDIA's data sheets of H100 SXM, A100
-# SXM 80GB and L4; of NVLink, whose figures there are for both ways together, and of L4's PCIe half.
+# TPU: the page of each version in the Cloud TPU documentation. The links of v4, six of 50 GB/s, are
+# from Jouppi et al. 2023 (arXiv 2304.01433), table 4. GPU: NVIDIA's data sheets of H100 SXM, A100
+# SXM 80GB and L4. They add both directions of NVLink and of L4's PCIe, so half of that is here.
 CHIPS = {
     "v4": Chip("tpu", "TPU v4", 32 * 2**30, 1200e9, 300e9),
     "v5e": Chip("tpu", "TPU v5 lite", 16e9, 819e9, 200e9),

@@ -1,6 +1,6 @@
 """The arithmetic of a network, counted as the field does: two operations per multiply-add.
 
-XLA's own count has every elementwise operation besides, and that of the program which the compiler
+XLA's own count also has every elementwise operation. It is a count of the program that the compiler
 made, not of the network.
 """
 
@@ -18,27 +18,27 @@ from bef_jax.training.state import abstract_state
 
 
 def training_flops(config: ConfigDict) -> int:
-    """Operations of a training step per image; nothing is computed.
+    """Returns the operations of a training step per image, and computes nothing.
 
-    They are those of three forward passes: each product has two more, its gradients.
+    They are those of three forward passes, because each product takes two more for its gradients.
     """
-    # A copy, for the trace alone: whichever form runs, the network's arithmetic is the same.
+    # Change a copy for the trace only: the network's arithmetic is the same in every form.
     network = config.model.copy_and_resolve_references()
-    network.depthwise = "native"  # shifted products are elementwise, and would not be found
+    network.depthwise = "native"  # shifted products are elementwise, so they would not be found
     size = config.rcc.max_size if config.rcc.enabled else PATCH
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    # In inference: the covariances from which training takes statistics are our way to compute
-    # them, not the network's arithmetic.
+    # Trace inference: in training, statistics come from covariances. Those products are only our
+    # way to compute them, not the network's arithmetic.
     apply = functools.partial(create(network, config.dtype).apply, train=False)
     state = abstract_state(config)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    # Two operations per multiply-add; the first convolution's gradient by the images, which nobody
-    # takes, is counted, too: the field does so.
+    # Two operations per multiply-add. As in the field, this also counts the first convolution's
+    # gradient by the images, which is never computed.
     return 3 * 2 * _multiply_adds(jax.make_jaxpr(apply)(variables, images).jaxpr)
 
 
 def _multiply_adds(jaxpr) -> int:
-    """Those of every convolution and product, and of what is called."""
+    """Returns the multiply-adds of all convolutions and products, also in called functions."""
     return sum(
         _of_equation(equation) + sum(map(_multiply_adds, _called(equation)))
         for equation in jaxpr.eqns
@@ -46,24 +46,24 @@ def _multiply_adds(jaxpr) -> int:
 
 
 def _of_equation(equation) -> int:
-    """Outputs times what each is the sum of."""
+    """Returns the multiply-adds of one equation: its outputs times the terms in each sum."""
     name, params = equation.primitive.name, equation.params
     if name not in ("conv_general_dilated", "dot_general"):
         return 0
     left, right = (operand.aval.shape for operand in equation.invars)
     if name == "dot_general":
-        # ((contracted of left, of right), (batch of left, of right)); batch axes are in the output.
+        # ((contracted axes of left, right), (batch axes of left, right)); outputs have the latter.
         (axes, _), _ = params["dimension_numbers"]
         terms = math.prod(left[axis] for axis in axes)
     else:
-        # Windows and inputs of a group: the kernel's size less its output features.
+        # Each output sums over a window and a group's inputs, the other axes of the kernel.
         features = right[params["dimension_numbers"].rhs_spec[0]]
         terms = math.prod(right) // features
     return terms * math.prod(equation.outvars[0].aval.shape)
 
 
 def _called(equation) -> Iterator:
-    """The jaxprs of functions that an equation calls; one of the branches for platforms."""
+    """Yields the jaxprs that an equation calls; of branches by platform, only the first."""
     for value in equation.params.values():
         value = value[0] if isinstance(value, tuple) and value else value
         inner = getattr(value, "jaxpr", value)

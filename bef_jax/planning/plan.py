@@ -1,8 +1,8 @@
-"""--mode=plan: compiles the training step for hardware that need not be there, before renting it.
+"""--mode=plan: compiles the training step for hardware that this machine does not need to have.
 
-It is the step that training compiles. What the compiler says of it (memory, arithmetic, bytes
-moved, collectives) is held against the chip's published peaks. What a compiler does not say is
-None.
+The step is the one that training compiles. The plan compares what the compiler reports (memory,
+arithmetic, bytes moved, collectives) with the chip's published peaks. What a compiler does not
+report is None.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ from bef_jax.training.step import compile_step
 
 LOG = logging.getLogger(__name__)
 
-PCAM_TRAIN = 262_144  # patches; what a run trains on that does not say how many it has
-BATCH_UNIT = 8  # images per device that batch sizes differ by: 8 rows fill a TPU's vector register
+PCAM_TRAIN = 262_144  # patches; assumed if config.data.train_size is not set
+BATCH_UNIT = 8  # step between batch sizes per device: 8 rows fill a TPU's vector register
 ATTEMPTS = 3  # compilations that the search for the largest batch may take
 
-# Of what crosses a device's links, per byte that a collective leaves on it, at best: a ring of n.
+# Bytes that cross a device's links per byte of a collective's result, at best: in a ring of n.
 _WIRE = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -48,23 +48,23 @@ _WIRE = {
     "collective-permute": lambda n: 1,
 }
 
-# XLA chooses among kernels by timing them, which takes the GPU. Without, its default for products,
-# tiles of Triton's, does not fit every shape and fails: cuBLAS's kernels do.
+# XLA times kernels on the GPU to choose among them. Without a GPU, it would use default tiles of
+# Triton for products, which fail for some shapes. So use cuBLAS, whose kernels take every shape.
 _OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a compiler says of one device's part of a step; None where it says nothing.
+    """A compiler's figures for one device's part of a step; None where it reports none.
 
     Attributes:
-        flops: floating-point operations, those of the augmentation and the optimiser too.
-        bytes_accessed: that its operations read and write, on-chip memory counted like the other.
-        hbm_traffic: bytes that cross between main memory and the chip (`hlo.hbm_bytes`).
-        hbm_bytes: memory that it needs.
+        flops: floating-point operations, with those of the augmentation and the optimiser.
+        bytes_accessed: bytes that operations read and write, in on-chip memory and in main memory.
+        hbm_traffic: bytes that move between main memory and the chip (`hlo.hbm_bytes`).
+        hbm_bytes: bytes of memory that the step needs.
         collectives: as `hlo.collectives` counts them.
-        seconds: that compiling took.
-        refused: whether the compiler stopped since the step needs more memory than there is.
+        seconds: time to compile.
+        refused: whether the compiler stopped because the step needs more memory than there is.
     """
 
     flops: float | None
@@ -81,18 +81,18 @@ def run(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
 
     Args:
         config: the whole configuration.
-        name: of a topology (`topology.parse`).
-        largest: whether to look for the largest batch, by two or more further compilations.
+        name: the name of a topology (`topology.parse`).
+        largest: whether to look for the largest batch, by up to ATTEMPTS more compilations.
 
     Returns:
         The summary; its keys are stable.
 
     Raises:
-        UserError: the topology is not known or can't share the batch, or its compiler is missing.
+        UserError: the topology is unknown or can't share the batch, or its compiler is missing.
     """
     if not name:
         raise UserError("--topology is missing: write one like --topology=v5e:2x4")
-    # Before anything asks JAX for devices: a plan is made with the CPU alone.
+    # Do this before anything asks JAX for devices, because a plan uses only the CPU.
     place = topology.parse(name)
     mesh = topology.make_mesh(place)
     check_devices(config, mesh)
@@ -106,9 +106,9 @@ def run(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
 
 
 def summarise(config: ConfigDict, mesh: Mesh, place: Topology, figures: Figures) -> dict:
-    """The plan's keys, but for the largest batch."""
+    """Returns the summary of a plan, without the largest batch, which stays None."""
     chip, state = place.chip, abstract_state(config)
-    # None is no answer: a compiler that says nothing has not said that it fits.
+    # None means unknown: a compiler that reports no memory does not say that the step fits.
     fits = _known(figures.hbm_bytes, chip.hbm_bytes) and figures.hbm_bytes <= chip.hbm_bytes
     fits = False if figures.refused else fits
     seconds, bound = roofline(figures, chip, mesh.size)
@@ -126,7 +126,7 @@ def summarise(config: ConfigDict, mesh: Mesh, place: Topology, figures: Figures)
         "batch_per_device": images,
         "flops_per_device": figures.flops,
         "flops_per_image": _known(figures.flops) and figures.flops / images,
-        # The network's own arithmetic; the compiled figure has augmentation and optimiser besides.
+        # Only the network's arithmetic: the compiled figures have augmentation and optimiser too.
         "model_flops_per_image": training_flops(config),
         "bytes_accessed_per_device": figures.bytes_accessed,
         "hbm_traffic_per_device": figures.hbm_traffic,
@@ -145,12 +145,12 @@ def summarise(config: ConfigDict, mesh: Mesh, place: Topology, figures: Figures)
 
 
 def _known(*values) -> bool | None:
-    """True, or None if a value is None: `_known(x) and f(x)` is None where x is."""
+    """Returns True, or None if a value is None, so that `_known(x) and f(x)` is None if x is."""
     return None if None in values else True
 
 
 def count_bytes(tree) -> int:
-    """Bytes of all arrays of a tree, or of what has their shapes and dtypes."""
+    """Returns the bytes of all arrays of a tree, or of leaves that have their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -158,8 +158,8 @@ def count_bytes(tree) -> int:
 
 
 def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
-    """Compiles the step for `mesh`, and asks the compiler about it."""
-    # Its constants are all that a schedule changes of the program.
+    """Compiles the step for `mesh`, and returns what the compiler reports of it."""
+    # Any schedule will do, because a schedule changes only constants of the program.
     schedule = make_schedule(config, steps=1_000_000, steps_per_epoch=10_000)
     state, placed = _place(abstract_state(config), mesh), placed_split(config, mesh, chip)
     start = time.perf_counter()
@@ -167,7 +167,7 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         options = _OPTIONS.get(chip.platform)
         compiled = compile_step(config, schedule, mesh, state, placed, options=options)
     except jax.errors.JaxRuntimeError as error:
-        # libtpu refuses what does not fit, which is an answer to a plan; all else is a failure.
+        # libtpu refuses what does not fit, which answers the plan; other errors are failures.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - start
@@ -175,13 +175,13 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
     seconds = time.perf_counter() - start
     memory = _memory(compiled)
     LOG.info("compiled in %.0f s; memory per device: %s", seconds, _shown(memory, "GB", 1e9))
-    # Of a loop, as accumulation is, XLA counts one turn: that is no step's figure.
+    # Accumulation is a loop. XLA counts one turn of it, so its figures are not those of a step.
     costs = (compiled.cost_analysis() or {}) if config.optim.accumulate == 1 else {}
     accessed, text = _positive(costs.get("bytes accessed")), compiled.as_text()
     return Figures(
         flops=_positive(costs.get("flops")),
         bytes_accessed=accessed,
-        # Less by XLA's count where an operation reads a part of an array, as a gather does.
+        # XLA's count is lower if an operation reads a part of an array, as a gather does.
         hbm_traffic=_known(accessed) and min(accessed, hlo.hbm_bytes(text)),
         hbm_bytes=memory,
         collectives=hlo.collectives(text),
@@ -197,13 +197,13 @@ def _place(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def placed_split(config: ConfigDict, mesh: Mesh, chip: Chip) -> Batch | None:
-    """The shapes of the training split on the devices, if training would place it there.
+    """Returns the shapes of the training split on the devices, if training would place it there.
 
     The split has config.data.train_size patches, or as many as PCam's.
     """
-    # No store is opened: who plans may not have the data.
+    # Do not open a store, because the data need not be on this machine.
     patches = config.data.train_size or PCAM_TRAIN
-    # As `batches.place` pads it.
+    # `batches.place` pads the split in the same way.
     images = (-(-patches // mesh.size) * mesh.size, PATCH, PATCH, 3)
     memory = chip.hbm_bytes and chip.hbm_bytes * mesh.size
     auto = memory is not None and fits_memory(math.prod(images), memory)
@@ -221,36 +221,36 @@ def _positive(value: float | None) -> float | None:
 
 
 def _memory(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes that a device holds while the step runs, its program among them."""
+    """Returns the bytes that a device holds while the step runs, with those of its program."""
     sizes = compiled.memory_analysis()
     if sizes is None:
         return None
-    # What is donated is counted once: its output aliases its argument.
+    # Count a donated array once, because its output aliases its argument.
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return held + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
 
 
 def bytes_wanted(message: str) -> int | None:
-    """What libtpu says that a program it refuses would use: "Used 17.36G of 15.75G hbm"."""
-    # In the error's text alone; K, M, G are powers of 1024 there.
+    """Returns the bytes that a refused program would use, from "Used 17.36G of 15.75G hbm"."""
+    # Only the text of libtpu's error has this. Its K, M, G are powers of 1024.
     match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     return round(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2])))) if match else None
 
 
-# ---- what it comes to ---------------------------------------------------------------------------
+# ---- the roofline and the largest batch ---------------------------------------------------------
 
 
 def roofline(figures: Figures, chip: Chip, n: int) -> tuple[float | None, str | None]:
-    """The least seconds that a step can take, and which peak it meets first.
+    """Returns the least seconds that a step can take, and which peak limits it.
 
-    Arithmetic, memory and links are taken to work all the time, at their published peak and all at
-    once (Williams et al. 2009), so a real step takes longer: the images/s are an upper bound.
+    This assumes that arithmetic, memory and links work all the time, at their published peak and
+    all at once (Williams et al. 2009). A real step takes longer, so images/s are an upper bound.
 
     Args:
-        n: devices.
+        n: number of devices.
 
     Returns:
-        Seconds and compute, memory or interconnect; None twice where something is not known.
+        Seconds, and compute, memory or interconnect; (None, None) if a figure is unknown.
     """
     peak = chips.peak_flops(chip.kind, "bfloat16")  # no floating-point type has a higher one
     if _known(peak, figures.flops, figures.hbm_traffic, figures.collectives) is None:
@@ -264,16 +264,16 @@ def roofline(figures: Figures, chip: Chip, n: int) -> tuple[float | None, str | 
 
 
 def _largest(config: ConfigDict, mesh: Mesh, chip: Chip, figures: Figures) -> int | None:
-    """The largest batch per device that fits, in steps that keep the configuration possible."""
+    """Returns the largest batch per device that fits, among those that the configuration allows."""
     if chip.hbm_bytes is None:
         return None
-    # Each micro-batch splits over the devices and over the groups of batch normalisation.
+    # Each micro-batch is split over the devices and over the groups of batch normalisation.
     group = LANES if config.model.mbconv == "pallas" else 1
     rows = config.optim.accumulate * math.lcm(group * config.bn_groups, mesh.size)
     unit = math.lcm(rows // mesh.size, BATCH_UNIT)
 
     def memory(batch: int) -> int | None:
-        # A copy: the caller's still says what was asked for.
+        # Change a copy, because the caller's configuration must keep its batch size.
         larger = config.copy_and_resolve_references()
         larger.batch_size = batch * mesh.size
         LOG.info("does a batch of %d per device fit?", batch)
@@ -286,14 +286,15 @@ def _largest(config: ConfigDict, mesh: Mesh, chip: Chip, figures: Figures) -> in
 def largest_batch(
     memory: Callable[[int], int | None], known: dict[int, int | None], capacity: float, unit: int
 ) -> int | None:
-    """The largest batch whose memory is at most `capacity`: a multiple of `unit`, or the known one.
+    """Returns the largest batch that fits `capacity`: a multiple of `unit`, or the known batch.
 
-    Memory grows with the batch nearly along a line: two measurements give it, a third checks what
-    it foretells, and one that does not fit takes the place of the farther of the two.
+    Memory grows almost linearly with the batch. Two measurements give a line, and a third one
+    checks what the line predicts. If that does not fit, it replaces the farther of the two.
 
     Args:
-        memory: bytes that a batch per device needs; None if it does not fit, and nobody says more.
-        known: {batch: bytes} that is known beforehand, of one batch.
+        memory: returns the bytes that a batch per device needs; None if it does not fit and the
+            compiler gives no size.
+        known: {batch: bytes} of the one batch that was measured already.
         capacity: bytes.
 
     Returns:
@@ -301,12 +302,12 @@ def largest_batch(
     """
     known = dict(known)
     (batch,) = known
-    # Twice or half as much gives the line a long base; a compilation takes minutes, a guess too
-    # near would be wasted.
+    # Double or halve the batch, because two points far apart give a better line. A compilation
+    # takes minutes, so a guess too close would waste one.
     candidate = 2 * _round_down(batch, unit) if _fits(known[batch], capacity) else batch // 2
     for _ in range(ATTEMPTS):
         candidate = max(_round_down(candidate, unit), unit)
-        # The line's answer has been measured: nothing more is to be learnt.
+        # The line predicts a batch that was measured already, so there is nothing more to learn.
         if candidate in known:
             break
         known[candidate] = memory(candidate)
@@ -324,17 +325,17 @@ def _fits(size: int | None, capacity: float) -> bool:
 
 
 def _foretold(known: dict[int, int | None], capacity: float) -> int:
-    """Where the line through the two measurements nearest to the capacity meets it."""
+    """Predicts the batch that just fits, by a line through the two sizes nearest to `capacity`."""
     sized = {batch: size for batch, size in known.items() if size is not None}
-    # A refusal that names no size leaves nothing to draw a line through.
+    # A refusal that names no size gives no point for a line.
     if len(sized) < 2:
         return min(known) // 2
     (b0, m0), (b1, m1) = sorted(sized.items(), key=lambda item: abs(item[1] - capacity))[:2]
-    # Rounded down; a flat line says nothing, so it doubles.
+    # Round down. A flat line predicts nothing, so double the batch instead.
     return int(b0 + (capacity - m0) * (b1 - b0) / (m1 - m0)) if m1 != m0 else 2 * max(b0, b1)
 
 
-# ---- for people ---------------------------------------------------------------------------------
+# ---- the table for people -----------------------------------------------------------------------
 
 
 def _print_table(summary: dict) -> None:
@@ -354,12 +355,12 @@ def _rows(summary: dict) -> list[tuple[str, str]]:
         ("memory per device", f"{needed} of {_shown(summary['hbm_capacity_bytes'], 'GB', 1e9)}"),
         ("fits", fits),
         ("largest batch per device", _shown(summary["largest_batch_per_device"])),
-        ("arithmetic per image, compiled", _shown(summary["flops_per_image"], "GFLOP", 1e9)),
-        ("the network's alone", _shown(summary["model_flops_per_image"], "GFLOP", 1e9)),
-        ("from and to memory per device", _shown(summary["hbm_traffic_per_device"], "GB", 1e9)),
+        ("arithmetic per image, as compiled", _shown(summary["flops_per_image"], "GFLOP", 1e9)),
+        ("network arithmetic per image", _shown(summary["model_flops_per_image"], "GFLOP", 1e9)),
+        ("memory traffic per device", _shown(summary["hbm_traffic_per_device"], "GB", 1e9)),
         ("parameters", _shown(summary["parameter_bytes"], "MB", 1e6)),
         *_collective_rows(summary["collectives"]),
-        ("a step, at least", _shown(summary["roofline_step_ms"], "ms", 1)),
+        ("time of a step, at least", _shown(summary["roofline_step_ms"], "ms", 1)),
         ("images/s, upper bound", _shown(summary["roofline_images_per_second"])),
         ("bound by", summary["bound_by"] or "not known"),
     ]
@@ -369,13 +370,13 @@ def _collective_rows(collectives: dict | None) -> list[tuple[str, str]]:
     if collectives is None:
         return [("collectives", _shown(None))]
     return [
-        (kind, f"{sums['count']} of {_shown(sums['bytes'], 'MB in all', 1e6)}")
+        (kind, f"{sums['count']} calls, {_shown(sums['bytes'], 'MB in total', 1e6)}")
         for kind, sums in collectives.items()
     ]
 
 
 def _shown(value: float | None, unit: str = "", scale: float | None = None) -> str:
-    """Whole numbers unless there is a scale, then two decimals of the unit."""
+    """Formats a whole number, or with a scale a number with two decimals and its unit."""
     if value is None:
         return "not reported"
     return f"{value / scale:,.2f} {unit}" if scale else f"{value:,.0f}"

@@ -1,6 +1,6 @@
-"""Measurements that are kept, with what it takes to repeat them.
+"""Keeps measurements, together with what is needed to repeat them.
 
-One file per hardware and day, such as amd-epyc-2-cores-2026-11-23.json, holds a list of them.
+Each hardware and day has one file, such as amd-epyc-2-cores-2026-11-23.json, with a list of them.
 """
 
 import fcntl
@@ -16,17 +16,20 @@ from typing import Any
 
 from bef_jax.runtime.files import check_outputs, read_json, write_json
 
-# Huge pages, for one, make the gigabytes of fresh memory cheaper that a step on CPU clears.
-_DECIDING = ("GLIBC_TUNABLES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of speed
+# Environment variables that change the speed. For example, a step on CPU clears gigabytes of fresh
+# memory, which is cheaper with huge pages.
+_DECIDING = ("GLIBC_TUNABLES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def results_file(folder: Path, hardware: str) -> Path:
-    """Names today's file in `folder`, which is made; a measurement takes minutes, so this is first.
+    """Makes `folder`, and returns the path of today's file in it.
+
+    Call it before a measurement, which takes minutes, so that an error comes first.
 
     Raises:
-        UserError: the folder or the file can't be written, or what is in the file is no list.
+        UserError: the folder or the file can't be written, or the file does not hold a list.
     """
-    # Letters, digits and dashes, which every file system takes.
+    # Use only letters, digits and dashes, because every file system takes them.
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
     file = folder / f"{slug}-{datetime.now():%Y-%m-%d}.json"
     check_outputs(folder, [file.name], fix="name another --results")
@@ -42,7 +45,7 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
         argv: the flags of the command line, after the program's name.
 
     Raises:
-        UserError: what is in the file is no list.
+        UserError: the file does not hold a list.
     """
     entry = {
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -51,8 +54,8 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
         "versions": versions(),
         "summary": summary,
     }
-    # Read again: minutes have passed, and another benchmark may have added its own. Locked, since
-    # of two that read at once, the one that writes first would lose its entry.
+    # Read the file again, because another benchmark may have added an entry in the meantime. Lock
+    # it, because if two read it at once, the one that writes first would lose its entry.
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -62,13 +65,13 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides speed."""
+    """Returns the versions of the software that decides the speed."""
     packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     return packages | {"python": platform.python_version()}
 
 
 def _read(file: Path) -> list[dict]:
-    # Not begun afresh: what can't be read may be somebody's measurements.
+    # Do not replace a file that can't be read, because it may hold somebody's measurements.
     try:
         return read_json(file, _check, "move it away")
     except FileNotFoundError:
@@ -77,4 +80,4 @@ def _read(file: Path) -> list[dict]:
 
 def _check(entries: Any) -> None:
     if not isinstance(entries, list):
-        raise TypeError("no list of results")
+        raise TypeError("it is not a list of results")

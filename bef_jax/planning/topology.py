@@ -1,7 +1,7 @@
-"""Hardware that may not be there, by name: `v5e:2x4`, `h100:8`, `cpu:8`.
+"""Hardware by its name, such as `v5e:2x4`, `h100:8` or `cpu:8`; it need not be in this machine.
 
-JAX compiles for a TPU slice through libtpu and for a GPU node through the CUDA plug-in, neither of
-which needs the hardware. A CPU's devices are this machine's own, as many as asked for.
+JAX compiles for a TPU slice through libtpu and for a GPU node through the CUDA plug-in. Neither
+needs the hardware. A CPU's devices are this machine's own, as many as asked for.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from bef_jax.planning.chips import CHIPS, Chip
 from bef_jax.runtime import sharding
 from bef_jax.runtime.devices import CUDA_PLUGINS
 
-NODE = 8  # GPUs that NVLink, or one host, connects
+NODE = 8  # the most GPUs that NVLink, or one host, connects
 _EXAMPLES = "v5e:2x4, v5e:16x16, v4:2x2x1, v5p:2x2x1, v6e:2x4, h100:8, a100:8, l4:1, cpu:8"
 
 
@@ -31,7 +31,7 @@ class Topology:
 
     Attributes:
         name: as the user wrote it.
-        chip: what each device is.
+        chip: the kind of each device.
         shape: devices along each axis of a slice, or their number.
     """
 
@@ -44,14 +44,14 @@ def parse(name: str) -> Topology:
     """Reads `<chip>:<shape>`; the shape is AxB or AxBxC for TPU slices, else a number.
 
     Raises:
-        UserError: no such chip, or a shape that it does not come in.
+        UserError: the chip is unknown, or does not come in this shape.
     """
-    # No leading zeros, and no zero: 2x04 or 2x0 would only be refused by the compiler.
+    # Refuse leading zeros and zero, because only the compiler would refuse 2x04 or 2x0.
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if not match or match[1] not in CHIPS:
         raise UserError(f"--topology={name!r} is unknown: write one like {_EXAMPLES}")
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
-    # A slice is a grid, whose shape counts; a node's GPUs are all alike.
+    # A slice is a grid, so it needs a shape; a node's GPUs are all alike, so a number is enough.
     if (len(shape) > 1) != (chip.platform == "tpu"):
         wanted = "a shape, such as 2x4" if chip.platform == "tpu" else "a number"
         raise UserError(f"--topology={name}: {match[1]} takes {wanted}")
@@ -63,8 +63,8 @@ def parse(name: str) -> Topology:
 def make_mesh(topology: Topology) -> Mesh:
     """Returns the mesh that training would make on the topology's devices.
 
-    Call it before JAX is used for anything else: it keeps JAX from touching an accelerator that is
-    there, and a CPU can be split only once.
+    Call it before JAX is used for anything else. It keeps JAX from using an accelerator of this
+    machine, and a CPU can be split only once.
 
     Raises:
         UserError: the compiler is not installed, or does not know the shape.
@@ -76,19 +76,19 @@ def make_mesh(topology: Topology) -> Mesh:
 
 
 def _cpu_devices(topology: Topology) -> list[jax.Device]:
-    # Only before JAX has made its devices; later it is an error.
+    # This is an error once JAX has made its devices.
     jax.config.update("jax_num_cpu_devices", topology.shape[0])
     return jax.devices()
 
 
 def _tpu_devices(topology: Topology) -> list[jax.Device]:
     _require(["libtpu"], "pip install -e .[plan]", topology)
-    # No TPU is touched: ask no metadata server about one, nor wait for whoever holds one.
+    # No TPU is used, so do not ask a metadata server for one, or wait until one is free.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any: silences a complaint
-    # As on the hardware: one device is a chip, of two cores in v4.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any value; it silences a warning
+    # As on the hardware, one device is one chip, which has two cores in v4.
     options = {"chip_config_name": "megacore"} if topology.chip.kind == "TPU v4" else {}
     try:
         return topologies.get_topology_desc(topology.name, "tpu", **options).devices
@@ -104,7 +104,7 @@ def _cuda_devices(topology: Topology) -> list[jax.Device]:
     target = (
         resources.files("bef_jax.planning").joinpath("gpu_targets", f"{name}.textproto").read_text()
     )
-    shape = f"1x1x{topology.shape[0]}"  # partitions, their hosts, the GPUs of a host
+    shape = f"1x1x{topology.shape[0]}"  # partitions x hosts of each x GPUs of a host
     return topologies.get_topology_desc(name, "cuda", target_config=target, topology=shape).devices
 
 
