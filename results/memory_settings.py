@@ -1,10 +1,11 @@
-"""What the memory settings gain: B2 trains with them, by both ways to start it, and without.
+"""Measures what the memory settings gain: trains B2 with them, started in two ways, and without.
 
     python results/memory_settings.py ROUNDS FOLDER
 
-in a checkout whose environment is active; about five minutes a round on two cores. The runs are
-made in turn, after one that fills the compilation cache. FOLDER takes the patches, the compiled
-programs and the runs. Prints images/s and seconds of CPU time of each run, then medians and ratios.
+Run it in a checkout whose environment is active. A round takes about five minutes on two cores. The
+runs take turns, after one that fills the compilation cache. FOLDER gets the patches, the compiled
+programs and the runs. It prints the images/s and seconds of CPU time of each run, then medians and
+ratios.
 """
 
 import json
@@ -27,7 +28,7 @@ STARTS = {
 
 
 def train(start: str, folder: Path) -> float:
-    """Trains once; returns images/s, which leave out compiling and evaluating."""
+    """Trains once, and returns the images/s without compilation and evaluation."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     fields = (*FIELDS, f"data.dir={folder / 'data'}", f"compile_cache={folder / 'cache'}")
     command = [*STARTS[start], "--config=configs/b2.py", f"--workdir={folder / 'run'}"]
@@ -41,12 +42,12 @@ def train(start: str, folder: Path) -> float:
     system = after.children_system - before.children_system
     images_per_second = json.loads(result.stdout)["images_per_second"]
     cpu = f"user {user:.0f} s, system {system:.0f} s"
-    print(f"{start:9}  {images_per_second:6.1f} images/s  {cpu}", flush=True)  # as it goes
+    print(f"{start:9}  {images_per_second:6.1f} images/s  {cpu}", flush=True)
     return images_per_second
 
 
 def main() -> None:
-    """Measures as the module says."""
+    """Runs the rounds, and prints the results."""
     rounds, folder = int(sys.argv[1]), Path(sys.argv[2]).resolve()
     train("python -m", folder)
     rates = [{start: train(start, folder) for start in STARTS} for _ in range(rounds)]

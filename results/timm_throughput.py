@@ -1,11 +1,11 @@
-"""Images per second of timm on PyTorch: the peer that README's table of speed is measured against.
+"""Measures the images/s of timm on PyTorch, which README's table of speed compares with ours.
 
     python -m venv peer && peer/bin/pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31
     peer/bin/python results/timm_throughput.py efficientnet_b3 train [--total-stride=16] [--compile]
 
-Run it in turn with `--mode=benchmark` and compare neighbours: on a shared machine nothing else
-means anything. Eager unless told, float32, channels_last (PyTorch's fastest layout on CPU), fused
-AdamW.
+Run it in turn with `--mode=benchmark` and compare neighbouring runs, because on a shared machine
+no other comparison means anything. The model runs eagerly unless --compile is given, in float32 and
+channels_last (PyTorch's fastest layout on CPU), with fused AdamW.
 """
 
 import argparse
@@ -28,13 +28,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=96, help="side of the images, in pixels")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile; needs a C++ compiler"
+        "--compile", action="store_true", help="use torch.compile, which needs a C++ compiler"
     )
     return parser.parse_args()
 
 
 def make_step(arguments: argparse.Namespace) -> Callable[[], None]:
-    """Returns one step of the work, on a fixed random batch."""
+    """Returns a function that takes one step of the work, on a fixed random batch."""
     model = timm.create_model(arguments.model, num_classes=2)
     if arguments.total_stride == 16:
         model.conv_stem.stride = (1, 1)
@@ -59,14 +59,14 @@ def make_step(arguments: argparse.Namespace) -> Callable[[], None]:
 
 
 def seconds(step: Callable[[], None]) -> float:
-    """How long one step takes."""
+    """Returns the seconds that one step takes."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Prints the median of the runs, and what was run, as one line of JSON."""
+    """Prints the arguments, the versions and the images/s of the median run, as a line of JSON."""
     arguments = parse_arguments()
     step = make_step(arguments)
     for _ in range(2):  # to warm up

@@ -1,11 +1,12 @@
-"""What one training step of EfficientNet-B3 moves on a TPU v5e, compiled, not run.
+"""Prints how many bytes a training step of EfficientNet-B3 moves on a TPU v5e; only compiles it.
 
     pip install -e .[plan]
     python results/tpu_bytes.py plain | none | block | pallas [--total_stride=32]
 
-`none` and `block` are values of `config.model.remat`, `pallas` one of `config.model.mbconv`;
+`none` and `block` are values of `config.model.remat`, `pallas` is one of `config.model.mbconv`.
 `plain` is what one would write first: batch normalisation, its activation and every convolution
-with the gradients that JAX derives. XLA estimates no cycles of kernels: `tpu_kernels.py` has those.
+have the gradients that JAX derives. XLA does not estimate the cycles of kernels: `tpu_kernels.py`
+counts those.
 """
 
 import argparse
@@ -45,21 +46,21 @@ def main() -> None:
     cycles = estimated_cycles(text)
     depthwise_cycles = estimated_cycles(text, "/depthwise_conv/")
     print(f"{version}, per image: {costs['bytes accessed'] / IMAGES / 1e6:.1f} MB by XLA's count")
-    print(f"of main memory: {hlo.hbm_bytes(text) / IMAGES / 1e6:.1f} MB")
+    print(f"to and from main memory: {hlo.hbm_bytes(text) / IMAGES / 1e6:.1f} MB")
     print(f"arithmetic: {costs['flops'] / IMAGES / 1e9:.2f} GFLOP")
     print(f"memory per chip: {plan._memory(step) / 1e9:.2f} GB")
     print(f"XLA's estimate of a step: {cycles / 1e6:.1f} M cycles")
-    print(f"of them in depthwise convolutions: {depthwise_cycles / cycles:.0%}")
+    print(f"share of depthwise convolutions: {depthwise_cycles / cycles:.0%}")
 
 
 def estimated_cycles(text: str, name: str = "") -> int:
-    """The sum of what XLA writes beside its operations, of those with `name` in their lines."""
+    """Returns the sum of XLA's estimates for the operations that have `name` in their lines."""
     lines = (line for line in text.splitlines() if name in line)
     return sum(int(n) for line in lines for n in re.findall(r'"estimated_cycles":"(\d+)"', line))
 
 
 def make_config(devices: int, version: str, total_stride: int) -> ConfigDict:
-    """B3 without boosts, as timm has it."""
+    """Returns the configuration of B3 without boosts, as in timm."""
     config = get_config()
     config.dtype, config.bn_groups, config.batch_size = "bfloat16", devices, devices * IMAGES
     config.rcc.enabled = False
@@ -72,7 +73,7 @@ def make_config(devices: int, version: str, total_stride: int) -> ConfigDict:
 
 
 def make_plain() -> None:
-    """Puts what is below in the place of the network's own layers."""
+    """Replaces the network's own layers with the plain ones below."""
     layers.batch_norm, layers.pointwise_batch_norm = batch_norm, pointwise_batch_norm
     layers.pointwise, layers.depthwise_conv = pointwise, depthwise_conv
 
@@ -80,7 +81,7 @@ def make_plain() -> None:
 def batch_norm(
     x: Array, scale: Array, bias: Array, groups: int, epsilon: float, activation: str = "none"
 ) -> tuple[Array, Array, Array]:
-    """Statistics in one pass, as `norm.batch_norm` has them."""
+    """Normalises with statistics from one pass, as `norm.batch_norm` does."""
     parts, axes = norm._parts(x.astype(jnp.float32), groups)
     mean = jnp.mean(parts, axes, keepdims=True)
     var = jnp.mean(parts * parts, axes, keepdims=True) - mean * mean
@@ -91,12 +92,12 @@ def batch_norm(
 
 
 def pointwise_batch_norm(x: Array, kernel: Array, *rest) -> tuple[Array, Array, Array]:
-    """The product first."""
+    """Computes the product first, then normalises it."""
     return batch_norm(pointwise(x, kernel), *rest)
 
 
 def pointwise(x: Array, kernel: Array | None) -> Array:
-    """A 1 x 1 convolution; without a kernel x itself."""
+    """Returns a 1 x 1 convolution of x; without a kernel, x itself."""
     if kernel is None:
         return x
     layout = ("NHWC", "HWIO", "NHWC")
@@ -106,7 +107,7 @@ def pointwise(x: Array, kernel: Array | None) -> Array:
 
 
 def depthwise_conv(x: Array, kernel: Array, stride: int, padding: Padding, form: str) -> Array:
-    """The native form, with its own gradient."""
+    """Returns the native form of the convolution, with the gradient that JAX derives."""
     return depthwise._native(x, kernel, stride, padding)
 
 

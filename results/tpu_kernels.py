@@ -1,12 +1,12 @@
-"""Cycles of the block's kernels on a TPU v5e, by the compiler's own schedule, not run.
+"""Counts the cycles of the block's kernels on a TPU v5e in the compiler's schedule; runs none.
 
     pip install -e .[plan]
     python results/tpu_kernels.py [--total_stride=32]
 
 Each kernel of each different block of EfficientNet-B3 is compiled in a process of its own, for 256
-images, and libtpu asked for the instructions that it made: it bundles what a core does in a cycle.
-Their number, times the turns of the loops that they are in, is what a kernel takes if nothing
-waits: memory is not in it, nor is what XLA does between kernels.
+images. There libtpu writes its instructions, in bundles of what a core does in a cycle. A kernel's
+cycles are the number of bundles times the turns of the loops that they are in. This assumes that
+nothing waits: it leaves out memory, and what XLA does between kernels.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Shape:
     stride: int
 
     def strips(self) -> tuple[grid.Strip, ...]:
-        """As the network cuts it, in bfloat16."""
+        """Returns the strips into which the network cuts the block, in bfloat16."""
         size = (self.side, self.side)
         padding = padding_of(self.kernel, self.stride, size, "same")
         window = grid.Window(size, self.kernel, self.stride, padding)
@@ -57,10 +57,10 @@ class Shape:
 
 
 def main() -> None:
-    """Prints a line per block and the sum; or compiles one kernel, for the process that counts."""
+    """Prints a line per block and the sum; with --compile, only compiles one kernel."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--total_stride", type=int, default=32)
-    parser.add_argument("--compile", nargs=8, metavar="X", help="for itself")
+    parser.add_argument("--compile", nargs=8, metavar="X", help="internal: compile one kernel")
     options = parser.parse_args()
     if options.compile:
         name, strip, *numbers = options.compile
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def shapes_of_b3(total_stride: int) -> dict[Shape, int]:
-    """How many blocks of B3 have each shape, for images of 96 x 96."""
+    """Returns how many blocks of B3 have each shape, for images of 96 x 96."""
     architecture, counts = scaled("b3"), collections.Counter()
     stem, stages = boosted.reduce_downsampling(2, architecture.stages, total_stride)
     side, channels = 96 // stem, architecture.stem
@@ -94,7 +94,7 @@ def shapes_of_b3(total_stride: int) -> dict[Shape, int]:
 
 
 def kernel_cycles(name: str, shape: Shape, index: int) -> int:
-    """The scheduled cycles of one kernel of one strip."""
+    """Returns the scheduled cycles of one kernel on one strip."""
     strip = shape.strips()[index]
     numbers = map(str, (name, index, *dataclasses.astuple(shape)))
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +102,7 @@ def kernel_cycles(name: str, shape: Shape, index: int) -> int:
         command = [sys.executable, __file__, "--compile", *numbers]
         environment = os.environ | {"LIBTPU_INIT_ARGS": flags}
         subprocess.run(command, env=environment, check=True, capture_output=True)
-        # A kernel is what one branch of `lax.platform_dependent` calls.
+        # The kernel is what one branch of `lax.platform_dependent` calls, hence the file's name.
         files = glob.glob(f"{folder}/*branch_*-final_bundles.txt")
         (program,) = (file for file in files if "schedule" not in file)
         outside, loops = count_bundles(program)
@@ -115,7 +115,7 @@ def kernel_cycles(name: str, shape: Shape, index: int) -> int:
 
 
 def count_bundles(file: str) -> tuple[int, list[int]]:
-    """Bundles of one turn of the grid outside of loops, and of each loop within it."""
+    """Returns the bundles of one turn of the grid: those outside of loops, and each loop's."""
     outside, loops, within = 0, [], False
     with open(file) as lines:
         for match in filter(None, map(BUNDLE.match, lines)):
@@ -126,12 +126,12 @@ def count_bundles(file: str) -> tuple[int, list[int]]:
                 loops[-1] += 1
             outside += depth == 1
             within = depth > 1
-    # A branch that is not taken on most turns looks like a loop of a few bundles.
+    # A branch that most turns do not take looks like a loop of a few bundles: count it as outside.
     return outside + sum(n for n in loops if n < 20), [n for n in loops if n >= 20]
 
 
 def turns_of(name: str, shape: Shape, strip: grid.Strip) -> list[int]:
-    """How often each loop turns for a block of images, in the order of the program."""
+    """Returns how often each loop turns for a block of images, in the order of the program."""
     window, expands = strip.window, shape.inputs != shape.hidden
     blocks = shape.hidden // strip.channels
     rows, height, padded = window.size[0], window.outputs[0], window.padded[0]
