@@ -14,7 +14,7 @@ STATE = TrainState(np.int32(3), {"kernel": np.arange(6, dtype=np.float32)}, {}, 
 
 
 def save(workdir: Path) -> Path:
-    """Returns the folder of a checkpoint that was saved after an evaluation."""
+    """Saves a checkpoint, as after an evaluation, and returns its folder."""
     checkpoints = Checkpoints(workdir, keep=2)
     checkpoints.save(3, STATE, {"config": {"name": "tiny"}}, auc=0.5)
     checkpoints.close()
@@ -22,7 +22,7 @@ def save(workdir: Path) -> Path:
 
 
 def read(path: Path) -> tuple[TrainState, dict]:
-    """Restores the state, and reads the configuration."""
+    """Returns the restored state, and what the checkpoint says of its run."""
     everywhere = sharding.replicated(sharding.make_mesh())
     abstract = jax.eval_shape(lambda: STATE)
     return checkpoint.restore(path, abstract, everywhere), checkpoint.read_run(path)

@@ -1,4 +1,4 @@
-"""Drives a Chromium by its DevTools protocol, over pipes: no package, no port, no page changed."""
+"""Drives a Chromium by its DevTools protocol over pipes: no package, port or page change."""
 
 import base64
 import itertools
@@ -15,12 +15,12 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-ne
 
 
 def find() -> str | None:
-    """The path of a Chromium, if this machine has one."""
+    """Returns the path of a Chromium; None if this machine has none."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Tab:
-    """One page: `events` has everything that it told, `call` asks the browser."""
+    """One page: `events` has all that it reported, and `call` sends a request to the browser."""
 
     def __init__(self, requests: int, answers):
         self.events: list[dict] = []
@@ -33,7 +33,7 @@ class Tab:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params):
-        """Returns the result; what the page tells meanwhile goes to `events`."""
+        """Calls a method and returns its result; `events` gets what the page reports meanwhile."""
         number = next(self._ids)
         message = {"id": number, "method": method, "params": params, **self._session}
         os.write(self._requests, json.dumps(message).encode() + b"\0")
@@ -51,11 +51,11 @@ class Tab:
         return message
 
     def told(self, method: str) -> list[dict]:
-        """What the page told under a name, such as Log.entryAdded."""
+        """Returns what the page reported under a name, such as Log.entryAdded."""
         return [event["params"] for event in self.events if event["method"] == method]
 
     def open(self, page: Path, width: int, scheme: str = "light") -> None:
-        """Loads a file into a screen of `width` pixels, a phone's below 600, and waits for it."""
+        """Loads a file on a screen of `width` pixels, a phone's if below 600, and waits for it."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -66,7 +66,7 @@ class Tab:
             self._read()
 
     def value(self, expression: str):
-        """What an expression of JavaScript, or the promise that it makes, comes to."""
+        """Returns the value of a JavaScript expression, or of the promise that it makes."""
         options = {"returnByValue": True, "awaitPromise": True}
         result = self.call("Runtime.evaluate", expression=expression, **options)
         assert "exceptionDetails" not in result, result
@@ -84,7 +84,7 @@ class Tab:
 
 @contextmanager
 def open_tab(profile: Path) -> Iterator[Tab]:
-    """A Chromium of its own, which ends with the block; `profile` is a folder for it."""
+    """Starts a Chromium that ends with the block, and yields its tab; `profile` is its folder."""
     theirs, requests = os.pipe()
     answers, answering = os.pipe()
     # Chromium reads from descriptor 3 and writes to 4.

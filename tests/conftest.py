@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 
 from bef_jax.configs import quickstart
 
-# Tests run what they compile a few times: optimising would not pay, and one session's runs of the
-# same program (a run and its resumption, say, in one process or two) share a cache of their own,
-# which pytest's workers inherit.
+# Tests run a compiled program only a few times, so optimising would not pay. A session has its own
+# compilation cache, which pytest's workers inherit. So a run and its resumption compile only once,
+# in one process or in two.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older code generator compiles a training step in half the time of the newer one. XLA aborts
-# at a flag that it does not know, and later lines of jaxlib no longer have the older generator.
+# XLA's older code generator compiles a training step in half the time of the newer one. Later
+# versions of jaxlib no longer have it, and XLA aborts at a flag that it does not know.
 if metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 ROOT = Path(__file__).resolve().parents[1]
-# Tells what each line of code that it is given says to a user, with a GiB of memory to spare.
+# Prints what a user reads for each line of code; it may take at most one GiB more memory.
 SAY = """
 import resource, sys
 from pathlib import Path
@@ -69,16 +69,16 @@ SHRUNK = {
 
 
 def environment_of(devices: int) -> dict[str, str]:
-    """The environment of a process that has so many CPU devices."""
+    """Returns the environment of a process that has `devices` CPU devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags}
 
 
 @pytest.fixture
 def say():
-    """Returns say(*code): what a user reads of each line; it may neither hang nor take a GiB."""
+    """Returns say(*code): what a user reads for each line, which must not hang or take a GiB."""
     if not Path("/proc/self/statm").exists():
-        pytest.skip("memory is measured as Linux tells it")
+        pytest.skip("only Linux reports how much memory a process has")
 
     def run(*code):
         command = [sys.executable, "-c", SAY, *code]
@@ -93,7 +93,7 @@ def say():
 
 @pytest.fixture(scope="session")
 def pcam_dir() -> Path:
-    """The folder of real PCam patches, with pcam_subset.py that reads them."""
+    """Returns the folder of real PCam patches, with pcam_subset.py, which reads them."""
     if "BEF_PCAM_DIR" not in os.environ:
         pytest.skip("BEF_PCAM_DIR is not set: no real PCam patches to read")
     return Path(os.environ["BEF_PCAM_DIR"])
@@ -101,13 +101,13 @@ def pcam_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of one session share a synthetic store."""
+    """Returns the folder in which the tests of one session share a synthetic store."""
     return tmp_path_factory.mktemp("synthetic")
 
 
 @pytest.fixture
 def small_config(data_dir: Path) -> Callable[..., ConfigDict]:
-    """Returns small_config(**{"a.b": value}): the quickstart, shrunk to six steps of seconds."""
+    """Returns small_config(**{"a.b": value}): the quickstart, with six quick steps."""
 
     def make(**fields) -> ConfigDict:
         config = quickstart.get_config()
@@ -119,13 +119,13 @@ def small_config(data_dir: Path) -> Callable[..., ConfigDict]:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of one module find the run of `trained`."""
+    """Returns the folder in which the tests of one module find the run of `trained`."""
     return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture
 def trained(workdir: Path, small_config: Callable[..., ConfigDict]) -> dict:
-    """The summary of a run of four steps, which the first test of a module trains."""
+    """Returns the summary of a run of four steps, which the first test of a module trains."""
     from bef_jax import train  # here: JAX reads the environment, set above, when it is imported
 
     return train.train_and_evaluate(small_config(steps=4), workdir)

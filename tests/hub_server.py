@@ -1,7 +1,7 @@
-"""A server that speaks as much of a model hub's protocol as fetching a file takes.
+"""A server with as much of a model hub's protocol as fetching a file needs.
 
-Large files are redirected to another host, with their SHA-256 as ETag, and resumed by ranges;
-small ones are served in place, with their git SHA-1.
+Large files are redirected to another host, with their SHA-256 as ETag, and are resumed by ranges.
+Small ones are served directly, with their git SHA-1 as ETag.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ LARGE = 10_000
 
 @dataclass
 class Hub:
-    """What it serves, how it fails, and what it was asked.
+    """The files that the server has, how it fails, and the requests that it got.
 
     Attributes:
-        files: {repository: {file: content}}, of the branch main.
+        files: {repository: {file: content}} of the branch main.
         refused: {repository: (status, X-Error-Code)}.
-        cut: byte at which each connection that sends a large file breaks; None: they hold.
-        shorter: bytes that a large file is shorter than its metadata say.
-        stall: byte after which a large file comes no further, once `stalled` is set; None: never.
-        requests: (method, path, Range), in their order.
+        cut: byte at which each connection that sends a large file breaks; None: never.
+        shorter: by how many bytes a large file is shorter than its metadata say.
+        stall: byte after which a large file stops, and `stalled` is set; None: never.
+        requests: (method, path, Range) of all requests, in order.
         tokens: (path, Authorization) of all requests.
     """
 
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, code = self.hub.refused[repository]
             self._send(status, {"X-Error-Code": code} if code else {})
         elif repository not in self.hub.files:
-            # As the hub answers who has no token, which hides what is private.
+            # The hub answers so to a caller without a token, to hide private repositories.
             self._send(401, {"X-Error-Code": "RepoNotFound"})
         elif revision not in ("main", COMMIT):
             self._send(404, {"X-Error-Code": "RevisionNotFound"})
@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def config_of_timm(architecture: str, mean: list, std: list, **fields) -> bytes:
-    """A config.json, as timm writes it."""
+    """Returns a config.json as timm writes it."""
     content = {
         "architecture": architecture, "num_classes": 1000, "num_features": 1280,
         "global_pool": "avg",

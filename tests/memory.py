@@ -1,4 +1,4 @@
-"""How much memory a call takes, whatever the process took before."""
+"""Measures how much memory a call takes, independent of what the process took before."""
 
 import re
 from collections.abc import Callable
@@ -10,16 +10,16 @@ _RESET = Path("/proc/self/clear_refs")
 
 
 def growth_of(function: Callable[[], object]) -> int:
-    """Bytes by which the process was larger, at most, while `function` ran."""
+    """Returns by how many bytes the process grew, at most, while `function` ran."""
     if not _RESET.exists():
-        pytest.skip("only Linux tells the most memory that a process has taken")
+        pytest.skip("only Linux reports the peak memory of a process")
     before = begin_peak()
     function()
     return max(0, peak() - before)
 
 
 def begin_peak() -> int:
-    """Lets the most memory that the process has held begin anew; returns the bytes held now."""
+    """Resets the peak memory of the process, and returns the bytes that it holds now."""
     _RESET.write_text("5")
     return _bytes("VmRSS")
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def special():
-    """Returns special(kind, path), which makes what is no regular file at `path`."""
+    """Returns special(kind, path), which makes a file at `path` that is not a regular one."""
 
     def make(kind, path):
         path.unlink(missing_ok=True)
@@ -36,7 +36,7 @@ def special():
 
 @pytest.fixture
 def make_data():
-    """Returns a function that makes config.data for a source, with further fields."""
+    """Returns make(source, folder, **fields), which makes config.data for a source."""
 
     def make(source, folder, **fields):
         data = get_config().data
@@ -48,7 +48,7 @@ def make_data():
 
 @pytest.fixture
 def patches():
-    """{split: (images uint8 [N, 96, 96, 3], labels uint8 [N])} of random pixels."""
+    """Returns {split: (images uint8 [N, 96, 96, 3], labels uint8 [N])} of random pixels."""
     rng = np.random.default_rng(0)
     return {
         split: (
@@ -61,7 +61,7 @@ def patches():
 
 @pytest.fixture
 def write():
-    """Returns a function write(layout, folder, patches) that lays patches out as users do."""
+    """Returns write(layout, folder, patches), which lays patches out as users do."""
 
     def write_layout(layout, folder, patches):
         Path(folder).mkdir(parents=True, exist_ok=True)

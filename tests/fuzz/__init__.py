@@ -1,7 +1,7 @@
-"""A fuzzer over everything that comes from outside.
+"""A fuzzer for everything that comes from outside.
 
     python -m tests.fuzz --count=10000 --seed=0
 
-prints how many inputs each entry point accepted and refused, and keeps those that failed under
-tests/fuzz/corpus, which test_fuzz.py runs.
+This prints how many inputs each entry point accepted and refused. It keeps those that failed under
+tests/fuzz/corpus, and test_fuzz.py reads them again.
 """

@@ -1,4 +1,4 @@
-"""python -m tests.fuzz [--count=10000] [--seed=0] [--entry=npz]."""
+"""The command: python -m tests.fuzz [--count=10000] [--seed=0] [--entry=npz]."""
 
 import argparse
 import resource
@@ -14,10 +14,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=10000, help="inputs over all entry points")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--entry", choices=ENTRIES, help="this one alone")
+    parser.add_argument("--entry", choices=ENTRIES, help="only this one")
     arguments = parser.parse_args()
     names = [arguments.entry] if arguments.entry else list(ENTRIES)
-    for name in names:  # what is made once, before memory is limited
+    for name in names:  # makes what is cached, before memory is limited
         try_seed(name, arguments.seed)
     limit_memory()
     each = -(-arguments.count // len(names))  # at least as many as were asked for

@@ -1,4 +1,4 @@
-"""Small files that claim to be huge: what they declare is more than they hold, or packed zeros."""
+"""Small files that claim to be huge: they declare more than they hold, or hold packed zeros."""
 
 import functools
 import gzip
@@ -14,7 +14,7 @@ import numpy as np
 import tifffile
 from PIL.PngImagePlugin import putchunk
 
-_BLOCK = 1 << 20  # zeros that are packed once, and repeated
+_BLOCK = 1 << 20  # bytes of zeros, which are packed once and repeated
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def _packed_block() -> bytes:
 
 @functools.cache
 def deflated_zeros(mib: int) -> bytes:
-    """A raw deflate stream of so many MiB of zeros, a thousandth as long."""
+    """Returns a raw deflate stream of `mib` MiB of zeros, which is a thousandth as long."""
     return _packed_block() * mib + zlib.compressobj(9, wbits=-15).flush()
 
 
@@ -38,10 +38,10 @@ def _crc_of_zeros(mib: int) -> int:
 
 
 def write_zip(file: Path, members: dict[str, tuple[bytes, int | None]]) -> None:
-    """Writes a zip of members, by hand: zipfile packs anew what is packed already.
+    """Writes a zip by hand, because zipfile would pack again what is packed already.
 
     Args:
-        members: by name, content as it is; or packed content, and how many MiB of zeros it is of.
+        members: {name: (content, None)}, or for packed zeros {name: (packed, MiB of zeros)}.
     """
     body, index = b"", b""
     for name, (content, mib) in members.items():
@@ -60,13 +60,13 @@ def write_zip(file: Path, members: dict[str, tuple[bytes, int | None]]) -> None:
 
 
 def npy_header(shape: tuple[int, ...], descr: str) -> bytes:
-    """The head of a .npy that declares an array."""
+    """Returns the head of a .npy that declares an array."""
     text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
 
 
 def npz(folder: Path, rng: random.Random) -> None:
-    """patches.npz, in which one of the members claims too much."""
+    """Writes patches.npz, in which one of the members claims too much."""
     many = rng.choice([10**12, 10**7, 200_000])
     good = npy_header((3, 96, 96, 3), "|u1") + bytes(3 * 27648)
     mib = rng.choice([1500, 3000])
@@ -90,7 +90,7 @@ def npz(folder: Path, rng: random.Random) -> None:
 
 
 def hdf5(folder: Path, rng: random.Random) -> None:
-    """patches.h5 whose data set is one packed chunk, or of a type that is huge."""
+    """Writes patches.h5, whose data set is one packed chunk, or has a huge type or shape."""
     with h5py.File(folder / "patches.h5", "w") as file:
         kind = rng.choice(["chunk", "type", "array", "nothing"])
         if kind == "chunk":
@@ -108,7 +108,7 @@ def hdf5(folder: Path, rng: random.Random) -> None:
 
 
 def hdf5_gz(folder: Path, rng: random.Random) -> None:
-    """patches.h5.gz of zeros after the head of an HDF5 file."""
+    """Writes patches.h5.gz, with zeros after the head of an HDF5 file."""
     hdf5(folder, random.Random("nothing"))
     head = gzip.compress((folder / "patches.h5").read_bytes())
     (folder / "patches.h5").unlink()
@@ -119,7 +119,7 @@ def hdf5_gz(folder: Path, rng: random.Random) -> None:
 
 
 def picture(folder: Path, rng: random.Random) -> None:
-    """A PNG or TIFF of which the header, or one of the tags, declares too much."""
+    """Writes a PNG or TIFF whose header, or one of its tags, declares too much."""
     side = rng.choice([9_999, 30_000, 100_000])
     if rng.random() < 0.5:
         with (folder / "a.png").open("wb") as file:
@@ -146,7 +146,7 @@ def picture(folder: Path, rng: random.Random) -> None:
 
 
 def pth(folder: Path, rng: random.Random) -> None:
-    """weights.pth with a tensor that is expanded, or whose storage is packed."""
+    """Writes weights.pth with a tensor that is expanded, or whose storage is packed."""
     import torch
 
     name = rng.choice(["bn1.weight", "conv_stem.weight", "bn1.num_batches_tracked"])
@@ -168,7 +168,7 @@ def _with_packed_storage(file: Path, dtype: Any) -> None:
     with zipfile.ZipFile(file) as archive:
         members = {name: (archive.read(name), None) for name in archive.namelist()}
     (pickled,) = (name for name in members if name.endswith("data.pkl"))
-    # As pickle writes an integer; both the storage's size and the tensor's shape.
+    # Pickle writes an integer like this. Replace both the storage's size and the tensor's shape.
     few_packed, count_packed = (b"J" + struct.pack("<i", n) for n in (few, min(count, 2**31 - 1)))
     members[pickled] = members[pickled][0].replace(few_packed, count_packed), None
     (storage,) = (name for name in members if name.endswith("data/0"))

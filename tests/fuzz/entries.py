@@ -1,7 +1,7 @@
-"""The entry points: how a good input is made, how it is read, and what must hold of what was read.
+"""The entry points: how to make a good input, how to read it, and how to check what was read.
 
-Each `make` writes a small good input into a folder; each `read` takes the folder in, as the command
-line would, and checks what it got. A UserError is a refusal; anything else that is raised is a bug.
+Each `make` writes a small good input into a folder. Each `read` reads the folder as the command
+line would, and checks what it got. A UserError is a refusal; any other exception is a bug.
 """
 
 import functools
@@ -50,8 +50,8 @@ def patches(rng: random.Random, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def odd(array: np.ndarray, rng: random.Random) -> np.ndarray:
-    """An array of another dtype, shape or content; mostly it stays as it is."""
-    # Of text no numbers can be made; an array of objects is a pickle in an npz.
+    """Returns the array with another dtype, shape or content; in most calls it stays as it is."""
+    # Text can't become numbers. An array of objects becomes a pickle in an npz.
     text = array.dtype.kind == "U"
     dtypes = ["U3", "U9", "O"] if text else ["f4", "f8", "i1", "i8", "u2", "S3", "U9", "?", "c8"]
     kinds = [
@@ -135,11 +135,11 @@ def _rpcam(folder: Path, rng: random.Random) -> None:
     (folder / "train_labels.csv").write_bytes(text.encode())
 
 
-# ---- what is to be scored, through predict ------------------------------------------------------
+# ---- inputs to score, through predict -----------------------------------------------------------
 
 
 def _pictures(folder: Path, rng: random.Random) -> None:
-    """Patches and larger pictures in every format, mode and compression that Pillow writes."""
+    """Writes patches and larger pictures, in the formats, modes and compressions of Pillow."""
     noise = np.random.default_rng(rng.randrange(2**32))
     for number in range(rng.choice([1, 2, 4])):
         shape = (rng.choice([1, 95, 96, 96, 96, 97, 130]), rng.choice([96, 96, 96, 200]), 4)
@@ -174,7 +174,7 @@ def _hdf5_to_score(folder: Path, rng: random.Random) -> None:
 def _read_input(path: Path) -> None:
     inputs.check(path, split=None)
     ids = set()
-    # Not all windows of a large picture, which would take longer than an input may.
+    # Do not read all windows of a large picture, because that would exceed an input's time.
     for patch in itertools.islice(inputs.read(path, split=None, stride=32), 1000):
         assert patch.pixels.shape == (96, 96, 3)
         assert patch.pixels.dtype == np.uint8
@@ -183,7 +183,7 @@ def _read_input(path: Path) -> None:
     assert ids
 
 
-# ---- what the program wrote itself --------------------------------------------------------------
+# ---- files that the program wrote itself --------------------------------------------------------
 
 
 @functools.cache
@@ -255,7 +255,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(rng: random.Random) -> dict[str, np.ndarray]:
-    """Of timm's names; the large ones are small, so that they are refused for their shapes."""
+    """Returns tensors with timm's names, all so small that their shapes must be refused."""
     names = reading._names(reading.of_timm("efficientnet_b0"), _model())
     kept = {ours: theirs for ours, theirs in names.items() if rng.random() < 0.99}
     noise = np.random.default_rng(rng.randrange(2**32))
@@ -282,7 +282,7 @@ def _pth(folder: Path, rng: random.Random) -> None:
 
 
 def _read_weights(name: str, folder: Path) -> None:
-    """Which must refuse: there are no good ones among them."""
+    """Reads weights that must be refused, because none of them are good."""
     weights.read(folder / name, _model())
     raise AssertionError("weights of wrong shapes were taken")
 
@@ -310,7 +310,7 @@ def _read_config(folder: Path) -> None:
         arguments = json.loads((folder / "arguments.json").read_text())
         arguments = [text for text in arguments if isinstance(text, str)]
     except (OSError, ValueError, RecursionError, TypeError):
-        return  # the damage was to our own way of keeping arguments
+        return  # the damage was to our own file of arguments
     config = default.get_config()
     try:
         for argument in arguments:

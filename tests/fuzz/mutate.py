@@ -1,4 +1,4 @@
-"""Damage to files, byte by byte and file by file; none of it knows a format."""
+"""Damage to files, to some bytes or to whole files, without knowledge of any format."""
 
 import os
 import random
@@ -16,7 +16,7 @@ def emptied(data: bytes, rng: random.Random) -> bytes:
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
-    """Some bits, most of them near the start, where headers are."""
+    """Flips some bits, most of them near the start, where headers are."""
     damaged = bytearray(data)
     reach = rng.choice([64, 512, len(data)])
     for _ in range(rng.choice([1, 1, 4, 32]) if data else 0):
@@ -40,14 +40,14 @@ def repeated(data: bytes, rng: random.Random) -> bytes:
 
 
 def replaced(data: bytes, rng: random.Random) -> bytes:
-    """By the head of some other format."""
+    """Replaces the data with the head of another format and random bytes."""
     heads = [b"\x89HDF\r\n\x1a\n", b"PK\x03\x04", b"\x1f\x8b\x08", b"II*\x00", b"\x89PNG\r\n\x1a\n"]
     heads += [b"\x93NUMPY\x01\x00", b"{", b"[]", b"null", b"\xef\xbb\xbfid,label\r\n", b"\x80\x04."]
     return rng.choice(heads) + rng.randbytes(rng.choice([0, 8, 512]))
 
 
 def with_a_number_changed(data: bytes, rng: random.Random) -> bytes:
-    """Some digits of a text, or of a header that is one."""
+    """Changes a digit of a text, or of a header that is text, to another number."""
     places = [place for place, byte in enumerate(data[:4096]) if 48 <= byte <= 57]
     if not places:
         return flipped(data, rng)
@@ -67,7 +67,7 @@ BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def damage(folder: Path, rng: random.Random) -> str:
-    """Damages one or two files of a folder; returns what was done, for people."""
+    """Damages one or two files of a folder, and returns what was done, for people."""
     done = []
     for _ in range(rng.choice([1, 1, 1, 2])):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -100,7 +100,7 @@ def _displace(file: Path, other: Path, kind: int, rng: random.Random) -> str:
     return f"is {name}"
 
 
-# What is no file, and waits for ever or has no end if it is read like one.
+# These are not regular files: reading them like one may wait without end, or never finish.
 SPECIAL: tuple[tuple[str, Callable[[Path], None]], ...] = (
     ("a FIFO", os.mkfifo),
     ("a socket", lambda file: os.mknod(file, stat.S_IFSOCK | 0o600)),

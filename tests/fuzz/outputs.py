@@ -1,4 +1,4 @@
-"""What predict writes: of pictures with any names, and of two runs at once."""
+"""What predict writes, for pictures with any names and for two runs at once."""
 
 import csv
 import os
@@ -26,7 +26,7 @@ _NAMES = [
 
 
 def names(folder: Path, rng: random.Random) -> None:
-    """Pictures, a few of them larger than a patch, with names that somebody chose badly."""
+    """Writes pictures with badly chosen names, a few of them larger than a patch."""
     for _ in range(rng.choice([1, 3, 6])):
         wide = rng.random() < 0.03
         pixels = np.zeros((96, 130 if wide else 96, 3), np.uint8)
@@ -39,7 +39,7 @@ def names(folder: Path, rng: random.Random) -> None:
 
 
 def write_names(folder: Path) -> None:
-    """Scores every patch 0.5, and checks what is written of it."""
+    """Scores every patch 0.5, and checks what predict writes."""
     inputs.check(folder, split=None, lenient=True)
     unreadable: dict[str, str] = {}
     patches = inputs.read(folder, None, 32, unreadable)
@@ -58,12 +58,12 @@ def write_names(folder: Path) -> None:
 
 
 def rows_of_two(folder: Path, rng: random.Random) -> None:
-    """A file whose length says how long two runs wait between their rows."""
+    """Writes a file whose length says how long two runs wait between their rows."""
     (folder / "delay").write_bytes(bytes(rng.randrange(100)))
 
 
 def write_two(folder: Path) -> None:
-    """Two runs at once: one is refused, or comes after; the file is that of one of them."""
+    """Runs two at once: one may be refused or come later, and the file is that of one of them."""
     file = folder / "delay"
     delay = file.stat().st_size / 1e4 if file.is_file() else 0.0
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:

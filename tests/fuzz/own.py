@@ -1,4 +1,4 @@
-"""Files that the program wrote itself, and that were cut or edited: what a workdir holds."""
+"""Files of a workdir that the program wrote itself, and that were then cut or edited."""
 
 import json
 import random
@@ -36,12 +36,12 @@ _CONTENTS = {
     },
     "checkpoints/6/metrics/metrics": {"valid_auc": 0.5},
 }  # fmt: skip
-# What an editor, or another program, makes of a value.
+# Values that an editor, or another program, could write.
 _VALUES = [None, 3, -1, 1e400, float("nan"), "x", "", [], {}, [[]], True, 10**30, "\n\x1b[31m"]
 
 
 def write(folder: Path, rng: random.Random) -> None:
-    """Every such file, one of them with other values."""
+    """Writes all these files, in many calls with a value changed or removed."""
     contents = json.loads(json.dumps(_CONTENTS))
     config = json.loads(quickstart.get_config().to_json_best_effort())
     contents |= {
@@ -65,7 +65,7 @@ def write(folder: Path, rng: random.Random) -> None:
 
 
 def _edit(content: dict | list, rng: random.Random) -> None:
-    """Removes a value somewhere inside, or puts another in its place."""
+    """Removes a value somewhere inside, or replaces it."""
     while True:
         keys = sorted(content) if isinstance(content, dict) else list(range(len(content)))
         if not keys:
@@ -82,7 +82,7 @@ def _edit(content: dict | list, rng: random.Random) -> None:
 
 
 def read(folder: Path) -> None:
-    """Reads each; one that is refused does not keep the others from being read."""
+    """Reads every file, also after another one was refused."""
     run = ablate.Run("baseline", 0, folder, quickstart.get_config(), {})
     exported = ExportedModel(folder / "model.stablehlo")
     readers = [
@@ -106,7 +106,7 @@ def read(folder: Path) -> None:
 def _refusal(reader) -> UserError | None:
     try:
         reader()
-    except FileNotFoundError as error:  # damage may delete one; of scores nobody asks then
+    except FileNotFoundError as error:  # damage may delete one; only scores may be missed
         assert "scores_valid" in str(error)
     except UserError as error:
         return error

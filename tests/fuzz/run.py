@@ -1,4 +1,4 @@
-"""One input after another: made, damaged, read, and judged."""
+"""Makes, damages, reads and judges one input after another."""
 
 import contextlib
 import hashlib
@@ -19,16 +19,16 @@ from tests.fuzz.entries import ENTRIES
 from tests.memory import begin_peak, peak
 
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS = 20  # that one input may take, on a machine that others share
+SECONDS = 20  # the limit for one input, on a shared machine
 GIB = 1 << 30
 
 
 class Verdict(NamedTuple):
-    """What became of one input.
+    """The result of one input.
 
     Attributes:
         outcome: accepted, refused or failed.
-        said: what was done to the input, and what was said of it.
+        said: what was done to the input, and the error or complaint about it.
         peak: bytes of memory above what the process held before.
     """
 
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 
 def try_seed(entry: str, seed: int, keep: Path | None = None) -> Verdict:
-    """Makes the input of a seed, damages and reads it; `keep` is where one that fails is kept."""
+    """Makes, damages and reads the input of a seed; an input that fails is kept under `keep`."""
     rng = random.Random(f"{entry} {seed}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "input"
@@ -52,13 +52,13 @@ def try_seed(entry: str, seed: int, keep: Path | None = None) -> Verdict:
 
 
 def _keep(folder: Path, place: Path) -> None:
-    # Special files can't be copied; the seed makes them again.
+    # Skip special files, which can't be copied; the seed makes them again.
     special = {path.name for path in folder.rglob("*") if not (path.is_file() or path.is_dir())}
     shutil.copytree(folder, place, dirs_exist_ok=True, ignore=lambda *_: special)
 
 
 def judge(entry: str, folder: Path) -> Verdict:
-    """Reads an input that is there; a refusal is one line, and the input stays as it was."""
+    """Reads an input and judges it: a refusal must be one line, and the input must not change."""
     before, held = _digest(folder), begin_peak()
     try:
         with _limited(), warnings.catch_warnings():
@@ -80,7 +80,7 @@ def judge(entry: str, folder: Path) -> Verdict:
 
 
 def limit_memory(bytes_more: int = 4 * GIB) -> None:
-    """Lets the process map that much more than now; an allocation beyond it is a MemoryError."""
+    """Lets the process map `bytes_more` more than now; a larger allocation is a MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(
         resource.RLIMIT_AS, (pages * resource.getpagesize() + bytes_more, resource.RLIM_INFINITY)
