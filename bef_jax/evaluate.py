@@ -29,7 +29,7 @@ from bef_jax.scoring.scorer import (
 from bef_jax.training import checkpoint
 
 
-def run(
+def evaluate_checkpoint(
     config: ConfigDict, path: Path, split: str | None = None, other: Path | None = None
 ) -> dict:
     """Returns the metrics of a checkpoint on one split, as the summary of --mode=eval.

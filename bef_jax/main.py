@@ -86,13 +86,13 @@ def _eval(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax.scoring import trained
 
     other = trained.find(_COMPARE.value) if _COMPARE.value else None
-    return evaluate.run(config, _checkpoint(workdir), _SPLIT.value, other)
+    return evaluate.evaluate_checkpoint(config, _checkpoint(workdir), _SPLIT.value, other)
 
 
 def _export(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax.export import export
 
-    return export.run(config, workdir, _checkpoint(workdir))
+    return export.export_checkpoint(config, workdir, _checkpoint(workdir))
 
 
 def _benchmark(config: ConfigDict, workdir: Path) -> dict:
@@ -100,40 +100,40 @@ def _benchmark(config: ConfigDict, workdir: Path) -> dict:
 
     del workdir
     results = user_path(_RESULTS.value) if _RESULTS.value else None
-    return benchmark.run(config, _COMPARE.value, results, sys.argv[1:])
+    return benchmark.run_benchmark(config, _COMPARE.value, results, sys.argv[1:])
 
 
 def _predict(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax import predict
 
     given = user_path(_INPUT.value) if _INPUT.value else None
-    return predict.run(config, workdir, _checkpoint(workdir), given, _SPLIT.value)
+    return predict.predict_files(config, workdir, _checkpoint(workdir), given, _SPLIT.value)
 
 
 def _import_weights(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax.training import import_weights
 
-    return import_weights.run(config, workdir, _WEIGHTS.value)
+    return import_weights.import_as_checkpoint(config, workdir, _WEIGHTS.value)
 
 
 def _prepare(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax.data import prepare
 
     del workdir  # the store lives with its source, to be shared by runs
-    return prepare.run(config, _VERIFY.value)
+    return prepare.prepare_or_verify(config, _VERIFY.value)
 
 
 def _ablate(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax.ablation import ablate
 
-    return ablate.run(config, workdir, sys.argv[1:], _DRY_RUN.value)
+    return ablate.run_ablation(config, workdir, sys.argv[1:], _DRY_RUN.value)
 
 
 def _plan(config: ConfigDict, workdir: Path) -> dict:
     from bef_jax.planning import plan
 
     del workdir
-    return plan.run(config, _TOPOLOGY.value, _LARGEST.value)
+    return plan.plan_training(config, _TOPOLOGY.value, _LARGEST.value)
 
 
 MODES: dict[str, Callable] = {

@@ -40,7 +40,7 @@ class Scored(NamedTuple):
     probability: float
 
 
-def run(
+def predict_files(
     config: ConfigDict,
     workdir: Path,
     checkpoint_path: Path,

@@ -87,7 +87,7 @@ def approximately(figures):
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_eval_mode_gives_what_training_reported(split, trained, workdir, scoring):
     config, path = scoring(**{"eval.batch_size": 4})
-    summary = evaluate.run(config, path, split)
+    summary = evaluate.evaluate_checkpoint(config, path, split)
     assert summary.pop("mode") == "eval"
     assert summary.pop("checkpoint") == str(checkpoint.best(workdir))
     assert summary["split"] == split
@@ -95,8 +95,8 @@ def test_eval_mode_gives_what_training_reported(split, trained, workdir, scoring
 
 
 def test_eight_views_leave_the_plain_figures_beside_theirs(trained, scoring):
-    plain = evaluate.run(*scoring(), "valid")
-    averaged = evaluate.run(*scoring(**{"eval.tta": 8}), "valid")
+    plain = evaluate.evaluate_checkpoint(*scoring(), "valid")
+    averaged = evaluate.evaluate_checkpoint(*scoring(**{"eval.tta": 8}), "valid")
     assert averaged["plain"]["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert averaged["loss"] != averaged["plain"]["loss"]
     assert "plain" not in plain
@@ -106,17 +106,17 @@ def test_another_network_is_compared_on_the_same_patches(trained, scoring, small
     other = {"model.fusion": False, "model.attention": "none", "seed": 1}
     second = train.train_and_evaluate(small_config(steps=4, **other), tmp_path)
     config, path = scoring()
-    summary = evaluate.run(config, path, "test", checkpoint.best(tmp_path))
+    summary = evaluate.evaluate_checkpoint(config, path, "test", checkpoint.best(tmp_path))
     found = summary["comparison"]
     assert found["auc"] == pytest.approx(second["test"]["auc"])
     assert found["auc_difference"] == pytest.approx(summary["auc"] - second["test"]["auc"])
     assert found["only_first_right"] - found["only_second_right"] == pytest.approx(
         13 * (summary["accuracy"] - second["test"]["accuracy"])
     )
-    assert evaluate.run(config, path, "test", path)["comparison"]["delong_p"] == 1.0
+    assert evaluate.evaluate_checkpoint(config, path, "test", path)["comparison"]["delong_p"] == 1.0
 
 
 def test_eval_mode_takes_the_test_split_and_any_checkpoint(trained, workdir, scoring):
     path = workdir / "checkpoints" / "3"
-    summary = evaluate.run(scoring()[0], path)
+    summary = evaluate.evaluate_checkpoint(scoring()[0], path)
     assert (summary["split"], summary["checkpoint"]) == ("test", str(path))

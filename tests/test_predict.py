@@ -36,7 +36,7 @@ def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, scoring):
     changes = {"eval.tta": tta, "eval.batch_size": 5, "eval.threshold": 0.499}
     config, best = scoring(**changes)
     path = store.store_path(config.data)
-    summary = predict.run(config, workdir, best, path, "valid")
+    summary = predict.predict_files(config, workdir, best, path, "valid")
     rows = rows_of(workdir)
     split = store.open_split(path, "valid")
     assert [row["id"] for row in rows] == split.ids.tolist()
@@ -44,7 +44,7 @@ def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, scoring):
     if tta == 1:
         _, _, expected = read_scores(workdir / "scores_valid.csv")
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-    block = evaluate.run(config, best, "valid")
+    block = evaluate.evaluate_checkpoint(config, best, "valid")
     assert np.mean((found >= 0.499) == split.labels) == pytest.approx(block["accuracy"])
     assert [int(row["decision"]) for row in rows] == (found >= 0.499).astype(int).tolist()
     assert (summary["n"], summary["positives"]) == (21, int((found >= 0.499).sum()))
@@ -55,11 +55,11 @@ def test_files_get_what_their_pixels_get_in_a_store(trained, workdir, scoring, t
     config, best = scoring()
     path = store.store_path(config.data)
     split = store.open_split(path, "test")
-    predict.run(config, workdir, best, path, "test")
+    predict.predict_files(config, workdir, best, path, "test")
     expected = [row["probability"] for row in rows_of(workdir)]
     for number, image in enumerate(split.images):
         Image.fromarray(image).save(tmp_path / f"{number:02d}, \u00e4.png")
-    predict.run(config, workdir, best, tmp_path)
+    predict.predict_files(config, workdir, best, tmp_path)
     assert [row["probability"] for row in rows_of(workdir)] == expected
     assert rows_of(workdir)[3]["id"] == "03, \u00e4.png"
 
@@ -68,13 +68,13 @@ def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, scoring, tmp_path
     config, best = scoring(**{"predict.stride": 16})
     split = store.open_split(store.store_path(config.data), "test")
     Image.fromarray(np.concatenate(split.images[:2], axis=1)).save(tmp_path / "two.png")
-    summary = predict.run(config, workdir, best, tmp_path / "two.png")
+    summary = predict.predict_files(config, workdir, best, tmp_path / "two.png")
     (file,) = summary["heatmaps"]
     assert file == str(workdir / "heatmaps" / "two.png")
     assert min(Image.open(file).size) > 200
     rows = {row["id"]: float(row["probability"]) for row in rows_of(workdir)}
     assert len(rows) == summary["n"] == 5 * 11
-    predict.run(config, workdir, best, store.store_path(config.data), "test")
+    predict.predict_files(config, workdir, best, store.store_path(config.data), "test")
     alone = [float(row["probability"]) for row in rows_of(workdir)]
     # The windows around the squares at (32, 32) and (32, 128) are the two patches.
     assert rows["two.png:x=32:y=32"] == pytest.approx(alone[0], rel=1e-5)
@@ -85,7 +85,7 @@ def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, scoring, tmp_path
 
 def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, scoring, tmp_path):
     config, best = scoring()
-    predict.run(config, workdir, best, store.store_path(config.data), "test")
+    predict.predict_files(config, workdir, best, store.store_path(config.data), "test")
     before = (workdir / "predictions.csv").read_bytes()
     images = np.zeros((20, 96, 96, 3), np.uint8)
     np.savez(tmp_path / "a.npz", images=images)
@@ -93,7 +93,7 @@ def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, scoring, t
     content[len(content) // 2] ^= 255
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.npz"):
-        predict.run(config, workdir, best, tmp_path / "a.npz")
+        predict.predict_files(config, workdir, best, tmp_path / "a.npz")
     assert (workdir / "predictions.csv").read_bytes() == before
     assert not (workdir / ".predict.tmp").exists()
 
@@ -108,7 +108,7 @@ def test_one_bad_picture_does_not_cost_the_others(trained, workdir, scoring, tmp
     os.mkfifo(tmp_path / "fifo.tif")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "gone.png").symlink_to("nowhere")
-    summary = predict.run(config, workdir, best, tmp_path)
+    summary = predict.predict_files(config, workdir, best, tmp_path)
     assert [row["id"] for row in rows_of(workdir)] == ["a.png", "z.png"]
     assert summary["n"] == 2
     reasons = {each["file"]: each["reason"] for each in summary["unreadable"]}
@@ -122,7 +122,7 @@ def test_one_bad_picture_does_not_cost_the_others(trained, workdir, scoring, tmp
 
 def test_bad_pictures_alone_are_a_mistake_that_costs_nothing(trained, workdir, scoring, tmp_path):
     config, best = scoring()
-    predict.run(config, workdir, best, store.store_path(config.data), "test")
+    predict.predict_files(config, workdir, best, store.store_path(config.data), "test")
     before = (workdir / "predictions.csv").read_bytes()
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "cut.png")
@@ -131,7 +131,7 @@ def test_bad_pictures_alone_are_a_mistake_that_costs_nothing(trained, workdir, s
     (tmp_path / "cut.png").write_bytes(content)
     for _ in range(2):  # the second time with a FIFO beside it
         with pytest.raises(UserError, match=r"cut\.png"):
-            predict.run(config, workdir, best, tmp_path)
+            predict.predict_files(config, workdir, best, tmp_path)
         os.mkfifo(tmp_path / "fifo.png")
         (tmp_path / "fifo.png").rename(tmp_path / "z.png")
     assert (workdir / "predictions.csv").read_bytes() == before
@@ -142,15 +142,15 @@ def test_a_network_that_is_not_finite_decides_nothing(value, trained, workdir, s
     """Infinite log-odds have the probability 1, and NaN is below any threshold."""
     config, best = scoring()
     path = store.store_path(config.data)
-    predict.run(config, workdir, best, path, "test")
+    predict.predict_files(config, workdir, best, path, "test")
     before = (workdir / "predictions.csv").read_bytes()
     variables = tmp_path / "weights"
     spoiled = spoil(best, config, variables, value)
     with pytest.raises(RunError, match="no finite score for patch synthetic_test_0:"):
-        predict.run(config, workdir, spoiled, path, "test")
+        predict.predict_files(config, workdir, spoiled, path, "test")
     assert (workdir / "predictions.csv").read_bytes() == before
     with pytest.raises(RunError, match="no finite score for patch synthetic_test_0:"):
-        evaluate.run(config, spoiled, "test")
+        evaluate.evaluate_checkpoint(config, spoiled, "test")
     with pytest.raises(RunError, match="no finite score for patch 0:"):
         bef_jax.load(spoiled).predict(np.zeros((2, 96, 96, 3), np.uint8))
 
@@ -173,9 +173,9 @@ def test_two_at_once_do_not_mix(trained, workdir, scoring):
     path = store.store_path(config.data)
     refused = pytest.raises(UserError, match="another run writes there")
     with lock.held(workdir, ".predict.lock"), refused:
-        predict.run(config, workdir, best, path, "test")
+        predict.predict_files(config, workdir, best, path, "test")
     with lock.held(workdir):  # of a run that trains there
-        assert predict.run(config, workdir, best, path, "test")["n"] == 13
+        assert predict.predict_files(config, workdir, best, path, "test")["n"] == 13
 
 
 def test_outputs_that_cannot_be_written_are_found_first(small_config, tmp_path):
@@ -186,7 +186,7 @@ def test_outputs_that_cannot_be_written_are_found_first(small_config, tmp_path):
         workdir.mkdir(parents=True)
         make(workdir / name)
         with pytest.raises(UserError, match=f"{name}: is in .* file;|{name}: is in .* folder;"):
-            predict.run(small_config(), workdir, tmp_path, tmp_path)
+            predict.predict_files(small_config(), workdir, tmp_path, tmp_path)
 
 
 def test_maps_of_equal_names_do_not_meet(trained, workdir, scoring, tmp_path):
@@ -195,7 +195,7 @@ def test_maps_of_equal_names_do_not_meet(trained, workdir, scoring, tmp_path):
     for name in ("a.tif", "a.tif.png", "b/a.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(wide).save(tmp_path / name)
-    summary = predict.run(config, workdir, best, tmp_path)
+    summary = predict.predict_files(config, workdir, best, tmp_path)
     assert len(set(summary["heatmaps"])) == 3
     assert all(os.path.exists(file) for file in summary["heatmaps"])
 
@@ -208,16 +208,16 @@ def test_a_picture_of_another_scale_is_warned_of(trained, workdir, scoring, tmp_
         tifffile.imwrite(tmp_path / name, image, photometric="rgb", resolutionunit="CENTIMETER",
                          resolution=(1e4 / mpp, 1e4 / mpp))  # fmt: skip
     with caplog.at_level("WARNING", logger="bef_jax"):
-        predict.run(config, workdir, best, tmp_path)
+        predict.predict_files(config, workdir, best, tmp_path)
     (line,) = [each.getMessage() for each in caplog.records if "scale" in each.getMessage()]
     assert "1 of 2 pictures" in line and "a.tif with 0.240" in line
 
 
 def test_what_is_missing_is_said_before_a_checkpoint_is_read(small_config, tmp_path):
     with pytest.raises(UserError, match="--input is missing"):
-        predict.run(small_config(), tmp_path, tmp_path, None)
+        predict.predict_files(small_config(), tmp_path, tmp_path, None)
     with pytest.raises(UserError, match="no such file"):
-        predict.run(small_config(), tmp_path, tmp_path, tmp_path / "nowhere")
+        predict.predict_files(small_config(), tmp_path, tmp_path, tmp_path / "nowhere")
 
 
 # Peak memory of the whole process, in MiB, after the patches of a file.
@@ -228,7 +228,7 @@ from bef_jax import predict; from bef_jax.scoring import trained
 workdir = Path(sys.argv[1])
 best = trained.find(workdir)
 config = trained.scoring_config(best, None, {"eval.batch_size": 64, "rcc.eval_size": 32})
-found = predict.run(config, workdir, best, Path(sys.argv[2]))
+found = predict.predict_files(config, workdir, best, Path(sys.argv[2]))
 assert found["n"] == int(sys.argv[3])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

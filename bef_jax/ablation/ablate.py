@@ -64,7 +64,9 @@ class Run:
         return found if found and found["valid"] else None
 
 
-def run(config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = False) -> dict:
+def run_ablation(
+    config: ConfigDict, workdir: Path, argv: Sequence[str], dry_run: bool = False
+) -> dict:
     """Trains the missing runs, and writes the table (`table.FILES`) into `workdir`.
 
     Args:

@@ -10,7 +10,7 @@ from bef_jax.runtime import distributed
 from bef_jax.runtime.progress import Phases
 
 
-def run(config: ConfigDict, verify: bool) -> dict:
+def prepare_or_verify(config: ConfigDict, verify: bool) -> dict:
     """Writes the store that `config.data` names, unless it exists, and returns its summary.
 
     Args:

@@ -41,7 +41,7 @@ _CHECKED = 16  # patches on which the files are compared
 Score = Callable[[Array], tuple[Array, Array]]
 
 
-def run(config: ConfigDict, workdir: Path, path: Path) -> dict:
+def export_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> dict:
     """Writes the files of a checkpoint; each is compared with the network before it is in place.
 
     Args:

@@ -67,7 +67,9 @@ class Programs:
     compile_seconds: float
 
 
-def run(config: ConfigDict, compare: str | None, folder: Path | None, argv: Sequence[str]) -> dict:
+def run_benchmark(
+    config: ConfigDict, compare: str | None, folder: Path | None, argv: Sequence[str]
+) -> dict:
     """Measures the network of `config` at its batch size and dtype, on all devices.
 
     Args:

@@ -76,7 +76,7 @@ class Figures:
     refused: bool = False
 
 
-def run(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
+def plan_training(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
     """Plans the training of `config` on the topology `name`, such as v5e:2x4.
 
     Args:

@@ -19,7 +19,7 @@ from bef_jax.training.state import count_params, params_digest
 LOG = logging.getLogger(__name__)
 
 
-def run(config: ConfigDict, workdir: Path, name: str | None) -> dict:
+def import_as_checkpoint(config: ConfigDict, workdir: Path, name: str | None) -> dict:
     """Writes checkpoint 0 of `workdir`, which eval and init_from take, and train goes on from.
 
     Its config has the padding, the batch normalisation and, where the source says them, the mean

@@ -97,7 +97,7 @@ def test_a_damaged_file_of_a_row_is_named_before_any_is_trained(
     file.parent.mkdir(parents=True)
     file.write_text(text)
     with pytest.raises(UserError, match=rf"{file}: damaged \(.*\); (move .* away|delete it)"):
-        ablate.run(small_config(**{"ablation.seeds": 2}), tmp_path, [])
+        ablate.run_ablation(small_config(**{"ablation.seeds": 2}), tmp_path, [])
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder"])
@@ -112,7 +112,7 @@ def test_what_is_in_the_way_of_a_file_is_named_before_any_is_trained(
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     {"FIFO": os.mkfifo, "folder": os.mkdir}[kind](tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: is in the way of an output file"):
-        ablate.run(small_config(**{"ablation.seeds": 1}), tmp_path, [])
+        ablate.run_ablation(small_config(**{"ablation.seeds": 1}), tmp_path, [])
 
 
 def test_a_refusal_is_found_at_the_end_of_a_log_of_any_bytes(small_config, tmp_path):

@@ -18,7 +18,7 @@ def config(tmp_path):
 
 
 def test_summary_describes_the_store(config):
-    summary = prepare.run(config, verify=True)
+    summary = prepare.prepare_or_verify(config, verify=True)
     assert summary["mode"] == "prepare"
     assert summary["counts"] == {"train": 40, "valid": 20, "test": 10}
     for name, fraction in summary["positive_fraction"].items():
@@ -31,19 +31,19 @@ def test_summary_describes_the_store(config):
 
 
 def test_second_run_says_the_same(config):
-    first = prepare.run(config, verify=False)
-    second = prepare.run(config, verify=False)
+    first = prepare.prepare_or_verify(config, verify=False)
+    second = prepare.prepare_or_verify(config, verify=False)
     assert second.pop("wall_seconds") != first.pop("wall_seconds")
     assert second == first
 
 
 def test_nothing_goes_to_stdout(config, capsys):
-    prepare.run(config, verify=False)
+    prepare.prepare_or_verify(config, verify=False)
     assert capsys.readouterr().out == ""
 
 
 def test_each_piece_of_work_is_a_line_on_stderr(config, capsys):
-    prepare.run(config, verify=True)
+    prepare.prepare_or_verify(config, verify=True)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines if "  in 0:00:0" in line] == [
         "reading test",
@@ -56,26 +56,26 @@ def test_each_piece_of_work_is_a_line_on_stderr(config, capsys):
 
 
 def test_a_store_that_is_there_is_not_read(config, capsys):
-    prepare.run(config, verify=False)
+    prepare.prepare_or_verify(config, verify=False)
     capsys.readouterr()
-    prepare.run(config, verify=False)
+    prepare.prepare_or_verify(config, verify=False)
     assert capsys.readouterr().err == ""
 
 
 def test_mistakes_are_the_users(config):
     config.data.source = "npz"
     with pytest.raises(UserError, match=r"train\.npz|valid\.npz"):
-        prepare.run(config, verify=False)
+        prepare.prepare_or_verify(config, verify=False)
 
 
 def test_verify_names_the_first_damaged_file(config):
     folder = store.store_path(config.data)
-    prepare.run(config, verify=False)
+    prepare.prepare_or_verify(config, verify=False)
     for name in ("train/images.npy", "valid/labels.npy"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        prepare.run(config, verify=False)  # sizes alone are looked at
+        prepare.prepare_or_verify(config, verify=False)  # sizes alone are looked at
         with pytest.raises(UserError, match=f"{name}: damaged"):
-            prepare.run(config, verify=True)
+            prepare.prepare_or_verify(config, verify=True)
         (folder / name).write_bytes(whole)
-    assert prepare.run(config, verify=True)["verified"]
+    assert prepare.prepare_or_verify(config, verify=True)["verified"]

@@ -105,7 +105,7 @@ def before_work(small_config, tmp_path, monkeypatch):
         path = tmp_path / "checkpoint" / "0"
         for name in ("state", "run"):
             (path / name).mkdir(parents=True, exist_ok=True)
-        export.run(small_config(**fields), workdir, path)
+        export.export_checkpoint(small_config(**fields), workdir, path)
 
     monkeypatch.setattr(checkpoint, "restore_variables", lambda *_: pytest.fail("it has begun"))
     return run
@@ -177,7 +177,7 @@ def test_both_files_score_as_the_network_does_where_the_package_is_not(small_con
     config = small_config()
     variables = save_checkpoint(config, tmp_path)
     path = checkpoint.best(tmp_path)
-    summary = export.run(trained.scoring_config(path), tmp_path, path)
+    summary = export.export_checkpoint(trained.scoring_config(path), tmp_path, path)
     images = make_images(5)  # not as many as the export was checked with
     np.save(tmp_path / "patches.npy", images)
     expected = probability(config, variables, images)
@@ -226,4 +226,4 @@ def test_several_views_are_refused(small_config, tmp_path):
     save_checkpoint(small_config(**{"eval.tta": 8}), tmp_path)
     path = checkpoint.best(tmp_path)
     with pytest.raises(UserError, match=r"eval\.tta=8"):
-        export.run(trained.scoring_config(path), tmp_path, path)
+        export.export_checkpoint(trained.scoring_config(path), tmp_path, path)

@@ -63,7 +63,7 @@ def measured(tmp_path_factory):
         patch.setattr(benchmark, "RUN_SECONDS", 0.02)
         patch.setattr(benchmark, "INPUT_PATCHES", 24)
         patch.setattr(benchmark, "compile_step", remember)
-        summary = benchmark.run(config, "lax", folder / "results", ["--config.seed=3"])
+        summary = benchmark.run_benchmark(config, "lax", folder / "results", ["--config.seed=3"])
         parameters = count_params(abstract_state(config).params)
     return SimpleNamespace(summary=summary, folder=folder, compiled=compiled, parameters=parameters)
 
@@ -132,7 +132,7 @@ def refused(tmp_path, compare=None, folder=None, **fields):
     config = make_config(tmp_path)
     config.update_from_flattened_dict(fields)
     with pytest.raises(UserError) as caught:
-        benchmark.run(config, compare, folder, [])
+        benchmark.run_benchmark(config, compare, folder, [])
     return str(caught.value)
 
 

@@ -52,7 +52,7 @@ def logits_of(config, variables, images):
 def test_predict_gives_what_the_mode_gives_to_the_last_digit(trained, workdir, scoring, images):
     np.savez(workdir / "patches.npz", images=images)
     config, path = scoring()
-    predict.run(config, workdir, path, workdir / "patches.npz")
+    predict.predict_files(config, workdir, path, workdir / "patches.npz")
     with open(workdir / "predictions.csv", newline="") as file:
         expected = [float(row["probability"]) for row in csv.DictReader(file)]
     model = bef_jax.load(str(workdir))
@@ -260,7 +260,7 @@ def test_a_file_that_is_not_what_was_described_is_not_read(name, tmp_path):
 def test_an_exported_file_predicts(trained, workdir, scoring, images, tmp_path):
     pytest.importorskip("onnxruntime")
     config, path = scoring()
-    export.run(config, workdir, path)
+    export.export_checkpoint(config, workdir, path)
     expected = bef_jax.load(workdir).predict(images)
     for name in ("model.stablehlo", "model.onnx"):
         model = bef_jax.load(workdir / "export" / name)

@@ -80,7 +80,7 @@ def test_flags_of_training_are_nothing_to_scoring(run_summary, scoring):
     """Whoever repeats the flags of the run, or has others for the next one, scores all the same."""
     config, path = scoring(**{"ema_decay": 0.0, "optim.name": "sgd", "steps": 7})
     assert config.ema_decay == checkpoint.read_run(path)["config"]["ema_decay"] > 0
-    assert evaluate.run(config, path, "valid")["loss"] == pytest.approx(
+    assert evaluate.evaluate_checkpoint(config, path, "valid")["loss"] == pytest.approx(
         run_summary["valid"]["loss"], rel=1e-5
     )
 
@@ -113,7 +113,7 @@ def test_how_blocks_were_trained_is_nothing_to_scoring(run_summary, scoring, mon
 
     monkeypatch.setattr(checkpoint, "read_run", read_run)
     for changes in ({}, {f"model.{name}": value for name, value in forms.items()}):
-        summary = evaluate.run(*scoring(**changes), "valid")
+        summary = evaluate.evaluate_checkpoint(*scoring(**changes), "valid")
         assert summary["loss"] == pytest.approx(run_summary["valid"]["loss"], rel=1e-5)
 
 

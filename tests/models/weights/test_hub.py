@@ -172,7 +172,7 @@ def tiny(server):
 def test_a_hub_s_weights_become_a_checkpoint_that_knows_their_inputs(tiny, tmp_path):
     name, variables = tiny
     config = get_config("model.name=efficientnet_test,ema_decay=0.0")
-    summary = import_weights.run(config, tmp_path, name)
+    summary = import_weights.import_as_checkpoint(config, tmp_path, name)
     assert summary["normalisation"] == {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     saved = checkpoint.complete(checkpoint.read_run(checkpoint.best(tmp_path))["config"])
     assert (saved.model.padding, saved.model.bn_epsilon) == ("symmetric", 2e-3)
