@@ -1,91 +1,31 @@
 """Checks a configuration, and derives from it what depends on several fields."""
 
+import json
 import logging
 import re
 
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bef_jax.configs import default
-from bef_jax.data.patch import CENTER_SIDE, PATCH
+from bef_jax.configs.fields import FIELDS, MOST_FLOAT
+from bef_jax.data.sources import SOURCES
 from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, is_frozen, num_stages, parameter_paths
 from bef_jax.models.ops.mbconv.grid import KERNEL_CHIPS, LANES
 
 LOG = logging.getLogger(__name__)
 
-CHOICES = {
-    "dtype": ("float32", "bfloat16"),
-    "model.name": tuple(REGISTRY),
-    "model.total_stride": (32, 16, 8),
-    "model.attention": ("none", "cbam"),
-    "model.depthwise": ("auto", "native", "shift"),
-    "model.mbconv": ("layers", "pallas"),
-    "model.remat": ("none", "block"),
-    "model.padding": ("same", "symmetric"),
-    "rcc.fill": ("mean", "white"),
-    "data.source": ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic"),
-    "data.placement": ("auto", "device", "host"),
-    "optim.name": ("adamw", "rmsprop", "sgd"),
-    "eval.tta": (1, 8),
-}
-
-# The state counts steps in an int32, and JAX keeps 32 bits of a seed: 2**32 would be 0 again.
-_INT = 2**31 - 1
-_FLOAT = float(np.finfo(np.float32).max)  # what is above it is infinite to JAX
-_BATCH = 65_536  # patches: 1.8 GB of pixels
-
-# Least and greatest value.
+CHOICES = {name: field.choices for name, field in FIELDS.items() if field.choices}
+CHOICES |= {"model.name": tuple(REGISTRY), "data.source": SOURCES}
 RANGES = {
-    "seed": (0, _INT),
-    "batch_size": (1, _BATCH),
-    "epochs": (0, _FLOAT),
-    "steps": (1, _INT),
-    "label_smoothing": (0, 1),
-    "ema_decay": (0, 1),
-    "bn_groups": (1, _BATCH),
-    "log_every": (1, _INT),
-    "steps_per_call": (1, _BATCH),
-    "model.num_classes": (2, 65_536),
-    "model.attention_reduction": (1, _INT),
-    "model.attention_kernel": (1, 2 * PATCH),
-    "model.dropout": (0, 0.99),
-    "model.drop_path": (0, 0.99),
-    "model.bn_momentum": (0, 1),
-    "model.bn_epsilon": (1e-12, _FLOAT),  # the variance of a constant channel is 0
-    # The center decides the label, so that no window is smaller.
-    "rcc.min_size": (CENTER_SIDE, PATCH),
-    "rcc.max_size": (CENTER_SIDE, PATCH),
-    "rcc.eval_size": (CENTER_SIDE, PATCH),
-    "augment.stain": (0, 1),
-    "augment.stain_shift": (0, 1),
-    "data.train_size": (1, _INT),
-    "data.valid_size": (1, _INT),
-    "data.test_size": (1, _INT),
-    "data.seed": (0, _INT),
-    "optim.learning_rate": (0, _FLOAT),
-    "optim.warmup_epochs": (0, _FLOAT),
-    "optim.final_fraction": (0, 1),
-    "optim.weight_decay": (0, _FLOAT),
-    "optim.momentum": (0, 1),
-    "optim.clip_norm": (0, _FLOAT),
-    "optim.accumulate": (1, _BATCH),
-    "optim.layer_decay": (0, 1),
-    "optim.head_only_steps": (0, _INT),
-    "eval.every_epochs": (0, _FLOAT),
-    "eval.batch_size": (1, _BATCH),
-    "eval.threshold": (0, 1),
-    "checkpoint.every_steps": (1, _INT),
-    "checkpoint.keep": (1, _INT),
-    "distributed.num_processes": (1, _INT),
-    "distributed.process_id": (0, _INT),
-    "distributed.timeout_seconds": (1, _INT),
-    "benchmark.runs": (1, _INT),
-    "predict.stride": (1, PATCH),
-    "ablation.seeds": (1, 1000),
-    "ablation.jobs": (1, _INT),
+    name: (field.least, field.most) for name, field in FIELDS.items() if field.least is not None
 }
+
+
+def as_json(config: ConfigDict) -> dict:
+    """Returns what is saved of a configuration: plain dicts, with lists for tuples."""
+    return json.loads(config.to_json_best_effort())
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict:
@@ -185,7 +125,7 @@ def _check_kernels(config: ConfigDict) -> None:
 
 def _check_triple(name: str, values) -> None:
     # Compared, as math.isfinite fails at a long int; NaN is not within either.
-    numbers = all(isinstance(x, (int, float)) and abs(x) <= _FLOAT for x in values)
+    numbers = all(isinstance(x, (int, float)) and abs(x) <= MOST_FLOAT for x in values)
     if len(values) != 3 or not numbers:
         raise UserError(f"config.{name}={values!r}: give three numbers, one per channel")
 

@@ -84,7 +84,7 @@ def predict_files(
         "threshold": config.eval.threshold,
         "temperature": 1.0,
         "tta": config.eval.tta,
-        "operating_point": checkpoint.read_run(checkpoint_path).get("operating_point"),
+        "operating_point": checkpoint.read_metadata(checkpoint_path).get("operating_point"),
         "predictions": str(workdir / _FILE),
         "heatmaps": [str(workdir / _MAPS / name) for name in found["heatmaps"]],
         # The time includes reading and compiling, because a user waits for them, too.

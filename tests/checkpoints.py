@@ -25,4 +25,4 @@ def read(path: Path) -> tuple[TrainState, dict]:
     """Returns the restored state, and what the checkpoint says of its run."""
     everywhere = sharding.replicated(sharding.make_mesh())
     abstract = jax.eval_shape(lambda: STATE)
-    return checkpoint.restore(path, abstract, everywhere), checkpoint.read_run(path)
+    return checkpoint.restore(path, abstract, everywhere), checkpoint.read_metadata(path)

@@ -13,11 +13,13 @@ from ml_collections import ConfigDict
 
 from bef_jax import config as checks
 from bef_jax.configs import b2, default, paper, quickstart
+from bef_jax.configs import fields as fields_of_config
+from bef_jax.configs.fields import FIELDS
 from bef_jax.errors import UserError
 from bef_jax.models import create
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "fields"})
 
 
 def expect_error(*parts, config):
@@ -254,6 +256,16 @@ def test_every_whole_number_fits_the_states_int32():
     limits = [most for name, (_, most) in checks.RANGES.items() if type(fields[name]) is int]
     assert len(limits) > 10
     assert max(limits) == 2**31 - 1
+
+
+def test_the_table_has_every_field_once_and_its_default_fits():
+    fields = checks.flatten(default.get_config())
+    assert FIELDS.keys() == fields.keys()
+    words = {fields_of_config.NETWORK, fields_of_config.OPTIMIZER, fields_of_config.INPUT}
+    words |= {fields_of_config.SCORE, fields_of_config.TRAINING, fields_of_config.DATA}
+    words |= {fields_of_config.SPEED, fields_of_config.SURROUNDINGS}
+    assert {field.affects for field in FIELDS.values()} == words
+    assert np.finfo(np.float32).max == fields_of_config.MOST_FLOAT
 
 
 def test_every_number_has_a_range_or_choices():

@@ -159,7 +159,7 @@ def spoil(best, config, folder, value):
     """A copy of a checkpoint whose last bias is `value`."""
     everywhere = sharding.replicated(sharding.make_mesh())
     state = checkpoint.restore(best, abstract_state(config), everywhere)
-    run = checkpoint.read_run(best)
+    run = checkpoint.read_metadata(best)
     bias = state.ema["params"]["classifier"]["bias"]
     state.ema["params"]["classifier"]["bias"] = bias.at[1].set(value)
     checkpoints = Checkpoints(folder, keep=1)

@@ -146,7 +146,7 @@ def test_killed_run_goes_on_from_the_last_save(undisturbed, small_config, tmp_pa
         stop_before(patch, 5)
         with pytest.raises(Killed):
             train.train_and_evaluate(small_config(), tmp_path)
-    assert checkpoint.read_run(tmp_path / "checkpoints" / "4")["clock"]["wall"] > 0
+    assert checkpoint.read_metadata(tmp_path / "checkpoints" / "4")["clock"]["wall"] > 0
     resumed = train.train_and_evaluate(small_config(), tmp_path)
     assert resumed["params_digest"] == expected["params_digest"]
 

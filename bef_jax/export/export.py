@@ -63,7 +63,7 @@ def export_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> dict:
     with lock.held(workdir, ".export.lock"):
         everywhere = sharding.replicated(sharding.make_mesh())
         variables = checkpoint.restore_variables(path, config, everywhere)
-        said = facts(config, checkpoint.read_run(path).get("operating_point"))
+        said = facts(config, checkpoint.read_metadata(path).get("operating_point"))
         # On the host, because the variables become constants of the files.
         written = _write_files(config, jax.device_get(variables), said, workdir / "export")
         summary = {"mode": "export", "checkpoint": str(path), **said}

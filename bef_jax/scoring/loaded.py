@@ -90,7 +90,7 @@ class TrainedModel:
     @functools.cached_property
     def operating_point(self) -> dict[str, Any] | None:
         """Returns the `temperature` and `threshold` that training chose on valid, or None."""
-        return checkpoint.read_run(self.checkpoint).get("operating_point")
+        return checkpoint.read_metadata(self.checkpoint).get("operating_point")
 
     def predict(self, images: Images) -> np.ndarray:
         """Returns the probability of class 1, float64 [N], as --mode=predict computes it.

@@ -8,7 +8,6 @@ the best by valid AUC are kept.
 """
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -22,8 +21,9 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bef_jax.config import flatten, validate
+from bef_jax.config import as_json, flatten, validate
 from bef_jax.configs import default
+from bef_jax.configs.fields import FIELDS, NETWORK, OPTIMIZER
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime import distributed
 from bef_jax.runtime.files import (
@@ -168,7 +168,7 @@ def _check_score(found: Any) -> None:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def read_run(path: Path) -> dict:
+def read_metadata(path: Path) -> dict:
     """Returns the JSON beside a checkpoint's state: `config` and what the run has counted.
 
     Those of older versions have less than that, but all have `config`, whose fields `complete`
@@ -181,12 +181,12 @@ def read_run(path: Path) -> dict:
     _verify(path, ["run"])
     # Not through Orbax: it asks JAX for its devices, and hosts may only meet before that.
     try:
-        return read_json(path / "run" / "metadata", _check_run, _FIX)
+        return read_json(path / "run" / "metadata", _check_metadata, _FIX)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} can't be read: it has no run/metadata") from error
 
 
-def _check_run(found: Any) -> None:
+def _check_metadata(found: Any) -> None:
     check_types(found, config=dict)
     found = {"clock": {}, "content": "", "operating_point": None} | found
     check_types(found, clock=dict, content=str, operating_point=dict | None)
@@ -206,7 +206,7 @@ def read_config(path: Path) -> ConfigDict:
     Raises:
         UserError: the checkpoint is not there or damaged, or a field is not as it must be.
     """
-    saved = read_run(path)["config"]
+    saved = read_metadata(path)["config"]
     with naming(path):
         return complete(saved)
 
@@ -218,7 +218,7 @@ def complete(saved: dict) -> ConfigDict:
         UserError: a field is unknown to this version, mistyped or impossible.
     """
     # Through JSON, as the saved one went: both have lists for tuples.
-    config = ConfigDict(json.loads(default.get_config().to_json_best_effort()))
+    config = ConfigDict(as_json(default.get_config()))
     sections = [name for name in saved if isinstance(config.get(name), ConfigDict)]
     try:
         check_types(saved, **dict.fromkeys(sections, dict))
@@ -347,14 +347,13 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     Raises:
         UserError: naming the fields that differ, or one that is not as it must be.
     """
-    now = json.loads(config.to_json_best_effort())
     with naming(path):
         old = flatten(complete(saved))
-    new = flatten(ConfigDict(now))
+    new = flatten(ConfigDict(as_json(config)))
     # Where processes meet may be elsewhere at every start.
     lasting = [name for name in new if not name.startswith("distributed.")]
     changed = [name for name in lasting if old[name] != new[name]]
-    fatal = [name for name in changed if _decides_shapes(name, old, new)]
+    fatal = [name for name in changed if _decides_state(name, old, new)]
     if fatal:
         listed = ", ".join(f"{name} (saved {old[name]!r}, now {new[name]!r})" for name in fatal)
         raise UserError(f"checkpoint {path} was trained with another {listed}")
@@ -362,14 +361,9 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
         LOG.warning("config.%s was %r in %s, is %r now", name, old[name], path, new[name])
 
 
-def _decides_shapes(name: str, old: dict, new: dict) -> bool:
-    # What counts of these is whether they are on: how large they are changes no array.
-    off = {"ema_decay": 0, "optim.momentum": 0, "optim.clip_norm": 0, "optim.head_only_steps": 0}
-    off |= {"optim.layer_decay": 1}
-    if name in off:
-        return (old[name] == off[name]) != (new[name] == off[name])
-    # Padding and bn_epsilon change no shape either, but what the weights mean.
-    free = {"dropout", "drop_path", "bn_momentum", "depthwise", "mbconv", "remat"}
-    return name in {"optim.name", "optim.freeze"} or (
-        name.startswith("model.") and name.removeprefix("model.") not in free
-    )
+def _decides_state(name: str, old: dict, new: dict) -> bool:
+    """Returns whether another value of a field needs other weights or other optimiser state."""
+    field = FIELDS[name]
+    if field.off is not None:  # then it counts whether it is on, and not how large it is
+        return (old[name] == field.off) != (new[name] == field.off)
+    return field.affects in (NETWORK, OPTIMIZER)

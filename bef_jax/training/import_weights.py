@@ -1,11 +1,11 @@
 """--mode=import_weights: another package's weights become a checkpoint of ours."""
 
-import json
 import logging
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from bef_jax.config import as_json
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.runtime import lock, sharding
@@ -63,9 +63,9 @@ def _import(config: ConfigDict, workdir: Path, path: Path) -> dict:
     state, fresh = pretrained.start(config, sharding.replicated(sharding.make_mesh()))
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     # As training saves it: eval and train read one format.
-    run = {"config": json.loads(config.to_json_best_effort()), "clock": Clock().snapshot()}
+    metadata = {"config": as_json(config), "clock": Clock().snapshot()}
     # Orbax saves in the background; close() waits until it is renamed.
-    checkpoints.save(0, state, run, None)
+    checkpoints.save(0, state, metadata, None)
     folder = checkpoints.directory / "0"
     checkpoints.close()
     return {

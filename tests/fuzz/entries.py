@@ -234,7 +234,7 @@ def _good_checkpoint() -> dict[str, bytes]:
 
 def _open_checkpoint(folder: Path) -> None:
     path = checkpoint.best(folder)
-    checkpoint.check_fits(checkpoint.read_run(path)["config"], quickstart.get_config(), path)
+    checkpoint.check_fits(checkpoint.read_metadata(path)["config"], quickstart.get_config(), path)
     everywhere = sharding.replicated(sharding.make_mesh())
     state = checkpoint.restore(path, jax.eval_shape(lambda: STATE), everywhere)
     np.testing.assert_array_equal(state.params["kernel"], STATE.params["kernel"])

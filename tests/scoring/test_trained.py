@@ -79,7 +79,7 @@ def test_another_network_is_refused_and_the_same_one_is_not(run_summary, scoring
 def test_flags_of_training_are_nothing_to_scoring(run_summary, scoring):
     """Whoever repeats the flags of the run, or has others for the next one, scores all the same."""
     config, path = scoring(**{"ema_decay": 0.0, "optim.name": "sgd", "steps": 7})
-    assert config.ema_decay == checkpoint.read_run(path)["config"]["ema_decay"] > 0
+    assert config.ema_decay == checkpoint.read_metadata(path)["config"]["ema_decay"] > 0
     assert evaluate.evaluate_checkpoint(config, path, "valid")["loss"] == pytest.approx(
         run_summary["valid"]["loss"], rel=1e-5
     )
@@ -87,14 +87,14 @@ def test_flags_of_training_are_nothing_to_scoring(run_summary, scoring):
 
 def test_where_the_hosts_of_training_met_is_nothing_to_scoring(run_summary, scoring, monkeypatch):
     """A laptop that scores a cluster's checkpoint waits for nobody."""
-    read = checkpoint.read_run
+    read = checkpoint.read_metadata
 
-    def read_run(path):
+    def read_metadata(path):
         run = read(path)
         run["config"]["distributed"] |= {"coordinator": "node0:1234", "num_processes": 16}
         return run
 
-    monkeypatch.setattr(checkpoint, "read_run", read_run)
+    monkeypatch.setattr(checkpoint, "read_metadata", read_metadata)
     found = scoring()[0].distributed
     assert (found.coordinator, found.num_processes) == ("", None)
     given = scoring(**{"distributed.coordinator": "auto"})[0].distributed
@@ -103,35 +103,35 @@ def test_where_the_hosts_of_training_met_is_nothing_to_scoring(run_summary, scor
 
 def test_how_blocks_were_trained_is_nothing_to_scoring(run_summary, scoring, monkeypatch):
     """A checkpoint of a TPU, whose batch is one of whole kernels."""
-    read, forms = checkpoint.read_run, {"mbconv": "pallas", "remat": "block"}
+    read, forms = checkpoint.read_metadata, {"mbconv": "pallas", "remat": "block"}
 
-    def read_run(path):
+    def read_metadata(path):
         run = read(path)
         run["config"]["model"] |= forms
         run["config"]["batch_size"] = 128
         return run
 
-    monkeypatch.setattr(checkpoint, "read_run", read_run)
+    monkeypatch.setattr(checkpoint, "read_metadata", read_metadata)
     for changes in ({}, {f"model.{name}": value for name, value in forms.items()}):
         summary = evaluate.evaluate_checkpoint(*scoring(**changes), "valid")
         assert summary["loss"] == pytest.approx(run_summary["valid"]["loss"], rel=1e-5)
 
 
 def test_a_field_that_is_gone_is_told_with_its_checkpoint(run_summary, workdir, monkeypatch):
-    read = checkpoint.read_run
+    read = checkpoint.read_metadata
 
-    def read_run(path):
+    def read_metadata(path):
         run = read(path)
         run["config"]["model"]["gone"] = 1
         return run
 
-    monkeypatch.setattr(checkpoint, "read_run", read_run)
+    monkeypatch.setattr(checkpoint, "read_metadata", read_metadata)
     with pytest.raises(UserError, match=r"^checkpoint \S*/3: config\.model\.gone"):
         trained.scoring_config(workdir / "checkpoints" / "3")
 
 
 def test_what_valid_chose_travels_with_the_checkpoint(run_summary, workdir):
-    point = checkpoint.read_run(checkpoint.best(workdir))["operating_point"]
+    point = checkpoint.read_metadata(checkpoint.best(workdir))["operating_point"]
     valid = run_summary["valid"]
     assert point["chosen_on"] == "valid"
     # Of four steps: its log-odds may say nothing, and then there is no temperature.

@@ -42,7 +42,7 @@ def test_where_no_checkpoint_is_one_is_asked_for(workdir, tmp_path):
     with pytest.raises(UserError, match=r"checkpoints: no checkpoint there; train first, or give"):
         checkpoint.best(tmp_path / workdir)
     with pytest.raises(UserError, match="7: no checkpoint there"):
-        checkpoint.read_run(tmp_path / workdir / "checkpoints" / "7")
+        checkpoint.read_metadata(tmp_path / workdir / "checkpoints" / "7")
 
 
 def test_another_shape_is_refused_in_one_line_that_says_why(saved):
@@ -59,7 +59,7 @@ def test_a_missing_part_is_named_where_no_checksum_does(saved):
     (saved / checkpoint.CHECKSUMS).unlink()
     (saved / "run" / "metadata").unlink()
     with pytest.raises(UserError, match=r"3 can't be read: .*run/metadata"):
-        checkpoint.read_run(saved)
+        checkpoint.read_metadata(saved)
 
 
 # ---- which are kept -----------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_a_step_is_saved_once(tmp_path):
     checkpoints.wait()
     checkpoints.save(1, STATE, {"config": {"name": "again"}}, None)
     checkpoints.close()
-    run = checkpoint.read_run(tmp_path / "checkpoints" / "1")
+    run = checkpoint.read_metadata(tmp_path / "checkpoints" / "1")
     assert run == {"config": {"name": "first"}}
 
 

@@ -81,7 +81,7 @@ def test_checksums_of_files_that_are_not_the_checkpoints_are_not_looked_at(saved
     (saved.parent / "secret").write_text("")
     edit_json(saved / checkpoint.CHECKSUMS, lambda sums: sums | {name: "0" * 64})
     with pytest.raises(UserError, match=r"3 is damaged: .* is not what was saved"):
-        checkpoint.read_run(saved)
+        checkpoint.read_metadata(saved)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_run_of_another_shape_is_named(saved, run):
     with pytest.raises(
         UserError, match=r"3/run/metadata: damaged \(.*\); move the checkpoint away"
     ):
-        checkpoint.read_run(saved)
+        checkpoint.read_metadata(saved)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_run_of_another_shape_is_named(saved, run):
 def test_a_run_of_an_older_version_or_of_one_class_is_read(saved, added):
     (saved / checkpoint.CHECKSUMS).unlink()
     (saved / "run" / "metadata").write_text(json.dumps(GOOD | added))
-    assert checkpoint.read_run(saved) == GOOD | added
+    assert checkpoint.read_metadata(saved) == GOOD | added
     assert checkpoint.read_config(saved).name == "tiny"
 
 

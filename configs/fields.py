@@ -1,0 +1,132 @@
+"""What each field of a configuration may be, and what it affects: one table for all who ask.
+
+`bef_jax.config` validates by it. Resuming, scoring, fine-tuning and the ablation compare two
+configurations by it. `default.py` has the values and what they mean.
+"""
+
+import dataclasses
+from typing import Any
+
+from bef_jax.data.patch import CENTER_SIDE, PATCH
+
+# What a field affects:
+NETWORK = "network"  # the weights, or what they mean: another value needs another checkpoint
+OPTIMIZER = "optimizer"  # the state of training: another value cannot resume it
+INPUT = "input"  # how a patch becomes the input of the network
+SCORE = "score"  # how logits become probabilities and decisions
+TRAINING = "training"  # what a run comes to
+DATA = "data"  # which patches there are
+SPEED = "speed"  # time and memory; results differ by rounding at most
+SURROUNDINGS = "surroundings"  # where and how a run goes on, not what it comes to
+
+# The state counts steps in an int32, and JAX keeps 32 bits of a seed: 2**32 would be 0 again.
+MOST_INT = 2**31 - 1
+MOST_FLOAT = 3.4028234663852886e38  # the largest float32; what is above it is infinite to JAX
+MOST_IMAGES = 65_536  # of a batch: 1.8 GB of pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What one field may be.
+
+    Attributes:
+        affects: one of the words above.
+        least, most: bounds of a number, both included.
+        choices: all values, where they are few.
+        off: the value that switches a mechanism off. Where it has one, only being on or off
+            changes the state of the optimiser.
+    """
+
+    affects: str
+    least: float | None = None
+    most: float | None = None
+    choices: tuple = ()
+    off: Any = None
+
+
+FIELDS = {
+    "name": Field(SURROUNDINGS),
+    "seed": Field(TRAINING, 0, MOST_INT),
+    "dtype": Field(INPUT, choices=("float32", "bfloat16")),
+    "batch_size": Field(TRAINING, 1, MOST_IMAGES),
+    "epochs": Field(TRAINING, 0, MOST_FLOAT),
+    "steps": Field(TRAINING, 1, MOST_INT),
+    "label_smoothing": Field(TRAINING, 0, 1),
+    "ema_decay": Field(OPTIMIZER, 0, 1, off=0),
+    "bn_groups": Field(TRAINING, 1, MOST_IMAGES),
+    "log_every": Field(SURROUNDINGS, 1, MOST_INT),
+    "steps_per_call": Field(SPEED, 1, MOST_IMAGES),
+    "init_from": Field(TRAINING),
+    "compile_cache": Field(SURROUNDINGS),
+    "model.name": Field(NETWORK),  # choices: bef_jax.models.REGISTRY
+    "model.num_classes": Field(NETWORK, 2, 65_536),
+    "model.total_stride": Field(NETWORK, choices=(32, 16, 8)),
+    "model.attention": Field(NETWORK, choices=("none", "cbam")),
+    "model.attention_reduction": Field(NETWORK, 1, MOST_INT),
+    "model.attention_kernel": Field(NETWORK, 1, 2 * PATCH),
+    "model.fusion": Field(NETWORK),
+    "model.fusion_stages": Field(NETWORK),
+    "model.dropout": Field(TRAINING, 0, 0.99),
+    "model.drop_path": Field(TRAINING, 0, 0.99),
+    "model.bn_momentum": Field(TRAINING, 0, 1),
+    # No shape depends on it, but the weights were trained with it. The variance of a constant
+    # channel is 0, so it is above 0.
+    "model.bn_epsilon": Field(NETWORK, 1e-12, MOST_FLOAT),
+    "model.depthwise": Field(SPEED, choices=("auto", "native", "shift")),
+    "model.mbconv": Field(SPEED, choices=("layers", "pallas")),
+    "model.remat": Field(SPEED, choices=("none", "block")),
+    "model.padding": Field(NETWORK, choices=("same", "symmetric")),
+    "rcc.enabled": Field(INPUT),
+    # The center decides the label, so no window is smaller.
+    "rcc.min_size": Field(TRAINING, CENTER_SIDE, PATCH),
+    "rcc.max_size": Field(TRAINING, CENTER_SIDE, PATCH),
+    "rcc.eval_size": Field(INPUT, CENTER_SIDE, PATCH),
+    "rcc.fill": Field(TRAINING, choices=("mean", "white")),
+    "augment.flips": Field(TRAINING),
+    "augment.stain": Field(TRAINING, 0, 1),
+    "augment.stain_shift": Field(TRAINING, 0, 1),
+    "augment.mean": Field(INPUT),
+    "augment.std": Field(INPUT),
+    "data.source": Field(DATA),  # choices: bef_jax.data.sources.SOURCES
+    "data.dir": Field(DATA),
+    "data.store": Field(DATA),
+    "data.download": Field(DATA),
+    "data.rectify": Field(DATA),
+    "data.train_size": Field(DATA, 1, MOST_INT),
+    "data.valid_size": Field(DATA, 1, MOST_INT),
+    "data.test_size": Field(DATA, 1, MOST_INT),
+    "data.split_ratio": Field(DATA),
+    "data.seed": Field(DATA, 0, MOST_INT),
+    "data.placement": Field(DATA, choices=("auto", "device", "host")),
+    "optim.name": Field(OPTIMIZER, choices=("adamw", "rmsprop", "sgd")),
+    "optim.learning_rate": Field(TRAINING, 0, MOST_FLOAT),
+    "optim.warmup_epochs": Field(TRAINING, 0, MOST_FLOAT),
+    "optim.final_fraction": Field(TRAINING, 0, 1),
+    "optim.weight_decay": Field(TRAINING, 0, MOST_FLOAT),
+    "optim.momentum": Field(OPTIMIZER, 0, 1, off=0),
+    "optim.clip_norm": Field(OPTIMIZER, 0, MOST_FLOAT, off=0),
+    "optim.accumulate": Field(TRAINING, 1, MOST_IMAGES),
+    "optim.layer_decay": Field(OPTIMIZER, 0, 1, off=1),
+    "optim.freeze": Field(OPTIMIZER),
+    "optim.head_only_steps": Field(OPTIMIZER, 0, MOST_INT, off=0),
+    "eval.every_epochs": Field(TRAINING, 0, MOST_FLOAT),
+    "eval.batch_size": Field(SPEED, 1, MOST_IMAGES),
+    "eval.tta": Field(SCORE, choices=(1, 8)),
+    "eval.threshold": Field(SCORE, 0, 1),
+    "checkpoint.every_steps": Field(SURROUNDINGS, 1, MOST_INT),
+    "checkpoint.keep": Field(SURROUNDINGS, 1, MOST_INT),
+    "distributed.coordinator": Field(SURROUNDINGS),
+    "distributed.num_processes": Field(SURROUNDINGS, 1, MOST_INT),
+    "distributed.process_id": Field(SURROUNDINGS, 0, MOST_INT),
+    "distributed.timeout_seconds": Field(SURROUNDINGS, 1, MOST_INT),
+    "benchmark.runs": Field(SURROUNDINGS, 1, MOST_INT),
+    "predict.stride": Field(SURROUNDINGS, 1, PATCH),
+    "ablation.seeds": Field(SURROUNDINGS, 1, 1000),
+    "ablation.rows": Field(SURROUNDINGS),
+    "ablation.jobs": Field(SURROUNDINGS, 1, MOST_INT),
+}
+
+
+def affects(name: str) -> str:
+    """Returns what a field affects, by its dotted name."""
+    return FIELDS[name].affects
