@@ -1,4 +1,4 @@
-"""The networks: Linen modules by name, what they are built of, and weights of other packages."""
+"""The networks as Linen modules, found by name; their parts; and weights of other packages."""
 
 from bef_jax.models.registry import (
     REGISTRY,

@@ -1,4 +1,4 @@
-"""DenseNet-121 (Huang et al. 2017), as torchvision has it: every layer sees all before it."""
+"""DenseNet-121 (Huang et al. 2017), as in torchvision: every layer reads all layers before it."""
 
 import dataclasses
 import functools
@@ -11,14 +11,14 @@ from jax import Array
 from bef_jax.models.layers import Conv, average_pool, global_pool, max_pool
 from bef_jax.models.network import Network
 
-_BOTTLENECK = 4  # features of a layer's 1x1 convolution, over its growth
+_BOTTLENECK = 4  # features of a layer's 1x1 convolution, divided by its growth
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A dense block; the stride is that of the pooling before it.
+    """A dense block. The stride is that of the pool before it.
 
-    In stage 1 this is the stem's max-pool, in the others the transition's average pool.
+    This is the stem's max-pool for stage 1, and the transition's average pool for the others.
     """
 
     repeats: int
@@ -27,7 +27,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What tells one DenseNet from another; total stride 32."""
+    """The sizes that differ between DenseNets, at total stride 32."""
 
     stem: int
     growth: int
@@ -43,11 +43,11 @@ DENSENET121 = Architecture(
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1x1, norm, ReLU, 3x3 to `growth` features, which join those of the input.
+    """Norm, ReLU, 1x1, norm, ReLU, 3x3 to `growth` features, which are appended to the input's.
 
     Attributes:
-        input_norm: makes the norm of the input, with a ReLU after it, by its name.
-        norm: makes the norm after the 1x1, with a ReLU after it.
+        input_norm: input_norm(name=...) makes the input's norm, with a ReLU after it.
+        norm: norm(name=...) makes the norm after the 1x1, with a ReLU after it.
     """
 
     growth: int
@@ -58,19 +58,19 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         conv = functools.partial(Conv, dtype=self.dtype)
-        # [N, H, W, C] -> [N, H, W, 4 growth] -> [N, H, W, growth]: the 3x3 sees as many features in
-        # the last layer as in the first.
+        # [N, H, W, C] -> [N, H, W, 4 growth] -> [N, H, W, growth]. So the 3x3 reads the same number
+        # of features in all layers.
         y = self.input_norm(name="input_norm")(x, train)
         y = conv(_BOTTLENECK * self.growth, kernel=1, name="bottleneck_conv")(y)
         y = self.norm(name="bottleneck_norm")(y, train)
         y = conv(self.growth, kernel=3, name="growth_conv")(y)
-        # New features go last: the parameters of a norm then belong to the same channels as in
+        # New features go last, so that a norm's parameters belong to the same channels as in
         # torchvision.
         return jnp.concatenate([x, y], axis=-1)
 
 
 class Transition(nn.Module):
-    """Norm, ReLU, 1x1 to half the features, average pool of `stride` x `stride`."""
+    """Norm, ReLU, 1x1 to half of the features, average pool of `stride` x `stride`."""
 
     stride: int
     input_norm: Callable[..., nn.Module]
@@ -79,24 +79,24 @@ class Transition(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         x = self.input_norm(name="input_norm")(x, train)
-        # Both are linear and the convolution mixes no positions, so the pool may come first: the
-        # product has a quarter of the positions then.
-        # At total stride 8 the last transition has a side of 1: a pool that does nothing.
+        # The pool may come first, because both are linear and the convolution mixes no positions.
+        # Then the product has a quarter of the positions.
+        # At total stride 8, the last transition has stride 1, so its pool does nothing.
         x = average_pool(x, self.stride)
         return Conv(x.shape[-1] // 2, kernel=1, dtype=self.dtype, name="conv")(x)
 
 
 class DenseNet(Network):
-    """DenseNets with bottlenecks, by their architecture; `Network` has the switches.
+    """A DenseNet with bottlenecks. `Network` has the switches.
 
-    A norm before its convolution stays a norm when the network is folded.
+    A norm that comes before its convolution stays a norm when the network is folded.
     """
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Images [N, H, W, 3], normalised, -> logits [N, num_classes], float32."""
-        # Each layer sees features that other norms see as well, so no convolution before an
-        # input_norm can take it in.
+        """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
+        # An input_norm reads features that other norms read, too. So it can not be folded into the
+        # convolutions that made them.
         input_norm = self.norm(activation="relu", folded=False)
         norm, pooled = self.norm(activation="relu"), []
         stem_stride, stages = self.strides()
@@ -109,8 +109,8 @@ class DenseNet(Network):
             name="stem",
         )(images)
         x = norm(name="stem_norm")(x, train)
-        # The stride of stage 1. Reduced downsampling leaves it alone: it takes the stride of the
-        # stem, and then the last one.
+        # This pool has the stride of stage 1. Reduced downsampling does not remove it, because it
+        # removes the stem's stride first, and then the last stage's.
         x = max_pool(x, self.padding)
         for number, stage in enumerate(stages, 1):
             if number > 1:
@@ -130,6 +130,6 @@ class DenseNet(Network):
                 )
                 x = layer(x, train)
             x = self.boost(x, number, pooled)
-        # What is fused of a stage is its features before any norm, as the next stage gets them.
+        # Fusion pools a stage's features before any norm, as the next stage gets them.
         x = input_norm(name="head_norm")(x, train)
         return self.classify([*pooled, global_pool(x)], train)

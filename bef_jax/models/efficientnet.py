@@ -1,4 +1,4 @@
-"""EfficientNet (Tan & Le 2019): B0 to B7 by compound scaling, and Lite0 to Lite4."""
+"""EfficientNet (Tan & Le 2019): B0 to B7, made by compound scaling, and Lite0 to Lite4."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from bef_jax.models.ops.mbconv.grid import Window
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Blocks of one shape; the stride is the first block's, the others have 1."""
+    """Blocks of one shape. The stride is that of the first block; the others have stride 1."""
 
     expand: int
     channels: int
@@ -35,7 +35,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What tells one EfficientNet from another; total stride 32."""
+    """The sizes that differ between EfficientNets, at total stride 32."""
 
     stem: int
     stages: tuple[Stage, ...]
@@ -59,8 +59,8 @@ B0 = Architecture(
     head=1280,
 )
 
-# One block per resolution, narrow where maps are large: end-to-end tests and the first look take
-# seconds to compile.
+# TEST has one block per resolution, and few channels where maps are large, so that end-to-end tests
+# and the quickstart compile in seconds.
 TEST = Architecture(
     stem=16,
     stages=(
@@ -94,13 +94,13 @@ LITE_SCALING = {
 
 
 def scaled(variant: str) -> Architecture:
-    """B0 with its channels and repeats scaled to `variant` (b0 ... b7)."""
+    """Returns B0 with its channels and repeats scaled to `variant` (b0 ... b7)."""
     return _scale(*SCALING[variant])
 
 
 def _scale(width: float, depth: float) -> Architecture:
     def scale(stage: Stage) -> Stage:
-        # Up, not to the nearest, as in the paper's code: B3 would have 22 blocks, not 26.
+        # Round up, as in the paper's code. Rounded to the nearest, B3 would have 22 blocks, not 26.
         repeats = math.ceil(stage.repeats * depth)
         channels = round_channels(stage.channels * width)
         return dataclasses.replace(stage, channels=channels, repeats=repeats)
@@ -110,14 +110,15 @@ def _scale(width: float, depth: float) -> Architecture:
 
 
 def lite(variant: str) -> Architecture:
-    """EfficientNet-Lite (lite0 ... lite4): made for integers and slow devices.
+    """Returns EfficientNet-Lite (lite0 ... lite4), made for integer arithmetic and slow devices.
 
-    ReLU6, no squeeze-excite; stem and head keep B0's width, the first and last stage their repeats.
+    It has ReLU6 and no squeeze-excite. The stem and the head keep B0's width. The first and the
+    last stage keep B0's repeats.
     Source: the efficientnet/lite README of tensorflow/tpu, 2020; there is no paper.
     """
     network = _scale(*LITE_SCALING[variant])
     first, *middle, last = network.stages
-    # Lite scales neither end: B0's first and last stage have one block, and keep it.
+    # B0's first and last stage have one block each, and Lite does not scale this number.
     stages = (
         dataclasses.replace(first, repeats=B0.stages[0].repeats),
         *middle,
@@ -127,8 +128,8 @@ def lite(variant: str) -> Architecture:
 
 
 def round_channels(channels: float) -> int:
-    """The nearest multiple of 8 that is not more than 10% below, as in the paper's code."""
-    # 11 would be 8, a quarter less, and becomes 16.
+    """Returns the nearest multiple of 8 that is not more than 10% below, as in the paper's code."""
+    # For example, 11 becomes 16, because 8 would be 27% below.
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
@@ -137,11 +138,11 @@ class MBConv(nn.Module):
     """Inverted bottleneck: expand 1x1, depthwise, squeeze-excite, project 1x1, residual.
 
     Attributes:
-        stride: of this block; `stage.stride` is that of the first block of its stage.
-        norm: makes a norm without activation, by its name.
-        active_norm: makes a norm with the activation after it.
-        padding, depthwise, form: as `padding`, `depthwise` and `mbconv` of `Network`.
-        kernels: what the Pallas kernels need of the norms: (bn_groups, bn_epsilon, activation).
+        stride: stride of this block; `stage.stride` is that of the stage's first block.
+        norm: norm(name=...) makes a norm without activation.
+        active_norm: active_norm(name=...) makes a norm with the activation after it.
+        padding, depthwise, form: the `padding`, `depthwise` and `mbconv` of `Network`.
+        kernels: options of the norms for the Pallas kernels: (bn_groups, bn_epsilon, activation).
     """
 
     stage: Stage
@@ -159,15 +160,15 @@ class MBConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         inputs = x
-        # Layers always make the parameters: kernels and layers have the same ones.
+        # Initialisation uses the layers, because only they make parameters; kernels read the same.
         if self.form == "pallas" and train and not self.is_initializing():
             x = self._by_kernels(x)
         else:
             x = self._by_layers(x, train)
-        # No activation: on few channels it would lose what it sets to 0 (Sandler et al. 2018,
-        # section 3.2).
+        # No activation follows. With few channels, the values that it sets to 0 would lose
+        # information (Sandler et al. 2018, section 3.2).
         x = self.norm(name="project_norm")(x, train)
-        # No block of stride 2 keeps its channels, so shapes say where there is a residual.
+        # Every block of stride 2 changes the number of channels, so equal shapes mean a residual.
         if x.shape != inputs.shape:
             return x
         return DropPath(self.drop_path)(x, train) + inputs
@@ -187,13 +188,13 @@ class MBConv(nn.Module):
         )(x)
         x = self.active_norm(name="depthwise_norm")(x, train)
         if self.squeeze_excite:
-            # A quarter of the input of the block, not of its hidden features: as in the code of
-            # the paper.
+            # As in the paper's code, this is a quarter of the block's input, not of its hidden
+            # features.
             x = SqueezeExcite(max(inputs // 4, 1), name="squeeze_excite")(x)
         return Conv(stage.channels, kernel=1, dtype=self.dtype, name="project_conv")(x)
 
     def _by_kernels(self, x: Array) -> Array:
-        """Computes what `_by_layers` does in training, by Pallas kernels for TPU: experimental."""
+        """Computes the same as `_by_layers` in training, by experimental Pallas kernels for TPU."""
         stage, (groups, epsilon, activation) = self.stage, self.kernels
         padding = padding_of(stage.kernel, self.stride, x.shape[1:3], self.padding)
         window = Window(x.shape[1:3], stage.kernel, self.stride, padding)
@@ -207,11 +208,11 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(Network):
-    """B0 to B7, Lite0 to Lite4, by their architecture; `Network` has the switches."""
+    """An EfficientNet, B0 to B7 or Lite0 to Lite4. `Network` has the switches."""
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Images [N, H, W, 3], normalised, -> logits [N, num_classes], float32."""
+        """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
         architecture, pooled = self.architecture, []
         norm, active_norm = self.norm(), self.norm(activation=architecture.activation)
         stem_stride, stages = self.strides()
@@ -238,7 +239,7 @@ class EfficientNet(Network):
                     form=self.mbconv,
                     kernels=(self.bn_groups, self.bn_epsilon, architecture.activation),
                     dtype=self.dtype,
-                    # A name without the stride: weights of total stride 32 fit 16 and 8.
+                    # The name does not hold the stride, so weights of total stride 32 fit 16 and 8.
                     name=f"block_{index:02d}",
                 )
                 x = block(x, train)

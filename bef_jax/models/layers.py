@@ -1,6 +1,6 @@
 """The layers that the networks are built of.
 
-Activations have the dtype of the configuration; parameters, batch statistics and every reduction
+Activations have the dtype of the configuration. Parameters, batch statistics and every reduction
 over positions or images are float32.
 """
 
@@ -15,24 +15,26 @@ from bef_jax.models.ops.depthwise import Padding, depthwise_conv
 from bef_jax.models.ops.norm import ACTIVATIONS, batch_norm, pointwise_batch_norm
 from bef_jax.models.ops.pointwise import pointwise
 
-# Variance 2 / fan_out, as in the EfficientNet paper's code; a depthwise kernel's fan_out is k * k.
+# The variance is 2 / fan_out, as in the EfficientNet paper's code. The fan_out of a depthwise
+# kernel is k * k, which is what Flax computes as its fan_in.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 depthwise_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-# From here on a covariance of K channels is cheaper than statistics of C.
+# With at least this many positions per input channel, the covariance of the K input channels is
+# cheaper than statistics of the C output channels.
 _POSITIONS_PER_CHANNEL = 8
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's own
 
 
 def padding_of(kernel: int, stride: int, size: tuple[int, int], convention: str) -> Padding:
-    """Zeros before and after height and width.
+    """Returns how many zeros go before and after height and width.
 
-    `same` is TensorFlow's: the output is ceil(size / stride), and an odd zero goes after.
-    `symmetric` is torch's: (kernel - 1) // 2 on every side. They differ at stride 2 only.
+    `same` is TensorFlow's: the output has ceil(size / stride), and an odd zero goes after.
+    `symmetric` is torch's: (kernel - 1) // 2 on every side. They differ only at stride 2.
     """
     if convention == "symmetric":
         side = (kernel - 1) // 2
         return (side, side), (side, side)
-    # By the map's size: at stride 2 a 3x3 on an even side pads 0 before and 1 after.
+    # It depends on the map's size: at stride 2, a 3x3 on an even side pads 0 before and 1 after.
     return tuple(lax.padtype_to_pads(size, (kernel, kernel), (stride, stride), "SAME"))
 
 
@@ -48,14 +50,14 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        # Kept in float32: in bfloat16 an update below 1/256 of a weight would be lost.
+        # The parameter is float32, because bfloat16 would lose an update below 1/256 of a weight.
         kernel = self.param("kernel", conv_init, shape).astype(self.dtype)
         if self.kernel == self.stride == 1:
-            # A product by the platform's own layout; lax's convolution is for windows and strides.
+            # This is a matrix product, and `pointwise` has the best layout for each platform.
             return pointwise(x.astype(self.dtype), kernel[0, 0])
         pads = padding_of(self.kernel, self.stride, x.shape[1:3], self.padding)
         strides = (self.stride, self.stride)
-        # Linen's layouts: what other packages have is turned once, when their weights are read.
+        # These are Linen's layouts. Weights of other packages are transposed when they are read.
         layout = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(
             x.astype(self.dtype), kernel, strides, pads, dimension_numbers=layout
@@ -83,12 +85,12 @@ class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) over every axis but the last.
 
     Attributes:
-        momentum: share of the running statistics that a step keeps: torch's 0.1 is 0.9 here.
+        momentum: share of the running statistics that a step keeps; torch's 0.1 is 0.9 here.
         epsilon: added to the variance.
-        groups: the batch is cut into this many consecutive parts with statistics of their own. One
-            part per device needs no collective; their mean enters the running statistics.
-        activation: of `norm.ACTIVATIONS`, applied to the result. One gradient for both keeps x
-            alone, where two would also keep what lies between them, and pass over it once more.
+        groups: number of consecutive parts of the batch that have their own statistics. One part
+            per device needs no collective. The running statistics get the mean over the parts.
+        activation: a name in `norm.ACTIVATIONS`, applied to the result. One gradient for both keeps
+            only x. Two would also keep the map between them, and pass over it once more.
     """
 
     momentum: float = 0.9
@@ -103,28 +105,29 @@ class BatchNorm(nn.Module):
 
         The kernel comes from `pointwise_conv_norm`.
         """
-        # [C]; x has K channels where there is a kernel.
+        # (C,). With a kernel, x has K channels.
         channels = (x if kernel is None else kernel).shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         var = self.variable("batch_stats", "var", jnp.ones, channels)
         if not train:
-            # One multiplication and addition per element; (x - mean) / std would be three.
+            # This is one multiplication and one addition per element, less than (x - mean) / std
+            # with its scale and bias.
             multiplier = scale * lax.rsqrt(var.value + self.epsilon)
             y = pointwise(x, kernel) * multiplier + (bias - mean.value * multiplier)
             return ACTIVATIONS[self.activation](y).astype(self.dtype)
         y, batch_mean, batch_var = self._normalise(x, kernel, scale, bias)
-        # An init with train=True has seen one batch without meaning: statistics stay 0 and 1.
+        # An init with train=True sees a batch without meaning, so the statistics stay at 0 and 1.
         if not self.is_initializing():
             self.record(batch_mean, batch_var)
         return y.astype(self.dtype)
 
     def record(self, batch_mean: Array, batch_var: Array) -> None:
-        """Puts a batch's statistics, [groups, C], into the running ones."""
-        # The biased variance, as in Flax; torch's running one is n / (n - 1) times it. With groups
-        # it is the mean of theirs, by which training normalises; how far the groups' means lie
-        # apart does not enter.
+        """Updates the running statistics with those of a batch, [groups, C]."""
+        # The variance is the biased one, as in Flax; torch keeps n / (n - 1) times it. With groups
+        # it is the mean of the groups' variances, because training normalises by these. The
+        # differences between the groups' means do not count.
         for name, batch in (("mean", batch_mean), ("var", batch_var)):
             running = self.get_variable("batch_stats", name)
             running = self.momentum * running + (1 - self.momentum) * batch.mean(0)
@@ -132,8 +135,8 @@ class BatchNorm(nn.Module):
 
     def _normalise(self, x: Array, kernel: Array | None, scale: Array, bias: Array):
         options = (self.groups, self.epsilon, self.activation)
-        # Of one group, N H W / groups. On late maps they are few and K is large: a [K, K]
-        # covariance would cost more than the passes that it saves.
+        # A group has N H W / groups positions. Late maps have few positions and a large K, so a
+        # [K, K] covariance would cost more than the passes that it saves.
         positions = x.size // (x.shape[-1] * self.groups)
         if kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
             return pointwise_batch_norm(x, kernel, scale, bias, *options)
@@ -141,7 +144,7 @@ class BatchNorm(nn.Module):
 
 
 class Bias(nn.Module):
-    """What is left of a folded batch normalisation (`fold.fold_batch_norm`): x + bias."""
+    """The bias that remains of a folded batch normalisation (`fold.fold_batch_norm`): x + bias."""
 
     dtype: jnp.dtype = jnp.float32
     activation: str = "none"
@@ -156,13 +159,14 @@ class Bias(nn.Module):
 
 
 class _PointwiseKernel(nn.Module):
-    """The kernel of a 1 x 1 convolution, [1, 1, K, features], without its product."""
+    """The kernel of a 1 x 1 convolution, [1, 1, K, features], without the convolution."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        # Four axes, as every convolution: the names and layouts of weights have no exception.
+        # It has four axes like every convolution's kernel, so that code that reads and writes
+        # weights needs no exception.
         return self.param("kernel", conv_init, (1, 1, x.shape[-1], self.features))
 
 
@@ -171,14 +175,14 @@ def pointwise_conv_norm(
 ) -> Array:
     """Applies a 1 x 1 convolution and its norm as one operation, in the scope of the caller.
 
-    Where positions are many, the norm takes its statistics from the narrow x, not from the product
-    (`norm.pointwise_batch_norm`). That saves passes over the product, the largest map there is.
+    If there are many positions, the norm takes its statistics from the narrow x, not from the
+    product (`norm.pointwise_batch_norm`). This saves passes over the product, the largest map.
 
     Args:
         x: [N, H, W, K].
         features: C, channels of the result.
-        norm: makes a `BatchNorm` or a `Bias`.
-        name: parameters are called <name>_conv and <name>_norm, as of two layers.
+        norm: norm(name=...) makes a `BatchNorm` or a `Bias`.
+        name: parameters are called <name>_conv and <name>_norm, like those of two layers.
 
     Returns:
         [N, H, W, C].
@@ -188,19 +192,20 @@ def pointwise_conv_norm(
 
 
 def global_pool(x: Array) -> Array:
-    """The mean over positions, [N, H, W, C] -> [N, C], in float32."""
-    # bfloat16 has 8 bits: a sum of ones would stop at 256, and a map has up to 9216 positions.
+    """Returns the mean over positions, [N, H, W, C] -> [N, C], in float32."""
+    # A bfloat16 number has 8 significant bits, so that a sum of ones would stop at 256. A map has
+    # up to 9216 positions.
     return jnp.mean(x, (1, 2), dtype=jnp.float32)
 
 
 def max_pool(x: Array, padding: str) -> Array:
-    """The maximum of 3 x 3 positions at stride 2, [N, H, W, C] -> [N, H', W', C]."""
-    # Linen pads with -inf, not 0: what is padded never wins.
+    """Returns the maximum of 3 x 3 positions at stride 2, [N, H, W, C] -> [N, H', W', C]."""
+    # Linen pads with -inf, not 0, so that a padded position is never the maximum.
     return nn.max_pool(x, (3, 3), (2, 2), padding_of(3, 2, x.shape[1:3], padding))
 
 
 def average_pool(x: Array, side: int) -> Array:
-    """The mean of each square of `side` positions; a rest at the far edges is left out."""
+    """Returns the mean of each square of `side` positions, without incomplete ones at far edges."""
     window = (side, side)
     return nn.avg_pool(x.astype(jnp.float32), window, window).astype(x.dtype)
 
@@ -215,8 +220,8 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        # [N, C] -> [N, hidden] -> [N, C]. Its products are by image, not by position, so that
-        # float32 costs nothing beside the maps.
+        # [N, C] -> [N, hidden] -> [N, C]. There is one product per image, not per position, so
+        # float32 costs next to nothing compared with the maps.
         gate = nn.silu(nn.Dense(self.hidden, kernel_init=conv_init, name="reduce")(global_pool(x)))
         gate = nn.sigmoid(nn.Dense(x.shape[-1], kernel_init=conv_init, name="expand")(gate))
         return x * gate[:, None, None].astype(x.dtype)
@@ -232,8 +237,8 @@ class DropPath(nn.Module):
         if not train or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
-        # One draw per image of the global batch, whatever devices hold it: a run on eight drops
-        # what one on a single device does.
+        # There is one draw per image of the global batch, so that a run on eight devices drops the
+        # same images as a run on one device.
         mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1, 1))
-        # Scaled up here, so that inference has nothing to do.
+        # Training scales the kept images up, so that inference has nothing to do.
         return x * (mask / keep).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al. 2016), version 1.5 as torchvision has it: the stride is in the 3x3."""
+"""ResNet-50 (He et al. 2016) in version 1.5, as in torchvision, where the 3x3 has the stride."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from bef_jax.models.network import Network
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Bottlenecks of one shape; the first has the stride, in stage 1 the max-pool before it."""
+    """Bottlenecks of one shape. The first has the stride; in stage 1, the max-pool has it."""
 
     channels: int
     repeats: int
@@ -23,7 +23,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What tells one ResNet of bottlenecks from another; total stride 32."""
+    """The sizes that differ between ResNets with bottlenecks, at total stride 32."""
 
     stem: int
     stages: tuple[Stage, ...]
@@ -42,11 +42,11 @@ RESNET50 = Architecture(
 
 
 class Bottleneck(nn.Module):
-    """Reduce 1x1 to a quarter of `channels`, 3x3, expand 1x1; added to the shortcut, then ReLU.
+    """Reduce 1x1 to a quarter of `channels`, 3x3, expand 1x1; add the shortcut, then ReLU.
 
     Attributes:
-        norm: makes a norm without activation, by its name.
-        active_norm: makes a norm with a ReLU after it.
+        norm: norm(name=...) makes a norm without activation.
+        active_norm: active_norm(name=...) makes a norm with a ReLU after it.
     """
 
     channels: int
@@ -63,14 +63,15 @@ class Bottleneck(nn.Module):
         hidden = self.channels // 4
         y = conv(hidden, kernel=1, name="reduce_conv")(x)
         y = self.active_norm(name="reduce_norm")(y, train)
-        # The stride is here, not in the 1x1 before, which would leave three of four positions
-        # unread. This is version 1.5, whose weights torchvision has.
+        # In version 1.5, whose weights torchvision has, the stride is here. In the 1x1 before, a
+        # stride would leave three of four positions unread.
         y = conv(hidden, kernel=3, stride=self.stride, name="spatial_conv")(y)
         y = self.active_norm(name="spatial_norm")(y, train)
         y = conv(self.channels, kernel=1, name="expand_conv")(y)
-        # The ReLU follows the sum: here it would make the residual nonnegative.
+        # The ReLU follows the sum, because here it would make the residual nonnegative.
         y = self.norm(name="expand_norm")(y, train)
-        # Also in stage 1, which has no stride but four times the channels of the stem.
+        # Stage 1 has a shortcut convolution, too. It has no stride, but four times the stem's
+        # channels.
         if x.shape != y.shape:
             x = conv(self.channels, kernel=1, stride=self.stride, name="shortcut_conv")(x)
             x = self.norm(name="shortcut_norm")(x, train)
@@ -78,11 +79,11 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(Network):
-    """ResNets of bottlenecks, by their architecture; `Network` has the switches."""
+    """A ResNet with bottlenecks. `Network` has the switches."""
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Images [N, H, W, 3], normalised, -> logits [N, num_classes], float32."""
+        """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
         norm, active_norm, pooled = self.norm(), self.norm(activation="relu"), []
         stem_stride, stages = self.strides()
         x = Conv(
@@ -97,8 +98,8 @@ class ResNet(Network):
         x = max_pool(x, self.padding)
         for number, stage in enumerate(stages, 1):
             for index in self.block_indices(number):
-                # The max-pool has taken the stride of stage 1. So counted, stem and stages come
-                # to 32 as in every family, and reduced downsampling needs no exception.
+                # The max-pool already has the stride of stage 1. Thus stem and stages have a total
+                # stride of 32 in every family, and reduced downsampling needs no exception.
                 strided = number > 1 and index == self.block_indices(number)[0]
                 block = self.maybe_remat(Bottleneck)(
                     channels=stage.channels,
@@ -112,6 +113,6 @@ class ResNet(Network):
                 )
                 x = block(x, train)
             x = self.boost(x, number, pooled)
-        # Where the last stage is fused, it has pooled the features of the head already.
+        # If the last stage is fused, its pooled features are already those of the head.
         head = [] if pooled and len(stages) in self.fused() else [global_pool(x)]
         return self.classify([*pooled, *head], train)

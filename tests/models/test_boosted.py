@@ -83,7 +83,7 @@ def sigmoid(x):
 
 
 def cbam_by_formula(x, params):
-    """CBAM, equations 1 to 3, with a smooth maximum and SiLU, in float64, convolved by hand."""
+    """Computes CBAM, equations 1 to 3, in float64, with a smooth maximum, SiLU and loops."""
     hidden, output = params["channel"]["Dense_0"], params["channel"]["Dense_1"]
 
     def mlp(features):

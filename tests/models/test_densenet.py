@@ -35,7 +35,7 @@ def test_total_stride_8_takes_the_pool_of_the_last_transition_away():
 
 @pytest.mark.parametrize("pixels", [8, 7])
 def test_transition_equals_the_paper_s_order(pixels):
-    # Norm, ReLU, convolution, and only then the pool.
+    # In the paper, the pool comes last, after norm, ReLU and convolution.
     norm = DenseNet(DENSENET121).norm(activation="relu")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, pixels, pixels, 6)).astype(np.float32)

@@ -39,7 +39,7 @@ def build(name, dtype="float32", bn_groups=1, folded=False, **fields):
 
 
 def shapes_of(network, pixels=32):
-    """The variables' shapes; nothing is compiled."""
+    """Returns the shapes of the variables; nothing is compiled."""
     init = functools.partial(network.init, train=False)
     return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, pixels, pixels, 3)))
 
@@ -49,14 +49,14 @@ def count(network):
 
 
 def make_variables(network):
-    """Random variables of the right shapes, without the compilation of `init`."""
+    """Makes random variables of the right shapes, without compiling `init`."""
     rng = np.random.default_rng(0)
 
     def value(path, leaf):
         noise = rng.normal(size=leaf.shape).astype(np.float32)
         if path[-1] == "kernel":
             return noise * math.sqrt(2 / math.prod(leaf.shape[:-1]))
-        if path[-1] == "var":  # small, or gates would leave little of the signal
+        if path[-1] == "var":  # small, because gates would otherwise leave little of the signal
             return 0.45 + 0.05 * np.abs(noise)
         return 0.1 * noise + (path[-1] == "scale")
 
@@ -75,7 +75,7 @@ def evaluate(network, variables, images):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(network, variables, images):
-    """Logits and batch statistics of a training pass."""
+    """Returns the logits and batch statistics of a training pass."""
     rngs = {"dropout": jax.random.key(0)}
     logits, updates = network.apply(
         variables, images, train=True, mutable=["batch_stats"], rngs=rngs
@@ -110,7 +110,7 @@ def test_parameters_are_float32_whatever_the_dtype():
     ("channels", "rounded"), [(32, 32), (35.2, 32), (38.4, 40), (17.6, 16), (3, 8), (11, 16)]
 )
 def test_round_channels(channels, rounded):
-    # 35.2, 38.4 and 17.6 are in B2 and B3; 11 would be 8, which is more than 10% below.
+    # 35.2, 38.4 and 17.6 are in B2 and B3. For 11, 8 is more than 10% below.
     assert round_channels(channels) == rounded
 
 
@@ -150,7 +150,7 @@ def test_drop_path_grows_linearly_from_0_over_the_blocks():
 
     with nn.intercept_methods(record):
         shapes_of(network)
-    # Of 16 blocks, those that keep their input's shape: the others have no residual to drop.
+    # These are the blocks of 16 that keep their input's shape. The others have no residual to drop.
     residual = [2, 4, 6, 7, 9, 10, 12, 13, 14]
     assert rates == {f"block_{i:02d}": pytest.approx(0.32 * i / 16) for i in residual}
 
@@ -237,8 +237,11 @@ def test_bfloat16_is_near_float32():
 
 
 def test_kernels_train_the_network_that_layers_do():
-    """Drop path is on: both forms draw alike, and have the same parameters and statistics."""
-    # 16 channels at the stem, 8 x 8 positions: no block is too large for the kernels.
+    """Has drop path on, because both forms draw the same numbers.
+
+    They also have the same parameters and statistics.
+    """
+    # With 16 channels at the stem and 8 x 8 positions, no block is too large for the kernels.
     layers, kernels = (build("test", mbconv=form, bn_groups=2) for form in ("layers", "pallas"))
     variables, images = make_variables(layers), make_images(256, 16)
 
@@ -257,7 +260,7 @@ def test_kernels_train_the_network_that_layers_do():
 
 
 def count_kernels(network, images, **options):
-    """How many there are in the program of a pass."""
+    """Returns the number of kernels in the program of a pass."""
     variables = shapes_of(network)
 
     def run(variables):
@@ -276,7 +279,8 @@ def test_kernels_are_for_training():
     images = jnp.zeros((128, 48, 48, 3))
     assert count_kernels(build("test"), images, train=True) == 0
     assert count_kernels(build("test", mbconv="pallas"), images, train=False) == 0
-    # Three kernels of each of five blocks, whose maps need no strips, for TPU and for elsewhere.
+    # Five blocks, whose maps need no strips, have three kernels each. They are traced twice, for
+    # TPU and for other platforms.
     assert count_kernels(build("test", mbconv="pallas"), images, train=True) == 30
 
 

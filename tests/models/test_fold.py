@@ -18,7 +18,7 @@ from tests.models.test_efficientnet import (
     train,
 )
 
-EPSILON = 1e-3  # the configuration's
+EPSILON = 1e-3  # the configuration's default
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ print(hashlib.sha256(text.encode()).hexdigest())
 
 
 def test_every_process_traces_the_same_program():
-    """Else the compilation cache would never have it."""
+    """Traces in two processes, because the compilation cache finds only equal programs."""
     found = [
         subprocess.run(
             [sys.executable, "-c", PROGRAM],

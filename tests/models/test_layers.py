@@ -116,7 +116,7 @@ def test_convolutions_compute_in_bfloat16_from_float32_parameters(layer):
 
 
 def plain_batch_norm(x, scale, bias):
-    """The definition, with the variance in two passes; its gradient is JAX's own."""
+    """Computes the definition, with the variance in two passes and JAX's own gradient."""
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     var = jnp.square(x - mean).mean(axes)
@@ -196,7 +196,7 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_batch_norm_gradient_is_that_of_the_definition(groups, activation):
-    # Wide enough that ReLU6 meets both its corners.
+    # The values are far enough apart that ReLU6 meets both of its corners.
     arrays = normal(6, 4, 5, 3) * 2 + 3, 3 * normal(3, seed=1) + 1, normal(3, seed=2) + 2
     cotangent = normal(6, 4, 5, 3, seed=3)
 
@@ -218,7 +218,7 @@ def test_batch_norm_gradient_is_that_of_the_definition(groups, activation):
 
 
 def test_batch_norm_gradient_is_the_difference_quotient():
-    """Against float64 NumPy, so that nothing here is JAX's own derivative."""
+    """Compares with NumPy in float64, so that no derivative here is JAX's own."""
     x, weights = np.float64(normal(4, 2, 2, 2)), np.float64(normal(4, 2, 2, 2, seed=1))
     scale, bias = np.array([1.5, -0.5]), np.array([0.25, 2.0])
 
@@ -244,7 +244,7 @@ def test_batch_norm_gradient_is_the_difference_quotient():
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_groups_are_separate_batch_norms(groups):
-    # Groups of very different statistics, so that mixing them could not go unnoticed.
+    # The groups have very different statistics, so that mixing them would fail the test.
     offsets = np.arange(groups).repeat(8 // groups)[:, None, None, None]
     x, variables = normal(8, 3, 3, 2) * (1 + offsets) + 10 * offsets, make_variables(2)
 
@@ -260,7 +260,7 @@ def test_groups_are_separate_batch_norms(groups):
 
 
 def test_batch_norm_of_a_constant_channel_is_finite():
-    x = jnp.full((4, 3, 3, 1), 1000.3)  # E[x^2] - E[x]^2 comes out below zero for some constants
+    x = jnp.full((4, 3, 3, 1), 1000.3)  # for some constants E[x^2] - E[x]^2 is below zero
 
     def loss(x):
         return batch_norm(x, jnp.ones(1), jnp.full(1, 2.0), 1, EPSILON)[0].sum()

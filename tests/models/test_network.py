@@ -1,4 +1,4 @@
-"""What every family of networks does, shown on one or two blocks per stage of each."""
+"""Tests of every family of networks, each with one or two blocks per stage."""
 
 import functools
 
@@ -23,7 +23,7 @@ from tests.models.test_efficientnet import (
     train,
 )
 
-EPSILON = 1e-3  # Network's own
+EPSILON = 1e-3  # Network's default
 RESNET = resnet.Architecture(8, tuple(resnet.Stage(16 * i, 1 + (i == 1)) for i in (1, 2, 3, 4)))
 DENSENET = densenet.Architecture(8, 4, tuple(densenet.Stage(repeats) for repeats in (2, 1, 2, 1)))
 FAMILIES = {
@@ -56,7 +56,7 @@ def test_total_stride_decides_the_last_map(family, padding, pixels, total_stride
 
 
 def loss_of(network, variables, images):
-    """params -> mean squared logit, and what a training pass gives besides."""
+    """Returns a function of params: the mean squared logit, and (logits, batch_stats)."""
 
     def loss(params):
         logits, batch_stats = train(network, variables | {"params": params}, images)
@@ -67,16 +67,16 @@ def loss_of(network, variables, images):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "efficientnet"])
 def test_remat_keeps_less_and_changes_nothing(family):
-    """Dropout and drop_path are on: what is computed again must draw as before."""
+    """Has dropout and drop path on, because the second computation must draw the same numbers."""
     make = FAMILIES.get(family) or functools.partial(EfficientNet, TEST, num_classes=2)
     variables, images = make_variables(make()), make_images(8, 64)
     losses = [loss_of(make(remat=remat), variables, images) for remat in ("none", "block")]
     plain, again = (jax.jit(jax.grad(f, has_aux=True))(variables["params"]) for f in losses)
-    # A bias before a norm has gradient 0, but for rounding.
+    # A bias before a norm has gradient 0, except for rounding.
     atol = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
     for a, b in zip(*map(jax.tree.leaves, (plain, again)), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=atol)
-    # What the gradient keeps of the forward pass: its pullback is a pytree of that.
+    # The pullback is a pytree of the arrays that the gradient keeps of the forward pass.
     kept = [
         jax.eval_shape(lambda params, f=f: jax.vjp(f, params, has_aux=True)[1], variables["params"])
         for f in losses
@@ -123,7 +123,7 @@ def test_folded_network_equals_the_unfolded_one(build, fields):
     variables["batch_stats"] = train(network, variables, images)[1]
     expected = evaluate(network, variables, images)
     actual = evaluate(folded, fold_batch_norm(variables, EPSILON), images)
-    # As vectors: of 32 logits one in a random network may be a rounding further off.
+    # The logits are compared as vectors, because a single one of 32 may be off by more rounding.
     assert np.linalg.norm(actual - expected) < 1e-5 * np.linalg.norm(expected)
 
 

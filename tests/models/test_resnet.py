@@ -13,7 +13,7 @@ PUBLISHED = 25_557_032
 
 
 def shapes_of_calls(network, pixels):
-    """The shape that each module returns, by its path."""
+    """Returns {path of a module: shape of its result}."""
     shapes = {}
 
     def record(call, args, kwargs, context):
@@ -35,7 +35,7 @@ def test_parameter_count_is_the_published_one():
 def test_the_stride_is_in_the_3x3():
     shapes = shapes_of_calls(ResNet(RESNET50), 64)
     assert shapes["stem_norm"] == (1, 32, 32, 64)
-    assert shapes["block_00/reduce_conv"] == (1, 16, 16, 64)  # behind the max-pool
+    assert shapes["block_00/reduce_conv"] == (1, 16, 16, 64)  # after the max-pool
     assert shapes["block_03/reduce_conv"] == (1, 16, 16, 128)
     assert shapes["block_03/spatial_conv"] == (1, 8, 8, 128)
     assert shapes["block_03/shortcut_conv"] == (1, 8, 8, 512)

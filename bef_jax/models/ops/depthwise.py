@@ -1,9 +1,9 @@
 """Depthwise convolution, in the form that each platform runs fastest.
 
-XLA's grouped convolution is 15 to 25 times slower on CPU than multiplying shifted views of the
-input and adding them up, and the gradient that JAX derives for the latter costs 20 times its
-forward pass. So CPU gets that form with a gradient of its own; GPU and TPU get the native
-convolution. Lowering decides (`jax.lax.platform_dependent`): the caller never does.
+The shift form multiplies shifted views of the input and adds them up. On CPU, XLA's grouped
+convolution is 15 to 25 times slower. JAX's own gradient of the shift form costs 20 times its
+forward pass, so the shift form has a custom gradient. GPU and TPU get the native convolution. The
+form is chosen when a program is lowered (`jax.lax.platform_dependent`), not by the caller.
 """
 
 import dataclasses
@@ -16,18 +16,19 @@ from jax import Array, lax
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
-_GROUP = 8  # images added up elementwise before positions are: 16 is slower on small maps
+# Images that are added up elementwise before positions are. 16 is slower on small maps.
+_GROUP = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def depthwise_conv(
     x: Array, kernel: Array, stride: int, padding: Padding, form: str = "auto"
 ) -> Array:
-    """Convolves every channel with its own kernel (a correlation, as everywhere in the field).
+    """Convolves every channel with its own kernel (a correlation, as is usual in the field).
 
     Args:
         x: [N, H, W, C], floating.
-        kernel: [k, k, 1, C] of the same dtype, as Linen's `Conv(feature_group_count=C)` keeps it.
+        kernel: [k, k, 1, C] of the same dtype, the layout of Linen's `Conv(feature_group_count=C)`.
         stride: 1 or 2, along height and width; at most k.
         padding: zeros added before and after height and width, fewer than k on each side.
         form: auto (by platform), native (XLA's convolution) or shift (shift, multiply, add).
@@ -73,7 +74,7 @@ def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _native_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: Padding):
-    # The convolution itself, which nobody takes here, is left out by XLA.
+    # XLA leaves out the forward convolution, because its result is not used here.
     _, pullback = jax.vjp(lambda x, kernel: _native(x, kernel, stride, padding), x, kernel)
     return pullback(g)
 
@@ -85,7 +86,7 @@ def _shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     k = kernel.shape[0]
     phases = lax.optimization_barrier(_padded_phases(x, stride, padding))
     taps = _taps(phases, _output_size(x, k, stride, padding))
-    # k * k views of the phases, each [N, H', W', C].
+    # There are k * k views of the phases, each [N, H', W', C].
     return sum(taps(i, j) * kernel[i, j, 0] for i in range(k) for j in range(k))
 
 
@@ -96,17 +97,17 @@ def _output_size(x: Array, k: int, stride: int, padding: Padding) -> tuple[int, 
 
 
 def _padded_phases(x: Array, stride: int, padding: Padding) -> list[list[Array]]:
-    """The padded input, split into its stride * stride phases.
+    """Returns the padded input, split into its stride * stride phases.
 
-    The caller puts it behind a barrier: XLA would otherwise fuse the padding into every tap, and
-    test each element for the border instead of loading vectors; a strided load is as bad.
+    The caller puts a barrier after it. Otherwise XLA would fuse the padding into every tap, and
+    test each element for the border instead of loading vectors. A strided load is as bad.
     """
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     return [[padded[:, p::stride, q::stride] for q in range(stride)] for p in range(stride)]
 
 
 def _taps(phases: list[list[Array]], size: tuple[int, int]) -> Callable[[int, int], Array]:
-    """Returns `tap(i, j)`: what kernel position (i, j) multiplies, [N, *size, C]."""
+    """Returns a function tap(i, j) -> [N, *size, C], the values that kernel[i, j] multiplies."""
     stride = len(phases)
     return lambda i, j: _crop(phases[i % stride][j % stride], (i // stride, j // stride), size)
 
@@ -117,20 +118,21 @@ def _crop(x: Array, corner: Sequence[int], size: tuple[int, int]) -> Array:
 
 
 def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: Padding):
-    """Returns dx and dkernel, given g, the gradient of the output.
+    """Returns dx [N, H, W, C] and dkernel [k, k, 1, C] from g [N, H', W', C].
 
-    Both read one padded g: what is padded is kept in memory.
+    g is the gradient of the output; x is [N, H, W, C], and kernel is [k, k, 1, C].
 
-    XLA fuses anything else that is elementwise into every tap, and would compute the gradient that
-    comes from above, batch normalisation's and SiLU's, k * k times.
+    Both results read one padded copy of g, which is kept in memory. Without it, XLA would fuse the
+    elementwise code that makes g into every tap. Then it would compute the gradients of batch
+    normalisation and SiLU k * k times.
     """
     k, sides = kernel.shape[0], x.shape[1:3]
     spans = [_span(k, stride, side, pad) for side, pad in zip(sides, padding, strict=True)]
     corner, size = [span.before for span in spans], g.shape[1:3]
     padded = jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
     phases = _padded_phases(x, stride, padding)
-    # In one barrier: one like the forward pass's would be merged with it, and then every tap, with
-    # two users, would be copied out.
+    # The phases and g share one barrier. A barrier for the phases alone would equal that of the
+    # forward pass, so XLA would merge the two. Every tap would have two users and be copied out.
     phases, padded = lax.optimization_barrier((phases, padded))
     dx = _input_gradient(padded, kernel, stride, spans)
     return dx, _kernel_gradient(phases, kernel, _crop(padded, corner, size))
@@ -138,36 +140,40 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """Along height or width: what of the padded input's gradient is wanted, and from what.
+    """The part of the padded input's gradient that is needed, along height or width.
 
-    Position stride * a + phase of the padded input got tap stride * i + phase of output a - i.
+    Output a - i read position stride * a + phase of the padded input, by tap stride * i + phase.
     """
 
     before: int  # zeros before g
-    after: int  # zeros after it
+    after: int  # zeros after g
     length: int  # positions a of every phase
-    start: int  # where the input begins in the phases put together
+    start: int  # where the input begins after the phases are interleaved
     side: int  # of the input
 
 
 def _span(k: int, stride: int, side: int, pad: tuple[int, int]) -> _Span:
     outputs = (side + sum(pad) - k) // stride + 1
-    first, last = pad[0] // stride, (pad[0] + side - 1) // stride  # a of the input's ends
+    # The positions a of the first and of the last input.
+    first, last = pad[0] // stride, (pad[0] + side - 1) // stride
     start = pad[0] - stride * first
     before = -(-k // stride) - 1 - first
     return _Span(before, max(last - outputs + 1, 0), last - first + 1, start, side)
 
 
 def _input_gradient(padded: Array, kernel: Array, stride: int, spans: list[_Span]) -> Array:
-    """Each phase of the input gets the taps that fell on it: a correlation of its own.
+    """Returns dx [N, H, W, C]: each input gets the sum of g * tap over the outputs that read it.
 
-    Dilating g with zeros instead would multiply stride^2 times as much, mostly by zero.
-    All phases are one loop over [N, a, phase, b, phase, C], a broadcast of g: put
-    together from stride^2 arrays, every element would look up which one it comes from.
+    `padded` is g with the zeros that `spans` names. Each phase of dx is a correlation of g with the
+    taps of that phase. Dilating g with zeros instead would need stride^2 times as many products,
+    most of them with zero.
+
+    One loop over [N, a, phase, b, phase, C] computes all phases by broadcasting g. If dx were put
+    together from stride^2 arrays, every element would have to look up its array.
     """
     k, channels = kernel.shape[0], kernel.shape[-1]
-    reach = -(-k // stride)  # taps of the phase that has most
-    # [i, phase, j, phase, C], with zeros where a phase has a tap less.
+    reach = -(-k // stride)  # taps per axis of the phase that has the most
+    # [i, phase, j, phase, C], with zeros where a phase has one tap less.
     rest = (0, reach * stride - k)
     taps = jnp.pad(kernel[:, :, 0], (rest, rest, (0, 0)))
     taps = taps.reshape(reach, stride, reach, stride, channels)
@@ -183,22 +189,23 @@ def _input_gradient(padded: Array, kernel: Array, stride: int, spans: list[_Span
 
 
 def _kernel_gradient(phases: list[list[Array]], kernel: Array, g: Array) -> Array:
-    """Multiplies every tap with g and sums over images and positions.
+    """Returns dkernel [k, k, 1, C]: the sum of g * (input read by a tap) over images and positions.
 
-    The sum is in float32, but for the first _GROUP images, whose products have the inputs' dtype.
+    `phases` hold the padded x; g is [N, H', W', C]. The products of up to _GROUP images are added
+    in the dtype of g, and everything else in float32.
 
-    A plain sum runs at a tenth of the memory's speed. Adding the products of a few images first is
-    elementwise, so it vectorises along channels; what is left is summed by a matrix product.
+    A plain sum would run at a tenth of the speed of memory. The sum over a group of images is
+    elementwise, so it vectorises along channels. A matrix product adds up the rest.
     """
     k, channels, n = kernel.shape[0], kernel.shape[-1], len(g)
-    # The largest divisor: a batch of a prime number above _GROUP has groups of 1.
+    # The largest divisor of n up to _GROUP; it is 1 if n is a prime number above _GROUP.
     group = next(size for size in range(min(_GROUP, n), 0, -1) if n % size == 0)
     taps = _taps(phases, g.shape[1:3])
     grouped = functools.partial(_split, group=group)
     g_parts = grouped(g)
 
     def reduce(tap: Array) -> Array:
-        # [N / group, H', W', C], then [positions, C].
+        # [N / group, H', W', C], then [N / group * H' * W', C].
         products = sum(a * b for a, b in zip(grouped(tap), g_parts, strict=True))
         products = lax.optimization_barrier(products.reshape(-1, channels))
         ones = jnp.ones((1, len(products)), products.dtype)

@@ -1,10 +1,10 @@
-"""Batch normalisation (Ioffe & Szegedy 2015), with gradients that pass over memory least.
+"""Batch normalisation (Ioffe & Szegedy 2015), with gradients that need few passes over memory.
 
-A training step moves more bytes than it multiplies numbers, on CPU as on accelerators, and batch
-normalisation moves most of them. So the backward pass computes again what is cheap, instead of
-reading it. Where a 1 x 1 convolution widens many positions, the statistics come from its input.
+A training step moves more bytes than it multiplies numbers, on CPU and on accelerators. Batch
+normalisation moves most of these bytes. So the backward pass computes cheap values again instead of
+reading them. If a 1 x 1 convolution widens many positions, the statistics come from its input.
 
-Symbols: x the input, mean and var its statistics per channel over n positions, and
+Symbols: x is the input, mean and var are its statistics per channel over n positions, and
 
     inverse_std = 1 / sqrt(var + epsilon)
     normalised = (x - mean) * inverse_std
@@ -27,12 +27,12 @@ ACTIVATIONS = {"none": lambda x: x, "silu": nn.silu, "relu": nn.relu, "relu6": n
 
 
 def _silu_derivative(z: Array) -> Array:
-    # (z sigmoid)' = sigmoid + z sigmoid (1 - sigmoid), with one exponential.
+    # This is (z sigmoid)' = sigmoid + z sigmoid (1 - sigmoid), with only one exponential.
     sigmoid = nn.sigmoid(z)
     return sigmoid * (1 + z * (1 - sigmoid))
 
 
-# activation'(z). At a corner it is 0, as in torch.
+# activation'(z), which is 0 at a corner, as in torch.
 DERIVATIVES = {
     "none": jnp.ones_like,
     "silu": _silu_derivative,
@@ -47,15 +47,16 @@ def batch_norm(
 ):
     """Normalises each of `groups` parts of the batch by its own statistics, then activates.
 
-    The statistics come from one pass over x, as E[x^2] - E[x]^2. The gradient is the closed form.
-    It recomputes what it needs from x, because that is cheaper than memory on every platform.
+    The statistics come from one pass over x, with the variance as E[x^2] - E[x]^2. The gradient is
+    the closed form. It is computed from x again, because that costs less than memory everywhere.
 
     Args:
         x: [N, ..., C]; N a multiple of `groups`.
         scale, bias: [C], float32.
 
     Returns:
-        y like x; mean and (biased) variance [groups, C], float32, through which no gradient flows.
+        y, with the shape and dtype of x; mean and (biased) variance [groups, C], float32, through
+        which no gradient flows.
     """
     return _batch_norm_forward(x, scale, bias, groups, epsilon, activation)[0]
 
@@ -63,8 +64,8 @@ def batch_norm(
 def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation: str):
     parts, axes = _parts(x.astype(jnp.float32), groups)  # XLA fuses the cast into what reads x
     # mean, square and var are [groups, 1, 1, 1, C], or [1, 1, 1, C] for one group. Both sums take
-    # one pass together; deviations from a mean would need a second one. The difference below
-    # loses about mean^2 / 2^24, which is little where means are of the size of deviations.
+    # one pass together; deviations from the mean would need a second one. The difference below
+    # loses about mean^2 / 2^24, which is little if means are about as large as deviations.
     mean = jnp.mean(parts, axes, keepdims=True)
     square = jnp.mean(parts * parts, axes, keepdims=True)
     # Rounding can make the difference of a constant channel negative, and its root NaN.
@@ -73,7 +74,7 @@ def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation:
     z = parts * multiplier + (bias - mean * multiplier)
     y = ACTIVATIONS[activation](z)
     statistics = mean.reshape(groups, -1), var.reshape(groups, -1)
-    # x is the only large array that is kept: `normalised` and z are computed again from it.
+    # x is the only large array that is kept. `normalised` and z are computed from it again.
     return (y.reshape(x.shape).astype(x.dtype), *statistics), (x, scale, bias, mean, var)
 
 
@@ -85,24 +86,25 @@ def _batch_norm_backward(groups: int, epsilon: float, activation: str, residuals
     dscale = sum(dz * normalised) = (sum(dz * x) - mean * dbias) * inverse_std
     dx = scale * inverse_std * (dz - (dbias + normalised * dscale) / n)
 
-    The last line is Ioffe & Szegedy 2015, section 3, with the gradients of mean and variance put
-    in. n is the number of positions of a group.
+    The last line is from Ioffe & Szegedy 2015, section 3, with the gradients of mean and variance
+    inserted. n is the number of positions of a group, and all sums are over these. The returned
+    dscale and dbias are sums over the groups.
     """
     x, scale, bias, mean, var = residuals
-    g, _, _ = cotangents  # running statistics are no part of the loss
+    g, _, _ = cotangents  # the loss does not depend on running statistics
     x = lax.optimization_barrier(x)  # otherwise XLA keeps the sigmoid of the forward pass in memory
     parts, axes = _parts(x.astype(jnp.float32), groups)
     g = g.reshape(parts.shape).astype(jnp.float32)
     inverse_std = lax.rsqrt(var + epsilon)
     z = (parts - mean) * (inverse_std * scale) + bias
     dz = g * DERIVATIVES[activation](z)
-    # [groups, 1, 1, 1, C] each, as mean and var. XLA takes both sums in one pass over x and dz.
+    # Both have the shape of mean and var. XLA takes both sums in one pass over x and dz.
     dbias = jnp.sum(dz, axes, keepdims=True)
     dscale = (jnp.sum(dz * parts, axes, keepdims=True) - mean * dbias) * inverse_std
     n = parts.size // (groups * x.shape[-1])
     normalised = (parts - mean) * inverse_std
     dx = scale * inverse_std * (dz - (dbias + normalised * dscale) / n)
-    # The groups share scale and bias: [C].
+    # The groups share scale and bias, so their gradients are sums over the groups, [C].
     total = functools.partial(jnp.sum, axis=tuple(range(parts.ndim - 1)))
     return dx.reshape(x.shape).astype(x.dtype), total(dscale), total(dbias)
 
@@ -120,13 +122,13 @@ def pointwise_batch_norm(
     epsilon: float,
     activation: str = "none",
 ):
-    """Returns activation(batch_norm(x @ kernel)), whose statistics need no pass over x @ kernel.
+    """Returns activation(batch_norm(x @ kernel)) without a pass over x @ kernel for its statistics.
 
     The product is linear, so its mean is mean(x) @ kernel, and its variance is the diagonal of
     kernel^T cov(x) kernel. Both are known before the product, so they go into the kernel. The
-    gradient is alike: what batch normalisation adds to it is a linear map of x. This costs two
-    products with the [K, K] covariance. It saves five passes over [N, H, W, C], where C is 6 K in
-    EfficientNet.
+    gradient is similar: batch normalisation adds a linear map of x to dx. The cost is two more
+    products over all positions: centered^T @ centered forwards, and centered @ correction
+    backwards. This saves five passes over [N, H, W, C], where C is 6 K in EfficientNet.
 
     Args:
         x: [N, H, W, K]; N a multiple of `groups`.
@@ -142,8 +144,8 @@ def pointwise_batch_norm(
 
 def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, activation: str):
     parts = x.reshape(groups, -1, *x.shape[1:])
-    # x is centered first, unlike in `batch_norm`, because kernel^T cov(x) kernel sums K^2 terms
-    # that cancel, and would keep the error of E[x y] - E[x] E[y]. x is narrow: its copy is cheap.
+    # x is centered first, unlike in `batch_norm`. kernel^T cov(x) kernel sums K^2 terms that
+    # cancel, and would keep the error of E[x y] - E[x] E[y]. x is narrow, so its copy is cheap.
     center, centered = _centered(parts)
     covariance = grouped_moments(centered, centered) / _positions(parts)
     # mean and var are [groups, C]. cov_kernel [groups, K, C] is kept for the gradient.
@@ -154,11 +156,11 @@ def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, acti
     # [groups, K, C]: a kernel for each group, because each has its own deviations.
     weights = (kernel * multiplier[:, None]).astype(x.dtype)
     product = grouped_pointwise(parts, weights)
-    # The shift uses the mean of the rounded weights: in bfloat16 the exact one is a little off.
+    # The shift uses the rounded weights, because in bfloat16 the exact mean would be a little off.
     shift = _per_group(bias - _exact("gk,gkc->gc", center, weights))
     z = product + shift
     y = ACTIVATIONS[activation](z).astype(x.dtype).reshape(*x.shape[:-1], -1)
-    # The product is the only map of C channels that is kept: z is computed again.
+    # The product is the only map of C channels that is kept, because z is computed again.
     return (y, mean, var), (x, kernel, scale, product, shift, cov_kernel, var)
 
 
@@ -173,22 +175,23 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     dscale = sum(dz * normalised) = inverse_std * sum_k(kernel * moments)
     dkernel = scale * inverse_std * (moments - cov(x) @ kernel * inverse_std * dscale)
 
-    and the gradient of x is that of x @ kernel, as in `_batch_norm_backward`, times kernel^T:
+    for each group. dx is the gradient of x @ kernel, as in `_batch_norm_backward`, times kernel^T:
 
     dx = scale * inverse_std * (dz - (dbias + normalised * dscale) / n) @ kernel^T
        = dz @ scaled^T - centered @ correction - constant, with
     scaled = kernel * scale * inverse_std
-    correction = (scaled * inverse_std * dscale) @ kernel^T / n, which is [K, K], and
+    correction = (scaled * inverse_std * dscale) @ kernel^T / n, which is [K, K] and symmetric, and
     constant = scaled @ dbias / n, which is [K].
 
-    So all that the statistics add to dx has the width of x, not of the product.
+    So everything that the statistics add to dx has the width of x, not of the product. The returned
+    dkernel, dscale and dbias are sums over the groups.
     """
     x, kernel, scale, product, shift, cov_kernel, var = residuals
-    g, _, _ = cotangents  # running statistics are no part of the loss
+    g, _, _ = cotangents  # the loss does not depend on running statistics
     parts = x.reshape(groups, -1, *x.shape[1:])
     product = lax.optimization_barrier(product)  # as in _batch_norm_backward
     dz = g.reshape(product.shape) * DERIVATIVES[activation](product + shift)
-    dz = dz.astype(x.dtype)  # rounded before the products, as the forward pass rounds its factors
+    dz = dz.astype(x.dtype)  # rounded before the products, like the factors of the forward pass
     _, centered = _centered(parts)
     dbias = jnp.sum(dz, (1, 2, 3), dtype=jnp.float32)  # [groups, C]
     moments = grouped_moments(centered, dz)  # [groups, K, C]
@@ -210,15 +213,15 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
 pointwise_batch_norm.defvjp(_pointwise_forward, _pointwise_backward)
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-# For small products that decide all the rest.
+# This is for small products whose errors would spread to everything that follows.
 _exact = functools.partial(_product, precision=lax.Precision.HIGHEST)
 
 
 def _parts(x: Array, groups: int) -> tuple[Array, tuple[int, ...]]:
     """Returns [groups, N / groups, ..., C], and the axes that statistics are taken over.
 
-    One group is x itself. A reshape to [1, N, ..., C] would move nothing, but after it XLA's CPU
-    compiler computes x again for each reader, and with it all taps of a depthwise convolution.
+    With one group, it returns x itself. A reshape to [1, N, ..., C] would move nothing. But XLA's
+    CPU compiler would compute x again for each reader, with all taps of a depthwise convolution.
     """
     if groups > 1:
         x = x.reshape(groups, -1, *x.shape[1:])
@@ -236,5 +239,5 @@ def _per_group(x: Array) -> Array:
 def _centered(parts: Array) -> tuple[Array, Array]:
     """Returns the mean of each part, [groups, K] in float32, and the parts minus that mean."""
     center = jnp.mean(parts, (1, 2, 3), dtype=jnp.float32)
-    # In their own dtype: in bfloat16 both products then read half the bytes.
+    # The result keeps the dtype of `parts`, so that in bfloat16 both products read half the bytes.
     return center, (parts - _per_group(center)).astype(parts.dtype)

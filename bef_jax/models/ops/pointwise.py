@@ -1,8 +1,9 @@
-"""1 x 1 convolutions as matrix products, laid out as each platform wants them.
+"""1 x 1 convolutions as matrix products, in the best layout for each platform.
 
-CPU multiplies matrices: with two axes instead of four, the kernel's gradient needs no transposed
-copy of the activations. TPU keeps the batch in the fastest axis, so that flattening copies every
-activation (88 passes over B3's hidden maps, compiled for v5e, instead of 25): it gets all axes.
+CPU gets matrices with two axes instead of four, so that the kernel's gradient needs no transposed
+copy of the activations. TPU gets all axes. It keeps the batch in the fastest axis, so that
+flattening would copy every activation. Compiled for v5e, B3's hidden maps would then need 88 passes
+over memory instead of 25.
 """
 
 import functools
@@ -13,21 +14,21 @@ from jax import Array, lax
 
 
 def pointwise(x: Array, kernel: Array | None) -> Array:
-    """[N, H, W, K] times [K, C] -> [N, H, W, C]; None: just x."""
+    """Returns x [N, H, W, K] times kernel [K, C], [N, H, W, C]; x itself if kernel is None."""
     if kernel is None:
         return x
 
     def flat(x: Array, kernel: Array) -> Array:
         return _multiply(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
-    # Decided when lowered, not when traced: a program for TPU can be compiled on a machine with a
-    # CPU alone, as plans are.
+    # The form is chosen when the program is lowered, not when it is traced. So a machine that has
+    # only a CPU can compile a program for TPU, as the planning of runs does.
     return lax.platform_dependent(x, kernel, cpu=flat, default=jnp.matmul)
 
 
 @jax.custom_vjp
 def _multiply(x: Array, kernel: Array) -> Array:
-    """[M, K] @ [K, C], with a gradient of its own for the kernel."""
+    """Returns [M, K] @ [K, C], with a custom gradient for the kernel."""
     return x @ kernel
 
 
@@ -41,10 +42,13 @@ def _multiply_backward(residuals, g: Array):
 
 
 def _kernel_gradient(x: Array, g: Array) -> Array:
-    """[M, K], [M, C] -> [K, C]. With the narrow side first it takes a third to half of the time."""
+    """Returns dkernel [K, C] from x [M, K] and g [M, C].
+
+    With the narrow matrix first, the product takes a third to a half of the time.
+    """
     if x.shape[-1] <= g.shape[-1]:
         return x.T @ g
-    # Without the barrier XLA would turn the product around, to save the transpose of few numbers.
+    # Without the barrier XLA would swap the matrices, to save the transpose of a small result.
     return lax.optimization_barrier(g.T @ x).T
 
 
@@ -52,10 +56,10 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def grouped_pointwise(x: Array, kernel: Array) -> Array:
-    """[G, N, H, W, K] times a kernel per group, [G, K, C] -> [G, N, H, W, C], of x's dtype."""
+    """Returns x [G, N, H, W, K] times each group's kernel [G, K, C]: [G, N, H, W, C], x's dtype."""
 
     def flat(x: Array, kernel: Array) -> Array:
-        # [G, M, K] @ [G, K, C], M = N H W.
+        # [G, M, K] @ [G, K, C], with M = N H W.
         return (_rows(x) @ kernel).reshape(*x.shape[:-1], -1)
 
     whole = functools.partial(jnp.einsum, "gnhwk,gkc->gnhwc")
@@ -63,11 +67,12 @@ def grouped_pointwise(x: Array, kernel: Array) -> Array:
 
 
 def grouped_moments(x: Array, y: Array) -> Array:
-    """[G, N, H, W, K] and [G, N, H, W, C] -> the products' sums over positions, [G, K, C], float32.
+    """Returns x^T @ y for each group, [G, K, C], float32, from [G, N, H, W, K] and [G, N, H, W, C].
 
-    It is the gradient of a kernel, or, of centered x with itself, its covariance times positions.
+    It is a kernel's gradient if y is that of the product. It is the covariance of x times the
+    number of positions if both arguments are the centered x.
     """
-    # Summed in float32 whatever the dtype: N H W products are added up for each entry.
+    # The sum is in float32 for every dtype, because each entry adds up N H W products.
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def flat(x: Array, y: Array) -> Array:

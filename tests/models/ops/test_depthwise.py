@@ -8,14 +8,14 @@ from bef_jax.models.layers import padding_of
 from bef_jax.models.ops.depthwise import depthwise_conv
 
 CHANNELS = 3
-# (batch, (height, width)): odd, even and mixed sizes; maps smaller than a kernel of 5; batches
-# below, at and above the eight images that the kernel's gradient adds up first.
+# (batch, (height, width)). Sizes are odd, even and mixed, and some are smaller than a kernel of 5.
+# Batches are below, at and above the eight images that the kernel's gradient adds up first.
 SHAPES = [(1, (7, 6)), (3, (6, 7)), (8, (3, 3)), (12, (8, 5)), (2, (1, 2))]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimised():
-    """What XLA makes of the shifts is what matters here; other tests do without optimisation."""
+    """Switches XLA's optimisation on, because these tests are about what it makes of the shifts."""
     disabled = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -24,7 +24,7 @@ def optimised():
 
 @pytest.fixture(autouse=True)
 def on_cpu():
-    """The shift form is the CPU's, also where the default device is another."""
+    """Runs on CPU, which has the shift form, also if the default device is another."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
 
@@ -42,7 +42,7 @@ def make_case(batch, size, kernel, stride, convention):
 
 
 def by_loop(x, kernel, cotangent, stride, padding):
-    """Output, input gradient and kernel gradient, position by position in float64."""
+    """Returns the output, dx and dkernel, computed position by position in float64."""
     x, kernel, cotangent = (np.asarray(a, np.float64) for a in (x, kernel, cotangent))
     k, kernel = kernel.shape[0], kernel[:, :, 0]
     padded = np.pad(x, ((0, 0), *padding, (0, 0)))
@@ -124,7 +124,7 @@ def test_bfloat16(stride):
 
 
 def test_kernel_gradient_of_bfloat16_is_summed_in_float32():
-    """4,096 ones end at 256 if they are added up in bfloat16."""
+    """Adds up 4,096 ones, which would end at 256 in bfloat16."""
     x = jnp.ones((1, 64, 64, 1), jnp.bfloat16)
     kernel = jnp.ones((3, 3, 1, 1), jnp.bfloat16)
     _, pullback = jax.vjp(lambda k: depthwise_conv(x, k, 1, ((1, 1), (1, 1))), kernel)
@@ -145,7 +145,7 @@ def test_platform_decides_at_lowering(platform, native, form, stride):
     function = forward if form == "forward" else lambda *a: by_shifts(*a, stride, padding)[1:]
     traced = jax.jit(function).trace(x, weights, cotangent)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    wanted = native * (1 if form == "forward" else 2)  # by the input, and by the kernel
+    wanted = native * (1 if form == "forward" else 2)  # one each for dx and dkernel
     assert text.count("stablehlo.convolution") >= wanted
     assert wanted or "convolution" not in text
 

@@ -1,4 +1,4 @@
-"""The statistics and gradients of a normalised 1 x 1 convolution, against the plain order."""
+"""Tests a normalised 1 x 1 convolution against convolution and norm one after the other."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def make_arrays(n=6, side=5, inputs=4, outputs=12):
-    """x far from centred, so that a variance by E[x^2] - E[x]^2 would lose digits."""
+    """Makes an x far from 0, so that a variance by E[x^2] - E[x]^2 would lose digits."""
     return (
         normal(n, side, side, inputs) * 2 + 5,
         normal(inputs, outputs, seed=1),
@@ -73,7 +73,8 @@ def test_a_scale_of_zero_has_finite_gradients():
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("side", [1, 6])  # few positions: the plain order; many: the other
+# With few positions the statistics come from the product, with many from its input.
+@pytest.mark.parametrize("side", [1, 6])
 def test_module_takes_the_kernel_of_the_convolution_before_it(side):
     x, kernel, *_ = make_arrays(n=4, side=side)
     norm = BatchNorm(activation="silu", epsilon=EPSILON)
@@ -101,7 +102,7 @@ def test_bfloat16_is_near_float32():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="CPU's form of the convolution")
 def test_a_depthwise_convolution_is_computed_once_for_all_that_read_it():
-    """XLA may fuse its 25 taps into statistics and output alike: three readers, one computation."""
+    """Counts products, because XLA may compute the 25 taps again for each of the three readers."""
 
     def layer(x, kernel, scale, bias):
         y = depthwise_conv(x, kernel, 1, ((2, 2), (2, 2)))

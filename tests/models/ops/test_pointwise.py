@@ -1,4 +1,4 @@
-"""The form for CPU and the form for accelerators are the same product."""
+"""Tests that the form for CPU and the form for accelerators give the same product."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def normal(*shape, seed=0):
 
 @pytest.fixture(params=["cpu", "default"])
 def platform(request, monkeypatch):
-    """Takes the branch of that name, as lowering would for the platform."""
+    """Takes the branch of this name, as lowering would for the platform."""
 
     def take(*operands, **branches):
         return branches[request.param](*operands)
@@ -62,7 +62,7 @@ def test_grouped_moments_sum_over_positions():
 
 
 def test_tpu_and_gpu_get_no_flattened_activations():
-    """Lowered for the platform, not run: on TPU a flattened map is a copied one."""
+    """Lowers for each platform without running; on TPU, flattening a map would copy it."""
     x = jax.ShapeDtypeStruct((2, 4, 5, 6), jnp.bfloat16)
     kernel = jax.ShapeDtypeStruct((6, 3), jnp.bfloat16)
     traced = jax.jit(pointwise.pointwise).trace(x, kernel)

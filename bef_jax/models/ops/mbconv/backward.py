@@ -1,4 +1,4 @@
-"""The backward pass of a block as Pallas kernels, in the order in which it calls them."""
+"""The Pallas kernels of a block's backward pass, in the order in which they are called."""
 
 import functools
 import math
@@ -19,18 +19,18 @@ _floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 def project_gradients(
     d: Array, dy: Array, norm: Array, gate: Array, weights: Array, tile: int, activation: str
 ) -> tuple[Array, Array]:
-    """The gradient of `project`'s weights, and the sums that those of gate and norm are made of.
+    """Returns the gradient of `project`'s weights, and sums for the gradients of gate and norm.
 
-    With u = weights @ dy, the gradient of the gated maps, a = activation(z) and its slope s, at z
-    = d * norm[0] + norm[1].
+    The symbols are z = d * norm[0] + norm[1], a = activation(z), s = activation'(z), and
+    u = weights @ dy, which is the gradient of the gated maps.
 
     Args:
-        dy: [H', W', M, N], of d's dtype, the gradient of what `project` gives.
-        d, norm, gate, weights: as there.
+        dy: [H', W', M, N], of d's dtype, the gradient of the result of `forward.project`.
+        d, norm, gate, weights: as in `forward.project`.
 
     Returns:
         sums: [5, E, N], float32, the sums over positions of u a, u s, u s d, s and s d.
-        dweights: [N / 128, E, M], float32, by tiles of images.
+        dweights: [N / 128, E, M], float32, one sum for each tile of images.
     """
     functions = ACTIVATIONS[activation], DERIVATIVES[activation]
     kernel = functools.partial(_project_gradients, functions=functions)
@@ -77,21 +77,21 @@ def spread_gradients(
     strip: Strip,
     activation: str,
 ) -> tuple[Array, Array | None, Array | None, Array]:
-    """The gradients of `spread`, from that of what `project` gives.
+    """Returns the gradients of `forward.spread`, given that of the result of `forward.project`.
 
     Args:
         x: as in `forward.spread`.
-        d, dy: as above.
-        weights: expand [E, K]; taps [E, k * k]; those of `project` [E, M]; and columns [E, 5],
-            float32: norm[0], norm[1], c and o, by which the gradient of d is (gradient of z) *
-            norm[0] + d * c + o; and shift.
-        images: [2, E, N], float32, gate g and pull p: the gradient of z is (u g + p) s.
+        d, dy: as in `project_gradients`, which also defines z, u and s.
+        weights: expand [E, K]; taps [E, k * k]; the weights of `forward.project` [E, M]; and
+            columns [E, 5], float32, which are norm[0], norm[1], c, o and shift. The gradient of d
+            is (gradient of z) * norm[0] + d * c + o.
+        images: [2, E, N], float32, gate g and pull p. The gradient of z is (u g + p) s.
 
     Returns:
         dx: [H, W, K, N], of x's dtype, expand^T times the gradient of expand @ x.
-        dexpand: [N / 128, E, K], float32, by tiles of images.
+        dexpand: [N / 128, E, K], float32, one sum for each tile of images.
         dshift: [E, N], float32.
-        dtaps: [N / 128, E, k * k], float32.
+        dtaps: [N / 128, E, k * k], float32, one sum for each tile of images.
     """
     functions, window = (ACTIVATIONS[activation], DERIVATIVES[activation]), strip.window
     tile = strip.channels
@@ -108,11 +108,11 @@ def spread_gradients(
         (_floats((parts, hidden, taps)), grid.parts),
     ]
     padded, dd = window.phases, (side + window.margin for side in window.padded)
-    # Padded, so that no tap asks where the map ends. Slopes are kept in few bits: the expansion
-    # would have to be multiplied a third time for them.
+    # Maps are padded, so that no tap has to look for the border. Slopes are kept, because otherwise
+    # the expansion would be multiplied a third time. They have x's dtype, to take few bits.
     scratch = [
-        ((*padded, tile, LANES), jnp.float32),  # what was activated
-        ((*padded, tile, LANES), x.dtype) if expands else None,  # its slopes
+        ((*padded, tile, LANES), jnp.float32),  # the activated maps
+        ((*padded, tile, LANES), x.dtype) if expands else None,  # slopes of the activation
         ((*dd, tile, LANES), jnp.float32),  # the gradient of d
         ((window.padded[1], tile, LANES), x.dtype),  # a row of gradients
         vectors.wide_shape(taps, tile),
@@ -175,7 +175,7 @@ def _spread_gradients(
 
 
 def _depthwise_gradient(d, dy, weights, wide, images, dd, margin, slope_of) -> None:
-    """Writes the gradient of d into the padded `dd`."""
+    """Writes the gradient of d into `dd`, after its margin of zeros."""
 
     def row(r, _):
         for w in range(d.shape[1]):
@@ -189,7 +189,7 @@ def _depthwise_gradient(d, dy, weights, wide, images, dd, margin, slope_of) -> N
 
 
 def _taps_gradient(padded, dd, sums, window: Window) -> None:
-    """Adds each tap's products with the dd, [k * k, C, 128]: images stay apart."""
+    """Adds the products of each tap with dd to sums [k * k, C, 128], separately for each image."""
     margin, (rows, width) = window.margin, window.outputs
 
     def row(r, _):
@@ -203,12 +203,12 @@ def _taps_gradient(padded, dd, sums, window: Window) -> None:
 
 
 def _input_gradient(dd, taps, slopes, gradients, dshift, phase: int, a, window: Window):
-    """Yields (position, gradient [C, 128] of what was activated there) of row a of a phase."""
+    """Yields (position, gradient of x or of expand @ x, [C, 128]) for row a of a phase."""
     stride, margin, (top, left) = window.stride, window.margin, (pad[0] for pad in window.padding)
     for q in range(stride):
         first, last = window.inside(1, q)
         for columns, channels in vectors.pieces(last - first, taps.shape[1]):
-            # The taps that fell on this phase.
+            # Only the taps that read this phase.
             total = sum(
                 dd[
                     a - i // stride + margin,

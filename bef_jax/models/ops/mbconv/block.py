@@ -1,11 +1,11 @@
-"""EfficientNet's block in training as one function, with a gradient of its own, for TPU.
+"""EfficientNet's block in training as one function with a custom gradient, for TPU.
 
-It computes what `efficientnet.MBConv` composes of layers, from the expansion to the projection, by
-the kernels of `forward` and `backward`. For the backward pass it keeps its narrow input and one
-wide map. What norms and squeeze-excite need of wide maps are sums per image and channel, which the
-kernels bring along; the rest is algebra.
+It computes the layers of `efficientnet.MBConv`, from the expansion to the projection, by the
+kernels of `forward` and `backward`. For the backward pass it keeps its narrow input and one wide
+map. Norms and squeeze-excite need only sums of the wide maps per image and channel. The kernels
+return these sums, and `algebra` does the rest.
 
-Within a group of the batch maps are [H, W, C, N], as the kernels have them.
+Within a group of the batch, maps are [H, W, C, N], as in the kernels.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from bef_jax.runtime import sharding
 
 @dataclasses.dataclass(frozen=True)
 class KernelPlan:
-    """What the kernels have to know of a block when it is traced.
+    """The static data that the kernels need when a block is traced.
 
     Attributes:
-        strips: of its maps, by rows (`grid.strips`).
-        groups: parts of the batch with statistics of their own.
+        strips: the strips of rows that the maps are cut into (`grid.strips`).
+        groups: number of parts of the batch that have their own statistics.
         epsilon: added to variances.
-        activation: of `norm.ACTIVATIONS`.
+        activation: a name in `norm.ACTIVATIONS`.
     """
 
     strips: tuple[Strip, ...]
@@ -51,31 +51,36 @@ def plan_kernels(
     epsilon: float,
     activation: str,
 ) -> KernelPlan:
-    """Returns what the kernels have to know of a block with the input x, [N, H, W, K].
+    """Returns the plan for a block with the input x, [N, H, W, K].
 
     Args:
-        window: of the depthwise convolution.
-        expand: hidden channels over K; 1 for a block without expansion.
+        window: geometry of the depthwise convolution.
+        expand: hidden channels divided by K; 1 for a block without expansion.
         features: M, channels of the output.
-        groups, epsilon, activation: of the norms.
+        groups, epsilon, activation: options of the norms.
 
     Raises:
-        ValueError: the batch is no multiple of 128 * groups, or maps do not fit on the chip.
+        ValueError: the batch is not a multiple of 128 * groups, or maps do not fit on the chip.
     """
     if x.shape[0] % (groups * LANES):
-        raise ValueError(f"kernels take {LANES} images at a time, of each of {groups} groups")
+        raise ValueError(
+            f"config.model.mbconv=pallas takes {LANES} images at a time in each of {groups} "
+            "groups: choose a batch that is a multiple of their product"
+        )
     channels = x.shape[-1], x.shape[-1] * expand, features
     return KernelPlan(strips(window, *channels, x.dtype.itemsize), groups, epsilon, activation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def mbconv(x: Array, params: Params, plan: KernelPlan) -> tuple[Array, Params]:
-    """Expands, convolves by channel, gates by squeeze-excite and projects, with both norms within.
+    """Expands, convolves depthwise, gates by squeeze-excite, and projects.
+
+    The norms after the expansion and after the depthwise convolution are included.
 
     Args:
         x: [N, H, W, K]; N a multiple of 128 * groups.
-        params: of these layers, by their names in `efficientnet.MBConv`; without expand_conv and
-            expand_norm x is not expanded, without squeeze_excite there is no gate.
+        params: parameters of these layers, by their names in `efficientnet.MBConv`. Without
+            expand_conv and expand_norm, x is not expanded. Without squeeze_excite there is no gate.
 
     Returns:
         y: [N, H', W', M], of x's dtype, before the projection's norm.
@@ -97,7 +102,8 @@ def _backward(plan: KernelPlan, residuals, cotangents):
     dy = g.reshape(plan.groups, -1, *g.shape[1:])
     function = functools.partial(_group_backward, plan)
     dx, dparams = _by_group(function, (parts, kept, dy), params)
-    # Over groups, and so over devices, once for all parameters: with the step's other gradients.
+    # The sum over groups, and so over devices, is taken once for all parameters, so that it joins
+    # that of the step's other gradients.
     dparams = jax.tree.map(lambda by_group: by_group.sum(0), dparams)
     return dx.reshape(-1, *dx.shape[2:]), dparams
 
@@ -106,7 +112,10 @@ mbconv.defvjp(_forward, _backward)
 
 
 def _by_group(function: Callable, parts: Any, params: Params) -> Any:
-    """function(part, params) for each part along the first axis, on the device that holds it."""
+    """Returns function(part, params) for each part of the first axis, on the device that holds it.
+
+    The results are stacked along a new first axis.
+    """
 
     def here(parts, params):
         leaves, structure = jax.tree.flatten(parts)
@@ -117,7 +126,7 @@ def _by_group(function: Callable, parts: Any, params: Params) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return here(parts, params)
-    # XLA can't cut a kernel of ours by itself: it would bring all parts to all devices.
+    # XLA can't split our kernels over devices by itself. It would copy all parts to all devices.
     cut, everywhere = PartitionSpec(sharding.AXIS), PartitionSpec()
     specs = {"in_specs": (cut, everywhere), "out_specs": cut, "check_vma": False}
     return jax.shard_map(here, mesh=mesh, **specs)(parts, params)
@@ -127,7 +136,10 @@ def _by_group(function: Callable, parts: Any, params: Params) -> Any:
 
 
 def _group_forward(plan: KernelPlan, x: Array, params: Params):
-    """[n, H, W, K] -> y [n, H', W', M], the norms' statistics, and what the gradient needs."""
+    """Returns y [n, H', W', M], the norms' statistics, and residuals for the backward pass.
+
+    x is [n, H, W, K].
+    """
     x, act = x.transpose(1, 2, 3, 0), plan.activation
     taps, project = _weights(params, x.dtype)
     expand, statistics = algebra.expansion(x, params, plan.epsilon)
@@ -148,7 +160,10 @@ def _group_forward(plan: KernelPlan, x: Array, params: Params):
 
 
 def _group_backward(plan: KernelPlan, part, params: Params) -> tuple[Array, Params]:
-    """The gradients of x [n, H, W, K] and of the parameters, from that of y."""
+    """Returns the gradients of x [n, H, W, K] and of the parameters; dy is the gradient of y.
+
+    `part` is (x, residuals of `_group_forward`, dy).
+    """
     x, (expand, norm, pooled, d), dy = part
     x, dy, act = x.transpose(1, 2, 3, 0), dy.transpose(1, 2, 3, 0), plan.activation
     cut = [(s, maps, _rows(dy, s.outputs)) for s, maps in zip(plan.strips, d, strict=True)]
@@ -172,13 +187,14 @@ def _group_backward(plan: KernelPlan, part, params: Params) -> tuple[Array, Para
 def _gated_backward(
     cut: list, norm: algebra.Norm, pooled: Array, params: Params, act: str
 ) -> tuple[Params, Array, Array]:
-    """From y back to d: the norm, squeeze-excite and the projection.
+    """Computes the gradients of the projection, squeeze-excite and the norm, from y back to d.
 
     Args:
         cut: (strip, its d, its gradient of y) of each strip.
 
     Returns:
-        Their gradients; and four columns and two images, as `backward.spread_gradients` takes them.
+        The gradients of the parameters; and four columns [E, 4] and two images [2, E, n], as
+        `backward.spread_gradients` takes them.
     """
     positions = _positions([d for _, d, _ in cut])
     _, project = _weights(params, cut[0][1].dtype)
@@ -190,7 +206,7 @@ def _gated_backward(
     ]
     sums, dproject = _sum(results)
     dexcite, dpooled = excite_gradient(sums[0])
-    pull = dpooled / positions  # what each position takes of the mean's gradient
+    pull = dpooled / positions  # the share of each position in the gradient of the mean
     dnorm, dd = algebra.norm_gradient(norm, sums, gate, pull, positions)
     dproject = algebra.like(params["project_conv"], dproject.sum(0))
     dparams = {
@@ -204,7 +220,7 @@ def _rows(maps: Array, rows: tuple[int, int]) -> Array:
 
 
 def _overlapped(parts: list[Array], strips: tuple[Strip, ...], height: int) -> Array:
-    """Puts strips' gradients together; where inputs belong to two strips they add up."""
+    """Joins the strips' gradients of x, and adds them up where two strips share input rows."""
     margins = [(strip.inputs[0], height - strip.inputs[1]) for strip in strips]
     rest = ((0, 0),) * 3
     return sum(jnp.pad(part, (rows, *rest)) for part, rows in zip(parts, margins, strict=True))
@@ -219,11 +235,11 @@ def _positions(strips: list[Array]) -> int:
 
 
 def _factors(expand: Expansion | None) -> tuple[Array | None, Array | None]:
-    """Weights [E, K] and shift [E, 1] of an expansion, as the kernels take them."""
+    """Returns the weights [E, K] and the shift [E, 1] of an expansion, for the kernels."""
     return (None, None) if expand is None else (expand.weights.T, expand.shift[:, None])
 
 
 def _weights(params: Params, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """The depthwise taps [E, k * k] and the projection [E, M], as the kernels take them."""
+    """Returns the depthwise taps [E, k * k] and the projection [E, M], for the kernels."""
     taps, project = params["depthwise_conv"]["kernel"], params["project_conv"]["kernel"]
     return taps.reshape(-1, taps.shape[-1]).T, project[0, 0].astype(dtype)

@@ -1,4 +1,4 @@
-"""The forward pass of a block as Pallas kernels, in the order in which it calls them."""
+"""The Pallas kernels of a block's forward pass, in the order in which they are called."""
 
 import functools
 import math
@@ -24,14 +24,14 @@ def spread(
     strip: Strip,
     activation: str,
 ) -> tuple[Array, Array]:
-    """Expansion, activation and depthwise convolution, with the sums for the norm that follows.
+    """Computes expansion, activation and depthwise convolution, and sums for the norm after them.
 
     Args:
         x: [H, W, K, N], floating; N a multiple of 128.
         expand: [E, K], of x's dtype.
         shift: [E, 1], float32.
         taps: [E, k * k], float32.
-        strip: what of the maps these rows are.
+        strip: the strip of the maps that has the rows of x.
 
     Returns:
         d: [H', W', E, N], of x's dtype: depthwise(activation(expand @ x + shift)).
@@ -55,7 +55,7 @@ def _spread(
 ):
     @pl.when(pl.program_id(1) == 0)
     def _():
-        vectors.clear(padded)  # the margins stay so; the rest is written for each tile
+        vectors.clear(padded)  # the margins stay 0; the rest is written for each tile
 
     moments[...] = jnp.zeros_like(moments)
     vectors.widen(taps, wide)
@@ -79,7 +79,7 @@ def _spread(
 
 
 def pool(d: Array, norm: Array, tile: int, activation: str) -> Array:
-    """The sums over positions of activation(d * norm[0] + norm[1]), [E, N], float32.
+    """Returns the sums over positions of activation(d * norm[0] + norm[1]), [E, N], float32.
 
     Args:
         d: [H', W', E, N], from `spread`.
@@ -106,7 +106,7 @@ def _pool(d, norm, pooled, wide, *, activation: Callable):
 def project(
     d: Array, norm: Array, gate: Array, weights: Array, tile: int, activation: str
 ) -> Array:
-    """weights^T @ (activation(d * norm[0] + norm[1]) * gate), [H', W', M, N], of d's dtype.
+    """Returns weights^T @ (activation(d * norm[0] + norm[1]) * gate), [H', W', M, N], d's dtype.
 
     Args:
         d, norm: as in `pool`.

@@ -1,8 +1,9 @@
-"""How the kernels cut maps into what stays on a TPU's chip.
+"""The cut of maps into strips and tiles that fit into the memory on a TPU's chip.
 
-Maps are [H, W, C, N]: channels along a vector register's sublanes, images along its lanes. So the
-taps of a depthwise convolution are other registers, not shifted ones, and little is padded. A
-kernel runs over tiles of 128 images and, within them, over tiles of the E hidden channels.
+Maps are [H, W, C, N], with channels along the sublanes of a vector register and images along its
+lanes. So another tap of a depthwise convolution reads another register, not a shifted one, and
+little is padded. A kernel runs over tiles of 128 images and, within them, over tiles of the E
+hidden channels.
 """
 
 import dataclasses
@@ -17,26 +18,27 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bef_jax.models.ops.depthwise import Padding
 
-# JAX's names of v5e, v5p and v6e: those before have 16 MiB of vector memory, of those after nothing
-# was compiled.
+# These are JAX's names of v5e, v5p and v6e. Older chips have only 16 MiB of vector memory, and for
+# newer ones nothing was compiled.
 KERNEL_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 
 LANES = 128  # images of a tile
-_SUBLANES = 8  # the channels of a tile are a multiple of them
-# Channels of a tile. Each 8 are instructions of their own, and 96 keep the products busy.
+_SUBLANES = 8  # the number of channels of a tile is a multiple of this
+# Channels of a tile. Every 8 channels need their own instructions, and 96 are enough to keep the
+# matrix unit busy.
 _MOST_CHANNELS = 96
-_VMEM = 58 * 2**20  # of 64 MiB on v5p, of 128 MiB on v5e and v6e; XLA keeps the rest
-_STAYS = 12 * 2**20  # maps that XLA may keep on the chip from kernel to kernel
-_BUDGET = 56 * 2**20  # the compiler keeps some of it for itself
+_VMEM = 58 * 2**20  # bytes, of 64 MiB on v5p and 128 MiB on v5e and v6e; XLA keeps the rest
+_STAYS = 12 * 2**20  # bytes of a map that XLA may keep on the chip between kernels
+_BUDGET = 56 * 2**20  # bytes that tiles are planned for; the compiler needs the rest of _VMEM
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
     """The geometry of a depthwise convolution.
 
-    A map that it reads is kept padded and split into its phases, [A, stride, B, stride, C, N]:
-    padded position (stride * a + p, stride * b + q) is element [a, p, b, q]. So a row of taps is
-    consecutive at stride 2, too.
+    The map that it reads is padded and split into its phases, [A, stride, B, stride, C, N].
+    Padded position (stride * a + p, stride * b + q) is element [a, p, b, q]. So the positions that
+    a tap reads are consecutive at stride 2, too.
     """
 
     size: tuple[int, int]
@@ -46,35 +48,35 @@ class Window:
 
     @property
     def outputs(self) -> tuple[int, int]:
-        """H', W'."""
+        """Returns H' and W'."""
         sides = zip(self.size, self.padding, strict=True)
         height, width = ((n + sum(pad) - self.kernel) // self.stride + 1 for n, pad in sides)
         return height, width
 
     @property
     def margin(self) -> int:
-        """Zeros before a padded gradient of the outputs: how far a tap reaches within its phase."""
+        """Returns the zeros before a padded output gradient: a tap's greatest reach in a phase."""
         return (self.kernel - 1) // self.stride
 
     @property
     def padded(self) -> tuple[int, int]:
-        """A, B: as many as inputs or taps reach."""
+        """Returns A and B, large enough for all inputs and for all positions that taps read."""
         sides = zip(self.size, self.padding, self.outputs, strict=True)
         a, b = (max((n + pad[0] - 1) // self.stride + 1, m + self.margin) for n, pad, m in sides)
         return a, b
 
     @property
     def phases(self) -> tuple[int, int, int, int]:
-        """The shape of a padded map, without its channels and images."""
+        """Returns the shape of a padded map, without its channels and images."""
         return self.padded[0], self.stride, self.padded[1], self.stride
 
     @property
     def taps(self) -> list[tuple[int, int]]:
-        """All (i, j), in the order in which a kernel's taps lie."""
+        """Returns all (i, j), in the order of a kernel's taps in memory."""
         return [(i, j) for i in range(self.kernel) for j in range(self.kernel)]
 
     def inside(self, axis: int, phase: int) -> tuple[int, int]:
-        """The elements of a phase along an axis that are inputs, not padding: [first, last)."""
+        """Returns [first, last) of the elements of a phase along an axis that are not padding."""
         before = self.padding[axis][0] - phase
         return -(-before // self.stride), (before + self.size[axis] - 1) // self.stride + 1
 
@@ -84,10 +86,10 @@ class Strip:
     """Rows of a block's maps that the kernels take at once, for all columns.
 
     Attributes:
-        inputs: [first, last) of the rows of x, with those that neighbours read, too.
+        inputs: [first, last) of the rows of x, which include rows that neighbours read, too.
         outputs: [first, last) of the rows of d and y.
-        window: of these rows: where they end within the map they are not padded.
-        channels: hidden channels at a time.
+        window: geometry of these rows. It has no padding at an end that is inside the map.
+        channels: hidden channels that the kernels take at a time.
     """
 
     inputs: tuple[int, int]
@@ -99,28 +101,33 @@ class Strip:
 def strips(
     window: Window, inputs: int, hidden: int, outputs: int, itemsize: int
 ) -> tuple[Strip, ...]:
-    """Cuts maps into strips of rows that fit on the chip, as few as keep the matrix unit busy.
+    """Cuts maps into the fewest strips of rows that fit on the chip with enough channels at a time.
 
-    Arguments are those of `tile_channels`.
+    The arguments are those of `tile_channels`.
 
     Raises:
         ValueError: not even one row fits.
     """
     height, channels = window.outputs[0], (inputs, hidden, outputs, itemsize)
-    # Products of 8 rows leave the matrix unit idle: more strips, which read a few rows twice, are
-    # faster (compiled for v5e, 7.3 M cycles for 9.4 M in B3's blocks of 48 x 48).
+    # Products with 8 rows leave the matrix unit idle. It is faster to have 16 channels at a time
+    # and more strips, which read a few rows twice. Compiled for v5e, B3's blocks of 48 x 48 then
+    # take 7.3 M cycles instead of 9.4 M.
     wanted = (_SUBLANES,) if inputs == hidden else (2 * _SUBLANES, _SUBLANES)
     for least, count in itertools.product(wanted, range(1, height + 1)):
         ends = [height * i // count for i in range(count + 1)]
         found = tuple(_strip(window, *rows, *channels) for rows in itertools.pairwise(ends))
         if all(strip.channels >= least for strip in found):
             return found
-    raise ValueError(f"no kernel takes maps of {window.size} with {hidden} channels: choose layers")
+    raise ValueError(
+        "config.model.mbconv=pallas: no kernel takes maps of "
+        f"{window.size} with {hidden} channels: choose layers"
+    )
 
 
 def _strip(window: Window, first: int, last: int, *channels: int) -> Strip:
     (top, _), columns = window.padding
-    start = first * window.stride - top  # of the padded rows that the strip's taps reach
+    # The strip's taps read the rows [start, stop), of which those outside of the map are padding.
+    start = first * window.stride - top
     stop = (last - 1) * window.stride + window.kernel - top
     rows = max(start, 0), min(stop, window.size[0])
     padding = (rows[0] - start, stop - rows[1]), columns
@@ -138,8 +145,9 @@ def tile_channels(window: Window, inputs: int, hidden: int, outputs: int, itemsi
     size, result = math.prod(window.size), math.prod(window.outputs)
     padded = math.prod(window.phases)
     gradient = math.prod(side + window.margin for side in window.padded)
-    # Bytes per image: of whole maps, which are there once; and per channel of a tile, of which
-    # scratch is there once, and twice what is loaded or written while another tile is worked on.
+    # `whole` has the bytes per image of whole maps, which have one buffer. `each` and `kept` have
+    # the bytes per image and channel of a tile. There, scratch has one buffer. What is loaded or
+    # written while the kernel works on another tile has two.
     kept = 8 * window.kernel**2 + 72 + window.padded[1] * itemsize
     kept += sum(2 * (itemsize + 4) * -(-columns // LANES) for columns in (inputs, outputs))
     whole = result * outputs * itemsize
@@ -160,13 +168,15 @@ def tile_channels(window: Window, inputs: int, hidden: int, outputs: int, itemsi
 def call_kernel(
     kernel: Callable, inputs, outputs, scratch, tile: int, products: int, activations: int
 ):
-    """Calls a kernel for every tile: of images, and within them of channels.
+    """Calls a kernel for every tile of images, and within them for every tile of channels.
 
     Args:
-        inputs, outputs: (array, or its shape, or None; how it is cut into tiles).
-        scratch: (shape, dtype), or None, of what a tile keeps on the chip.
-        products: multiplications, each with an addition, and
-        activations: evaluations of an activation or its slope, for XLA's account of costs.
+        inputs: pairs (array or None, function that cuts it into tiles: `whole`, `maps`, ...).
+        outputs: pairs (shape and dtype, or None; function that cuts it into tiles).
+        scratch: (shape, dtype), or None, of each array that a tile keeps on the chip.
+        tile: channels of a tile.
+        products: number of multiplications, each with an addition, for XLA's estimate of costs.
+        activations: number of evaluations of an activation or its slope, for the same estimate.
     """
     arrays, shapes = [array for array, _ in inputs], [shape for shape, _ in outputs]
     given = [(array, cut) for array, cut in (*inputs, *outputs) if array is not None]
@@ -191,14 +201,15 @@ def call_kernel(
         )(*arrays)
 
     def on_tpu(*arrays: Array):
-        # A kernel loads the next tile of wide maps by itself while it works. XLA would first bring
-        # large ones to the chip as a whole, and others away for them; small ones may stay there.
+        # A kernel itself loads the next tile of a wide map while it works. XLA would first copy
+        # large maps to the chip as a whole, and move others away for them. Small maps may stay on
+        # the chip.
         pairs = zip(arrays, inputs, strict=True)
         large = [cut is maps and x.nbytes > _STAYS for x, (_, cut) in pairs]
         arrays = (_in_hbm(x) if flag else x for x, flag in zip(arrays, large, strict=True))
         return call(*arrays, interpret=False)
 
-    # Elsewhere interpreted: the same arithmetic, slowly, for tests.
+    # Other platforms interpret the kernel, slowly, with the same arithmetic. This is for tests.
     elsewhere = functools.partial(call, interpret=True)
     return lax.platform_dependent(*arrays, tpu=on_tpu, default=elsewhere)
 
@@ -212,27 +223,30 @@ def _spec(array, cut: Callable, tile: int) -> pl.BlockSpec | None:
 
 
 def whole(shape: Sequence[int], tile: int) -> pl.BlockSpec:
-    """Maps [H, W, C, N] of few channels: all of them stay on the chip for all tiles of images'."""
-    # One buffer, not two: the next images' are loaded when these are done.
+    """Returns the spec of maps [H, W, C, N] of few channels, which are not cut by channels.
+
+    They stay on the chip while the kernel works on all channel tiles of a tile of images.
+    """
+    # They have one buffer, not two, so the next images' maps are loaded when these are done.
     return pl.BlockSpec(
         (*shape[:-1], LANES), lambda n, e: (0, 0, 0, n), pipeline_mode=pl.Buffered(1)
     )
 
 
 def maps(shape: Sequence[int], tile: int) -> pl.BlockSpec:
-    """[..., E, N]."""
+    """Returns the spec of [..., E, N], cut by channels and by images."""
     rest = len(shape) - 2
     return pl.BlockSpec((*shape[:-2], tile, LANES), lambda n, e: (*(0,) * rest, e, n))
 
 
 def rows(shape: Sequence[int], tile: int) -> pl.BlockSpec:
-    """[..., E, K], for all images."""
+    """Returns the spec of [..., E, K], cut by channels and the same for all images."""
     rest = len(shape) - 2
     return pl.BlockSpec((*shape[:-2], tile, shape[-1]), lambda n, e: (*(0,) * rest, e, 0))
 
 
 def parts(shape: Sequence[int], tile: int) -> pl.BlockSpec:
-    """[N / 128, ..., E, K]: what each tile of images adds."""
+    """Returns the spec of [N / 128, ..., E, K], the sums of each tile of images."""
     rest = len(shape) - 3
     size = (None, *shape[1:-2], tile, shape[-1])
     return pl.BlockSpec(size, lambda n, e: (n, *(0,) * rest, e, 0))

@@ -1,6 +1,7 @@
-"""What the kernels have in common: rows, columns, taps and products of maps on the chip.
+"""Operations that the kernels share, on rows, columns, taps and products of maps on the chip.
 
-A map's position is [C, 128] there: C / 8 vector registers of 8 channels and 128 images.
+There, a position of a map is [C, 128], which is C / 8 vector registers of 8 channels and 128
+images.
 """
 
 from collections.abc import Callable
@@ -11,19 +12,19 @@ from jax.experimental import pallas as pl
 
 from bef_jax.models.ops.mbconv.grid import LANES, Window
 
-_REGISTERS = 24  # of 64, that hold sums of a row's positions
+_REGISTERS = 24  # of 64, for the sums of a row's positions
 _SUBLANES = 8  # channels of a register
 
 
 def wide_shape(count: int, tile: int) -> tuple[tuple[int, ...], jnp.dtype]:
-    """Shape and dtype of the scratch that `widen` fills."""
+    """Returns the shape and dtype of the scratch that `widen` fills."""
     return (count, tile, LANES), jnp.float32
 
 
 def each_hidden(x, expand, shift, window: Window, use: Callable) -> None:
     """Calls use(position in a padded map, expand @ x + shift [C, 128]) for all positions.
 
-    Without `expand` it is x itself.
+    Without `expand`, the second argument is x itself.
     """
     (top, _), (left, _) = window.padding
 
@@ -40,7 +41,7 @@ def each_hidden(x, expand, shift, window: Window, use: Callable) -> None:
 
 
 def accumulate(total, result, add: Callable[[], None]) -> None:
-    """Sums over the tiles of channels: `add` adds to `total`, and the last one's is the result."""
+    """Sums over the tiles of channels: `add` adds to `total`, and the last tile writes `result`."""
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -57,7 +58,10 @@ def accumulate(total, result, add: Callable[[], None]) -> None:
 
 
 def clear(ref) -> None:
-    """Zeros, by rows: a loop, where one assignment would be as many instructions as registers."""
+    """Fills an array with zeros, row by row.
+
+    The loop needs few instructions, while one assignment would need one for each register.
+    """
 
     def row(index, _):
         ref[index] = jnp.zeros(ref.shape[1:], ref.dtype)
@@ -66,24 +70,24 @@ def clear(ref) -> None:
 
 
 def widen(columns, wide) -> None:
-    """[C, n] -> [n, C, 128]: each number for all lanes, once, not wherever it is wanted."""
+    """Repeats each number for all lanes, [C, n] -> [n, C, 128], once instead of at every use."""
     for index in range(len(wide)):
         wide[index] = jnp.broadcast_to(columns[:, pl.ds(index, 1)], wide.shape[1:])
 
 
 def affine(x: Array, wide, first: int = 0) -> Array:
-    """By channel x * factor + offset, two of the widened columns."""
+    """Returns x * factor + offset by channel, where both are widened columns, from `first` on."""
     return x * wide[first] + wide[first + 1]
 
 
 def tap(padded, row, columns, channels, i: int, j: int, stride: int) -> Array:
-    """What tap (i, j) reads for outputs [row, columns, channels]."""
+    """Returns the inputs that tap (i, j) reads for outputs [row, columns, channels]."""
     columns = shifted(columns, j // stride)
     return padded[row + i // stride, i % stride, columns, j % stride, channels]
 
 
 def pieces(positions: int, channels: int) -> list[tuple[pl.Slice, pl.Slice]]:
-    """(columns, channels) of pieces of a row, of 8 channels, whose sums fit into registers."""
+    """Cuts a row into pieces (columns, channels) of 8 channels, whose sums fit into registers."""
     return [
         (pl.ds(start, min(_REGISTERS, positions - start)), pl.ds(channel, _SUBLANES))
         for channel in range(0, channels, _SUBLANES)
@@ -92,12 +96,12 @@ def pieces(positions: int, channels: int) -> list[tuple[pl.Slice, pl.Slice]]:
 
 
 def shifted(columns: pl.Slice, offset: int) -> pl.Slice:
-    """As many columns, so many further right."""
+    """Returns the same number of columns, `offset` further right."""
     return pl.ds(columns.start + offset, columns.size)
 
 
 def dot(a: Array, b: Array, over: int | None = None) -> Array:
-    """The product a @ b in float32; over 0: a^T @ b, over 1: a @ b^T."""
+    """Returns a @ b in float32; a^T @ b if `over` is 0, and a @ b^T if it is 1."""
     axes = {None: (1, 0), 0: (0, 0), 1: (1, 1)}[over]
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The block of kernels against the block of layers, which other tests hold against torch."""
+"""Tests the block of kernels against the block of layers, which other tests compare with torch."""
 
 import dataclasses
 import itertools
@@ -28,9 +28,9 @@ CHANNELS = (8, 16, 24)
 
 @pytest.fixture(autouse=True)
 def as_on_tpu(monkeypatch):
-    """Simulates a TPU's memory: what nobody wrote is NaN, and a read beside an array an error.
+    """Simulates a TPU's memory: unwritten values are NaN, and a read outside an array is an error.
 
-    By two cores, which share the blocks of images in a random order: none waits for another.
+    Two cores share the tiles of images in a random order, and no core waits for the other.
     """
     params = pltpu.InterpretParams(
         uninitialized_memory="nan",
@@ -48,7 +48,7 @@ def as_on_tpu(monkeypatch):
 
 
 def make_params(channels, kernel, squeeze_excite=True):
-    """Of a block's layers, all of them far from where training starts."""
+    """Makes the parameters of a block's layers, all far from their values at the start."""
     rng = np.random.default_rng(kernel)
     inputs, hidden, outputs = channels
 
@@ -75,7 +75,7 @@ def make_params(channels, kernel, squeeze_excite=True):
 
 
 def make_plan(kernel, stride, groups=1, convention="same", activation="silu", ends=()):
-    """Of one strip, or of those that end at these rows of the output."""
+    """Makes a plan of one strip, or of several that end at the output rows `ends`."""
     padding = padding_of(kernel, stride, (SIDE, SIDE), convention)
     window = Window((SIDE, SIDE), kernel, stride, padding)
     rows = itertools.pairwise((0, *ends, window.outputs[0]))
@@ -85,20 +85,20 @@ def make_plan(kernel, stride, groups=1, convention="same", activation="silu", en
 
 
 def window_of(plan):
-    """Of the whole map."""
+    """Returns the window of the whole map."""
     first, last = plan.strips[0].window, plan.strips[-1].window
     rows = first.padding[0][0], last.padding[0][1]
     return dataclasses.replace(first, size=(SIDE, SIDE), padding=(rows, first.padding[1]))
 
 
 def make_images(count, channels=CHANNELS[0], dtype=jnp.float32):
-    """Not centred: norms have something to take away."""
+    """Makes images whose mean is not 0, so that norms have something to subtract."""
     x = np.random.default_rng(0).normal(0.5, 1, (count, SIDE, SIDE, channels))
     return jnp.asarray(x, dtype)
 
 
 def by_layers(x, params, plan):
-    """`efficientnet.MBConv._by_layers`, without its module."""
+    """Computes `efficientnet.MBConv._by_layers` without its module."""
     options, statistics, window = (plan.groups, EPSILON, plan.activation), {}, window_of(plan)
     if "expand_conv" in params:
         x = x @ params["expand_conv"]["kernel"][0, 0].astype(x.dtype)
@@ -117,7 +117,7 @@ def named(options):
 
 
 def everything(function, x, params, plan):
-    """Output, statistics and gradients, those of the parameters by name."""
+    """Returns the output, the statistics, and the gradients of x and of the parameters."""
 
     def run(x, params, cotangent):
         y, pullback, statistics = jax.vjp(
@@ -131,7 +131,7 @@ def everything(function, x, params, plan):
 
 
 def errors(actual, expected):
-    """Of each array, its greatest error by its greatest value."""
+    """Returns each array's greatest error, divided by its greatest value."""
 
     def error(a, b):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
@@ -171,7 +171,10 @@ def test_all_is_as_by_layers(plan, images, channels, squeeze_excite):
 
 @pytest.fixture
 def optimised():
-    """As it is, XLA's CPU compiler has no product of bfloat16 that gives float32."""
+    """Switches XLA's optimisation on.
+
+    Without it, the CPU compiler has no product of bfloat16 that gives float32.
+    """
     disabled = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -216,4 +219,4 @@ def test_eight_devices_compute_a_group_each():
     devices, error, found = json.loads(result.stdout)
     assert devices == 8
     assert error < 1e-5
-    assert found == {}  # no device needs what another one has
+    assert found == {}  # no device needs data from another one

@@ -1,4 +1,4 @@
-"""Kernels compiled for the chips that they are for: what the simulation knows nothing of."""
+"""Compiles the kernels for their chips, because the simulation does not know these limits."""
 
 import importlib.util
 
@@ -20,11 +20,12 @@ from tests.models.ops.mbconv.test_block import make_params
 @pytest.mark.parametrize(
     ("side", "kernel", "stride", "channels", "dtype", "activation"),
     [
-        (48, 3, 1, (40, 40, 24), "bfloat16", "silu"),  # B3: the first, in strips; the last
+        # B3's first block, in strips, and its last one.
+        (48, 3, 1, (40, 40, 24), "bfloat16", "silu"),
         (3, 3, 1, (384, 2304, 384), "bfloat16", "silu"),
         (48, 3, 2, (24, 144, 32), "float32", "silu"),
-        (12, 5, 2, (40, 240, 80), "bfloat16", "relu6"),  # Lite0's
-        (12, 3, 1, (352, 2112, 352), "bfloat16", "silu"),  # B2, total stride 8: nearly too large
+        (12, 5, 2, (40, 240, 80), "bfloat16", "relu6"),  # Lite0
+        (12, 3, 1, (352, 2112, 352), "bfloat16", "silu"),  # B2, total stride 8; nearly too large
         (12, 3, 1, (640, 3840, 640), "float32", "silu"),  # B7
     ],
 )

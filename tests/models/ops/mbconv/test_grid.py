@@ -58,9 +58,9 @@ def test_inside_is_every_input_once(kernel, stride, size, convention):
     [
         ((24, 48), 3, 1, (40, 40, 24), True),  # half of the maps of B3's first block
         ((24, 24), 3, 1, (32, 192, 32), True),
-        ((3, 3), 3, 1, (384, 2304, 384), True),  # and its last
+        ((3, 3), 3, 1, (384, 2304, 384), True),  # B3's last block
         ((6, 6), 5, 1, (112, 672, 112), True),
-        ((48, 48), 3, 1, (40, 40, 24), False),  # the first, whole
+        ((48, 48), 3, 1, (40, 40, 24), False),  # the whole maps of B3's first block
         ((6, 6), 3, 1, (10, 60, 10), False),  # no multiple of 8 divides 60
     ],
 )
@@ -80,7 +80,7 @@ def test_what_no_strip_holds_is_refused():
 @conventions
 @pytest.mark.parametrize(("kernel", "stride", "size"), CASES)
 def test_strips_read_what_their_outputs_are_made_of(kernel, stride, size, convention, monkeypatch):
-    # As if two rows of the output fitted on the chip, and no more.
+    # The test pretends that only two rows of the output fit on the chip.
     monkeypatch.setattr(grid, "tile_channels", lambda part, *_: 8 * (part.outputs[0] <= 2))
     window = make_window(kernel, stride, size, convention)
     cut = strips(window, 1, 8, 1, 4)
@@ -95,7 +95,7 @@ def test_strips_read_what_their_outputs_are_made_of(kernel, stride, size, conven
 
 
 def correlate(x, window):
-    """A depthwise convolution by taps 1, 2, 3, ..."""
+    """Returns a depthwise convolution with the taps 1, 2, 3, ..."""
     padded, (rows, columns), k = np.pad(x, window.padding), window.outputs, window.kernel
     taps, s = np.arange(1, k * k + 1).reshape(k, k), window.stride
     return np.array(
@@ -107,7 +107,7 @@ def correlate(x, window):
 
 
 def blocks_of(name, total_stride):
-    """(side, channels of the input, stage of one block) of each shape, for 96 x 96 images."""
+    """Returns (side, input channels, stage of one block) of each shape, for 96 x 96 images."""
     architecture = REGISTRY[name].args[0]
     stem, stages = boosted.reduce_downsampling(2, architecture.stages, total_stride)
     side, inputs, found = 96 // stem, architecture.stem, {}
@@ -119,7 +119,7 @@ def blocks_of(name, total_stride):
 
 
 def bytes_of(shape, dtype):
-    """As a TPU keeps it, in tiles of 8 x 128."""
+    """Returns the bytes of an array on a TPU, which keeps it in tiles of 8 x 128."""
     *rest, rows, lanes = (length or 1 for length in shape)
     tiles = math.prod(rest) * -(-rows // 8) * -(-lanes // LANES)
     return tiles * 8 * LANES * jnp.dtype(dtype).itemsize
@@ -129,9 +129,10 @@ def bytes_of(shape, dtype):
 @pytest.mark.parametrize("total_stride", [32, 8])
 @pytest.mark.parametrize("name", ["efficientnet_b2", "efficientnet_b7", "efficientnet_test"])
 def test_what_the_kernels_ask_for_fits_on_the_chip(name, total_stride, dtype, monkeypatch):
-    """Counts the buffers of each call: two of what is loaded or written block by block.
+    """Counts the buffers of each call; arrays that are loaded or written by block have two.
 
-    And XLA is told of every byte that goes in or comes out: it counts nothing else of a kernel.
+    It also checks that XLA is told of every byte that a kernel reads or writes, because XLA has no
+    other account of them.
     """
     asked = []
 

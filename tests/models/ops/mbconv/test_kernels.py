@@ -1,4 +1,4 @@
-"""Each kernel, on a simulated TPU, against loops over positions in float64."""
+"""Tests each kernel, on a simulated TPU, against loops over positions in float64."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from bef_jax.models.ops.mbconv.grid import Strip, Window
 from tests.models.ops.mbconv.test_block import as_on_tpu  # noqa: F401, a fixture
 
 INPUTS, HIDDEN, OUTPUTS = 8, 16, 24
-IMAGES, BLOCK = 256, 8  # two blocks of images, two of channels
+IMAGES, BLOCK = 256, 8  # two tiles of images, and two of channels
 SIZE = (5, 4)
 
 windows = pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def make_window(kernel, stride, convention):
 
 
 def whole(window):
-    """A strip of all rows."""
+    """Returns a strip of all rows."""
     return Strip((0, SIZE[0]), (0, window.outputs[0]), window, BLOCK)
 
 
@@ -52,7 +52,7 @@ def slope(z):
 
 
 def make_inputs(window, expands):
-    """x, expand, shift and taps [E, k * k]."""
+    """Makes x, expand, shift and taps [E, k * k]."""
     x = normal(*SIZE, INPUTS if expands else HIDDEN, IMAGES)
     expand, shift = normal(HIDDEN, INPUTS, seed=1), normal(HIDDEN, 1, seed=2)
     taps = normal(HIDDEN, window.kernel**2, seed=3)
@@ -60,7 +60,7 @@ def make_inputs(window, expands):
 
 
 def hidden_of(x, expand, shift):
-    """What is activated, and the activated, [H, W, E, N]."""
+    """Returns the maps before and after the activation, [H, W, E, N]."""
     if expand is None:
         return np.zeros_like(x), x
     z = np.einsum("ek,hwkn->hwen", expand, x) + shift
@@ -72,7 +72,7 @@ def padded_of(x, window):
 
 
 def windows_of(window):
-    """(row, column) of each output, and the slice of the padded map that it is made of."""
+    """Yields (row, column) of each output, and the slice of the padded map that it reads."""
     for row, column in np.ndindex(window.outputs):
         top, left = row * window.stride, column * window.stride
         yield (row, column), np.s_[top : top + window.kernel, left : left + window.kernel]
@@ -95,7 +95,7 @@ def test_spread(expands, kernel, stride, convention):
 
 
 def make_maps(seed=4):
-    """d, the norm's factor and offset, gate and projection."""
+    """Makes d, the norm's factor and offset, the gate and the projection."""
     d, norm = normal(*SIZE, HIDDEN, IMAGES, seed=seed), normal(HIDDEN, 2, seed=5)
     gate, weights = normal(HIDDEN, IMAGES, seed=6), normal(HIDDEN, OUTPUTS, seed=7)
     return d, norm, gate, weights
