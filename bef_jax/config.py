@@ -1,4 +1,4 @@
-"""Checks a configuration, and derives from it what depends on several fields."""
+"""Checks a configuration: single fields, combinations, and whether the devices can run it."""
 
 import json
 import logging
@@ -24,12 +24,12 @@ RANGES = {
 
 
 def as_json(config: ConfigDict) -> dict:
-    """Returns what is saved of a configuration: plain dicts, with lists for tuples."""
+    """Returns a configuration as it is saved: plain dicts, with lists for tuples."""
     return json.loads(config.to_json_best_effort())
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict:
-    """{"model.name": ..., ...}: every field of the tree by its dotted name."""
+    """Returns {"model.name": ..., ...}: every field of the tree by its dotted name."""
     fields = {}
     for key, value in config.items():
         inner = isinstance(value, ConfigDict)
@@ -39,7 +39,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict:
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` at the first field that is unknown, missing, mistyped or impossible."""
-    # Fields first: what follows looks them up by their names.
+    # Check the names first, because the other checks look fields up by name.
     fields, known = flatten(config), flatten(default.get_config())
     _check_fields(fields, known)
     for name, choices in CHOICES.items():
@@ -49,7 +49,7 @@ def validate(config: ConfigDict) -> None:
     for name, (least, greatest) in RANGES.items():
         _check_range(name, fields[name], least, greatest)
     _check_combinations(config)
-    # Last, and only where asked for: tracing the network takes a second or two.
+    # Check this last, and only if it is set: tracing the network takes a second or two.
     if config.optim.freeze:
         _check_freeze(config.optim.freeze, parameter_paths(config.model))
 
@@ -64,11 +64,11 @@ def _check_fields(fields: dict, known: dict) -> None:
 
 
 def _check_type(name: str, value, example) -> None:
-    """An integer passes for a float, and None only where the default is empty."""
-    # Lists, too: a saved configuration comes from JSON, which has no tuples.
+    """Raises `UserError` at a wrong type; an int fits a float, and None an empty default."""
+    # Accept lists for tuples: a saved configuration comes from JSON, which has no tuples.
     kinds = {float: (int, float), tuple: (tuple, list), type(None): (int, type(None))}
     allowed = kinds.get(type(example), (type(example),))
-    # To Python True is an int, and would pass for 1.
+    # In Python True is an int, so it would be accepted as 1.
     is_flag = isinstance(value, bool) and not isinstance(example, bool)
     if is_flag or not isinstance(value, allowed):
         wanted = "int" if example is None else type(example).__name__
@@ -76,9 +76,9 @@ def _check_type(name: str, value, example) -> None:
 
 
 def _check_range(name: str, value, least, greatest) -> None:
-    if value is not None and not least <= value <= greatest:  # NaN is not
+    if value is not None and not least <= value <= greatest:  # NaN is not in the range
         raise UserError(
-            f"config.{name}={value!r} is out of range: at least {least} and at most {greatest}"
+            f"config.{name}={value!r} is out of range: give at least {least} and at most {greatest}"
         )
 
 
@@ -88,9 +88,11 @@ def _check_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"config.rcc.min_size={rcc.min_size} is above rcc.max_size={rcc.max_size}: lower it"
         )
-    # 96 less an odd side leaves no two equal margins.
+    # With an odd side, the two margins in 96 pixels would differ.
     if rcc.eval_size % 2:
-        raise UserError(f"config.rcc.eval_size={rcc.eval_size} is odd: a center crop needs it even")
+        raise UserError(
+            f"config.rcc.eval_size={rcc.eval_size} is odd: center crops need an even side"
+        )
     if config.model.attention_kernel % 2 == 0:
         raise UserError("config.model.attention_kernel is even: choose an odd side")
     if config.steps is None and config.epochs == 0:
@@ -99,7 +101,7 @@ def _check_combinations(config: ConfigDict) -> None:
         raise UserError("config.eval.every_epochs is 0: give a part of an epoch, such as 0.5")
     if batch % config.optim.accumulate:
         raise UserError(f"config.optim.accumulate must divide batch_size={batch}")
-    # Groups are of what passes through the network at once: a micro-batch.
+    # Groups are parts of a micro-batch, which passes through the network at once.
     if batch // config.optim.accumulate % config.bn_groups:
         raise UserError("config.bn_groups must divide batch_size / optim.accumulate")
     if config.model.mbconv == "pallas":
@@ -107,9 +109,9 @@ def _check_combinations(config: ConfigDict) -> None:
     for name in ("augment.mean", "augment.std"):
         _check_triple(name, config.augment[name.removeprefix("augment.")])
     _check_ratio(config.data.split_ratio)
-    # After the triples, which are numbers by now: text can not be compared with 0.
+    # Check this after the triples, because only numbers can be compared with 0.
     if min(config.augment.std) <= 0:
-        raise UserError("config.augment.std: give three numbers above 0, normalisation's divisors")
+        raise UserError("config.augment.std: give three numbers above 0, because they are divisors")
     _check_stages(config.model)
 
 
@@ -124,7 +126,7 @@ def _check_kernels(config: ConfigDict) -> None:
 
 
 def _check_triple(name: str, values) -> None:
-    # Compared, as math.isfinite fails at a long int; NaN is not within either.
+    # Compare, because math.isfinite fails at a huge int. The comparison is also False for NaN.
     numbers = all(isinstance(x, (int, float)) and abs(x) <= MOST_FLOAT for x in values)
     if len(values) != 3 or not numbers:
         raise UserError(f"config.{name}={values!r}: give three numbers, one per channel")
@@ -132,7 +134,7 @@ def _check_triple(name: str, values) -> None:
 
 def _check_stages(model: ConfigDict) -> None:
     stages = range(1, num_stages(model.name) + 1)
-    # Used or not: a wrong stage should not wait until fusion is switched on.
+    # Check this without fusion, too, so that a wrong stage is not found only later.
     for stage in model.fusion_stages:
         if stage not in stages:
             raise UserError(
@@ -146,7 +148,7 @@ def _check_freeze(pattern: str, paths: tuple[str, ...]) -> None:
     try:
         frozen = [path for path in paths if is_frozen(path, pattern)]
     except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"{field} is no regular expression: {error}") from error
+        raise UserError(f"{field} is not a regular expression: {error}") from error
     if not frozen:
         raise UserError(f"{field} matches no parameter: they have names like {paths[0]}")
     if len(frozen) == len(paths):
@@ -157,21 +159,21 @@ def _check_ratio(ratio) -> None:
     _check_triple("data.split_ratio", ratio)
     if min(ratio) < 0 or sum(ratio) <= 0:
         raise UserError(
-            f"config.data.split_ratio={tuple(ratio)}: give shares that are not negative"
+            f"config.data.split_ratio={tuple(ratio)}: give three shares of at least 0, not all 0"
         )
 
 
 # ---- on the devices at hand --------------------------------------------------------------------
 
-# Images that batch normalisation needs for a mean and a variance to train with.
+# Batch normalisation needs at least this many images for a mean and a variance to train with.
 _LEAST_GROUP = 16
 
 
 def check_devices(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises `UserError` unless every device gets its part of a batch, and runs what is asked for.
+    """Raises `UserError` unless every device gets its part of a batch and can run its program.
 
-    Kernels are for some chips alone, and take whole groups. Too few images for batch statistics
-    are a warning.
+    Kernels are only for some chips, and take whole groups. Too few images for batch statistics
+    only cause a warning.
     """
     batch = config.batch_size // config.optim.accumulate
     _check_divisible("batch_size", batch, mesh)
@@ -197,7 +199,7 @@ def _check_kernel_devices(config: ConfigDict, mesh: Mesh) -> None:
             "config.model.mbconv=pallas is for TPU v5e, v5p and v6e, "
             f"not for {device.device_kind}: choose layers"
         )
-    # A kernel sees one group at a time, and takes its statistics on the device that has it.
+    # A kernel takes one group at a time, and computes its statistics on the device that has it.
     _check_divisible("bn_groups", config.bn_groups, mesh)
 
 

@@ -56,7 +56,8 @@ def train_and_evaluate(
 ) -> dict:
     """Trains to the end, evaluates, and writes checkpoints and the report.
 
-    A workdir that holds checkpoints is resumed; one that is done returns its summary again.
+    If the workdir holds checkpoints, the run resumes. If the run is finished, its summary is
+    returned again.
 
     Args:
         config: as `configs.default.get_config` makes it.
@@ -67,7 +68,7 @@ def train_and_evaluate(
         The summary; its keys are stable.
 
     Raises:
-        UserError: the configuration, data or checkpoints are not as they must be.
+        UserError: the configuration, the data or a checkpoint is not valid.
         DivergedError: the loss or a log-odds is not finite.
     """
     laps = Laps(started)
@@ -80,7 +81,7 @@ def train_and_evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same from the first step to the last."""
+    """The parts of a run that stay the same from the first step to the last."""
 
     config: ConfigDict
     workdir: Path
@@ -146,9 +147,9 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 
 
 def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
-    """Returns the summary of a run that has already come to `steps`."""
+    """Returns the summary of a run that has already reached `steps`; otherwise None."""
     summary = read_train_summary(workdir)
-    # Without figures the run was stopped; with fewer steps it is meant to be longer now.
+    # Without figures, the run was stopped. With fewer steps, it is now meant to be longer.
     if summary is None or summary["step"] < steps or summary["valid"] is None:
         return None
     newest = workdir / "checkpoints" / str(summary["step"])
@@ -160,7 +161,7 @@ def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | N
 
 
 def _train(run: Run) -> TrainState:
-    """Returns the last state; a signal may have stopped the run before its end."""
+    """Trains and returns the last state; a signal may have stopped the run before its end."""
     config, train = run.config, run.splits["train"]
     with Interrupt() as interrupt:  # from here on, a signal while compiling also saves
         state = _initial_state(run)
@@ -169,12 +170,11 @@ def _train(run: Run) -> TrainState:
         _write_config(run)
         run.laps.mark("state")
 
-        # The training split goes to the devices, if it is to be there.
         placed = place_split(train, run.mesh) if is_placed(train, config.data.placement) else None
         with run.clock.measure("compile"):
             programs = _compile(run, state, placed)
         run.laps.mark("compile")
-        distributed.wait_for_all("compiled")  # because Gloo gives a collective up after 30 s
+        distributed.wait_for_all("compiled")  # because a collective of Gloo fails after 30 s
 
         batches = _batches(run, placed, first)
         console = Console(stderr=True, quiet=not distributed.is_first())
@@ -203,8 +203,8 @@ def _initial_state(run: Run) -> TrainState:
 def _resume(run: Run, newest: Path) -> TrainState:
     try:
         saved = checkpoint.read_metadata(newest)
-        # In the shapes of its own config, so that a difference is named by its field, not by the
-        # names of Orbax's arrays.
+        # Use the shapes of its own config. Then an error about a difference names the field, and
+        # not Orbax's arrays.
         abstract = abstract_state(checkpoint.read_config(newest))
         state = checkpoint.restore(newest, abstract, sharding.replicated(run.mesh))
     except UserError as error:
@@ -212,7 +212,7 @@ def _resume(run: Run, newest: Path) -> TrainState:
         fix = f"; to go on from {older.name}, move it away" if older else ""
         raise UserError(f"{error}{fix}") from error
     checkpoint.check_fits(saved["config"], run.config, newest)
-    # Older checkpoints and imported ones have neither content nor clock.
+    # Imported checkpoints have no content, and older ones may lack content and clock.
     if saved.get("content", _content(run)) != _content(run):
         LOG.warning("the store holds other patches than when %s was saved", newest)
     run.clock.restore(saved.get("clock", {}))
@@ -221,7 +221,7 @@ def _resume(run: Run, newest: Path) -> TrainState:
 
 
 def _content(run: Run) -> str:
-    """Returns the sha256 over the patches and labels of the store, in any order."""
+    """Returns the sha256 of the store's patches and labels; it does not depend on their order."""
     return run.manifest["content"]["total"]
 
 
@@ -232,11 +232,11 @@ def _write_config(run: Run) -> None:
         if distributed.is_first():
             write_text(file, run.config.to_json_best_effort(indent=2) + "\n")
         elif not file.exists():
-            raise UserError(f"{run.workdir}: not shared by all hosts, and --workdir must be")
+            raise UserError(f"{run.workdir}: is not shared by all hosts; give a --workdir that is")
 
 
 def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Callable]:
-    """Returns the programs that the calls to come need, by how many steps they take."""
+    """Returns the programs for the remaining calls, by how many steps they take."""
     config, spans = run.config, run.durations
     schedule = make_schedule(config, spans.steps, spans.steps_per_epoch)
     programs = {
@@ -249,7 +249,7 @@ def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Cal
 
 
 def _batches(run: Run, placed: Batch | None, first: int) -> Iterator[Batch | Selection]:
-    """Returns what each call trains on, from step `first` on."""
+    """Returns the inputs of all calls from step `first` on."""
     config, split = run.config, run.splits["train"]
     order = {"seed": config.seed, "batch_size": config.batch_size, "start": first}
     if placed is None:
@@ -266,9 +266,10 @@ def _loop(
     bar: Progress,
     interrupt: Interrupt,
 ) -> TrainState:
-    """Runs the loop. Its order is law: log, evaluate, save; then the next batch, and the step.
+    """Runs the loop in this order: log, evaluate, save; then the next batch, and the step.
 
-    So the saved step decides the next batch, and what is saved has been found finite.
+    The order must not change: the saved step decides the next batch, and the losses before a save
+    have been found finite.
     """
     config, spans, train = run.config, run.durations, run.splits["train"]
     first = step = int(state.step)
@@ -285,11 +286,11 @@ def _loop(
             _save(run, state, step, valid)
         if ended:
             return state
-        with run.clock.measure("wait"):  # what the step before did not hide
+        with run.clock.measure("wait"):  # only the time that the step before did not hide
             batch = next(batches)
         state, metrics = programs[batch.steps](state, batch, key)
         if step == first:
-            jax.block_until_ready(metrics)  # only now: later ones are read a step late
+            jax.block_until_ready(metrics)  # only here: later metrics are read a step late
             run.laps.mark("step")
             bar.log(f"first step {run.laps}")
         step += batch.steps
@@ -362,7 +363,7 @@ def _summary(run: Run, state: TrainState) -> dict:
 
 def _evaluate_best(run: Run, summary: dict) -> None:
     """Evaluates the best checkpoint, adds its figures to the summary, and writes the report."""
-    # From disk even if the state at hand is the best: the figures are of what others will load.
+    # Load it even if the last state is the best, so that the figures are of what others load.
     path = checkpoint.best(run.workdir)
     step, everywhere = int(path.name), sharding.replicated(run.mesh)
     variables = checkpoint.restore_variables(path, run.config, everywhere)
@@ -388,4 +389,4 @@ def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Eva
     LOG.info("open %s in a browser: figures, curves, the most confident patches, the data", page)
     for name, evaluation in evaluations.items():
         write_scores(run.workdir / f"scores_{name}.csv", evaluation)
-    write_summary(run.workdir, summary)  # here, too, for callers from Python
+    write_summary(run.workdir, summary)  # main does this, too, but not for callers from Python

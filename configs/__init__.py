@@ -1,1 +1,1 @@
-"""Configurations, a file each: `--config=configs/<name>.py`."""
+"""Configurations, one per file: `--config=configs/<name>.py`."""

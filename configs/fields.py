@@ -1,7 +1,7 @@
-"""What each field of a configuration may be, and what it affects: one table for all who ask.
+"""The table of all fields of a configuration: what each may be, and what it affects.
 
-`bef_jax.config` validates by it. Resuming, scoring, fine-tuning and the ablation compare two
-configurations by it. `default.py` has the values and what they mean.
+`bef_jax.config` uses it to validate. Resuming, scoring, fine-tuning and the ablation use it to
+compare two configurations. `default.py` has the default values and what they mean.
 """
 
 import dataclasses
@@ -14,27 +14,27 @@ NETWORK = "network"  # the weights, or what they mean: another value needs anoth
 OPTIMIZER = "optimizer"  # the state of training: another value cannot resume it
 INPUT = "input"  # how a patch becomes the input of the network
 SCORE = "score"  # how logits become probabilities and decisions
-TRAINING = "training"  # what a run comes to
-DATA = "data"  # which patches there are
+TRAINING = "training"  # the result of a run
+DATA = "data"  # which patches a run has
 SPEED = "speed"  # time and memory; results differ by rounding at most
-SURROUNDINGS = "surroundings"  # where and how a run goes on, not what it comes to
+SURROUNDINGS = "surroundings"  # where and how a run works, not its result
 
-# The state counts steps in an int32, and JAX keeps 32 bits of a seed: 2**32 would be 0 again.
+# The state counts steps in an int32. JAX keeps 32 bits of a seed, so 2**32 would be 0 again.
 MOST_INT = 2**31 - 1
-MOST_FLOAT = 3.4028234663852886e38  # the largest float32; what is above it is infinite to JAX
-MOST_IMAGES = 65_536  # of a batch: 1.8 GB of pixels
+MOST_FLOAT = 3.4028234663852886e38  # the largest float32; larger numbers are infinite in JAX
+MOST_IMAGES = 65_536  # per batch; these are 1.8 GB of pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What one field may be.
+    """The possible values of one field, and what it affects.
 
     Attributes:
         affects: one of the words above.
         least, most: bounds of a number, both included.
-        choices: all values, where they are few.
-        off: the value that switches a mechanism off. Where it has one, only being on or off
-            changes the state of the optimiser.
+        choices: all possible values, if they are few.
+        off: the value that switches a mechanism off. If a field has one, the optimiser's state
+            depends only on whether the mechanism is on or off.
     """
 
     affects: str
@@ -69,15 +69,15 @@ FIELDS = {
     "model.dropout": Field(TRAINING, 0, 0.99),
     "model.drop_path": Field(TRAINING, 0, 0.99),
     "model.bn_momentum": Field(TRAINING, 0, 1),
-    # No shape depends on it, but the weights were trained with it. The variance of a constant
-    # channel is 0, so it is above 0.
+    # No shape depends on epsilon, but the weights were trained with it. It is above 0, because the
+    # variance of a constant channel is 0.
     "model.bn_epsilon": Field(NETWORK, 1e-12, MOST_FLOAT),
     "model.depthwise": Field(SPEED, choices=("auto", "native", "shift")),
     "model.mbconv": Field(SPEED, choices=("layers", "pallas")),
     "model.remat": Field(SPEED, choices=("none", "block")),
     "model.padding": Field(NETWORK, choices=("same", "symmetric")),
     "rcc.enabled": Field(INPUT),
-    # The center decides the label, so no window is smaller.
+    # The center decides the label, so no window is smaller than the center.
     "rcc.min_size": Field(TRAINING, CENTER_SIDE, PATCH),
     "rcc.max_size": Field(TRAINING, CENTER_SIDE, PATCH),
     "rcc.eval_size": Field(INPUT, CENTER_SIDE, PATCH),

@@ -2,9 +2,9 @@
 
     bef-jax --config=gpu --config.data.dir=DIR
 
-The training split (7.2 GB) is kept on a GPU of which it takes at most half. Where memory is short,
-`--config.batch_size=128` halves what a step needs, and the learning rate follows. No run with it
-has been measured.
+The training split (7.2 GB) is kept on the GPU if it takes at most half of the memory. If memory is
+short, `--config.batch_size=128` halves what a step needs, and the learning rate is scaled with it.
+No run with this configuration has been measured.
 """
 
 from ml_collections import ConfigDict

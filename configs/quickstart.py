@@ -18,8 +18,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.ema_decay = 0.99  # the run is short
     config.model.name = "efficientnet_test"
     config.data.source = "synthetic"
-    # Apart from real data: a store of its own, which may be deleted at any time.
+    # Keep this store apart from real data, so that it may be deleted at any time.
     config.data.dir = "data/synthetic"
-    config.optim.learning_rate = 1.2e-2  # small networks bear more
+    config.optim.learning_rate = 1.2e-2  # small networks tolerate more
     config.optim.warmup_epochs = 0.5
     return default.apply_arg(config, arg)

@@ -1,4 +1,4 @@
-"""ResNet-50 as published, to compare with; it can take the paper's changes, and has none."""
+"""ResNet-50 as published, for comparison. It can take the paper's changes, but has none."""
 
 from ml_collections import ConfigDict
 
@@ -10,9 +10,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = default.get_config()
     config.name = "resnet50"
     config.model.name = "resnet50"
-    config.model.padding = "symmetric"  # as torchvision's, whose weights then fit; likewise epsilon
+    config.model.padding = "symmetric"  # as in torchvision, so that its weights fit; epsilon too
     config.model.bn_epsilon = 1e-5
-    # He et al. 2016 have neither.
+    # He et al. 2016 use neither.
     config.model.dropout = 0.0
     config.model.drop_path = 0.0
     config.rcc.enabled = False

@@ -1,10 +1,10 @@
-"""A Cloud TPU slice of eight chips, such as v5e-8: as gpu8.py, 256 images a chip.
+"""A Cloud TPU slice of eight chips, such as v5e-8: like gpu8.py, 256 images per chip.
 
     export ZONE=...
     bash launch/tpu_vm.sh create
     bash launch/tpu_vm.sh run --config=tpu8 --config.data.dir=DIR
 
-No run with it has been measured.
+No run with this configuration has been measured.
 """
 
 from ml_collections import ConfigDict

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from bef_jax.data.store import Split
 from bef_jax.runtime import sharding
 
-_SHARE = 0.5  # of the accelerators' memory that a split may take: the step needs the rest
+_SHARE = 0.5  # share of the accelerators' memory for a split, because the step needs the rest
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +49,7 @@ class Selection:
 
     @property
     def steps(self) -> int:
-        """Returns S, the number of steps that this is the input of."""
+        """Returns S, the number of steps that use this as their input."""
         return len(self.indices)
 
 
@@ -65,7 +65,7 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def batch_indices(seed: int, step: int, n: int, batch_size: int) -> np.ndarray:
     """Returns the indices of the patches, out of n, that step `step` trains on, [batch_size].
 
-    An epoch has n // batch_size steps. Patches that are left over are in the next epoch's shuffle.
+    An epoch has n // batch_size steps. The patches left over wait for the next epoch's shuffle.
     """
     epoch, index = divmod(step, n // batch_size)
     start = index * batch_size
@@ -102,7 +102,7 @@ def fits_devices(split: Split) -> bool:
 
 
 def fits_memory(split_bytes: int, memory: float) -> bool:
-    """Returns whether a split leaves enough of `memory`, the bytes of all devices, to the step."""
+    """Returns whether a split leaves enough of `memory`, the bytes of all devices, for the step."""
     return split_bytes <= _SHARE * memory
 
 
@@ -154,7 +154,7 @@ def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
 def _put_unless(stop: threading.Event, ready: queue.Queue, item) -> None:
     """Puts `item` into the queue once it has room; gives up when `stop` is set.
 
-    Nobody empties the queue of a loop that has ended.
+    It must not wait without end, because nobody empties the queue of a loop that has ended.
     """
     while not stop.is_set():
         try:
@@ -215,7 +215,8 @@ def gather_rows(rows: Array, indices: Array, mesh: Mesh) -> Array:
     """Returns rows[indices], also spread over the devices by rows.
 
     Each device picks the rows of the batch that it holds and leaves zeros elsewhere. The sum over
-    devices, scattered, is the batch. So a batch crosses the wires once, and the split never does.
+    the devices is the batch, and each device gets its own rows of the sum. So a batch is sent over
+    the wires once, and the split never is.
 
     Args:
         rows: [n, ...] from `place`, on the devices.

@@ -1,1 +1,1 @@
-"""From one training step to a run: state, optimiser, checkpoints, and what a run logs."""
+"""Training: the step, the state, the optimiser, checkpoints, and the logs of a run."""

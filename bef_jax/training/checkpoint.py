@@ -1,10 +1,10 @@
-"""Checkpoints: the training state, the configuration and the clocks, by Orbax.
+"""Checkpoints: Orbax saves the training state, the configuration and the clock of a run.
 
     <workdir>/checkpoints/<step>/{state,run,metrics,checksums.json}
 
-`state` is a `TrainState`; `run` is JSON: the configuration and what the run has counted so far.
-`checksums.json` has the sha256 of each file. Saving is asynchronous and atomic. The newest few and
-the best by valid AUC are kept.
+`state` is a `TrainState`. `run` is JSON: the configuration, the clock, the sha256 of the data and
+the operating point. `checksums.json` has the sha256 of each file. Saving is asynchronous and
+atomic. The newest few checkpoints and the best one by valid AUC are kept.
 """
 
 import contextlib
@@ -42,19 +42,19 @@ LOG = logging.getLogger(__name__)
 _BEST = "valid_auc"
 CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is still writing
-_STEP = re.compile("0|[1-9][0-9]*")  # as Orbax names the folder of a step, once that is whole
-_TEXTS = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")  # which Orbax reads whole
+_STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder that Orbax has finished
+_TEXTS = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")  # files that Orbax reads whole
 _LONGEST_TEXT = 32 << 20  # bytes
-# What Orbax and ConfigDict raise at content that was cut or edited.
+# Orbax and ConfigDict raise these if a file was cut or edited.
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-_FIX = "move the checkpoint away, or name another one by --checkpoint"
+_FIX = "move the checkpoint away, or name another one with --checkpoint"
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest and best."""
+    """The newest checkpoints of one run, and the best one."""
 
     def __init__(self, workdir: Path, keep: int):
-        """Opens (or begins) <workdir>/checkpoints; `keep` newest are kept besides the best.
+        """Opens or creates <workdir>/checkpoints, which keeps the newest `keep` and the best.
 
         Raises:
             UserError: nothing can be written there, or what is there is damaged.
@@ -62,8 +62,8 @@ class Checkpoints:
         self.directory = Path(workdir).resolve() / "checkpoints"  # Orbax refuses relative paths
         check_outputs(self.directory.parent, folders=[self.directory.name])
         self._check_what_is_there()
-        # Any: the best stays when newer ones have come. `BestN` would else keep every save between
-        # evaluations, as these have no score.
+        # Keep what either policy keeps, so that the best stays when newer ones come. By default,
+        # `BestN` would also keep every save between evaluations, because these have no score.
         keep_any = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
@@ -71,58 +71,58 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            # What is kept, the policy decides; but without a best_fn Orbax writes no metrics.
+            # The policy decides what is kept, but without a best_fn Orbax writes no metrics.
             best_fn=_auc,
             preservation_policy=keep_any,
-            cleanup_tmp_directories=True,  # what a kill left half would stay for ever
+            cleanup_tmp_directories=True,  # because a kill leaves half-written ones
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        # Of these files, which have no checksum, Orbax raises whatever its parser meets.
+        # Orbax parses these files here. They have no checksum, so damage raises any of these.
         except _DAMAGE as error:
             damaged = f"{self.directory}: a _CHECKPOINT_METADATA in it is damaged"
             raise UserError(f"{damaged} ({reason_of(error)}); delete that file") from error
 
     def _check_what_is_there(self) -> None:
-        """Looks at what Orbax will read: at a FIFO it would wait, at damage it fails."""
+        """Checks what Orbax will read, because it would wait for a FIFO and fail at damage."""
         for step in saved_steps(self.directory.parent):
             _files_below(self.directory / str(step))
             _score(self.directory / str(step))
-        # Digits of another script are a number to Orbax, of a folder that it does not find.
+        # Orbax takes digits of other scripts for a step number, but does not find its folder.
         for file in self.directory.glob("*"):
             if file.name.isdecimal() and not file.name.isascii():
-                raise UserError(f"{file}: is no checkpoint of a run; move it away")
+                raise UserError(f"{file}: is not a checkpoint of a run; move it away")
 
     def save(self, step: int, state: TrainState, run: dict, auc: float | None) -> None:
-        """Starts a save of `state` and the JSON `run`; the call returns once both are copied."""
+        """Starts to save `state` and the JSON `run`; returns when both are copied."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         metrics = None if auc is None else {_BEST: auc}
-        if step == self._manager.latest_step():  # stopped again before the first step
+        if step == self._manager.latest_step():  # the run was stopped again before its first step
             return
         self._manager.save(step, args=items, metrics=metrics)
 
     def _write_checksums(self) -> None:
-        """Called in the background, when a save's files are complete and not yet renamed."""
-        # Each file is read once more, in Orbax's thread: the next save waits for it, no step does.
+        """Writes checksums.json. Orbax calls this when the files are complete but not renamed."""
+        # This reads each file again in Orbax's thread. The next save waits for it, but no step.
         for folder in self.directory.glob(f"*{_UNFINISHED}*") if distributed.is_first() else ():
-            # Of the items alone: to the file beside them Orbax adds the time of its commit.
+            # Hash only the items, because Orbax still adds its commit time to the file beside them.
             files = [file for item in folder.glob("*/") for file in item.rglob("*")]
             names = [file.relative_to(folder).as_posix() for file in files if file.is_file()]
             write_json(folder / CHECKSUMS, {name: sha256(folder / name) for name in names})
 
     def newest(self, at_most: int | None = None) -> Path | None:
-        """Returns the folder of the newest checkpoint on disk, or of the newest up to a step."""
+        """Returns the folder of the newest checkpoint, up to step `at_most`; None without one."""
         steps = saved_steps(self.directory.parent)
         steps = [step for step in steps if at_most is None or step <= at_most]
         return self.directory / str(steps[-1]) if steps else None
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk."""
+        """Waits until all saves are on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits likewise, and ends Orbax's threads."""
+        """Waits until all saves are on disk, and ends Orbax's threads."""
         self._manager.close()
 
 
@@ -131,24 +131,24 @@ def _auc(metrics: dict) -> float:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """The steps that a workdir has checkpoints of, ascending."""
+    """Returns the steps of all checkpoints in a workdir, in ascending order."""
     directory = Path(workdir).resolve() / "checkpoints"
-    # Digits alone: what is being written has a suffix until it is whole.
+    # Take only names of digits: an unfinished folder has a suffix until it is complete.
     names = [path.name for path in directory.glob("*") if path.is_dir()]
     return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def best(workdir: Path) -> Path:
-    """The folder of the best checkpoint by valid AUC in a workdir, or the newest without one.
+    """Returns the folder of the best checkpoint by valid AUC, or of the newest if none has an AUC.
 
     Raises:
-        UserError: there is none, or a score is damaged.
+        UserError: there is no checkpoint, or a score is damaged.
     """
-    # Not by a manager, which would delete what a run that goes on has half written.
+    # Use no CheckpointManager: it would delete what a run in progress has half written.
     directory, steps = Path(workdir).resolve() / "checkpoints", saved_steps(workdir)
     if not steps:
         raise UserError(f"{directory}: no checkpoint there; train first, or give --checkpoint")
-    # Of equal scores the later; that of a save between evaluations is below any AUC.
+    # Of equal scores, take the later step. A save without an AUC scores -1, below any AUC.
     return directory / str(max(steps, key=lambda step: (_score(directory / str(step)), step)))
 
 
@@ -169,17 +169,16 @@ def _check_score(found: Any) -> None:
 
 
 def read_metadata(path: Path) -> dict:
-    """Returns the JSON beside a checkpoint's state: `config` and what the run has counted.
+    """Returns `run` of a checkpoint: `config`, `clock`, `content` and `operating_point`.
 
-    Those of older versions have less than that, but all have `config`, whose fields `complete`
-    checks.
+    Older versions wrote fewer of these, but all wrote `config`. `complete` checks its fields.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: it does not exist, or is damaged.
     """
     path = _existing(path)
     _verify(path, ["run"])
-    # Not through Orbax: it asks JAX for its devices, and hosts may only meet before that.
+    # Do not read it with Orbax, which makes JAX start its devices: hosts must connect before that.
     try:
         return read_json(path / "run" / "metadata", _check_metadata, _FIX)
     except FileNotFoundError as error:
@@ -193,18 +192,18 @@ def _check_metadata(found: Any) -> None:
     check_types(found["clock"], **dict.fromkeys(found["clock"], float))
     figures, point = [*found["clock"].values()], found["operating_point"]
     if point is not None:
-        figure = int | float | None  # None where valid has one class, for which none is best
+        figure = int | float | None  # None if nothing could be chosen on valid
         check_types(point, chosen_on=str, temperature=figure, threshold=figure)
         figures += [point[name] or 0 for name in ("temperature", "threshold")]
     if not all(map(math.isfinite, figures)):
-        raise ValueError("a figure that is not finite")
+        raise ValueError("a number is not finite")
 
 
 def read_config(path: Path) -> ConfigDict:
     """Returns the configuration of a checkpoint, with defaults for fields that are newer than it.
 
     Raises:
-        UserError: the checkpoint is not there or damaged, or a field is not as it must be.
+        UserError: the checkpoint does not exist or is damaged, or a field is not valid.
     """
     saved = read_metadata(path)["config"]
     with naming(path):
@@ -217,12 +216,12 @@ def complete(saved: dict) -> ConfigDict:
     Raises:
         UserError: a field is unknown to this version, mistyped or impossible.
     """
-    # Through JSON, as the saved one went: both have lists for tuples.
+    # Pass the defaults through JSON, like the saved config, so that both have lists for tuples.
     config = ConfigDict(as_json(default.get_config()))
     sections = [name for name in saved if isinstance(config.get(name), ConfigDict)]
     try:
         check_types(saved, **dict.fromkeys(sections, dict))
-        # Whatever the type: `validate` says which one it should be.
+        # Accept any type here, because `validate` names the right one in its error.
         with config.ignore_type():
             config.update(saved)
     except _DAMAGE as error:
@@ -233,7 +232,7 @@ def complete(saved: dict) -> ConfigDict:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts into an error that is raised inside, and names a field, whose field it is."""
+    """Adds the checkpoint's path to an error about one of its fields."""
     try:
         yield
     except UserError as error:
@@ -241,12 +240,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
-    """Reads a state into the shapes of `abstract`, onto the devices of `sharding`.
+    """Returns the saved state in the shapes of `abstract`, on the devices of `sharding`.
 
     Raises:
-        UserError: it is not there, damaged, or of other shapes.
+        UserError: it does not exist, is damaged, or has other shapes.
     """
-    # Tells Orbax where each array goes: to the devices of now, not to those that saved it.
+    # Tell Orbax to put each array on the present devices, not on those that saved it.
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
     )
@@ -254,24 +253,24 @@ def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
     _verify(path, ["state"])
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(placed))
     try:
-        # No manager: this may be any folder, without the rest of its run.
+        # Use no CheckpointManager, because the folder may be alone, without the rest of its run.
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=wanted)["state"]
-    # Orbax and tensorstore raise whatever their parsers meet: each kind means that the checkpoint
-    # can't be used.
+    # The parsers of Orbax and tensorstore can raise any kind of error. Each kind means that the
+    # checkpoint can't be used.
     except Exception as error:
         raise UserError(f"checkpoint {path} can't be read: {reason_of(error)}") from error
 
 
 def restore_variables(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
-    """Returns {params, batch_stats} of a checkpoint to score with: the average, if it kept one.
+    """Returns the {params, batch_stats} to score with: the checkpoint's average, if it has one.
 
     Args:
-        config: with which the checkpoint was trained, completed (`read_config`).
+        config: the configuration of the checkpoint, completed (`read_config`).
         sharding: of every array.
 
     Raises:
-        UserError: it is damaged, or of other shapes.
+        UserError: it is damaged, or has other shapes.
     """
     return restore(path, abstract_state(config), sharding).eval_variables()
 
@@ -284,18 +283,18 @@ def _existing(path: Path) -> Path:
 
 
 def _verify(path: Path, items: Iterable[str]) -> None:
-    """Compares the files of `items` with their sha256: Orbax would load a flipped bit as a weight.
+    """Checks the sha256 of the files of `items`: Orbax would load a flipped bit as a weight.
 
-    Checkpoints of older versions carry none, and are taken as they are.
+    Checkpoints of older versions have no checksums, and are accepted unchecked.
     """
     there = _files_below(path)
     if CHECKSUMS not in there:
         return
     expected = read_json(path / CHECKSUMS, _check_sums, _FIX)
-    # Whoever wants the configuration alone need not have the weights hashed.
+    # Hash only these items, so that reading the configuration does not read the weights.
     chosen = {name: value for name, value in expected.items() if name.split("/")[0] in items}
-    # Names that a walk did not find are not looked up: they may lead out of the folder. A list
-    # that names no file of the items would let everything pass.
+    # Do not open names that `_files_below` did not find, because they may lead out of the folder.
+    # A list without any file of the items is damaged too, because everything would pass.
     missing = sorted(chosen.keys() - there) if chosen else [CHECKSUMS]
     damaged = path / missing[0] if missing else first_damaged(path, chosen)
     if damaged:
@@ -311,13 +310,13 @@ def _files_below(folder: Path) -> set[str]:
     """Returns the names of all files of a checkpoint, with forward slashes.
 
     Raises:
-        UserError: one of them is not as Orbax may open it, or the folder can't be read.
+        UserError: Orbax must not open one of them, or the folder can't be read.
     """
     names, folders = set(), [folder]
     try:
         while folders:
             for file in folders.pop().iterdir():
-                # A link to a folder is none that was saved, and could lead anywhere.
+                # Do not follow a link to a folder: no save makes one, and it could lead anywhere.
                 if file.is_dir() and not file.is_symlink():
                     folders.append(file)
                 else:
@@ -333,7 +332,7 @@ def _check_file(file: Path) -> None:
     if not file.exists():
         raise UserError(f"{file}: links to nothing; {_FIX}")
     if file.name in _TEXTS and file.stat().st_size > _LONGEST_TEXT:
-        raise UserError(f"{file}: longer than any that is written; {_FIX}")
+        raise UserError(f"{file}: is longer than any that this program writes; {_FIX}")
 
 
 # ---- whether it fits ----------------------------------------------------------------------------
@@ -342,15 +341,16 @@ def _check_file(file: Path) -> None:
 def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     """Compares the configuration that a checkpoint was trained with to the one given.
 
-    Another model, or other optimiser state, can't be loaded; other differences are logged.
+    The state of another model, or of another kind of optimiser, can't be loaded. Other differences
+    are logged.
 
     Raises:
-        UserError: naming the fields that differ, or one that is not as it must be.
+        UserError: the state can't be loaded (it names the fields), or a field is not valid.
     """
     with naming(path):
         old = flatten(complete(saved))
     new = flatten(ConfigDict(as_json(config)))
-    # Where processes meet may be elsewhere at every start.
+    # Processes may meet at another address at every start.
     lasting = [name for name in new if not name.startswith("distributed.")]
     changed = [name for name in lasting if old[name] != new[name]]
     fatal = [name for name in changed if _decides_state(name, old, new)]
@@ -364,6 +364,6 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
 def _decides_state(name: str, old: dict, new: dict) -> bool:
     """Returns whether another value of a field needs other weights or other optimiser state."""
     field = FIELDS[name]
-    if field.off is not None:  # then it counts whether it is on, and not how large it is
+    if field.off is not None:  # then only on or off matters, not the value
         return (old[name] == field.off) != (new[name] == field.off)
     return field.affects in (NETWORK, OPTIMIZER)

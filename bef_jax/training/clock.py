@@ -1,4 +1,4 @@
-"""Where the time of a run goes, over all its restarts."""
+"""Clocks that show where the time of a run goes, over all its restarts."""
 
 import contextlib
 import time
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 
 class Laps:
-    """How the time since a start divides: a name for each stretch, in the order they came."""
+    """The time since a start, cut into stretches that have names and follow each other."""
 
     def __init__(self, start: float | None = None):
-        """Begins at `start`, a reading of time.perf_counter; now without it."""
-        # perf_counter, as everywhere here: time.time() jumps where a clock is set.
+        """Begins at `start`, a value of time.perf_counter; None means now."""
+        # Do not use time.time(), because it jumps when the system's clock is set.
         self._start = self._last = time.perf_counter() if start is None else start
         self._seconds: dict[str, float] = {}
 
     def mark(self, name: str) -> None:
-        """Ends a stretch."""
+        """Ends the present stretch and names it."""
         now = time.perf_counter()
         self._seconds[name], self._last = now - self._last, now
 
@@ -25,7 +25,7 @@ class Laps:
 
 
 class Clock:
-    """Seconds by name, and `wall` since the start; a checkpoint carries them on."""
+    """Seconds by name, with `wall` since the start; a checkpoint passes them to the next start."""
 
     def __init__(self) -> None:
         """Starts `wall`."""
@@ -35,7 +35,7 @@ class Clock:
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Adds the seconds spent inside to `name`."""
-        # Kept while running, so that a save in the middle of the loop counts the loop up to it.
+        # Keep the start, so that a save in the middle of the loop counts the loop up to now.
         self._running[name] = time.perf_counter()
         try:
             yield
@@ -44,21 +44,21 @@ class Clock:
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     def seconds(self, name: str) -> float:
-        """Seconds of `name` so far, those that are running included."""
+        """Returns the seconds of `name` so far, including a measurement that is still running."""
         started = self._running.get(name)
         running = 0.0 if started is None else time.perf_counter() - started
         return self._seconds.get(name, 0.0) + running
 
     def training_seconds(self) -> float:
-        """Seconds of the loop without its evaluations and saves."""
-        # Evaluations and saves are inside the loop's seconds; compiling comes before it.
+        """Returns the seconds of the loop without its evaluations and saves."""
+        # The loop's seconds include evaluations and saves. Compiling comes before the loop.
         return self.seconds("loop") - self.seconds("evaluate") - self.seconds("save")
 
     def snapshot(self) -> dict[str, float]:
-        """All seconds so far, for `restore`."""
+        """Returns all seconds so far, for `restore`."""
         return {name: self.seconds(name) for name in {*self._seconds, *self._running}}
 
     def restore(self, snapshot: dict[str, float]) -> None:
-        """Adds an earlier run's seconds, in place of what was counted but not running."""
-        # What is running goes on: `wall` began with this start, and comes on top.
+        """Sets the seconds to those of an earlier start; running measurements go on."""
+        # `wall` of this start is still running, so it is added to the earlier one.
         self._seconds = dict(snapshot)

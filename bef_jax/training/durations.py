@@ -1,4 +1,4 @@
-"""How long a run is: in steps, and in calls of the devices, which take one step or several."""
+"""The length of a run: in steps, and in calls of the devices, which take one or more steps."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _MOST_STEPS = 2**31 - 1  # the state counts them in an int32
 
 @dataclasses.dataclass(frozen=True)
 class Durations:
-    """Steps that the configuration and the training split's size come to."""
+    """Numbers of steps, from the configuration and the size of the training split."""
 
     steps: int
     steps_per_epoch: int
@@ -20,25 +20,25 @@ class Durations:
 
 
 def durations(config: ConfigDict, n_train: int) -> Durations:
-    """Turns epochs into steps; `config.steps` decides over `config.epochs` when it is set.
+    """Turns epochs into steps; `config.steps` overrides `config.epochs` if it is set.
 
     Raises:
-        UserError: the training split does not fill one batch, or the epochs come to more steps than
+        UserError: the training split does not fill one batch, or the epochs have more steps than
             the state can count.
     """
-    # Whole batches: what is left over takes part in the next epoch's shuffle.
+    # Count whole batches only. The next epoch shuffles all patches again, also those left over.
     steps_per_epoch = n_train // config.batch_size
     if not steps_per_epoch:
         raise UserError(
             f"config.batch_size={config.batch_size} exceeds the {n_train} training patches: "
             "lower it"
         )
-    # At least 1: the loop takes its step modulo eval_steps, and a run of none trains nothing.
+    # Both are at least 1: a run of 0 steps trains nothing, and the loop takes step % eval_steps.
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     if steps > _MOST_STEPS:
         raise UserError(
-            f"config.epochs={config.epochs:g} are {steps:.3g} steps: lower it, as a run takes at "
-            f"most {_MOST_STEPS}"
+            f"config.epochs={config.epochs:g} are {steps:.3g} steps: lower it, because a run takes "
+            f"at most {_MOST_STEPS}"
         )
     eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
     return Durations(steps, steps_per_epoch, eval_steps)
@@ -47,22 +47,22 @@ def durations(config: ConfigDict, n_train: int) -> Durations:
 def call_sizes(config: ConfigDict, spans: Durations, start: int) -> Iterator[int]:
     """Yields how many steps each call takes, from step `start` to the end.
 
-    No call goes past an evaluation, a save or the end: where `config.steps_per_call` steps would,
-    single ones lead there. So two programs do for all calls.
+    No call goes past an evaluation, a save or the end. Where `config.steps_per_call` steps would,
+    the calls take single steps. So two programs are enough for all calls.
     """
     step, most = start, config.steps_per_call
     periods = spans.eval_steps, config.checkpoint.every_steps
     while step < spans.steps:
-        # To whatever comes next: the end, an evaluation, a save.
+        # Count the steps to what comes first: the end, an evaluation or a save.
         ahead = min(spans.steps - step, *(period - step % period for period in periods))
-        # 1, not `ahead`: each length is a program of its own to compile.
+        # Take 1, not `ahead`, because each size is another program to compile.
         size = most if most <= ahead else 1
         yield size
         step += size
 
 
 def check_placement(config: ConfigDict, placed: bool) -> None:
-    """Raises `UserError` if a call is to take several steps, and their batches come from the host.
+    """Raises `UserError` if calls take several steps, but their batches come from the host.
 
     Args:
         placed: whether the devices hold the training split.

@@ -1,4 +1,4 @@
-"""--mode=import_weights: another package's weights become a checkpoint of ours."""
+"""--mode=import_weights: turns another package's weights into a checkpoint."""
 
 import logging
 from pathlib import Path
@@ -20,23 +20,23 @@ LOG = logging.getLogger(__name__)
 
 
 def import_as_checkpoint(config: ConfigDict, workdir: Path, name: str | None) -> dict:
-    """Writes checkpoint 0 of `workdir`, which eval and init_from take, and train goes on from.
+    """Writes checkpoint 0 of `workdir`, for eval, for init_from, or for train to go on from.
 
-    Its config has the padding, the batch normalisation and, where the source says them, the mean
-    and std of inputs that the weights were trained with, whatever `config` says of them.
+    In its config, padding and batch normalisation are those that the weights were trained with, and
+    not those of `config`. The same holds for the mean and std of inputs, if the source states them.
 
     Args:
-        config: `config.model` says which network the weights are of, and its boosts.
+        config: `config.model` names the network of the weights, and its boosts.
         name: a file, or a name such as hf:timm/efficientnet_b2.ra_in1k (`weights.resolve`).
 
     Returns:
-        The summary: mode, weights, source, normalisation (mean and std, as far as the source says
-        them), model, params, params_digest, fresh (the modules that begin from config.seed, as the
-        file has none that fits), and checkpoint.
+        The summary: mode, weights, source, normalisation (mean and std, if the source states
+        them), model, params, params_digest, fresh (the modules that begin from config.seed, because
+        the file has no weights that fit), and checkpoint.
 
     Raises:
-        UserError: no weights that fit (`weights.read`); `workdir` has checkpoints already, cannot
-            be written, or another run writes there.
+        UserError: the weights do not fit (`weights.read`); `workdir` has checkpoints already,
+            cannot be written, or another run writes there.
     """
     if not name:
         raise UserError(
@@ -45,7 +45,7 @@ def import_as_checkpoint(config: ConfigDict, workdir: Path, name: str | None) ->
     check_outputs(workdir, [summary_file(workdir, "import_weights").name], ["checkpoints"])
     path = weights.resolve(name)
     with lock.held(workdir):
-        # Beside a run's own, number 0 would never be taken: the newest is.
+        # Beside a run's own checkpoints, 0 would never be used, because the newest is taken.
         if checkpoint.saved_steps(workdir):
             raise UserError(f"{workdir} has checkpoints already: give another --workdir")
         return _import(config, workdir, path)
@@ -55,16 +55,16 @@ def _import(config: ConfigDict, workdir: Path, path: Path) -> dict:
     convention = weights.convention(path, config.model)
     source = convention.pop("source")
     normalisation = weights.normalisation(path)
-    # A copy: the caller's stays what the user gave.
+    # Change a copy, so that the caller's config stays what the user gave.
     config = config.copy_and_resolve_references()
     config.update({"model": convention, "augment": normalisation, "init_from": str(path)})
     trained_with = convention | normalisation
-    LOG.info("%s trained with %s: the checkpoint's config says so", source, trained_with)
+    LOG.info("%s trained with %s; the checkpoint's config has these values", source, trained_with)
     state, fresh = pretrained.start(config, sharding.replicated(sharding.make_mesh()))
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    # As training saves it: eval and train read one format.
+    # Use the format of training, because eval and train read only that.
     metadata = {"config": as_json(config), "clock": Clock().snapshot()}
-    # Orbax saves in the background; close() waits until it is renamed.
+    # Orbax saves in the background; close() waits until the save is complete.
     checkpoints.save(0, state, metadata, None)
     folder = checkpoints.directory / "0"
     checkpoints.close()

@@ -1,4 +1,4 @@
-"""Optimisers, the learning-rate schedule, and what fine-tuning holds back."""
+"""Optimisers, the learning-rate schedule, and what fine-tuning slows or freezes."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,15 +9,15 @@ from ml_collections import ConfigDict
 
 from bef_jax.models import is_frozen, is_untrained_part, parameter_paths
 
-# By name: a rule by rank would decide in silence about a new kind of parameter.
+# Decide by name, because a rule by rank would silently decide about a new kind of parameter.
 _DECAYED = {"kernel": True, "bias": False, "scale": False}
 
 
 def decay_mask(params) -> dict:
-    """Which parameters weight decay shrinks: kernels, not biases nor batch normalisation.
+    """Returns which parameters weight decay shrinks: kernels, not biases or batch normalisation.
 
     Raises:
-        ValueError: a parameter has a name that this rule does not know, so it covers them all.
+        ValueError: a parameter has a name that this rule does not know; so none is overlooked.
     """
 
     def decayed(path, _) -> bool:
@@ -30,12 +30,12 @@ def decay_mask(params) -> dict:
 
 
 def make_schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Callable:
-    """Linear warm-up to the peak, then half a cosine; a function of the step.
+    """Returns the rate as a function of the step: linear warm-up to the peak, then half a cosine.
 
     The peak is optim.learning_rate * batch_size / 256 (Goyal et al. 2017).
     """
     peak = config.optim.learning_rate * config.batch_size / 256
-    # optax counts the warm-up into the schedule's length, and refuses a cosine of no steps.
+    # optax includes the warm-up in the schedule's length, and refuses a cosine of 0 steps.
     warmup = min(round(config.optim.warmup_epochs * steps_per_epoch), steps - 1)
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else peak, peak, warmup, steps, peak * config.optim.final_fraction
@@ -43,38 +43,38 @@ def make_schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Calla
 
 
 def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransformation:
-    """Clipping, then adamw, rmsprop or sgd; then what fine-tuning holds back.
+    """Returns clipping, then adamw, rmsprop or sgd, then the factors of fine-tuning.
 
-    Layer-wise decay and head_only_steps multiply the finished update, which is to multiply the
-    learning rate: moments are gathered all the same. Frozen parameters have none, and their
-    gradient does not count for clipping.
+    Layer-wise decay and head_only_steps multiply the finished update. This is the same as
+    multiplying the learning rate, and moments are still gathered. Frozen parameters have none, and
+    their gradient does not count for clipping.
     """
-    # Last, so that what is held back is the whole update: learning rate, decay and momentum.
+    # The factors come last, so that they scale the whole update, with decay and momentum.
     tx = optax.chain(*_descent(config.optim, schedule), *_holding_back(config))
     if not config.optim.freeze:
         return tx
-    # Not optax.masked, which would let the gradient of what is frozen through as its update.
+    # Do not use optax.masked, which would apply the gradient of frozen parameters as their update.
     transforms = {"trained": tx, "frozen": optax.set_to_zero()}
     return optax.partition(transforms, functools.partial(_freeze_labels, config.optim.freeze))
 
 
 def _descent(optim: ConfigDict, schedule: Callable) -> list[optax.GradientTransformation]:
-    """Clipping and the optimiser that `optim.name` says.
+    """Returns clipping and the optimiser that `optim.name` names.
 
     AdamW's decay is decoupled (Loshchilov & Hutter 2019); the others add weight_decay * kernel to
     the gradient. RMSprop has the EfficientNet paper's decay 0.9 and epsilon 1e-3.
     """
-    # Before the optimiser, in whose moments an outlier would stay for many steps.
+    # Clip before the optimiser, because an outlier would stay in its moments for many steps.
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     if optim.name == "adamw":
         decay = {"weight_decay": optim.weight_decay, "mask": decay_mask}
         return [clip, optax.adamw(schedule, **decay)]
     decay = optax.add_decayed_weights(optim.weight_decay, mask=decay_mask)
-    # 0 would keep a trace as large as the parameters, for nothing.
+    # Replace 0 by None, because optax would keep a useless trace as large as the parameters.
     momentum = optim.momentum or None
     if optim.name == "rmsprop":
-        # epsilon within the root, as TensorFlow has it; its moments begin at 1, optax's at 0, so
-        # that the first steps are larger here: one more reason for a warm-up.
+        # Epsilon is inside the root, as in TensorFlow. TensorFlow's moments begin at 1, optax's at
+        # 0, so the first steps are larger here. This is one more reason for a warm-up.
         tx = optax.rmsprop(schedule, decay=0.9, eps=1e-3, momentum=momentum)
     else:
         tx = optax.sgd(schedule, momentum=momentum)
@@ -89,7 +89,7 @@ def _holding_back(config: ConfigDict) -> list[optax.GradientTransformation]:
     if optim.layer_decay != 1:
         transforms.append(optax.stateless(functools.partial(_scale_by_layer, config)))
     if optim.head_only_steps:
-        # A factor 0 or 1 by schedule: one compiled step serves both phases.
+        # The factor is 0 and later 1, so that one compiled step serves both phases.
         gate = optax.scale_by_schedule(lambda count: count >= optim.head_only_steps)
         transforms.append(optax.masked(gate, _pretrained_mask))
     return transforms
@@ -97,25 +97,25 @@ def _holding_back(config: ConfigDict) -> list[optax.GradientTransformation]:
 
 def _scale_by_layer(config: ConfigDict, updates, params=None):
     del params
-    # Constants of the program: found once, while it is traced.
+    # These are constants of the program, computed once while it is traced.
     scales = layer_multipliers(parameter_paths(config.model), config.optim.layer_decay)
     return _map_named(lambda name, update: scales[name] * update, updates)
 
 
 def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
-    """What the learning rate of each parameter is multiplied by (layer-wise decay; BEiT, ELECTRA).
+    """Returns a factor of the learning rate per parameter (layer-wise decay; BEiT, ELECTRA).
 
     The classifier and attention have 1, the head `decay`, the last block decay^2, and so on down to
     the stem. A layer is a top-level module together with its batch normalisation.
 
     Args:
-        paths: the parameters in the order in which the network uses them, which is their depth
-            whatever the family calls its modules (`models.parameter_paths`).
+        paths: the parameters in the order in which the network uses them
+            (`models.parameter_paths`). The order gives their depth, for any names of modules.
     """
-    # A dict keeps the order of first use, a set would not.
+    # Use a dict, because it keeps the order of first use, and a set does not.
     layers = list(dict.fromkeys(_layer(path) for path in paths if not is_untrained_part(path)))
     depth = {layer: len(layers) - i for i, layer in enumerate(layers)}
-    # What is new has no depth, and so decay^0.
+    # The classifier and attention have no depth here, so their factor is decay^0.
     return {path: decay ** depth.get(_layer(path), 0) for path in paths}
 
 
@@ -128,10 +128,10 @@ def _pretrained_mask(tree):
 
 
 def stop_frozen(params, pattern: str):
-    """Cuts the gradient of frozen parameters off, so that no backward pass is spent on it."""
+    """Stops the gradient of frozen parameters, so that no backward pass is spent on it."""
     if not pattern:
         return params
-    # optax alone would drop the update after its gradient had been computed.
+    # With optax alone, the gradient would be computed first and its update dropped later.
     stop = jax.lax.stop_gradient
     return _map_named(lambda name, x: stop(x) if is_frozen(name, pattern) else x, params)
 

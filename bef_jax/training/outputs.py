@@ -1,4 +1,4 @@
-"""What runs write into a workdir: the names of their files, and the summary of each mode."""
+"""The files that runs write into a workdir: their names, and the summary of each mode."""
 
 import math
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ FILES = ("config.json", "metrics.jsonl", "train_summary.json", *_SCORES)
 FOLDERS = ("checkpoints", "tensorboard", "report")
 _PLOTS = ("loss", "validation", "roc", "precision_recall", "reliability", "most_wrong")
 REPORT = ("index.html", *(f"{name}.png" for name in _PLOTS))
-_FIGURES = ("auc", "accuracy", "loss", "brier", "ece")  # None where it is not defined
+_FIGURES = ("auc", "accuracy", "loss", "brier", "ece")  # None if not defined
 
 
 def check(workdir: Path, also: Iterable[str] = ()) -> None:
-    """Raises `UserError` where a run, or what starts it, could not write what it will write.
+    """Raises `UserError` if a run, or the program that starts it, could not write its files.
 
     Args:
         also: names of further files.
@@ -37,7 +37,7 @@ def summary_file(workdir: Path, mode: str) -> Path:
 
 
 def read_train_summary(workdir: Path) -> dict | None:
-    """Returns what a training run left, its keys and types checked; None if it has left nothing.
+    """Returns the summary of a training run, its keys and types checked; None without a summary.
 
     Raises:
         UserError: the file is damaged.
@@ -59,8 +59,8 @@ def _check_train(found: Any) -> None:
         check_types(block, split=str, n=int, **dict.fromkeys(_FIGURES, int | float | None))
         figures += [block[name] for name in _FIGURES if block[name] is not None]
         if block["split"] != split:
-            raise ValueError(f"{split} is of {block['split']}")
+            raise ValueError(f"{split} has the figures of {block['split']}")
     if not all(map(math.isfinite, figures)) or found["wall_seconds"] <= 0:
-        raise ValueError("a figure that is not finite, or no time at all")
+        raise ValueError("a number is not finite, or wall_seconds is not above 0")
     if not 0 <= found["step"] < 2**31:
         raise ValueError(f"step is {found['step']}")

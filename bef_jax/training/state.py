@@ -1,4 +1,4 @@
-"""The training state: one struct, which a checkpoint holds whole."""
+"""The training state: one struct, which a checkpoint holds completely."""
 
 import functools
 import hashlib
@@ -19,13 +19,13 @@ from bef_jax.training.optim import make_optimizer
 
 @flax.struct.dataclass
 class TrainState:
-    """All that decides the next step, besides the configuration.
+    """Everything that decides the next step, except the configuration.
 
     Attributes:
         step: steps taken, int32 [].
         params, batch_stats: the network's variables, float32.
         ema: running average of {params, batch_stats}, or None.
-        opt_state: optax's.
+        opt_state: the state of optax.
     """
 
     step: Array
@@ -35,18 +35,18 @@ class TrainState:
     opt_state: optax.OptState
 
     def eval_variables(self) -> dict:
-        """The variables that evaluation uses: the average when there is one."""
-        # With its own batch statistics: averaged weights need those that belong to them.
+        """Returns the variables that evaluation uses: the average if there is one."""
+        # The average has its own batch statistics, because averaged weights need matching ones.
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def create_state(config: ConfigDict, sharding: Sharding) -> TrainState:
-    """A fresh state from config.seed; parameters are created where `sharding` puts them."""
-    # Hundreds of small random arrays run once: on CPU, optimising them takes longer than the rest
-    # of the start. GPU and TPU compilers do not know the option's name alike.
+    """Returns a fresh state from config.seed, created where `sharding` puts it."""
+    # This program makes hundreds of small random arrays, and runs only once. On CPU, optimising it
+    # takes longer than the rest of the start. Not all compilers for GPU and TPU know the option.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    # Jitted with their sharding, so that no device holds all first, and none has to send.
+    # Jit with the sharding, so that no device first holds everything and then sends it.
     init = functools.partial(_init_state, config)
     # The key is an argument, so that every seed finds the same program in the compilation cache.
     key = jax.random.key(config.seed)
@@ -54,50 +54,50 @@ def create_state(config: ConfigDict, sharding: Sharding) -> TrainState:
 
 
 def abstract_state(config: ConfigDict) -> TrainState:
-    """The shapes and dtypes of the state that `config` trains; nothing is computed."""
+    """Returns the shapes and dtypes of the state that `config` trains; computes nothing."""
     return jax.eval_shape(functools.partial(_init_state, config), jax.random.key(config.seed))
 
 
 def _init_state(config: ConfigDict, key: Array) -> TrainState:
     model = create(config.model, config.dtype, config.bn_groups)
     images = jnp.zeros((1, PATCH, PATCH, 3))
-    # In inference, which needs neither a key for dropout nor a batch to take statistics from.
+    # Use inference, because it needs neither a key for dropout nor a batch for statistics.
     variables = model.init(key, images, train=False)
     tx = make_optimizer(config, lambda step: 0.0)  # its state does not depend on the schedule
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        # A copy: the step is given the whole state to overwrite, and no buffer may be given twice.
+        # Copy, because the whole state is donated to the step, and no buffer may be donated twice.
         ema=jax.tree.map(jnp.copy, dict(variables)) if config.ema_decay else None,
         opt_state=tx.init(variables["params"]),
     )
 
 
 def update_ema(ema: dict, variables: dict, step: Array, decay: float) -> dict:
-    """Moves the average towards `variables`.
+    """Returns the average, moved towards `variables`.
 
-    The decay warms up as (1 + step) / (10 + step), so a short run is not held at its start.
+    The decay warms up as (1 + step) / (10 + step), so that a short run's average leaves its start.
     """
-    # As TensorFlow's moving average does by num_updates: 0.1 at the first step, 0.99 after some
-    # 900.
+    # TensorFlow's moving average does the same with num_updates. The decay is 0.1 at the first
+    # step, and 0.99 after about 900 steps.
     keep = jnp.minimum(decay, (1 + step) / (10 + step)).astype(jnp.float32)
     return jax.tree.map(lambda average, new: keep * average + (1 - keep) * new, ema, variables)
 
 
 def count_params(params) -> int:
-    """How many numbers training fits."""
+    """Returns how many numbers the parameters have."""
     return sum(x.size for x in jax.tree.leaves(params))
 
 
 def params_digest(params, batch_stats) -> str:
-    """sha256 over parameters and batch statistics, in sorted path order."""
+    """Returns the sha256 over parameters and batch statistics, in sorted path order."""
     leaves = jax.tree_util.tree_leaves_with_path({"batch_stats": batch_stats, "params": params})
-    # Sorted by name: an order of fields, which a library may change, must not change the digest.
+    # Sort by name, so that the digest stays the same if a library changes the order of fields.
     named = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
     digest = hashlib.sha256()
     for name, leaf in named:
         digest.update(name.encode())
-        # Bits, not values: two runs are the same, or they are not.
+        # Hash bits, not rounded values: two runs are exactly the same, or they differ.
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()

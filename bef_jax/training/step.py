@@ -1,4 +1,4 @@
-"""The training step: one jitted function of (state, batch), on any number of devices."""
+"""The training step: one jitted function of (state, batch, key), on any number of devices."""
 
 import dataclasses
 import logging
@@ -28,9 +28,10 @@ LOG = logging.getLogger(__name__)
 def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
     """Returns `train_step(state, batch, key) -> (state, metrics)`, not jitted.
 
-    All randomness comes from (key, state.step): nothing is threaded from step to step. The key is
-    that of the run, an argument so that every seed finds the same program in the compilation cache.
-    metrics are float32 scalars: loss, accuracy, grad_norm, learning_rate.
+    All randomness comes from (key, state.step), so no random state passes from step to step. The
+    key is the same for all steps of a run. It is an argument, so that every seed finds the same
+    program in the compilation cache. The metrics are float32 scalars: loss, accuracy, grad_norm,
+    learning_rate.
     """
     model = create(config.model, config.dtype, config.bn_groups)
     tx = make_optimizer(config, schedule)
@@ -38,20 +39,19 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
     def train_step(
         state: TrainState, batch: Batch, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        # By the state's step, not by a count of the loop: a resumed run draws what it would have
-        # drawn.
+        # Fold in state.step, so that a resumed run draws the same numbers.
         key = jax.random.fold_in(key, state.step)
         grads, batch_stats, metrics = _accumulate(model, config, state, batch, key)
-        # With the parameters, which weight decay needs.
+        # Pass the parameters, because weight decay needs them.
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         variables, ema = {"params": params, "batch_stats": batch_stats}, state.ema
-        # Python's if: a program without the average carries neither its arrays nor its arithmetic.
+        # Use Python's if, so that without the average the program lacks its arrays and arithmetic.
         if config.ema_decay:
             ema = update_ema(ema, variables, state.step, config.ema_decay)
-        # Before clipping: what the data gave, not what the optimiser took of it.
+        # Log the norm before clipping, because it should show the data, not the optimiser.
         metrics["grad_norm"] = optax.tree.norm(grads)
-        # Of the step before it is counted, as in optax's own counter.
+        # Log the rate that this update used: optax counts afterwards.
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         state = state.replace(step=state.step + 1, ema=ema, opt_state=opt_state, **variables)
         return state, metrics
@@ -60,23 +60,24 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
 
 
 def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: Batch, key: Array):
-    """Gradients and metrics averaged over optim.accumulate micro-batches, and batch statistics.
+    """Returns gradients, batch statistics and metrics over optim.accumulate micro-batches.
 
-    Micro-batches interleave: each takes its rows from every device, so none moves.
+    Gradients and metrics are averaged. Micro-batches interleave: each takes rows from every device,
+    so that no row moves.
     """
     count = config.optim.accumulate
     if count == 1:
         return _gradients(model, config, state.params, state.batch_stats, batch, key)
-    # [count, B / count, ...]. Consecutive rows would lie on a few devices only, and a scan needs
-    # each micro-batch on all.
+    # [count, B / count, ...]. Consecutive rows would be on a few devices only, but a scan needs
+    # each micro-batch on all devices.
     micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def body(batch_stats, item):
         grads, batch_stats, metrics = _gradients(model, config, state.params, batch_stats, *item)
         return batch_stats, (grads, metrics)
 
-    # Statistics run through the micro-batches as through steps. Gradients are stacked: count times
-    # the parameters' bytes, beside the activations of one micro-batch.
+    # Batch statistics pass from one micro-batch to the next, as between steps. Stacked gradients
+    # take count times the parameters' bytes, in addition to the activations of one micro-batch.
     batch_stats, stacked = lax.scan(body, state.batch_stats, (micro, jax.random.split(key, count)))
     grads, metrics = jax.tree.map(lambda x: x.mean(0), stacked)
     return grads, batch_stats, metrics
@@ -84,7 +85,7 @@ def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: 
 
 def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch: Batch, key: Array):
     augment_key, dropout_key = jax.random.split(key)
-    # Outside of loss_fn: nothing upstream of the images takes a gradient.
+    # Augment outside of loss_fn, because nothing before the images needs a gradient.
     images = augment(augment_key, batch.images, config)
 
     def loss_fn(params):
@@ -103,8 +104,8 @@ def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch:
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
-    """Mean cross-entropy of logits [N, classes] and labels [N], in nats; smoothed targets."""
-    # [N, classes] in float32, as the logits are whatever config.dtype says.
+    """Returns the mean cross-entropy in nats of logits [N, classes] and smoothed labels [N]."""
+    # [N, classes] in float32, like the logits, which are float32 for any config.dtype.
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
@@ -128,27 +129,27 @@ def compile_step(
     Args:
         state: the state, or its shapes with their shardings.
         placed: the training split on the devices, or its shapes. With it, a call takes a
-            `Selection`, gathers by itself, and its metrics are stacked, [steps]; without it, a call
-            takes a `Batch`.
+            `Selection` and gathers the batches itself, and each metric is stacked, [steps]. Without
+            it, a call takes a `Batch`.
         steps: how many steps the call takes; more than one only with `placed`.
-        options: XLA's, for compiling where the devices are not.
+        options: for XLA, to compile on a machine without the devices.
     """
-    # Said for the outputs as well: left to XLA, a new state could come out cut over devices, and
-    # not fit the program that it goes into next.
+    # Give the sharding of the outputs, too. Otherwise XLA could split the new state over devices,
+    # and it would not fit the next call's program.
     everywhere = sharding.replicated(mesh)
     train_step = make_train_step(config, schedule)
     call = train_step if placed is None else make_call(train_step, mesh)
-    # Ahead of time, so that compiling is timed apart from the first step, and an input of another
-    # shape is an error, not minutes of compiling again.
+    # Compile ahead of time, so that compiling is timed apart from the first step. Also, an input of
+    # another shape is then an error, not minutes of compiling again.
     compiled = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
     inputs = _abstract_input(config, mesh, placed, steps), _abstract_key(mesh)
-    # Known while it is traced: kernels of our own say on which devices they run.
+    # Tracing needs the mesh, because our own kernels state on which devices they run.
     with jax.set_mesh(mesh):
         return compiled.lower(state, *inputs).compile(options)
 
 
 def make_call(train_step: Callable, mesh: Mesh) -> Callable:
-    """Returns `call(state, selection, key) -> (state, metrics [S])`: gathers and takes S steps."""
+    """Returns `call(state, selection, key) -> (state, metrics [S])`, which takes S steps."""
 
     def call(
         state: TrainState, selection: Selection, key: Array
@@ -158,7 +159,7 @@ def make_call(train_step: Callable, mesh: Mesh) -> Callable:
 
         if selection.steps > 1:
             return lax.scan(step, state, selection.indices)
-        # Not a scan of length 1, whose body would run on one thread on CPU.
+        # Do not scan over one step, because on CPU the body of a scan runs on one thread.
         state, metrics = step(state, selection.indices[0])
         return state, jax.tree.map(lambda x: x[None], metrics)
 

@@ -1,4 +1,4 @@
-"""From the metrics of single steps to lines of metrics.jsonl and the progress bar."""
+"""Turns the metrics of single steps into lines of metrics.jsonl and the progress bar."""
 
 import itertools
 import math
@@ -17,9 +17,9 @@ from bef_jax.training.history import History
 
 
 class StepLog:
-    """Holds the metrics of the steps since the last line, on the device, until one is due.
+    """Holds the metrics of steps on the device until the next line is due.
 
-    A line is written while the next step runs, so the devices never wait for the host.
+    A line is written while the next step runs, so that the devices never wait for the host.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class StepLog:
         clock: Clock,
         bar: Progress,
     ):
-        """Begins with nothing logged; rates count from here."""
+        """Begins with an empty log; rates are measured from now on."""
         self._config, self._spans, self._train = config, spans, train
         self._history, self._clock, self._bar = history, clock, bar
         self._pending: list[tuple[int, dict, int]] = []  # step, its call's metrics, place in them
-        self._in_flight = 0  # how many of them the last call took
+        self._in_flight = 0  # how many steps the last call took
         self._mark = clock.training_seconds(), clock.seconds("wait")
 
     def add(self, step: int, metrics: dict) -> None:
@@ -44,37 +44,37 @@ class StepLog:
         Args:
             metrics: float32 by name; scalars of a single step, or [n] of the call's n steps.
         """
-        # Only references are kept: arrays that the device has yet to compute. A call of n steps has
-        # one array of n for each figure.
+        # Keep references only, because the device may not have computed the arrays yet. A call of n
+        # steps has one array of n values for each figure.
         self._in_flight = n = metrics["loss"].size
         self._pending += [(step - n + 1 + place, metrics, place) for place in range(n)]
 
     def flush(self, everything: bool) -> None:
-        """Writes the lines that are due, of all steps but those in flight.
+        """Writes the lines that are due, except those of steps in flight.
 
         Args:
-            everything: waits for the last step too, and writes it: before evaluating or saving.
+            everything: also waits for steps in flight and writes them, before evaluating or saving.
 
         Raises:
-            DivergedError: a loss is not finite; names the step and the batch's ids.
+            DivergedError: a loss is not finite; it names the step and the batch's ids.
         """
         every = self._config.log_every
-        # To read what is in flight would stop the host until the devices are done, and leave them
-        # idle until it has dispatched again.
+        # Reading a step in flight would block the host until the devices are done. Then the devices
+        # would be idle until the host dispatches again.
         done = self._pending if everything else self._pending[: -self._in_flight]
-        # Else a line ends at a multiple of log_every, however many steps a call takes.
+        # Without `everything`, a line ends at a multiple of log_every, for calls of any size.
         ready = [item for item in done if everything or item[0] <= done[-1][0] // every * every]
         if not ready:
             return
         self._pending = self._pending[len(ready) :]
         steps = [step for step, _, _ in ready]
-        # One call, so that copies of all figures are under way at once.
+        # Fetch with one call, so that all figures are copied at the same time.
         fetched = jax.device_get([metrics for _, metrics, _ in ready])
         values = [
             {name: np.ravel(value)[place] for name, value in metrics.items()}
             for metrics, (_, _, place) in zip(fetched, ready, strict=True)
         ]
-        # Before anything is written, and before a save, which so never holds what is not finite.
+        # Check before a line is written or a state is saved, so that both have finite losses.
         self._check_finite(steps, values)
         rates = self._rates(len(steps))
         lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)
@@ -83,16 +83,16 @@ class StepLog:
 
     def _write(self, steps: list[int], values: list[dict], rates: dict[str, float]) -> None:
         figures = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-        # The last, not the mean: it is known exactly, and a schedule is read off by step.
+        # Log the last value, not the mean, because it is exact for the step that the line names.
         figures["learning_rate"] = float(values[-1]["learning_rate"])
         epoch = steps[-1] / self._spans.steps_per_epoch
         self._history.write(steps[-1], epoch=epoch, **figures, **rates)
         self._bar.update(steps[-1], **figures, **rates)
 
     def _rates(self, steps: int) -> dict[str, float]:
-        """Images per second and the share of time waiting for input, since the last line."""
+        """Returns images per second and the share of time spent waiting, since the last line."""
         now = self._clock.training_seconds(), self._clock.seconds("wait")
-        # Two flushes can fall together, and a rate divides by it.
+        # Keep both above 0: two flushes can come at the same time, and a rate divides by it.
         spent, waited = (max(a - b, 1e-9) for a, b in zip(now, self._mark, strict=True))
         self._mark = now
         return {
@@ -105,11 +105,11 @@ class StepLog:
             if math.isfinite(metrics["loss"]):
                 continue
             config, n = self._config, len(self._train)
-            # Computed anew: a batch is a function of the step, so none had to be kept. Step N
-            # trains on the batch of step N - 1, as steps are counted when they are done.
+            # A batch is a function of the step, so it was not kept and is computed again. Step N
+            # trains on the batch of step N - 1, because steps are counted when they are done.
             rows = batch_indices(config.seed, step - 1, n, config.batch_size)
             ids = ", ".join(map(str, self._train.ids[rows]))
             text = f"the loss of step {step} is not finite; its batch: {ids}"
-            # The loss of step N is that of the state of step N - 1, which so is not known to be
-            # good; the one before it had a finite loss.
+            # Step N computes the loss of the state of step N - 1, so that state may be bad. The
+            # state before it had a finite loss.
             raise DivergedError(text, last_good=step - 2)

@@ -107,7 +107,7 @@ def test_text_longer_than_any_is_not_read(saved):
     (saved / checkpoint.CHECKSUMS).unlink()
     with (saved / "state" / "_METADATA").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UserError, match="state/_METADATA: longer than any"):
+    with pytest.raises(UserError, match="state/_METADATA: is longer than any"):
         read(saved)
 
 
@@ -225,5 +225,5 @@ def test_only_folders_with_a_plain_number_are_steps(saved):
     assert checkpoints.newest() == saved
     checkpoints.close()
     (saved.parent / "1\u0663").mkdir()  # 13 to Orbax
-    with pytest.raises(UserError, match="is no checkpoint of a run; move it away"):
+    with pytest.raises(UserError, match="is not a checkpoint of a run; move it away"):
         Checkpoints(saved.parents[1], 2)
