@@ -46,8 +46,8 @@ def validate(config: ConfigDict) -> None:
         if fields[name] not in choices:
             listed = ", ".join(map(str, choices))
             raise UserError(f"config.{name}={fields[name]!r} is unknown: choose one of {listed}")
-    for name, (least, greatest) in RANGES.items():
-        _check_range(name, fields[name], least, greatest)
+    for name, (least, most) in RANGES.items():
+        _check_range(name, fields[name], least, most)
     _check_combinations(config)
     # Check this last, and only if it is set: tracing the network takes a second or two.
     if config.optim.freeze:
@@ -75,10 +75,10 @@ def _check_type(name: str, value, example) -> None:
         raise UserError(f"config.{name}={value!r} has the wrong type: it takes {wanted}")
 
 
-def _check_range(name: str, value, least, greatest) -> None:
-    if value is not None and not least <= value <= greatest:  # NaN is not in the range
+def _check_range(name: str, value, least, most) -> None:
+    if value is not None and not least <= value <= most:  # NaN is not in the range
         raise UserError(
-            f"config.{name}={value!r} is out of range: give at least {least} and at most {greatest}"
+            f"config.{name}={value!r} is out of range: give at least {least} and at most {most}"
         )
 
 
@@ -166,7 +166,7 @@ def _check_ratio(ratio) -> None:
 # ---- on the devices at hand --------------------------------------------------------------------
 
 # Batch normalisation needs at least this many images for a mean and a variance to train with.
-_LEAST_GROUP = 16
+_MIN_IMAGES_PER_GROUP = 16
 
 
 def check_devices(config: ConfigDict, mesh: Mesh) -> None:
@@ -183,12 +183,12 @@ def check_devices(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def _warn_of_small_groups(images: int) -> None:
-    if images < _LEAST_GROUP:
+    if images < _MIN_IMAGES_PER_GROUP:
         LOG.warning(
             "batch statistics over %d images are noisy: raise config.batch_size, or lower "
             "config.bn_groups or config.optim.accumulate, to have %d or more",
             images,
-            _LEAST_GROUP,
+            _MIN_IMAGES_PER_GROUP,
         )
 
 

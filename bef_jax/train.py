@@ -34,7 +34,7 @@ from bef_jax.scoring.scores_csv import write_scores
 from bef_jax.training import checkpoint, outputs, pretrained
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.clock import Clock, Laps
-from bef_jax.training.durations import Durations, call_sizes, check_placement, durations
+from bef_jax.training.durations import Durations, call_sizes, check_placement, compute_durations
 from bef_jax.training.history import History
 from bef_jax.training.optim import make_schedule
 from bef_jax.training.outputs import read_train_summary, write_summary
@@ -108,9 +108,9 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
     # ---- Open the data. ----
     splits = open_splits(config.data)
     check_placement(config, is_placed(splits["train"], config.data.placement))
-    spans = durations(config, len(splits["train"]))
-    if done := _finished_summary(config, workdir, spans.steps):
-        LOG.info("%s is done at step %d; this is its summary", workdir, spans.steps)
+    durations = compute_durations(config, len(splits["train"]))
+    if done := _finished_summary(config, workdir, durations.steps):
+        LOG.info("%s is done at step %d; this is its summary", workdir, durations.steps)
         return done
     laps.mark("data")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
         mesh=mesh,
         splits=splits,
         manifest=store.read_manifest(store.store_path(config.data)),
-        durations=spans,
+        durations=durations,
         evaluate=make_evaluator(config, mesh),
         checkpoints=Checkpoints(workdir, config.checkpoint.keep),
         history=History(workdir),
@@ -133,7 +133,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
         state = _train(run)
         run.checkpoints.wait()  # the best is read from disk
         summary = _summary(run, state)
-        if summary["step"] >= spans.steps:  # a signal may have stopped the run before its end
+        if summary["step"] >= durations.steps:  # a signal may have stopped the run before its end
             _evaluate_best(run, summary)
         return summary
     except DivergedError as error:
@@ -237,11 +237,11 @@ def _write_config(run: Run) -> None:
 
 def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Callable]:
     """Returns the programs for the remaining calls, by how many steps they take."""
-    config, spans = run.config, run.durations
-    schedule = make_schedule(config, spans.steps, spans.steps_per_epoch)
+    config, durations = run.config, run.durations
+    schedule = make_schedule(config, durations.steps, durations.steps_per_epoch)
     programs = {
         size: compile_step(config, schedule, run.mesh, state, placed, size)
-        for size in set(call_sizes(config, spans, int(state.step)))
+        for size in set(call_sizes(config, durations, int(state.step)))
     }
     if programs:  # there are none if only the report of a run was missing
         describe(config, state, programs[max(programs)])
@@ -271,14 +271,15 @@ def _loop(
     The order must not change: the saved step decides the next batch, and the losses before a save
     have been found finite.
     """
-    config, spans, train = run.config, run.durations, run.splits["train"]
+    config, durations, train = run.config, run.durations, run.splits["train"]
     first = step = int(state.step)
+    sizes = call_sizes(config, durations, first)  # steps of each call
     key = jax.random.key(config.seed)  # each step folds its number in
-    log = StepLog(config, spans, train, run.history, run.clock, bar)
+    log = StepLog(config, durations, train, run.history, run.clock, bar)
     while True:
-        last = step >= spans.steps
+        last = step >= durations.steps
         ended = last or interrupt.stops_at(step)
-        evaluates = step > first and (last or step % spans.eval_steps == 0)
+        evaluates = step > first and (last or step % durations.eval_steps == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)  # raises before a save if a loss is not finite
         valid = _evaluate(run, state, step, bar) if evaluates else None
@@ -287,13 +288,13 @@ def _loop(
         if ended:
             return state
         with run.clock.measure("wait"):  # only the time that the step before did not hide
-            batch = next(batches)
-        state, metrics = programs[batch.steps](state, batch, key)
+            size, batch = next(sizes), next(batches)
+        state, metrics = programs[size](state, batch, key)
         if step == first:
             jax.block_until_ready(metrics)  # only here: later metrics are read a step late
             run.laps.mark("step")
             bar.log(f"first step {run.laps}")
-        step += batch.steps
+        step += size
         log.add(step, metrics)
 
 

@@ -17,7 +17,7 @@ SCORE = "score"  # how logits become probabilities and decisions
 TRAINING = "training"  # the result of a run
 DATA = "data"  # which patches a run has
 SPEED = "speed"  # time and memory; results differ by rounding at most
-SURROUNDINGS = "surroundings"  # where and how a run works, not its result
+ENVIRONMENT = "environment"  # where and how a run works, not its result
 
 # The state counts steps in an int32. JAX keeps 32 bits of a seed, so 2**32 would be 0 again.
 MOST_INT = 2**31 - 1
@@ -45,7 +45,7 @@ class Field:
 
 
 FIELDS = {
-    "name": Field(SURROUNDINGS),
+    "name": Field(ENVIRONMENT),
     "seed": Field(TRAINING, 0, MOST_INT),
     "dtype": Field(INPUT, choices=("float32", "bfloat16")),
     "batch_size": Field(TRAINING, 1, MOST_IMAGES),
@@ -54,10 +54,10 @@ FIELDS = {
     "label_smoothing": Field(TRAINING, 0, 1),
     "ema_decay": Field(OPTIMIZER, 0, 1, off=0),
     "bn_groups": Field(TRAINING, 1, MOST_IMAGES),
-    "log_every": Field(SURROUNDINGS, 1, MOST_INT),
+    "log_every": Field(ENVIRONMENT, 1, MOST_INT),
     "steps_per_call": Field(SPEED, 1, MOST_IMAGES),
     "init_from": Field(TRAINING),
-    "compile_cache": Field(SURROUNDINGS),
+    "compile_cache": Field(ENVIRONMENT),
     "model.name": Field(NETWORK),  # choices: bef_jax.models.REGISTRY
     "model.num_classes": Field(NETWORK, 2, 65_536),
     "model.total_stride": Field(NETWORK, choices=(32, 16, 8)),
@@ -113,17 +113,17 @@ FIELDS = {
     "eval.batch_size": Field(SPEED, 1, MOST_IMAGES),
     "eval.tta": Field(SCORE, choices=(1, 8)),
     "eval.threshold": Field(SCORE, 0, 1),
-    "checkpoint.every_steps": Field(SURROUNDINGS, 1, MOST_INT),
-    "checkpoint.keep": Field(SURROUNDINGS, 1, MOST_INT),
-    "distributed.coordinator": Field(SURROUNDINGS),
-    "distributed.num_processes": Field(SURROUNDINGS, 1, MOST_INT),
-    "distributed.process_id": Field(SURROUNDINGS, 0, MOST_INT),
-    "distributed.timeout_seconds": Field(SURROUNDINGS, 1, MOST_INT),
-    "benchmark.runs": Field(SURROUNDINGS, 1, MOST_INT),
-    "predict.stride": Field(SURROUNDINGS, 1, PATCH),
-    "ablation.seeds": Field(SURROUNDINGS, 1, 1000),
-    "ablation.rows": Field(SURROUNDINGS),
-    "ablation.jobs": Field(SURROUNDINGS, 1, MOST_INT),
+    "checkpoint.every_steps": Field(ENVIRONMENT, 1, MOST_INT),
+    "checkpoint.keep": Field(ENVIRONMENT, 1, MOST_INT),
+    "distributed.coordinator": Field(ENVIRONMENT),
+    "distributed.num_processes": Field(ENVIRONMENT, 1, MOST_INT),
+    "distributed.process_id": Field(ENVIRONMENT, 0, MOST_INT),
+    "distributed.timeout_seconds": Field(ENVIRONMENT, 1, MOST_INT),
+    "benchmark.runs": Field(ENVIRONMENT, 1, MOST_INT),
+    "predict.stride": Field(ENVIRONMENT, 1, PATCH),
+    "ablation.seeds": Field(ENVIRONMENT, 1, 1000),
+    "ablation.rows": Field(ENVIRONMENT),
+    "ablation.jobs": Field(ENVIRONMENT, 1, MOST_INT),
 }
 
 

@@ -263,7 +263,7 @@ def test_the_table_has_every_field_once_and_its_default_fits():
     assert FIELDS.keys() == fields.keys()
     words = {fields_of_config.NETWORK, fields_of_config.OPTIMIZER, fields_of_config.INPUT}
     words |= {fields_of_config.SCORE, fields_of_config.TRAINING, fields_of_config.DATA}
-    words |= {fields_of_config.SPEED, fields_of_config.SURROUNDINGS}
+    words |= {fields_of_config.SPEED, fields_of_config.ENVIRONMENT}
     assert {field.affects for field in FIELDS.values()} == words
     assert np.finfo(np.float32).max == fields_of_config.MOST_FLOAT
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bef_jax.planning.flops import training_flops
-from bef_jax.training.durations import durations
+from bef_jax.training.durations import compute_durations
 from bef_jax.training.state import abstract_state, count_params
 
 LOG = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def _count(runs: list, n_train: int) -> dict[str, Any]:
     config = runs[0].config
     # A run that was stopped halfway counts as a whole one: only its final summary is read.
     missing = [run for run in runs if not run.summary()]
-    steps = durations(config, n_train).steps
+    steps = compute_durations(config, n_train).steps
     return {
         "runs": len(runs),
         "finished": len(runs) - len(missing),

@@ -10,7 +10,6 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 from bef_jax.data.store import Split
 from bef_jax.runtime import sharding
 
-_SHARE = 0.5  # share of the accelerators' memory for a split, because the step needs the rest
+# A split may take this share of the memory of the accelerators: the step needs the rest.
+_MAX_MEMORY_SHARE = 0.5
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +36,6 @@ class Batch:
 
     images: Array
     labels: Array
-    steps: ClassVar[int] = 1  # a batch is the input of one step
 
 
 @jax.tree_util.register_dataclass
@@ -46,11 +45,6 @@ class Selection:
 
     split: Batch
     indices: Array
-
-    @property
-    def steps(self) -> int:
-        """Returns S, the number of steps that use this as their input."""
-        return len(self.indices)
 
 
 # Keep two, because near the end of an epoch the thread that works ahead is already in the next one.
@@ -103,7 +97,7 @@ def fits_devices(split: Split) -> bool:
 
 def fits_memory(split_bytes: int, memory: float) -> bool:
     """Returns whether a split leaves enough of `memory`, the bytes of all devices, for the step."""
-    return split_bytes <= _SHARE * memory
+    return split_bytes <= _MAX_MEMORY_SHARE * memory
 
 
 def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:

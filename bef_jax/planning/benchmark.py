@@ -40,7 +40,7 @@ from bef_jax.errors import UserError
 from bef_jax.planning import chips, records
 from bef_jax.runtime import devices, sharding
 from bef_jax.scoring.scorer import make_scorer
-from bef_jax.training.durations import durations
+from bef_jax.training.durations import compute_durations
 from bef_jax.training.optim import make_schedule
 from bef_jax.training.state import create_state
 from bef_jax.training.step import compile_step
@@ -255,7 +255,7 @@ def _compare(config: ConfigDict, mesh: Mesh, batch: Batch, ours: Programs, name:
 def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[tuple[Iterator[Batch], dict]]:
     """Yields the batches that training would get, and where their patches come from."""
     with _input_split(config) as (split, folder):
-        durations(config, len(split))  # raises if the split does not fill a batch
+        compute_durations(config, len(split))  # raises if the split does not fill a batch
         with contextlib.closing(_gathered(split, config, mesh)) as batches:
             yield batches, {"store": folder and str(folder), "patches": len(split)}
 

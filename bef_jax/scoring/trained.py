@@ -84,7 +84,7 @@ def scoring_config(
     _set(config, {name: x for name, x in changes.items() if _is_free(name) or name in _DECIDING})
     config.model.update(_FORMS)
     # Validate again, because a change may be invalid together with the saved fields.
-    with checkpoint.naming(path):
+    with checkpoint.error_context(path):
         validate(config)
     return config
 

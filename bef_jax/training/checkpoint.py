@@ -43,11 +43,11 @@ _BEST = "valid_auc"
 CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is still writing
 _STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder that Orbax has finished
-_TEXTS = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")  # files that Orbax reads whole
-_LONGEST_TEXT = 32 << 20  # bytes
+_SMALL_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")  # files that Orbax reads whole
+_LARGEST_SMALL_FILE = 32 << 20  # bytes
 # Orbax and ConfigDict raise these if a file was cut or edited.
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-_FIX = "move the checkpoint away, or name another one with --checkpoint"
+_ERRORS_OF_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_HOW_TO_FIX = "move the checkpoint away, or name another one with --checkpoint"
 
 
 class Checkpoints:
@@ -80,7 +80,7 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         # Orbax parses these files here. They have no checksum, so damage raises any of these.
-        except _DAMAGE as error:
+        except _ERRORS_OF_DAMAGE as error:
             damaged = f"{self.directory}: a _CHECKPOINT_METADATA in it is damaged"
             raise UserError(f"{damaged} ({reason_of(error)}); delete that file") from error
 
@@ -88,15 +88,17 @@ class Checkpoints:
         """Checks what Orbax will read, because it would wait for a FIFO and fail at damage."""
         for step in saved_steps(self.directory.parent):
             _files_below(self.directory / str(step))
-            _score(self.directory / str(step))
+            _valid_auc(self.directory / str(step))
         # Orbax takes digits of other scripts for a step number, but does not find its folder.
         for file in self.directory.glob("*"):
             if file.name.isdecimal() and not file.name.isascii():
                 raise UserError(f"{file}: is not a checkpoint of a run; move it away")
 
-    def save(self, step: int, state: TrainState, run: dict, auc: float | None) -> None:
-        """Starts to save `state` and the JSON `run`; returns when both are copied."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+    def save(self, step: int, state: TrainState, metadata: dict, auc: float | None) -> None:
+        """Starts to save `state` and the JSON `metadata`; returns when both are copied."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(metadata)
+        )
         metrics = None if auc is None else {_BEST: auc}
         if step == self._manager.latest_step():  # the run was stopped again before its first step
             return
@@ -149,17 +151,17 @@ def best(workdir: Path) -> Path:
     if not steps:
         raise UserError(f"{directory}: no checkpoint there; train first, or give --checkpoint")
     # Of equal scores, take the later step. A save without an AUC scores -1, below any AUC.
-    return directory / str(max(steps, key=lambda step: (_score(directory / str(step)), step)))
+    return directory / str(max(steps, key=lambda step: (_valid_auc(directory / str(step)), step)))
 
 
-def _score(path: Path) -> float:
+def _valid_auc(path: Path) -> float:
     try:
-        return read_json(path / "metrics" / "metrics", _check_score, _FIX)[_BEST]
+        return read_json(path / "metrics" / "metrics", _check_auc, _HOW_TO_FIX)[_BEST]
     except FileNotFoundError:  # saved between evaluations
         return -1.0
 
 
-def _check_score(found: Any) -> None:
+def _check_auc(found: Any) -> None:
     check_types(found, **{_BEST: float})
     if not 0 <= found[_BEST] <= 1:
         raise ValueError(f"{_BEST} is {found[_BEST]}")
@@ -176,11 +178,11 @@ def read_metadata(path: Path) -> dict:
     Raises:
         UserError: it does not exist, or is damaged.
     """
-    path = _existing(path)
-    _verify(path, ["run"])
+    path = _checkpoint_folder(path)
+    _check_sha256(path, ["run"])
     # Do not read it with Orbax, which makes JAX start its devices: hosts must connect before that.
     try:
-        return read_json(path / "run" / "metadata", _check_metadata, _FIX)
+        return read_json(path / "run" / "metadata", _check_metadata, _HOW_TO_FIX)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} can't be read: it has no run/metadata") from error
 
@@ -206,7 +208,7 @@ def read_config(path: Path) -> ConfigDict:
         UserError: the checkpoint does not exist or is damaged, or a field is not valid.
     """
     saved = read_metadata(path)["config"]
-    with naming(path):
+    with error_context(path):
         return complete(saved)
 
 
@@ -224,14 +226,14 @@ def complete(saved: dict) -> ConfigDict:
         # Accept any type here, because `validate` names the right one in its error.
         with config.ignore_type():
             config.update(saved)
-    except _DAMAGE as error:
-        raise UserError(f"its config is damaged ({reason_of(error)}); {_FIX}") from error
+    except _ERRORS_OF_DAMAGE as error:
+        raise UserError(f"its config is damaged ({reason_of(error)}); {_HOW_TO_FIX}") from error
     validate(config)
     return config
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def error_context(path: Path) -> Iterator[None]:
     """Adds the checkpoint's path to an error about one of its fields."""
     try:
         yield
@@ -249,8 +251,8 @@ def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
     )
-    path = _existing(path)
-    _verify(path, ["state"])
+    path = _checkpoint_folder(path)
+    _check_sha256(path, ["state"])
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(placed))
     try:
         # Use no CheckpointManager, because the folder may be alone, without the rest of its run.
@@ -275,14 +277,14 @@ def restore_variables(path: Path, config: ConfigDict, sharding: Sharding) -> dic
     return restore(path, abstract_state(config), sharding).eval_variables()
 
 
-def _existing(path: Path) -> Path:
+def _checkpoint_folder(path: Path) -> Path:
     path = user_path(path).resolve()  # Orbax refuses relative paths
     if not path.is_dir():
         raise UserError(f"{path}: no checkpoint there")
     return path
 
 
-def _verify(path: Path, items: Iterable[str]) -> None:
+def _check_sha256(path: Path, items: Iterable[str]) -> None:
     """Checks the sha256 of the files of `items`: Orbax would load a flipped bit as a weight.
 
     Checkpoints of older versions have no checksums, and are accepted unchecked.
@@ -290,7 +292,7 @@ def _verify(path: Path, items: Iterable[str]) -> None:
     there = _files_below(path)
     if CHECKSUMS not in there:
         return
-    expected = read_json(path / CHECKSUMS, _check_sums, _FIX)
+    expected = read_json(path / CHECKSUMS, _check_checksums, _HOW_TO_FIX)
     # Hash only these items, so that reading the configuration does not read the weights.
     chosen = {name: value for name, value in expected.items() if name.split("/")[0] in items}
     # Do not open names that `_files_below` did not find, because they may lead out of the folder.
@@ -301,7 +303,7 @@ def _verify(path: Path, items: Iterable[str]) -> None:
         raise UserError(f"checkpoint {path} is damaged: {damaged} is not what was saved")
 
 
-def _check_sums(found: Any) -> None:
+def _check_checksums(found: Any) -> None:
     check_types(found)
     check_types(found, **dict.fromkeys(found, str))
 
@@ -330,9 +332,9 @@ def _files_below(folder: Path) -> set[str]:
 def _check_file(file: Path) -> None:
     check_regular(file)
     if not file.exists():
-        raise UserError(f"{file}: links to nothing; {_FIX}")
-    if file.name in _TEXTS and file.stat().st_size > _LONGEST_TEXT:
-        raise UserError(f"{file}: is longer than any that this program writes; {_FIX}")
+        raise UserError(f"{file}: links to nothing; {_HOW_TO_FIX}")
+    if file.name in _SMALL_FILES and file.stat().st_size > _LARGEST_SMALL_FILE:
+        raise UserError(f"{file}: is longer than any that this program writes; {_HOW_TO_FIX}")
 
 
 # ---- whether it fits ----------------------------------------------------------------------------
@@ -347,7 +349,7 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     Raises:
         UserError: the state can't be loaded (it names the fields), or a field is not valid.
     """
-    with naming(path):
+    with error_context(path):
         old = flatten(complete(saved))
     new = flatten(ConfigDict(as_json(config)))
     # Processes may meet at another address at every start.

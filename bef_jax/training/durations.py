@@ -5,9 +5,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from bef_jax.configs.fields import MOST_INT
 from bef_jax.errors import UserError
-
-_MOST_STEPS = 2**31 - 1  # the state counts them in an int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Durations:
     eval_steps: int
 
 
-def durations(config: ConfigDict, n_train: int) -> Durations:
+def compute_durations(config: ConfigDict, n_train: int) -> Durations:
     """Turns epochs into steps; `config.steps` overrides `config.epochs` if it is set.
 
     Raises:
@@ -35,26 +34,26 @@ def durations(config: ConfigDict, n_train: int) -> Durations:
         )
     # Both are at least 1: a run of 0 steps trains nothing, and the loop takes step % eval_steps.
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-    if steps > _MOST_STEPS:
+    if steps > MOST_INT:
         raise UserError(
             f"config.epochs={config.epochs:g} are {steps:.3g} steps: lower it, because a run takes "
-            f"at most {_MOST_STEPS}"
+            f"at most {MOST_INT}"
         )
     eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
     return Durations(steps, steps_per_epoch, eval_steps)
 
 
-def call_sizes(config: ConfigDict, spans: Durations, start: int) -> Iterator[int]:
+def call_sizes(config: ConfigDict, durations: Durations, start: int) -> Iterator[int]:
     """Yields how many steps each call takes, from step `start` to the end.
 
     No call goes past an evaluation, a save or the end. Where `config.steps_per_call` steps would,
     the calls take single steps. So two programs are enough for all calls.
     """
     step, most = start, config.steps_per_call
-    periods = spans.eval_steps, config.checkpoint.every_steps
-    while step < spans.steps:
+    periods = durations.eval_steps, config.checkpoint.every_steps
+    while step < durations.steps:
         # Count the steps to what comes first: the end, an evaluation or a save.
-        ahead = min(spans.steps - step, *(period - step % period for period in periods))
+        ahead = min(durations.steps - step, *(period - step % period for period in periods))
         # Take 1, not `ahead`, because each size is another program to compile.
         size = most if most <= ahead else 1
         yield size

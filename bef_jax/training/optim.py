@@ -50,7 +50,7 @@ def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTran
     their gradient does not count for clipping.
     """
     # The factors come last, so that they scale the whole update, with decay and momentum.
-    tx = optax.chain(*_descent(config.optim, schedule), *_holding_back(config))
+    tx = optax.chain(*_base_optimizer(config.optim, schedule), *_fine_tuning(config))
     if not config.optim.freeze:
         return tx
     # Do not use optax.masked, which would apply the gradient of frozen parameters as their update.
@@ -58,7 +58,7 @@ def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTran
     return optax.partition(transforms, functools.partial(_freeze_labels, config.optim.freeze))
 
 
-def _descent(optim: ConfigDict, schedule: Callable) -> list[optax.GradientTransformation]:
+def _base_optimizer(optim: ConfigDict, schedule: Callable) -> list[optax.GradientTransformation]:
     """Returns clipping and the optimiser that `optim.name` names.
 
     AdamW's decay is decoupled (Loshchilov & Hutter 2019); the others add weight_decay * kernel to
@@ -84,7 +84,7 @@ def _descent(optim: ConfigDict, schedule: Callable) -> list[optax.GradientTransf
 # ---- fine-tuning --------------------------------------------------------------------------------
 
 
-def _holding_back(config: ConfigDict) -> list[optax.GradientTransformation]:
+def _fine_tuning(config: ConfigDict) -> list[optax.GradientTransformation]:
     optim, transforms = config.optim, []
     if optim.layer_decay != 1:
         transforms.append(optax.stateless(functools.partial(_scale_by_layer, config)))

@@ -138,17 +138,17 @@ def compile_step(
     # and it would not fit the next call's program.
     everywhere = sharding.replicated(mesh)
     train_step = make_train_step(config, schedule)
-    call = train_step if placed is None else make_call(train_step, mesh)
+    call = train_step if placed is None else make_multi_step(train_step, mesh)
     # Compile ahead of time, so that compiling is timed apart from the first step. Also, an input of
     # another shape is then an error, not minutes of compiling again.
-    compiled = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    jitted = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
     inputs = _abstract_input(config, mesh, placed, steps), _abstract_key(mesh)
     # Tracing needs the mesh, because our own kernels state on which devices they run.
     with jax.set_mesh(mesh):
-        return compiled.lower(state, *inputs).compile(options)
+        return jitted.lower(state, *inputs).compile(options)
 
 
-def make_call(train_step: Callable, mesh: Mesh) -> Callable:
+def make_multi_step(train_step: Callable, mesh: Mesh) -> Callable:
     """Returns `call(state, selection, key) -> (state, metrics [S])`, which takes S steps."""
 
     def call(
@@ -157,7 +157,7 @@ def make_call(train_step: Callable, mesh: Mesh) -> Callable:
         def step(state, indices):
             return train_step(state, gather(selection.split, indices, mesh), key)
 
-        if selection.steps > 1:
+        if len(selection.indices) > 1:
             return lax.scan(step, state, selection.indices)
         # Do not scan over one step, because on CPU the body of a scan runs on one thread.
         state, metrics = step(state, selection.indices[0])

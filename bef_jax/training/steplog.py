@@ -25,14 +25,14 @@ class StepLog:
     def __init__(
         self,
         config: ConfigDict,
-        spans: Durations,
+        durations: Durations,
         train: Split,
         history: History,
         clock: Clock,
         bar: Progress,
     ):
         """Begins with an empty log; rates are measured from now on."""
-        self._config, self._spans, self._train = config, spans, train
+        self._config, self._durations, self._train = config, durations, train
         self._history, self._clock, self._bar = history, clock, bar
         self._pending: list[tuple[int, dict, int]] = []  # step, its call's metrics, place in them
         self._in_flight = 0  # how many steps the last call took
@@ -85,7 +85,7 @@ class StepLog:
         figures = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
         # Log the last value, not the mean, because it is exact for the step that the line names.
         figures["learning_rate"] = float(values[-1]["learning_rate"])
-        epoch = steps[-1] / self._spans.steps_per_epoch
+        epoch = steps[-1] / self._durations.steps_per_epoch
         self._history.write(steps[-1], epoch=epoch, **figures, **rates)
         self._bar.update(steps[-1], **figures, **rates)
 

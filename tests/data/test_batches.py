@@ -124,7 +124,7 @@ def test_a_selection_holds_the_batches_of_its_steps(split, mesh):
     np.testing.assert_array_equal(ones, many)
     placed = batches.place_split(split, mesh)
     chosen = batches.selections(split, placed, mesh, 2, BATCH, 3, sizes)
-    assert [selection.steps for selection in chosen] == sizes
+    assert [len(selection.indices) for selection in chosen] == sizes
 
 
 @pytest.mark.parametrize(("placement", "placed"), [("host", False), ("device", True)])
@@ -262,7 +262,7 @@ split = Split("train", images, labels, labels.astype(str))
 placed = batches.place_split(split, mesh)
 pick = jax.jit(lambda chosen, n: batches.gather(chosen.split, chosen.indices[n], mesh))
 chosen = batches.selections(split, placed, mesh, 4, 8, 2, [1, 3, 1])
-on_devices = (pick(selection, n) for selection in chosen for n in range(selection.steps))
+on_devices = (pick(selection, n) for selection in chosen for n in range(len(selection.indices)))
 on_host = batches.host_batches(split, mesh, 4, 8, 2)
 for stream in (on_host, on_devices):
     for step, batch in zip(range(2, 7), stream):

@@ -4,7 +4,7 @@ import pytest
 
 from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
-from bef_jax.training.durations import Durations, call_sizes, check_placement, durations
+from bef_jax.training.durations import Durations, call_sizes, check_placement, compute_durations
 
 
 def make_config(steps_per_call=1, every_steps=500, placement="auto"):
@@ -62,19 +62,19 @@ def changed(**fields):
     ],
 )
 def test_durations(fields, expected):
-    derived = durations(changed(**fields), 1000)
+    derived = compute_durations(changed(**fields), 1000)
     assert (derived.steps, derived.steps_per_epoch, derived.eval_steps) == expected
 
 
 def test_a_split_smaller_than_a_batch_is_refused():
     with pytest.raises(UserError, match=r"config\.batch_size=64 exceeds the 63 training patches"):
-        durations(get_config(), 63)
-    assert durations(get_config(), 64).steps_per_epoch == 1
+        compute_durations(get_config(), 63)
+    assert compute_durations(get_config(), 64).steps_per_epoch == 1
 
 
 def test_more_epochs_than_the_state_can_count_steps_are_refused():
     with pytest.raises(UserError, match=r"config\.epochs=1e\+09 are 1\.5e\+10 steps: lower it"):
-        durations(changed(epochs=1e9), 1000)
-    assert durations(changed(epochs=1e9, steps=7), 1000).steps == 7
-    never = durations(changed(**{"eval.every_epochs": 1e30}), 1000)
+        compute_durations(changed(epochs=1e9), 1000)
+    assert compute_durations(changed(epochs=1e9, steps=7), 1000).steps == 7
+    never = compute_durations(changed(**{"eval.every_epochs": 1e30}), 1000)
     assert never.eval_steps > never.steps

@@ -211,7 +211,7 @@ def test_a_call_gathers_and_takes_the_steps_one_by_one(steps):
     config = make_config(**{"model.dropout": 0.5, "augment.flips": True})
     mesh, split = sharding.make_mesh(), make_batch(20)
     train_step = step.make_train_step(config, lambda count: RATE * (count + 1))
-    call, single = jax.jit(step.make_call(train_step, mesh)), jax.jit(train_step)
+    call, single = jax.jit(step.make_multi_step(train_step, mesh)), jax.jit(train_step)
     rows = np.random.default_rng(2).integers(0, 20, (steps, 8), dtype=np.int32)
     after, metrics = call(make_state(), Selection(split, jnp.asarray(rows)), KEY)
     expected, losses = make_state(), []
