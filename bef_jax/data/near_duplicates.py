@@ -15,6 +15,7 @@ share no slide.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -37,6 +38,7 @@ LISTED = 100  # pairs of ids that a result names, for each pair of splits
 _PARTS = 9  # the hash compares neighbours among 9 x 9 means
 _SIDE = 10  # pixels of such a part; the central 90 x 90 of a patch are read
 _CHUNK = 512  # patches read at once: 14 MB
+_MAX_CANDIDATES = 10**7  # pairs whose hashes are compared at once; limits the memory
 # BT.601's luma in whole 256ths. Sums over 100 pixels stay below 2^24, so float32 is exact and every
 # machine finds the same pairs.
 _LUMA = (77, 150, 29)
@@ -131,11 +133,12 @@ def near_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     hashes, best = difference_hashes(first), {}
     for turned in _symmetries(second):
         for i, j in _within_radius(hashes, difference_hashes(turned)):
-            gaps, spread = _deviation(first[i] - turned[j]), _deviation(turned[j])
-            for pair in np.flatnonzero((gaps <= TOLERANCE * spread) & (spread >= FLAT)):
-                key = int(i[pair]), int(j[pair])
-                best[key] = min(best.get(key, np.inf), float(gaps[pair]))
-    return np.array(sorted(best, key=lambda key: (best[key], key)), int).reshape(-1, 2)
+            gaps = _standard_deviations(first[i] - turned[j])
+            spread = _standard_deviations(turned[j])
+            for candidate in np.flatnonzero((gaps <= TOLERANCE * spread) & (spread >= FLAT)):
+                pair = int(i[candidate]), int(j[candidate])
+                best[pair] = min(best.get(pair, np.inf), float(gaps[candidate]))
+    return np.array(sorted(best, key=lambda pair: (best[pair], pair)), int).reshape(-1, 2)
 
 
 def _symmetries(grids: np.ndarray) -> Iterator[np.ndarray]:
@@ -145,7 +148,7 @@ def _symmetries(grids: np.ndarray) -> Iterator[np.ndarray]:
         yield turned[:, :, ::-1]
 
 
-def _deviation(grids: np.ndarray) -> np.ndarray:
+def _standard_deviations(grids: np.ndarray) -> np.ndarray:
     """Returns the standard deviation of each grid of [P, 9, 9], as [P]."""
     return grids.std((1, 2))
 
@@ -161,8 +164,10 @@ def _within_radius(
         keys, wanted = (hashes.view(np.uint16)[band::4] for hashes in (first, second))
         order = np.argsort(keys, kind="stable")
         start, stop = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
-        for rows in np.array_split(np.arange(len(second)), -(-(stop - start).sum() // 10**7) or 1):
-            counts = (stop - start)[rows]
+        candidates = stop - start  # of each hash of `second`
+        parts = max(1, math.ceil(candidates.sum() / _MAX_CANDIDATES))
+        for rows in np.array_split(np.arange(len(second)), parts):
+            counts = candidates[rows]
             j = np.repeat(rows, counts)
             # 0, 1, 2, ... within each row's run of equal keys.
             offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
