@@ -1,4 +1,8 @@
-"""The unit that every source yields, and the checks that every source makes."""
+"""Chunks, and the checks of the arrays that they are made of.
+
+A chunk is what every source yields: up to 512 patches of one split, with their labels and ids. A
+source is read chunk by chunk, so that memory does not grow with it.
+"""
 
 import contextlib
 import itertools
@@ -16,7 +20,7 @@ from bef_jax.errors import UserError, reason_of
 CHUNK_SIZE = 512  # patches, 13.5 MiB; limits the memory that reading takes
 READ_ORDER = ("test", "valid", "train")  # a patch in two splits is dropped from the later one
 _LONGEST_ID = 1024  # characters
-_SMALL_IDS = 256 << 20  # bytes of memory that the ids of any file may take
+_IDS_ALWAYS_ALLOWED = 256 << 20  # bytes of memory that the ids of any file may take
 
 # begin(name, total, unit) announces a long piece of work and returns a function. That function is
 # called with how much more of the work is done. The unit is "patches" or "bytes".
@@ -151,13 +155,13 @@ def check_label_array(shape: tuple[int, ...], dtype: np.dtype, count: int, where
 
 
 def check_id_array(
-    shape: tuple[int, ...], dtype: np.dtype, count: int, held: int, where: str
+    shape: tuple[int, ...], dtype: np.dtype, count: int, file_bytes: int, where: str
 ) -> None:
     """Checks that an array has a text (or a number) for each of `count` images.
 
     Args:
-        held: bytes of the file, or of the images. Ids may take an eighth of that, or 256 MiB if
-            that is more.
+        file_bytes: size of the file, or of the images. Ids may take an eighth of that, or 256 MiB
+            if that is more.
 
     Raises:
         UserError: another shape, other values, or texts that are too long; names `where`.
@@ -169,7 +173,7 @@ def check_id_array(
             "write one short text for each"
         )
     # In memory each id takes as much as the longest one, at four bytes per character.
-    if count * letters * 4 > max(_SMALL_IDS, held // 8):
+    if count * letters * 4 > max(_IDS_ALWAYS_ALLOWED, file_bytes // 8):
         raise UserError(f"{where}: {count} ids of {letters} characters; write shorter ids")
 
 

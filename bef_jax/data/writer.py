@@ -47,9 +47,10 @@ class StoreWriter:
 
     def _is_new(self, digest: bytes, split: str, label: int, name: str) -> bool:
         here = (split, label, name)
-        first_split, first_label, first_name = first = self._first.setdefault(digest, here)
+        first = self._first.setdefault(digest, here)
         if first is here:
             return True
+        first_split, first_label, first_name = first
         dropped = self._dropped_within if split == first_split else self._dropped_across
         # Without rectify nothing is dropped, but contradicting labels are still reported.
         dropped[split] += self.rectify

@@ -101,8 +101,8 @@ def _read_ids(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray | 
     if "ids.npy" not in archive.namelist():
         return None
     with _Array(archive, "ids", path) as array:
-        held = path.stat().st_size
-        check_id_array(array.header.shape, array.header.dtype, count, held, array.where)
+        file_bytes = path.stat().st_size
+        check_id_array(array.header.shape, array.header.dtype, count, file_bytes, array.where)
         array.check_held()
         ids = array.take(slice(0, count))
         # astype(str) would refuse bytes beyond ASCII.
