@@ -23,13 +23,22 @@ T = TypeVar("T")
 
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 LIMIT = 100_000_000  # pixels, 10,000 x 10,000; decoding takes up to 7 bytes of memory for each
+_TOO_LARGE = f"above {LIMIT:,} pixels; cut it into parts"
 # Pillow knows many more. For EPS it runs Ghostscript, which would run a stranger's program.
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _MARGIN = CENTER[0]  # pixels of a tile around the square that decides
 _WHITE = (255, 255, 255)
 _BAND = 1 << 20  # pixels that are converted at once
-_ORIENTATION = 0x0112  # the tag of EXIF and TIFF
-# The key is the tag's value, which says where the first row and column of the file belong.
+# Tags of TIFF; EXIF has the first one too.
+_ORIENTATION = 274
+_BITS_PER_SAMPLE = 258
+_X_RESOLUTION = 282
+_RESOLUTION_UNIT = 296
+_TILE_WIDTH = 322
+_TILE_LENGTH = 323
+_SAMPLE_FORMAT = 339
+_UNSIGNED = 1  # a value of _SAMPLE_FORMAT
+# By the value of _ORIENTATION, which says where the first row and column of the file belong.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -105,7 +114,7 @@ def check_size(path: Path, header: Header) -> None:
             f"{path}: {width}x{height} pixels; a picture needs at least {PATCH}x{PATCH}"
         )
     if height * width > LIMIT:
-        raise _too_large(path, f"{width}x{height} pixels are ")
+        raise UserError(f"{path}: {width}x{height} pixels are {_TOO_LARGE}")
 
 
 Check = Callable[[Path, Header], None]
@@ -125,7 +134,9 @@ def look(path: Path, check: Check = check_size) -> Header:
         check(path, header)
         return header
 
-    return _ask(path, lambda x: checked(_header(path, x)), lambda x: checked(_page_header(path, x)))
+    return _with_pillow_or_tifffile(
+        path, lambda x: checked(_header(path, x)), lambda x: checked(_page_header(path, x))
+    )
 
 
 def read(path: Path, check: Check = check_size) -> np.ndarray:
@@ -145,7 +156,7 @@ def read(path: Path, check: Check = check_size) -> np.ndarray:
         tag = page.tags.get(_ORIENTATION)
         return _turned(page.asarray(), tag.value if tag else 1)
 
-    return _ask(path, of_image, of_page)
+    return _with_pillow_or_tifffile(path, of_image, of_page)
 
 
 def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
@@ -183,30 +194,36 @@ def _mirrored(start: int, length: int) -> np.ndarray:
 def _header(path: Path, image: Image.Image) -> Header:
     tags = image.tag_v2 if image.format == "TIFF" else {}
     _check_depth(path, image, tags)
-    _check_area(path, tags.get(322, 1) * tags.get(323, 1))
-    mpp = _mpp(tags.get(282), tags.get(296))
+    _check_area(path, tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1))
+    mpp = _mpp(tags.get(_X_RESOLUTION), tags.get(_RESOLUTION_UNIT))
     return Header(image.height, image.width, image.mode, mpp)
 
 
 def _check_depth(path: Path, image: Image.Image, tags: dict) -> None:
     """Refuses pixels that Pillow would silently clip, or cut to their upper 8 bits."""
-    bits = max(tags.get(258, (1,)))
+    bits = max(tags.get(_BITS_PER_SAMPLE, (1,)))
     if image.format == "PNG":
         with open_user_file(path) as file:
             bits = file.read(25)[-1]  # in IHDR, which is always the first chunk
-    if image.mode.startswith(("I", "F")) or bits > 8 or set(tags.get(339, (1,))) - {1}:
+    if (
+        image.mode.startswith(("I", "F"))
+        or bits > 8
+        or set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))) - {_UNSIGNED}
+    ):
         raise UserError(f"{path}: its pixels do not have 8 bits; convert it to RGB of 8 bits")
 
 
 def _page_header(path: Path, page: tifffile.TiffPage) -> Header:
-    compressed = page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression == 7
-    if page.photometric != tifffile.PHOTOMETRIC.RGB and not compressed:
+    is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
+    # tifffile decodes the YCbCr of a JPEG to RGB.
+    becomes_rgb = is_jpeg and page.photometric == tifffile.PHOTOMETRIC.YCBCR
+    if page.photometric != tifffile.PHOTOMETRIC.RGB and not becomes_rgb:
         raise UserError(f"{path}: its colours are not RGB; convert it to RGB of 8 bits")
     if page.dtype != np.uint8 or page.ndim != 3 or page.shape[2] != 3:
         raise UserError(f"{path}: {page.dtype} {list(page.shape)}; convert it to RGB of 8 bits")
     _check_area(path, page.tilewidth * page.tilelength)
-    tags = {name: page.tags.get(name) for name in (282, 296)}
-    resolution, unit = (tag.value if tag else None for tag in tags.values())
+    tags = [page.tags.get(name) for name in (_X_RESOLUTION, _RESOLUTION_UNIT)]
+    resolution, unit = (tag.value if tag else None for tag in tags)
     mpp = _mpp(resolution and resolution[0] / max(resolution[1], 1), unit and int(unit))
     return Header(page.shape[0], page.shape[1], "RGB", mpp)
 
@@ -214,11 +231,7 @@ def _page_header(path: Path, page: tifffile.TiffPage) -> Header:
 def _check_area(path: Path, pixels: int) -> None:
     """Refuses huge tiles: a TIFF's tile is decoded whole, and may be larger than the picture."""
     if pixels > LIMIT:
-        raise _too_large(path, "its tiles are ")
-
-
-def _too_large(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: {what}above {LIMIT:,} pixels; cut it into parts")
+        raise UserError(f"{path}: its tiles are {_TOO_LARGE}")
 
 
 def _mpp(resolution: float | None, unit: int | None) -> float | None:
@@ -235,7 +248,7 @@ def _mpp(resolution: float | None, unit: int | None) -> float | None:
 # ---- decoding -----------------------------------------------------------------------------------
 
 
-def _ask(
+def _with_pillow_or_tifffile(
     path: Path, of_image: Callable[[Image.Image], T], of_page: Callable[[tifffile.TiffPage], T]
 ) -> T:
     """Returns `of_image` of Pillow's image, or `of_page` of a TIFF that Pillow cannot read.
@@ -249,7 +262,7 @@ def _ask(
     except UserError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit is 179 million pixels
-        raise _too_large(path, "it is ") from error
+        raise UserError(f"{path}: it is {_TOO_LARGE}") from error
     except UnidentifiedImageError:
         reason = "it is not a PNG, JPEG or TIFF"
     # Pillow's decoders raise errors of any kind for a damaged file.
@@ -257,7 +270,7 @@ def _ask(
         reason = reason_of(error)
     with contextlib.suppress(OSError):
         if _is_tiff(path):
-            return _ask_tifffile(path, of_page, reason)
+            return _with_tifffile(path, of_page, reason)
     raise UserError(f"{path}: cannot be read as a picture ({reason})")
 
 
@@ -274,7 +287,7 @@ def _is_tiff(path: Path) -> bool:
         return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def _ask_tifffile(path: Path, of_page: Callable[[tifffile.TiffPage], T], reason: str) -> T:
+def _with_tifffile(path: Path, of_page: Callable[[tifffile.TiffPage], T], reason: str) -> T:
     try:
         with open_user_file(path) as file, tifffile.TiffFile(file) as tif:
             # Further pages are usually smaller levels of a pyramid, or thumbnails.
