@@ -21,12 +21,12 @@ from bef_jax.data.patch import PATCH
 DEFAULT_SIZES = {"train": 4096, "valid": 1024, "test": 1024}
 BLOCK = 128  # patches drawn at once; small enough for the cache, and the unit of determinism
 STAMP = 19  # side of a drawn nucleus, odd
-REACH = STAMP // 2  # pixels; a nucleus paints nothing farther from its centre
-# Distances of nuclei from the patch's centre, in pixels. Deciding nuclei are at most CENTRE_SPREAD
+NUCLEUS_REACH = STAMP // 2  # pixels; a nucleus paints nothing farther from its center
+# Distances of nuclei from the patch's center, in pixels. Deciding nuclei are at most CENTER_SPREAD
 # away, so they lie inside the 32x32. Distractors are at least RIM_START away, so they lie outside.
-CENTRE_SPREAD = 16 - REACH
-RIM_START = 17 + REACH
-RIM_END = 48
+CENTER_SPREAD = 16 - NUCLEUS_REACH
+RIM_START = 17 + NUCLEUS_REACH
+HALF_PATCH = PATCH // 2  # where the rim ends
 BANK_SIZE = 256  # different nuclei of each kind
 # Optical density of red, green and blue for one unit of each stain (Macenko et al. 2009).
 STAINS = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558]], np.float32)
@@ -66,7 +66,7 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     eosin, tissue = _draw_stroma(rng)
     nuclei = _draw_normal_nuclei(rng, tissue)
     _draw_rim_tumour(rng, nuclei)
-    # Draw the label after everything outside the centre, which then cannot depend on it. Keep the
+    # Draw the label after everything outside the center, which then cannot depend on it. Keep the
     # order of draws, because it is part of what a seed means.
     labels = rng.integers(0, 2, BLOCK, dtype=np.uint8)
     _draw_central_tumour(rng, nuclei, labels)
@@ -100,14 +100,15 @@ def _interpolation(knots: int) -> np.ndarray:
 
 
 def _draw_normal_nuclei(rng: np.random.Generator, tissue: np.ndarray) -> np.ndarray:
-    """Returns haematoxylin [BLOCK, 96 + 2 REACH, 96 + 2 REACH] of lymphocytes and stroma cells."""
+    """Returns haematoxylin of lymphocytes and stroma cells: [BLOCK, 114, 114], with its margin."""
     # The canvas has a margin, so that nuclei at the border need no test; it is cut off later.
-    canvas = np.zeros((BLOCK, PATCH + 2 * REACH, PATCH + 2 * REACH), np.float32)
+    width = PATCH + 2 * NUCLEUS_REACH
+    canvas = np.zeros((BLOCK, width, width), np.float32)
     for kind, fewest, most in (("lymphocyte", 15, 75), ("stroma", 2, 12)):
         counts = rng.integers(fewest, most, BLOCK)
-        centres = rng.uniform(0, PATCH - 1, (BLOCK, most, 2))
-        _stamp(rng, canvas, kind, counts, centres)
-    inner = slice(REACH, REACH + PATCH)
+        centers = rng.uniform(0, PATCH - 1, (BLOCK, most, 2))
+        _stamp(rng, canvas, kind, counts, centers)
+    inner = slice(NUCLEUS_REACH, NUCLEUS_REACH + PATCH)
     canvas[:, inner, inner] *= tissue > 0.5  # no nuclei float in the gaps
     return canvas
 
@@ -115,16 +116,17 @@ def _draw_normal_nuclei(rng: np.random.Generator, tissue: np.ndarray) -> np.ndar
 def _draw_rim_tumour(rng: np.random.Generator, canvas: np.ndarray) -> None:
     """Adds two clusters of tumour nuclei to the rim of about 60% of the patches."""
     # Each cluster is in 37% of the patches, so one or both are in 1 - 0.63^2 = 60%. Without them
-    # any tumour nucleus would tell the label, and a network would not learn to look at the centre.
+    # any tumour nucleus would tell the label, and a network would not learn to look at the center.
     for _ in range(2):
-        side, along = rng.integers(0, 4, BLOCK), rng.uniform(-RIM_END, RIM_END, BLOCK)
-        across = rng.uniform(RIM_START, RIM_END, BLOCK)
-        middle = np.stack([along, across], axis=-1)
-        # Offsets from the centre, (row, column). A swap and a sign turn one side into four.
+        side = rng.integers(0, 4, BLOCK)
+        along_side = rng.uniform(-HALF_PATCH, HALF_PATCH, BLOCK)
+        outwards = rng.uniform(RIM_START, HALF_PATCH, BLOCK)
+        middle = np.stack([along_side, outwards], axis=-1)
+        # Offsets from the center, (row, column). A swap and a sign turn one side into four.
         middle[side % 2 == 1] = middle[side % 2 == 1, ::-1]
         middle[side >= 2] *= -1
         offsets = middle[:, None] + rng.normal(0, 8, (BLOCK, 9, 2))
-        # Push nuclei that are too near the centre outwards, along their ray.
+        # Push nuclei that are too near the center outwards, along their ray.
         distance = np.abs(offsets).max(axis=-1, keepdims=True)
         offsets *= np.maximum(1, RIM_START / distance)
         counts = rng.integers(3, 10, BLOCK) * (rng.random(BLOCK) < 0.37)
@@ -133,13 +135,13 @@ def _draw_rim_tumour(rng: np.random.Generator, canvas: np.ndarray) -> None:
 
 def _draw_central_tumour(rng: np.random.Generator, canvas: np.ndarray, labels: np.ndarray) -> None:
     """Adds tumour nuclei to the central 32x32 of the patches whose label is 1."""
-    # Centres lie in a smaller square, so that nuclei of radius REACH end inside the central 32x32.
-    offsets = rng.uniform(-CENTRE_SPREAD, CENTRE_SPREAD, (BLOCK, 6, 2))
+    # Centers lie in a smaller square, so that nuclei end inside the central 32x32.
+    offsets = rng.uniform(-CENTER_SPREAD, CENTER_SPREAD, (BLOCK, 6, 2))
     _stamp(rng, canvas, "tumour", rng.integers(3, 7, BLOCK) * labels, _to_pixels(offsets))
 
 
 def _to_pixels(offsets: np.ndarray) -> np.ndarray:
-    """Turns offsets from the patch's centre into pixels, kept within the patch."""
+    """Turns offsets from the patch's center into pixels, kept within the patch."""
     return np.clip(offsets + (PATCH - 1) / 2, 0, PATCH - 1)
 
 
@@ -148,18 +150,18 @@ def _stamp(
     canvas: np.ndarray,
     kind: str,
     counts: np.ndarray,
-    centres: np.ndarray,
+    centers: np.ndarray,
 ) -> None:
-    """Paints counts[i] nuclei of a kind on canvas[i], at centres[i, :counts[i]] (row, column).
+    """Paints counts[i] nuclei of a kind on canvas[i], at centers[i, :counts[i]] (row, column).
 
     Where nuclei overlap, the darker one shows.
     """
-    choice = rng.integers(0, BANK_SIZE, centres.shape[:2])
-    corners = np.rint(centres).astype(int)  # the canvas has a margin of REACH
+    choice = rng.integers(0, BANK_SIZE, centers.shape[:2])
+    corners = np.rint(centers).astype(int)  # the canvas has a margin of NUCLEUS_REACH
     span = np.arange(STAMP)
     # Each turn paints at most one nucleus per patch, on all patches at once. NumPy would keep only
     # one of several values that are assigned to the same place.
-    for k in range(centres.shape[1]):
+    for k in range(centers.shape[1]):
         patches = np.flatnonzero(counts > k)
         rows = corners[patches, k, 0][:, None, None] + span[:, None]
         columns = corners[patches, k, 1][:, None, None] + span
@@ -179,18 +181,19 @@ def _bank(kind: str) -> np.ndarray:
     # composition differs. Do not use hash(), because Python salts it in each process.
     rng = np.random.default_rng(sum(kind.encode()))
     column = (BANK_SIZE, 1, 1)
-    y, x = np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1]
+    y, x = np.mgrid[-NUCLEUS_REACH : NUCLEUS_REACH + 1, -NUCLEUS_REACH : NUCLEUS_REACH + 1]
     # [BANK_SIZE, 1, 1] is broadcast against [STAMP, STAMP]: all nuclei of a bank at once.
     turn, stretch = rng.uniform(0, np.pi, column), np.sqrt(rng.uniform(*elongation, column))
-    along, across = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
-    distance, angle = np.hypot(along / stretch, across * stretch), np.arctan2(across, along)
+    # Pixels in coordinates of the nucleus, along its major and its minor axis.
+    major, minor = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    distance, angle = np.hypot(major / stretch, minor * stretch), np.arctan2(minor, major)
     edge = rng.uniform(*radius, column)
     for lobes in (2, 3, 5):
         phase = rng.uniform(0, 2 * np.pi, column)
         edge = edge * (1 + irregularity * rng.normal(0, 1, column) * np.cos(lobes * angle + phase))
     # The edge is soft, as through a lens. The clip keeps exp from overflowing.
     inside = 1 / (1 + np.exp(np.clip((distance - edge) / 0.45, -30, 30)))
-    inside *= np.maximum(abs(x), abs(y)) < REACH  # leaves the stamp's border empty
+    inside *= np.maximum(abs(x), abs(y)) < NUCLEUS_REACH  # leaves the stamp's border empty
     # Add coarse grains of chromatin, and a darker membrane that tells neighbours apart.
     chromatin = 0.85 + grain * _smooth(rng.normal(0, 1, (BANK_SIZE, STAMP, STAMP)))
     chromatin += 0.35 * np.exp(-(((distance - edge + 1) / 0.9) ** 2))
@@ -206,7 +209,7 @@ def _smooth(noise: np.ndarray) -> np.ndarray:
 
 def _expose(rng: np.random.Generator, canvas: np.ndarray, eosin: np.ndarray) -> np.ndarray:
     """Returns the colour of stained tissue: uint8 [BLOCK, 96, 96, 3]."""
-    inner = slice(REACH, REACH + PATCH)
+    inner = slice(NUCLEUS_REACH, NUCLEUS_REACH + PATCH)
     grain = rng.standard_normal(eosin.shape, dtype=np.float32)
     # Slides differ in how strong and how pure each stain is.
     strength = rng.uniform(0.7, 1.3, (BLOCK, 2, 1)).astype(np.float32)

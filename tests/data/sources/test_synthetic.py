@@ -58,10 +58,10 @@ def test_length_is_exact():
         assert len(draw("valid", n)[1]) == n
 
 
-def test_the_centre_decides(patches):
+def test_the_center_decides(patches):
     images, labels, _ = patches
-    centre = images[:, 32:64, 32:64]
-    assert linear_auc(darkness(centre, [0, 20, 60, 120, 200]), labels) > 0.97
+    center = images[:, 32:64, 32:64]
+    assert linear_auc(darkness(center, [0, 20, 60, 120, 200]), labels) > 0.97
 
 
 def test_the_rim_says_nothing(patches):
