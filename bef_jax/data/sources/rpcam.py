@@ -95,11 +95,13 @@ def _list(folder: Path) -> set[str]:
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if entry.name.endswith(".tif")]
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({reason_of(error)})") from error
-    return {entry.name.removesuffix(".tif") for entry in found if _is_picture(entry)}
+        raise UserError(
+            f"{folder}: cannot be listed ({reason_of(error)}); make it readable"
+        ) from error
+    return {entry.name.removesuffix(".tif") for entry in found if _is_openable_file(entry)}
 
 
-def _is_picture(entry: os.DirEntry) -> bool:
+def _is_openable_file(entry: os.DirEntry) -> bool:
     """Returns whether the entry can be opened; refuses one that is not a regular file."""
     if entry.is_file(follow_symlinks=False):
         return True
@@ -118,8 +120,8 @@ def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
         _add_label(labels, row, names, f"{table} line {rows.line_num}")
     if not labels:
         raise UserError(f"{table}: names no patch; fetch it again")
-    for unlabelled in sorted(names - labels.keys())[:1]:
-        file_name = table.parent / "train" / f"{unlabelled}.tif"
+    if unlabelled := names - labels.keys():
+        file_name = table.parent / "train" / f"{min(unlabelled)}.tif"
         raise UserError(f"{file_name}: train_labels.csv has no row for it; add it")
     return labels
 
