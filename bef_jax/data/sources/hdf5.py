@@ -22,16 +22,16 @@ _FIX = "fetch it again, or unpack it yourself"
 _REPACK = "repack it: h5repack -l CHUNK=1x96x96x3 -f GZIP=1"
 # The largest file of PCam unpacks to 7.25 GB. A longer one is not PCam's and would fill the disk.
 # Also, pictures of tissue shrink to two thirds and labels to a tenth, not to a hundredth.
-_UNPACKED_LIMIT = 10**10
-_UNPACKED_FREELY = 64 << 20
-_SHRUNK = 100
+_UNPACKED_LIMIT = 10**10  # bytes
+_UNPACKED_ALWAYS_ALLOWED = 64 << 20  # bytes
+_MAX_RATIO = 100  # of unpacked bytes to packed ones
 _CHUNK_LIMIT = 64 << 20  # bytes of one of HDF5's chunks, unpacked
 _BAND_LIMIT = 512 << 20  # bytes of the rows that share a chunk and are read together
 # The most bytes that one byte of a chunk can unpack to. HDF5 unpacks all of them, even beyond the
 # size that the chunk declares.
 _DENSEST = {h5z.FILTER_DEFLATE: 1032, h5z.FILTER_LZF: 100}
 _KEEP_SIZE = (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
-_SURE = 256 << 20  # bytes; a chunk that cannot unpack to more is not checked
+_UNCHECKED_CHUNK_BYTES = 256 << 20  # a chunk that cannot unpack to more is not checked
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Datas
         is_own = isinstance(file.get(name, getlink=True), h5py.HardLink)
         if not is_own or not isinstance(file[name], h5py.Dataset):
             raise UserError(f"{path}: has no data set '{name}'; is it one of PCam's files?")
-        _check_own(file[name], path)
+        _check_not_external(file[name], path)
         yield file[name]
 
 
@@ -90,7 +90,7 @@ def blocks(data: h5py.Dataset, count: int) -> Iterator[tuple[slice, np.ndarray]]
 # ---- what a data set can be made of -------------------------------------------------------------
 
 
-def _check_own(data: h5py.Dataset, path: Path) -> None:
+def _check_not_external(data: h5py.Dataset, path: Path) -> None:
     # Check before its shape is used, because that opens the files of a virtual data set.
     plist = data.id.get_create_plist()
     if plist.get_layout() == h5d.VIRTUAL or plist.get_external_count():
@@ -108,7 +108,7 @@ def _check_chunks(data: h5py.Dataset, size: int, path: Path) -> None:
     def look(chunk: h5d.StoreInfo) -> None:
         # HDF5 leaves the filter out for a chunk that packing would not make smaller.
         is_packed = packing and not chunk.filter_mask >> packing[0] & 1
-        if is_packed and chunk.size * _DENSEST[packing[1]] > _SURE:
+        if is_packed and chunk.size * _DENSEST[packing[1]] > _UNCHECKED_CHUNK_BYTES:
             large.append(chunk)
 
     data.id.chunk_iter(look)
@@ -116,7 +116,7 @@ def _check_chunks(data: h5py.Dataset, size: int, path: Path) -> None:
     if data.id.get_num_chunks() < wanted:
         raise UserError(f"{path}: declares {len(data)} rows that it does not hold; {_FIX}")
     for chunk in large:
-        if not _is_as_large(data, chunk, size, packing[1]):
+        if not _unpacks_within(data, chunk, size, packing[1]):
             raise UserError(
                 f"{path}: the chunk at {chunk.chunk_offset} may be too large to be read; {_REPACK}"
             )
@@ -128,11 +128,13 @@ def _packing(data: h5py.Dataset, path: Path) -> tuple[int, int] | None:
     codes = [plist.get_filter(place)[0] for place in range(plist.get_nfilters())]
     packing = [(place, code) for place, code in enumerate(codes) if code not in _KEEP_SIZE]
     if len(packing) > 1 or any(code not in _DENSEST for _, code in packing):
-        raise UserError(f"{path}: packed by the filters {codes}, not by gzip alone; {_REPACK}")
+        raise UserError(
+            f"{path}: packed by the filters {codes}; only one of gzip and LZF is read; {_REPACK}"
+        )
     return packing[0] if packing else None
 
 
-def _is_as_large(data: h5py.Dataset, chunk: h5d.StoreInfo, size: int, code: int) -> bool:
+def _unpacks_within(data: h5py.Dataset, chunk: h5d.StoreInfo, size: int, code: int) -> bool:
     """Returns whether a packed chunk certainly unpacks to no more than `size` bytes."""
     # Packing adds a thousandth at most. A stream of LZF cannot be checked here.
     if code != h5z.FILTER_DEFLATE or chunk.size > size * 1.01 + 1024:
@@ -162,8 +164,9 @@ def _unpacked(path: Path, begin: Begin) -> Iterator:
 
 def _unpack(path: Path, copy: IO[bytes], begin: Begin) -> None:
     size = path.stat().st_size
-    limit = min(_UNPACKED_LIMIT, max(_UNPACKED_FREELY, _SHRUNK * size))
-    advance, before = begin(f"unpacking {short_name(path.name)}", size, "bytes"), 0
+    limit = min(_UNPACKED_LIMIT, max(_UNPACKED_ALWAYS_ALLOWED, _MAX_RATIO * size))
+    advance = begin(f"unpacking {short_name(path.name)}", size, "bytes")
+    before = 0
     with open_user_file(path) as raw, gzip.open(raw) as packed:
         while block := packed.read(1 << 20):
             copy.write(block)

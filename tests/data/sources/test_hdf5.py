@@ -156,7 +156,7 @@ def test_rows_that_are_declared_and_not_there(chunks, path):
 
 def test_filters_that_know_no_bounds(path):
     create(path, chunks=(1, *PATCH), scaleoffset=0)
-    refused(path, "packed by the filters [6], not by gzip alone; repack it")
+    refused(path, "packed by the filters [6]; only one of gzip and LZF is read; repack it")
     with h5py.File(path, "w") as file:
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_chunk((1, *PATCH))
@@ -164,7 +164,7 @@ def test_filters_that_know_no_bounds(path):
         plist.set_deflate(1)
         space = h5py.h5s.create_simple((4, *PATCH))
         h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_UINT8, space, plist)
-    refused(path, "packed by the filters [1, 1], not by gzip alone; repack it")
+    refused(path, "packed by the filters [1, 1]; only one of gzip and LZF is read; repack it")
 
 
 LABELS = {
@@ -199,7 +199,7 @@ def test_labels_that_are_none(kind, tmp_path, patches, write, make_data):
 def test_a_gz_that_unpacks_to_much_more_than_pcam_would(tmp_path, monkeypatch):
     file = tmp_path / "a.h5.gz"
     file.write_bytes(gzip.compress(bytes(4 << 20)))
-    monkeypatch.setattr(hdf5, "_UNPACKED_FREELY", 1 << 20)
+    monkeypatch.setattr(hdf5, "_UNPACKED_ALWAYS_ALLOWED", 1 << 20)
     refused(file, "unpacks to more than PCam's files do")
     assert os.listdir(tmp_path) == ["a.h5.gz"]
 
