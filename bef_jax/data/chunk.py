@@ -18,7 +18,6 @@ from bef_jax.data.patch import IMAGE_SHAPE
 from bef_jax.errors import UserError, reason_of
 
 CHUNK_SIZE = 512  # patches, 13.5 MiB; limits the memory that reading takes
-READ_ORDER = ("test", "valid", "train")  # a patch in two splits is dropped from the later one
 _LONGEST_ID = 1024  # characters
 _IDS_ALWAYS_ALLOWED = 256 << 20  # bytes of memory that the ids of any file may take
 

@@ -7,6 +7,8 @@ CENTER = (32, 64)  # rows and columns of the region that decides a patch's label
 CENTER_SIDE = CENTER[1] - CENTER[0]
 IMAGE_SHAPE = (PATCH, PATCH, 3)
 SPLITS = ("train", "valid", "test")
+# Sources are read in this order. A patch in two splits is dropped from the one that is read later.
+READ_ORDER = ("test", "valid", "train")
 
 # Micrometres per pixel. PCam was cut at level 2 of CAMELYON16's slides. Two scanners made these at
 # 0.243 and 0.226 um per pixel; 0.972 is the first one's. RPCam and TFDS hold the same patches.

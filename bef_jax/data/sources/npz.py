@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import (
-    READ_ORDER,
     Begin,
     Chunk,
     check_id_array,
@@ -27,6 +26,7 @@ from bef_jax.data.chunk import (
     readable,
     silent,
 )
+from bef_jax.data.patch import READ_ORDER
 from bef_jax.data.sources import npy
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file, user_path

@@ -8,7 +8,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import (
-    READ_ORDER,
     Begin,
     Chunk,
     check_images,
@@ -19,6 +18,7 @@ from bef_jax.data.chunk import (
     numbered,
     silent,
 )
+from bef_jax.data.patch import READ_ORDER
 from bef_jax.data.sources import fetch, hdf5
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, user_path

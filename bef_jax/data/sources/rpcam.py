@@ -12,8 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data import pictures
-from bef_jax.data.chunk import READ_ORDER, Begin, Chunk, batched_rows, counted, kept, silent
-from bef_jax.data.patch import IMAGE_SHAPE, SPLITS
+from bef_jax.data.chunk import Begin, Chunk, batched_rows, counted, kept, silent
+from bef_jax.data.patch import IMAGE_SHAPE, READ_ORDER, SPLITS
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
 

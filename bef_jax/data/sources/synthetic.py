@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data.chunk import READ_ORDER, Begin, Chunk, counted, numbered, silent
-from bef_jax.data.patch import PATCH
+from bef_jax.data.chunk import Begin, Chunk, counted, numbered, silent
+from bef_jax.data.patch import PATCH, READ_ORDER
 
 # These give a valid AUC above 0.99 after three epochs of the quickstart, and are quick to draw.
 DEFAULT_SIZES = {"train": 4096, "valid": 1024, "test": 1024}

@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import (
-    READ_ORDER,
     Begin,
     Chunk,
     batched_rows,
@@ -25,6 +24,7 @@ from bef_jax.data.chunk import (
     readable,
     silent,
 )
+from bef_jax.data.patch import READ_ORDER
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, user_path
 
