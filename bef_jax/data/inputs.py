@@ -12,7 +12,7 @@ import numpy as np
 from bef_jax.data import pictures, store
 from bef_jax.data.chunk import ranges
 from bef_jax.data.patch import PATCH, SPLITS
-from bef_jax.data.sources import npz, pcam_hdf5
+from bef_jax.data.sources import hdf5, npz
 from bef_jax.errors import UserError, printable
 
 LOG = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def read(
 
 def _arrays(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (ids, images) of a file of arrays, at most 512 at a time."""
-    return npz.stream(path) if path.suffix == ".npz" else pcam_hdf5.stream(path)
+    return npz.stream(path) if path.suffix == ".npz" else hdf5.stream(path)
 
 
 def _of_split(split: store.Split) -> Iterator[Patch]:

@@ -1,4 +1,7 @@
-"""Reads one data set of an HDF5 file from somebody else; its data must be in the file itself."""
+"""Reads patches and labels from HDF5 files of somebody else, laid out as PCam's.
+
+Their data must be in the files themselves: no other file is opened that they name.
+"""
 
 import contextlib
 import gzip
@@ -14,7 +17,21 @@ import h5py
 import numpy as np
 from h5py import h5d, h5z
 
-from bef_jax.data.chunk import CHUNK_SIZE, Begin, ranges, readable, short_name, silent
+from bef_jax.data.chunk import (
+    CHUNK_SIZE,
+    Begin,
+    Chunk,
+    check_images,
+    check_label_array,
+    check_labels,
+    counted,
+    kept,
+    numbered,
+    ranges,
+    readable,
+    short_name,
+    silent,
+)
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file
 
@@ -34,8 +51,63 @@ _KEEP_SIZE = (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
 _UNCHECKED_CHUNK_BYTES = 256 << 20  # a chunk that cannot unpack to more is not checked
 
 
+def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (ids, images) of the data set `x` of one .h5 or .h5.gz, at most 512 at a time.
+
+    The id of a patch is <the file's name>_<row>.
+
+    Raises:
+        UserError: it is damaged, or holds something other than patches.
+    """
+    stem = path.name.removesuffix(".gz").removesuffix(".h5")
+    with _dataset(path, "x") as x:
+        for rows, images in _blocks(x, _check_patches(x, path)):
+            yield numbered(stem, rows), images
+
+
+def read_split(
+    split: str, images: Path, labels: Path, limit: int | None, begin: Begin
+) -> Iterator[tuple[str, Chunk]]:
+    """Yields (split, chunk) of the data sets `x` of `images` and `y` of `labels`.
+
+    The id of a patch is pcam_<split>_<row of the file>.
+
+    Args:
+        limit: most patches to read, or None for all.
+
+    Raises:
+        UserError: a file is damaged, or holds something other than PCam's patches and labels.
+    """
+    # Open the labels first, so that a damaged file of them is found before the images are unpacked.
+    with _dataset(labels, "y") as y, _dataset(images, "x", begin) as x:
+        flags = _read_labels(y, _check_patches(x, images), labels)
+        count = kept(len(x), limit)
+        # Number ids by row, as TFDS does, so that a patch has the same id in both sources.
+        chunks = (
+            Chunk(block, flags[rows], numbered(f"pcam_{split}", rows))
+            for rows, block in _blocks(x, count)
+        )
+        yield from counted(split, chunks, count, begin)
+
+
+def _read_labels(y: h5py.Dataset, count: int, path: Path) -> np.ndarray:
+    check_label_array(y.shape or (), y.dtype, count, str(path))
+    _check_held(y, path)
+    return check_labels(y[:], count, str(path))
+
+
+def _check_patches(x: h5py.Dataset, path: Path) -> int:
+    """Checks that `x` holds patches, and returns how many."""
+    check_images(x.shape or (), x.dtype, str(path))
+    _check_held(x, path)
+    return len(x)
+
+
+# ---- one data set -------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Dataset]:
+def _dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Dataset]:
     """Opens the data set `name` of a .h5 or .h5.gz.
 
     Its data are in the file itself. The caller must check what it declares.
@@ -52,7 +124,7 @@ def dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Datas
         yield file[name]
 
 
-def check_held(data: h5py.Dataset, path: Path) -> None:
+def _check_held(data: h5py.Dataset, path: Path) -> None:
     """Checks that a data set holds what it declares, and can be read in little memory.
 
     Call it after its shape and dtype are checked, and before it is read.
@@ -72,10 +144,10 @@ def check_held(data: h5py.Dataset, path: Path) -> None:
     _check_chunks(data, chunk, path)
 
 
-def blocks(data: h5py.Dataset, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+def _blocks(data: h5py.Dataset, count: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (slice, rows) for the first `count` rows, at most 512 at a time.
 
-    Each of HDF5's chunks is unpacked once. Call `check_held` first.
+    Each of HDF5's chunks is unpacked once. Call `_check_held` first.
     """
     step = data.chunks[0] if data.chunks else 1
     # Read whole chunks. To read 512 rows at a time would unpack a chunk of 8,192 rows 16 times.

@@ -3,23 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
-import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data.chunk import (
-    Begin,
-    Chunk,
-    check_images,
-    check_label_array,
-    check_labels,
-    counted,
-    kept,
-    numbered,
-    silent,
-)
+from bef_jax.data.chunk import Begin, Chunk, silent
 from bef_jax.data.patch import READ_ORDER
-from bef_jax.data.sources import fetch, hdf5
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, user_path
 
@@ -33,6 +20,9 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
     Raises:
         UserError: a file is missing, damaged, or holds something other than PCam's patches.
     """
+    # Imported here, because a run whose store exists needs neither HDF5 nor downloads.
+    from bef_jax.data.sources import fetch, hdf5
+
     folder = user_path(data.dir)
     if data.download:
         fetch.fetch_pcam(folder, begin=begin)
@@ -40,28 +30,7 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
     paths = {split: _split_paths(folder, split) for split in READ_ORDER}
     for split, found in paths.items():
         if found is not None:
-            yield from _read_split(split, *found, data[f"{split}_size"], begin)
-
-
-def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (ids, images) of the data set `x` of one .h5 or .h5.gz, at most 512 at a time.
-
-    The id of a patch is <the file's name>_<row>.
-
-    Raises:
-        UserError: it is damaged, or holds something other than patches.
-    """
-    stem = path.name.removesuffix(".gz").removesuffix(".h5")
-    with hdf5.dataset(path, "x") as x:
-        for rows, images in hdf5.blocks(x, _check_patches(x, path)):
-            yield numbered(stem, rows), images
-
-
-def _check_patches(x: h5py.Dataset, path: Path) -> int:
-    """Checks that `x` holds patches, and returns how many."""
-    check_images(x.shape or (), x.dtype, str(path))
-    hdf5.check_held(x, path)
-    return len(x)
+            yield from hdf5.read_split(split, *found, data[f"{split}_size"], begin)
 
 
 def _split_paths(folder: Path, split: str) -> tuple[Path, Path] | None:
@@ -84,24 +53,3 @@ def _find(path: Path) -> Path | None:
     for candidate in candidates:
         check_regular(candidate)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
-
-
-def _read_split(
-    split: str, images: Path, labels: Path, limit: int | None, begin: Begin
-) -> Iterator[tuple[str, Chunk]]:
-    # Open the labels first, so that a damaged file of them is found before the images are unpacked.
-    with hdf5.dataset(labels, "y") as y, hdf5.dataset(images, "x", begin) as x:
-        flags = _read_labels(y, _check_patches(x, images), labels)
-        count = kept(len(x), limit)
-        # Number ids by row, as TFDS does, so that a patch has the same id in both sources.
-        chunks = (
-            Chunk(block, flags[rows], numbered(f"pcam_{split}", rows))
-            for rows, block in hdf5.blocks(x, count)
-        )
-        yield from counted(split, chunks, count, begin)
-
-
-def _read_labels(y: h5py.Dataset, count: int, path: Path) -> np.ndarray:
-    check_label_array(y.shape or (), y.dtype, count, str(path))
-    hdf5.check_held(y, path)
-    return check_labels(y[:], count, str(path))

@@ -27,7 +27,7 @@ def create(path, shape=(4, *PATCH), dtype="u1", name="x", **options):
 
 def refused(path, message):
     with pytest.raises(UserError) as caught:
-        list(pcam_hdf5.stream(path))
+        list(hdf5.stream(path))
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -68,7 +68,7 @@ def test_other_files_that_it_names_are_not_opened(tmp_path, say, path):
     lines = []
     for number, make in enumerate(LEADING_OUT):
         make(file := tmp_path / f"{number}.h5", tmp_path / "fifo")
-        lines.append(f"list(pcam_hdf5.stream(Path({str(file)!r})))")
+        lines.append(f"list(hdf5.stream(Path({str(file)!r})))")
     for line, message in zip(say(*lines), LEADING_OUT.values(), strict=True):
         assert message in line
 
@@ -81,7 +81,7 @@ def test_no_regular_file(kind, suffix, tmp_path, patches, special, say, write):
     special(kind, file)
     told = say(
         f"list(pcam_hdf5.read(data_of('pcam_hdf5', {str(folder)!r})))",
-        f"list(pcam_hdf5.stream(Path({str(file)!r})))",
+        f"list(hdf5.stream(Path({str(file)!r})))",
     )
     assert told == [f"{file}: is {kind}; name a regular file"] * 2
 
@@ -110,7 +110,7 @@ def test_a_chunk_that_unpacks_to_more_than_it_says(tmp_path, say):
     stream = b"".join(packer.compress(bytes(1 << 24)) for _ in range(80)) + packer.flush()
     with h5py.File(path, "r+") as file:
         file["x"].id.write_direct_chunk((0, 0, 0, 0), stream)
-    (told,) = say(f"list(pcam_hdf5.stream(Path({str(path)!r})))")
+    (told,) = say(f"list(hdf5.stream(Path({str(path)!r})))")
     assert "the chunk at (0, 0, 0, 0) may be too large to be read; repack it" in told
 
 
@@ -122,7 +122,7 @@ def test_large_chunks_that_are_good_are_read(packing, path):
         x = file.create_dataset("x", data=images, chunks=(20, *PATCH), **packing)
         if packing:  # the rest are left as they are, as filters may do
             x.id.write_direct_chunk((20, 0, 0, 0), images[20:].tobytes(), filter_mask=1)
-    ((ids, found),) = pcam_hdf5.stream(path)
+    ((ids, found),) = hdf5.stream(path)
     np.testing.assert_array_equal(found, images)
     assert ids.tolist() == [f"a_{row}" for row in range(40)]
 
@@ -140,7 +140,7 @@ def test_each_chunk_is_unpacked_once(chunks, path, monkeypatch):
         read_direct(self, band, rows, into)
 
     monkeypatch.setattr(h5py.Dataset, "read_direct", read)
-    parts = list(pcam_hdf5.stream(path))
+    parts = list(hdf5.stream(path))
     assert max(len(ids) for ids, _ in parts) <= 512
     np.testing.assert_array_equal(np.concatenate([found for _, found in parts]), images)
     # Reads begin where a chunk begins, and end where one ends.
