@@ -18,9 +18,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bef_jax.data import inputs
+from bef_jax.data import inputs, sources
 from bef_jax.data.inputs import Patch
-from bef_jax.data.patch import mpp
 from bef_jax.errors import UserError, printable
 from bef_jax.runtime import files, lock, sharding
 from bef_jax.scoring.heatmap import Scores, name_of, remove_heatmaps, write_heatmap
@@ -66,7 +65,7 @@ def predict_files(
     """
     _check_flags(path)
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
-    inputs.check(path, split, mpp(config), lenient=True)
+    inputs.check(path, split, sources.describe(config.data.source).mpp, lenient=True)
     start = time.perf_counter()
     unreadable: dict[str, str] = {}
     patches = _shown(inputs.read(path, split, config.predict.stride, unreadable))

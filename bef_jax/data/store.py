@@ -34,7 +34,7 @@ from bef_jax.data.chunk import (
     silent,
 )
 from bef_jax.data.patch import SPLITS
-from bef_jax.data.sources import npy, synthetic
+from bef_jax.data.sources import npy
 from bef_jax.data.writer import StoreWriter
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import (
@@ -78,14 +78,14 @@ class Split:
 def store_path(data: ConfigDict) -> Path:
     """Returns the folder of the store: `data.store`, or <dir>/store_<source>.
 
-    The name of a synthetic store holds its sizes and seed, so that variants do not collide.
+    If the source reads no folder, the name also holds what decides its patches, so that variants do
+    not collide.
     """
     if data.store:
         return user_path(data.store)
-    name = f"store_{data.source}"
-    if data.source == "synthetic":
-        sizes = [synthetic.size(data, split) for split in SPLITS]
-        name += "_" + "_".join(map(str, [*sizes, data.seed]))
+    identity = sources.identity(data)
+    variant = () if "dir" in identity else identity.values()
+    name = "_".join(map(str, ("store", data.source, *variant)))
     return user_path(user_path(data.dir) / name)
 
 
@@ -272,23 +272,9 @@ def _check_size(file: Path, expected: int) -> None:
         )
 
 
-def _fields(data: ConfigDict) -> dict:
+def _deciding_fields(data: ConfigDict) -> dict:
     """Returns the fields of config.data that decide what a store holds."""
-    fields = {"source": data.source, "rectify": data.rectify}
-    # Synthetic patches depend on sizes and seed, not on a folder.
-    if data.source == "synthetic":
-        return (
-            fields
-            | {f"{split}_size": synthetic.size(data, split) for split in SPLITS}
-            | {"seed": data.seed}
-        )
-    fields |= {"dir": str(user_path(data.dir).resolve())}
-    fields |= {f"{split}_size": data[f"{split}_size"] for split in SPLITS}
-    # Only for rpcam, because the field changes no patch of other sources, so their stores stay
-    # valid.
-    if data.source == "rpcam":
-        fields["split_ratio"] = list(data.split_ratio)
-    return fields
+    return {"source": data.source, "rectify": data.rectify} | sources.identity(data)
 
 
 def _manifest(data: ConfigDict) -> dict:
@@ -296,7 +282,7 @@ def _manifest(data: ConfigDict) -> dict:
         "format_version": FORMAT_VERSION,
         "source": data.source,
         "library_version": _library_version(),
-        "config": _fields(data),
+        "config": _deciding_fields(data),
     }
 
 
@@ -310,11 +296,11 @@ def _library_version() -> str:
 def _matching_manifest(path: Path, data: ConfigDict) -> dict:
     """Returns the manifest of the store at `path`, if `data` would make the same store."""
     manifest = read_manifest(path)
-    made, wanted = manifest["config"], _fields(data)
+    made, wanted = manifest["config"], _deciding_fields(data)
     # A store may be moved, and its source may be deleted. So compare the folders only while both
     # exist.
     if not all(os.path.isdir(fields.get("dir", "")) for fields in (made, wanted)):
-        wanted["dir"] = made.get("dir")
+        wanted.pop("dir", None)
     for field, value in wanted.items():
         if value != made.get(field):
             raise UserError(

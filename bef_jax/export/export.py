@@ -20,8 +20,8 @@ from jax import Array, export, lax
 from ml_collections import ConfigDict
 
 from bef_jax import __version__
-from bef_jax.data import augment
-from bef_jax.data.patch import PATCH, class_names, mpp
+from bef_jax.data import augment, sources
+from bef_jax.data.patch import PATCH, class_names
 from bef_jax.data.sources import synthetic
 from bef_jax.errors import RunError, UserError
 from bef_jax.export import timm
@@ -110,7 +110,7 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
         },
         "outputs": {name: {"shape": ["n"], "dtype": "float32"} for name in OUTPUTS},
         "classes": [negative, positive],
-        "mpp": mpp(config),
+        "mpp": sources.describe(config.data.source).mpp,
         "threshold": config.eval.threshold,
         "temperature": 1.0,
         "operating_point": operating_point,

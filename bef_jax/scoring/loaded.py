@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bef_jax.data import inputs
-from bef_jax.data.patch import PATCH, class_names, mpp
+from bef_jax.data import inputs, sources
+from bef_jax.data.patch import PATCH, class_names
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime import sharding
 from bef_jax.runtime.files import (
@@ -80,7 +80,7 @@ class TrainedModel:
     @property
     def mpp(self) -> float | None:
         """Returns the micrometres per pixel of its training patches; None if unknown."""
-        return mpp(self.config)
+        return sources.describe(self.config.data.source).mpp
 
     @property
     def threshold(self) -> float:

@@ -93,7 +93,8 @@ def test_synthetic_variants_do_not_collide(make_data, tmp_path):
     }
     assert len(paths) == 4
     explicit = make_data("synthetic", tmp_path, train_size=4096, valid_size=1024)
-    assert store.store_path(explicit) == store.store_path(make_data("synthetic", tmp_path))
+    path = store.store_path(make_data("synthetic", tmp_path))
+    assert store.store_path(explicit) == path == tmp_path / "store_synthetic_4096_1024_1024_0"
 
 
 # --- content and duplicates

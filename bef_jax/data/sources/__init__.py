@@ -2,15 +2,18 @@
 
 import importlib
 from collections.abc import Iterator
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import Begin, Chunk, silent
 from bef_jax.data.patch import SPLITS
+from bef_jax.data.sources.description import Description
 from bef_jax.errors import UserError
 
-# Modules of this package, each with `read(data, begin)`. A source is imported only when it is read.
-# To import all their libraries takes 0.3 s, and a run whose store exists needs none of them.
+# Modules of this package, each with `read`, `identity` and DESCRIPTION. They import the libraries
+# that read files within functions, because all of these take 0.3 s, and a run whose store exists
+# needs none of them.
 SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic")
 
 
@@ -44,4 +47,21 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
     """
     # In a generator this runs only at the first chunk. Call `check` for an earlier answer.
     check(data)
-    yield from importlib.import_module(f"bef_jax.data.sources.{data.source}").read(data, begin)
+    yield from _module(data.source).read(data, begin)
+
+
+def identity(data: ConfigDict) -> dict:
+    """Returns the fields of `config.data` that decide which patches `read` yields.
+
+    They have a `dir` if the source reads a folder.
+    """
+    return _module(data.source).identity(data)
+
+
+def describe(source: str) -> Description:
+    """Returns what a reader should know about the patches of a source."""
+    return _module(source).DESCRIPTION
+
+
+def _module(source: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{source}")

@@ -28,6 +28,7 @@ from bef_jax.data.chunk import (
 )
 from bef_jax.data.patch import READ_ORDER
 from bef_jax.data.sources import npy
+from bef_jax.data.sources.description import SAME_FILES, Description, folder_identity
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
 
@@ -36,6 +37,13 @@ _PIECE = 1 << 20  # bytes that are read at once
 # They would make gigabytes of a megabyte before the first patch is asked for.
 _DENSEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 _FIX = "write the file again"
+
+DESCRIPTION = Description(
+    shared_slides="not known: it depends on the files; "
+    "if yes, a score is higher than on new slides",
+    comparable=SAME_FILES,
+)
+identity = folder_identity
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:

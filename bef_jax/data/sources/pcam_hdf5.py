@@ -7,8 +7,12 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import Begin, Chunk, silent
 from bef_jax.data.patch import READ_ORDER
+from bef_jax.data.sources.description import PCAM, folder_identity
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, user_path
+
+DESCRIPTION = PCAM
+identity = folder_identity
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
@@ -20,7 +24,6 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
     Raises:
         UserError: a file is missing, damaged, or holds something other than PCam's patches.
     """
-    # Imported here, because a run whose store exists needs neither HDF5 nor downloads.
     from bef_jax.data.sources import fetch, hdf5
 
     folder = user_path(data.dir)

@@ -11,13 +11,25 @@ from typing import BinaryIO, TextIO
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data import pictures
 from bef_jax.data.chunk import Begin, Chunk, batched_rows, counted, kept, silent
 from bef_jax.data.patch import IMAGE_SHAPE, READ_ORDER, SPLITS
+from bef_jax.data.sources.description import PCAM, Description, folder_identity
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
 
 _LONGEST_LINE = 1 << 16  # characters of a row of the table
+
+DESCRIPTION = Description(
+    shared_slides="yes: the split is random, so patches of one slide are on both sides; "
+    "a score is higher than on new slides, and cannot be compared with one on PCam",
+    comparable="scores on random splits of RPCam, of which this is one, and not with those on PCam",
+    mpp=PCAM.mpp,  # RPCam holds the same patches
+)
+
+
+def identity(data: ConfigDict) -> dict:
+    """Returns the fields of `config.data` that decide which patches are in which split."""
+    return folder_identity(data) | {"split_ratio": list(data.split_ratio)}
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
@@ -154,12 +166,15 @@ def _add_label(labels: dict[str, int], row: dict, names: set[str], where: str) -
 
 def _decode(path: Path) -> np.ndarray:
     """Returns the pixels of a .tif file, uint8 [96, 96, 3]."""
-    return pictures.read(path, _check_patch)
+    from bef_jax.data import pictures
 
+    def check_patch(path: Path, header: pictures.Header) -> None:
+        height, width = header.height, header.width
+        if (height, width) != IMAGE_SHAPE[:2]:
+            raise UserError(
+                f"{path}: {width}x{height} pixels; cut or resample it to 96x96 RGB first"
+            )
+        if header.mode != "RGB":
+            raise UserError(f"{path}: images must be RGB of 8 bits, not {header.mode}; convert it")
 
-def _check_patch(path: Path, header: pictures.Header) -> None:
-    height, width = header.height, header.width
-    if (height, width) != IMAGE_SHAPE[:2]:
-        raise UserError(f"{path}: {width}x{height} pixels; cut or resample it to 96x96 RGB first")
-    if header.mode != "RGB":
-        raise UserError(f"{path}: images must be RGB of 8 bits, not {header.mode}; convert it")
+    return pictures.read(path, check_patch)

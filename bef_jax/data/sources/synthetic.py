@@ -15,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import Begin, Chunk, counted, numbered, silent
-from bef_jax.data.patch import PATCH, READ_ORDER
+from bef_jax.data.patch import PATCH, READ_ORDER, SPLITS
+from bef_jax.data.sources.description import Description
 
 # These give a valid AUC above 0.99 after three epochs of the quickstart, and are quick to draw.
 DEFAULT_SIZES = {"train": 4096, "valid": 1024, "test": 1024}
@@ -30,6 +31,17 @@ HALF_PATCH = PATCH // 2  # where the rim ends
 BANK_SIZE = 256  # different nuclei of each kind
 # Optical density of red, green and blue for one unit of each stain (Macenko et al. 2009).
 STAINS = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558]], np.float32)
+
+DESCRIPTION = Description(
+    shared_slides="there are no slides: the patches are drawn; a score says nothing about tissue",
+    comparable="runs on the same synthetic patches",
+)
+
+
+def identity(data: ConfigDict) -> dict:
+    """Returns the fields of `config.data` that decide what is drawn."""
+    # Keep their order, because a store's name lists them.
+    return {f"{split}_size": size(data, split) for split in SPLITS} | {"seed": data.seed}
 
 
 def size(data: ConfigDict, split: str) -> int:

@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import (
@@ -25,6 +24,7 @@ from bef_jax.data.chunk import (
     silent,
 )
 from bef_jax.data.patch import READ_ORDER
+from bef_jax.data.sources.description import PCAM, folder_identity
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, user_path
 
@@ -32,6 +32,9 @@ NAME = "patch_camelyon"
 FILE_FORMAT = "array_record"  # a data source reads it in any order, without TensorFlow
 _BUILD = f"tfds build {NAME} --file_format={FILE_FORMAT}"
 TFDS_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+
+DESCRIPTION = PCAM
+identity = folder_identity
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
@@ -47,7 +50,7 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
     if not _is_prepared(folder):
         _prepare(folder, data.download)
     with _readable(folder):
-        builder = tfds.builder(NAME, data_dir=folder)
+        builder = _builder(folder)
         for split in READ_ORDER:
             # Read by index, so that patches beyond a size of the config are never read.
             rows = _data_source(builder, TFDS_SPLITS[split])
@@ -62,8 +65,14 @@ def download_and_prepare(folder: Path) -> None:
     TFDS does not download PCam's .h5.gz files that are in <folder>/downloads/manual.
     """
     with contextlib.redirect_stdout(sys.stderr):  # stdout is only for the summary
-        builder = tfds.builder(NAME, data_dir=folder, file_format=FILE_FORMAT)
+        builder = _builder(folder, file_format=FILE_FORMAT)
         builder.download_and_prepare(file_format=FILE_FORMAT)
+
+
+def _builder(folder: Path, **options):
+    import tensorflow_datasets as tfds
+
+    return tfds.builder(NAME, data_dir=folder, **options)
 
 
 def _readable(folder: Path) -> contextlib.AbstractContextManager:
@@ -78,7 +87,7 @@ def _is_prepared(folder: Path) -> bool:
         if not file.is_dir():
             check_regular(file)
     with _readable(folder):
-        return tfds.builder(NAME, data_dir=folder).is_prepared()
+        return _builder(folder).is_prepared()
 
 
 def _prepare(folder: Path, download: bool) -> None:
@@ -105,7 +114,7 @@ def _prepare_apart(folder: Path) -> None:
         pool.submit(download_and_prepare, folder).result()
 
 
-def _data_source(builder: tfds.core.DatasetBuilder, split: str):
+def _data_source(builder, split: str):
     try:
         return builder.as_data_source(split)
     except (NotImplementedError, ValueError) as error:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import tracemalloc
 
 import h5py
@@ -20,6 +22,24 @@ def read_all(data):
         split: tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
         for split, chunks in found.items()
     }
+
+
+KNOW = """
+import sys
+from bef_jax.configs.default import get_config
+from bef_jax.data import sources
+
+data = get_config().data
+for data.source in sources.SOURCES:
+    assert sources.identity(data) and sources.describe(data.source).comparable
+libraries = {"h5py", "PIL", "pooch", "requests", "tensorflow_datasets", "tifffile"}
+print(*libraries & sys.modules.keys())
+"""
+
+
+def test_a_source_is_known_without_the_libraries_that_it_reads_with():
+    told = subprocess.run([sys.executable, "-c", KNOW], capture_output=True, text=True, check=True)
+    assert told.stdout == "\n"
 
 
 @pytest.mark.parametrize("layout", ["pcam_hdf5", "pcam_hdf5_gz", "npz"])
