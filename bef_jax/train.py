@@ -278,7 +278,7 @@ def _loop(
     log = StepLog(config, durations, train, run.history, run.clock, bar)
     while True:
         last = step >= durations.steps
-        ended = last or interrupt.stops_at(step)
+        ended = last or interrupt.should_stop_at(step)
         evaluates = step > first and (last or step % durations.eval_steps == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)  # raises before a save if a loss is not finite

@@ -28,15 +28,15 @@ class Interrupt:
     def __init__(self) -> None:
         """Prepares the state; nothing is caught yet."""
         self.requested = False
-        self._several = jax.distributed.is_initialized()
-        self._asked = -1  # the last step that the processes were asked about
+        self._is_distributed = jax.distributed.is_initialized()
+        self._last_asked_step = -1  # the processes were asked about all steps up to this one
         self._previous: dict = {}
 
     def __enter__(self) -> "Interrupt":
         """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
             # In a run of several processes JAX handles SIGTERM itself, because it tells the others.
-            signals = SIGNALS[:1] if self._several else SIGNALS
+            signals = SIGNALS[:1] if self._is_distributed else SIGNALS
             self._previous = {sign: signal.signal(sign, self._request) for sign in signals}
         return self
 
@@ -53,19 +53,20 @@ class Interrupt:
         # even in the middle of a save.
         self.requested = True
         LOG.warning("%s: saving, then stopping", signal.Signals(sign).name)
-        if self._several:
+        if self._is_distributed:
             # A Ctrl-C may reach only this process, but JAX passes a SIGTERM on to the others.
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def stops_at(self, step: int) -> bool:
+    def should_stop_at(self, step: int) -> bool:
         """Returns whether the loop must end after `step`; the loop asks after every call.
 
         All processes of a run get the same answers.
         """
-        if not self._several:
+        if not self._is_distributed:
             return self.requested
         # Begin at 0, because the processes may have agreed on step 1 before the first question.
-        steps, self._asked = range(self._asked + 1, step + 1), step
+        steps = range(self._last_asked_step + 1, step + 1)
+        self._last_asked_step = step
         agreed = distributed.is_stop_agreed(steps)
         if agreed:
             LOG.warning("a host got a signal: all hosts save at step %d and stop", step)

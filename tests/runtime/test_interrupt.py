@@ -74,7 +74,7 @@ def test_of_several_processes_all_are_asked_about_every_step(agreed, monkeypatch
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
     interrupt = Interrupt()
-    stopped = next(step for step in (3, 4, 6, 8) if interrupt.stops_at(step))
+    stopped = next(step for step in (3, 4, 6, 8) if interrupt.should_stop_at(step))
     assert stopped == {1: 3, 5: 6, 7: 8}[agreed]
     assert asked == list(range(agreed + 1))
 
