@@ -27,8 +27,15 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 # Damaged content raises these while it is parsed, searched and compared.
-_DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
-_DAMAGE += (RecursionError,)  # thousands of nested brackets
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,  # thousands of nested brackets
+)
 
 
 # ---- the files of users -------------------------------------------------------------------------
@@ -161,16 +168,16 @@ def write_json(file: Path, content: dict | list) -> None:
 
 def check_outputs(
     folder: Path,
-    files: Iterable[str] = (),
-    folders: Iterable[str] = (),
+    output_files: Iterable[str] = (),
+    output_folders: Iterable[str] = (),
     fix: str = "give another --workdir",
 ) -> None:
     """Checks that outputs can be written, before the work that makes them; changes nothing.
 
     Args:
         folder: the folder of the outputs; it need not exist yet.
-        files: names in it of files that will be written or replaced.
-        folders: names in it of folders that will be written to.
+        output_files: names in it of files that will be written or replaced.
+        output_folders: names in it of folders that will be written to.
         fix: what a user can do about it; it becomes the end of the error.
 
     Raises:
@@ -179,15 +186,15 @@ def check_outputs(
     try:
         if os.path.lexists(folder) and not folder.is_dir():
             raise UserError(f"{folder}: is not a folder; {fix}")
-        for name in files:
+        for name in output_files:
             if os.path.lexists(folder / name) and not _is_replaceable(folder / name):
                 raise UserError(f"{folder / name}: is in the way of an output file; move it away")
-        for name in folders:
+        for name in output_folders:
             if os.path.lexists(folder / name) and not (folder / name).is_dir():
                 raise UserError(f"{folder / name}: is in the way of an output folder; move it away")
-        _probe(folder)
-        for name in folders:
-            _probe(folder / name)
+        _check_writable(folder)
+        for name in output_folders:
+            _check_writable(folder / name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason_of(error)}); {fix}") from error
 
@@ -197,19 +204,24 @@ def _is_replaceable(file: Path) -> bool:
     return file.is_file() or (file.is_symlink() and not file.exists())
 
 
-def _probe(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     """Writes some bytes to the folder, or where it will be made, and removes them again."""
     place = next(each for each in (folder, *folder.parents) if each.exists())
-    for name in folder.relative_to(place).parts:
-        # Look right below a folder that exists, because only there stat rejects a too long name.
-        with contextlib.suppress(FileNotFoundError):
-            (place / name).stat()
+    _check_name_lengths(place, folder.relative_to(place).parts)
     temporary = _temporary_name(place)
     try:
         with open(temporary, "xb") as stream:
             stream.write(_PROBE)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_name_lengths(place: Path, names: Iterable[str]) -> None:
+    """Raises OSError if the file system of `place`, a folder that exists, takes no such name."""
+    for name in names:
+        # Look right below it, because only in a folder that exists stat rejects a too long name.
+        with contextlib.suppress(FileNotFoundError):
+            (place / name).stat()
 
 
 def _temporary_name(folder: Path) -> Path:

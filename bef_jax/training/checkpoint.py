@@ -60,7 +60,7 @@ class Checkpoints:
             UserError: nothing can be written there, or what is there is damaged.
         """
         self.directory = Path(workdir).resolve() / "checkpoints"  # Orbax refuses relative paths
-        check_outputs(self.directory.parent, folders=[self.directory.name])
+        check_outputs(self.directory.parent, output_folders=[self.directory.name])
         self._check_what_is_there()
         # Keep what either policy keeps, so that the best stays when newer ones come. By default,
         # `BestN` would also keep every save between evaluations, because these have no score.

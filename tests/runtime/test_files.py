@@ -136,7 +136,7 @@ def test_outputs_that_cannot_be_written_are_found_before(tmp_path, kind):
         files.check_outputs(tmp_path, ["special"])
     if kind != "folder":
         with pytest.raises(UserError, match="special: is in the way of an output folder"):
-            files.check_outputs(tmp_path, folders=["special"])
+            files.check_outputs(tmp_path, output_folders=["special"])
         with pytest.raises(UserError, match="special: is not a folder; give another"):
             files.check_outputs(path)
         with pytest.raises(UserError, match="special/run: cannot be written"):
