@@ -70,19 +70,24 @@ def _host() -> str:
 
 def advice(root: Path = Path("/")) -> str | None:
     """Returns what to do about an accelerator that JAX does not use; None if there is none."""
-    here = "is in this machine, but JAX computes on the CPU"
     if node := nvidia_node(root):
         plugin = next(filter(importlib.util.find_spec, CUDA_PLUGINS), None)
+        if plugin is None:
+            fix = _install_command("cuda")
+            return f"an NVIDIA GPU ({node}) is in this machine, but JAX computes on the CPU: {fix}"
         # JAX has already logged why the plug-in can't use the GPU.
-        known = "read JAX's reason above, and see whether nvidia-smi works"
-        reason = f"the plug-in {plugin} is installed; {known}" if plugin else _install("cuda")
-        return f"an NVIDIA GPU ({node}) {here}: {reason}"
+        return (
+            f"an NVIDIA GPU ({node}) is in this machine, but JAX computes on the CPU: the plug-in "
+            f"{plugin} is installed; read JAX's reason above, and see whether nvidia-smi works"
+        )
     # If libtpu can't use the TPU, JAX does not start, so that case needs no advice.
-    node = tpu_node(root)
-    return f"a TPU ({node}) {here}: {_install('tpu')}" if node else None
+    if node := tpu_node(root):
+        fix = _install_command("tpu")
+        return f"a TPU ({node}) is in this machine, but JAX computes on the CPU: {fix}"
+    return None
 
 
-def _install(extra: str) -> str:
+def _install_command(extra: str) -> str:
     return f'pip install "bef_jax[{extra}]", or, in a checkout, pip install -e ".[{extra}]"'
 
 

@@ -32,7 +32,8 @@ def held(workdir: Path, name: str = ".lock") -> Iterator[None]:
         return
     check_regular(workdir / name)
     # Do not wait, because the other run may take days.
-    lock, fix = FileLock(workdir / name, timeout=0), "give another --workdir"
+    lock = FileLock(workdir / name, timeout=0)
+    fix = "give another --workdir"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
