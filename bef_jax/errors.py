@@ -46,6 +46,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the whole text of an error on one line, without what a terminal would obey."""
+    # The text of a KeyError is the repr of its argument.
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    return printable(" ".join(text.split()))
+
+
 def reason_of(error: BaseException) -> str:
     """Returns the first line of an error's text; a system error's text is without the file."""
     text = getattr(error, "strerror", None) or str(error).strip()

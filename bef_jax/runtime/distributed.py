@@ -1,4 +1,4 @@
-"""Several processes as one run: how they meet, what only the first one does, and how they end.
+"""Several processes as one run: how they meet, what only the first does, and when all stop.
 
 JAX finds the other processes by itself if a launcher announces them (SLURM, Open MPI, Cloud TPU,
 TPUs on GKE). This module decides when to ask JAX, and what a user reads when a host is lost.
@@ -6,8 +6,6 @@ TPUs on GKE). This module decides when to ask JAX, and what a user reads when a 
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -16,9 +14,9 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from bef_jax.errors import UserError
+from bef_jax.runtime.exit import RESUME_HINT, print_if_killed, process_name
 
 _WEEK = 7 * 24 * 3600 * 1000  # in ms
-AGAIN = "the same command on all hosts goes on from the last checkpoint"
 
 
 def is_announced(environment: Mapping[str, str]) -> bool:
@@ -45,11 +43,11 @@ def node_devices(environment: Mapping[str, str]) -> list[int] | None:
     Otherwise it returns None, which keeps JAX's default: each task gets one GPU, by its place on
     the node.
     """
-    # Outside SLURM both are None, and so equal. So the step's list must be set as well.
-    tasks, nodes = (environment.get(f"SLURM_{name}") for name in ("NTASKS", "JOB_NUM_NODES"))
+    if "SLURM_STEP_NODELIST" not in environment:
+        return None
+    is_alone = environment.get("SLURM_NTASKS") == environment.get("SLURM_JOB_NUM_NODES")
     gpus = int(environment.get("SLURM_GPUS_ON_NODE", 1))
-    alone = "SLURM_STEP_NODELIST" in environment and tasks == nodes
-    return list(range(gpus)) if alone and gpus > 1 else None
+    return list(range(gpus)) if is_alone and gpus > 1 else None
 
 
 @contextlib.contextmanager
@@ -78,11 +76,11 @@ def initialize(settings: ConfigDict) -> Iterator[None]:
     seconds = settings.timeout_seconds
     absent = f"failed: not every process of the run joined within {seconds} s; start all of them"
     # JAX also calls abort() in a process that waited too long, so the shell prints this as well.
-    with _last_words(f"{absent}, or raise config.distributed.timeout_seconds"):
+    with print_if_killed(f"{absent}, or raise config.distributed.timeout_seconds"):
         _connect(settings)
-    lost = f"failed: {who()} ends, because it or another process is lost; {AGAIN}"
+    lost = f"failed: {process_name()} ends, because it or another process is lost; {RESUME_HINT}"
     # This begins when all processes are there, so that each of the two reasons has its own line.
-    with _last_words(lost), _stdout_on_stderr():
+    with print_if_killed(lost), _stdout_on_stderr():
         yield
 
 
@@ -97,11 +95,6 @@ def _stdout_on_stderr() -> Iterator[None]:
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
-
-
-def who() -> str:
-    """Returns the name of this process for a message."""
-    return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def _connect(settings: ConfigDict) -> None:
@@ -124,22 +117,6 @@ def _connect(settings: ConfigDict) -> None:
         raise UserError(
             f"config.distributed: {error} Set coordinator (host:port), num_processes and process_id"
         ) from error
-
-
-@contextlib.contextmanager
-def _last_words(text: str) -> Iterator[None]:
-    """Starts a shell that prints `text` if this process dies while the body runs."""
-    # If the process dies, the pipe ends without a line and read fails. A line is a normal end.
-    script = 'read -r _ || echo "$0" >&2'
-    # The shell has its own session, so that a Ctrl-C in the terminal does not reach it.
-    shell = subprocess.Popen(
-        ["sh", "-c", script, text], stdin=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        yield
-    finally:
-        # After an exception Python is still alive, and reports it itself.
-        shell.communicate(b"\n")
 
 
 def is_first() -> bool:
@@ -177,15 +154,3 @@ def is_stop_agreed(steps: range) -> bool:
     """
     # any() stops at the agreed step, so no process asks about a later one.
     return any(multihost_utils.reached_preemption_sync_point(step) for step in steps)
-
-
-def leave(status: int) -> int:
-    """Returns `status`; but a process of several that has failed is ended at once.
-
-    Python's normal exit would first wait for the other processes, which wait for this one.
-    """
-    if not status or not jax.distributed.is_initialized():
-        return status
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -50,7 +50,7 @@ def test_launchers_announce_several_processes(environment, announced):
 def test_a_task_alone_on_its_node_takes_all_gpus():
     assert distributed.node_devices(SLURM) is None
     assert distributed.node_devices(SLURM | {"SLURM_NTASKS": "2"}) == list(range(8))
-    assert distributed.node_devices({}) is None
+    assert distributed.node_devices({"SLURM_GPUS_ON_NODE": "8"}) is None  # outside of a step
 
 
 @pytest.fixture

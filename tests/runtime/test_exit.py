@@ -1,0 +1,124 @@
+"""How a run ends: the line that a user reads, the status, and who may still talk after it."""
+
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from bef_jax.errors import DivergedError, RunError, UserError
+from bef_jax.runtime import exit
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """Makes this process look like one of two; its os._exit raises SystemExit."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(exit.os, "_exit", sys.exit)
+
+
+ERRORS = [
+    (UserError("no such file"), 2, "error: no such file\n"),
+    (RunError("no device"), 1, "failed: no device\n"),
+    (DivergedError("loss is nan", 3), 1, "failed: loss is nan\n"),
+    (FloatingPointError("two\nlines"), 1, "failed: two\\nlines\n"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "line"), ERRORS)
+def test_an_error_becomes_one_line_and_a_status(error, status, line, capsys):
+    assert exit.status_after(error) == status
+    assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize(("error", "status", "line"), ERRORS)
+def test_one_of_several_processes_does_not_wait_for_the_others(
+    error, status, line, second_of_two, capsys
+):
+    with pytest.raises(SystemExit) as ended:
+        exit.status_after(error)
+    assert ended.value.code == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_bug_is_raised(capsys):
+    bug = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError) as raised:
+        exit.status_after(bug)
+    assert raised.value is bug
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_may_be_a_lost_host_names_the_process_after_the_traceback(second_of_two, capsys):
+    try:
+        raise RuntimeError("Gloo:\n  connection closed")
+    except RuntimeError as error:
+        with pytest.raises(SystemExit) as ended:
+            exit.status_after(error)
+    assert ended.value.code == 1
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("Traceback")
+    assert last == (
+        "failed: process 1 of 2: Gloo: connection closed; if another one is lost, "
+        "the same command on all hosts goes on from the last checkpoint"
+    )
+
+
+# A thread that is not a daemon sleeps for ten minutes. Right before the end another thread could
+# print one more line, which stands for what Orbax prints.
+FULL_DISK = """
+import os, sys, threading, time
+from bef_jax.runtime import exit
+
+def late(status, end=os._exit):
+    print("a thread talks on", file=sys.stderr, flush=True)
+    end(status)
+
+os._exit = late
+threading.Thread(target=time.sleep, args=[600]).start()
+exit.status_after(RuntimeError("write:\\n No space left on device"))
+"""
+
+
+def test_of_a_full_disk_the_line_is_the_last_and_threads_are_not_waited_for():
+    result = run(FULL_DISK)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "failed: write: No space left on device; "
+        "free some space, and the same command goes on from the last checkpoint\n"
+    )
+
+
+def test_a_summary_with_pictures_that_cannot_be_read_is_a_failure(capsys):
+    assert exit.status_of({"mode": "predict"}) == exit.status_of({"unreadable": []}) == 0
+    assert capsys.readouterr() == ("", "")
+    unreadable = [{"file": "a\nb.png", "reason": "cut"}, {"file": "c.png", "reason": "empty"}]
+    assert exit.status_of({"unreadable": unreadable}) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("failed: pictures without a prediction") and ": 2; " in line
+    assert line.endswith("the first is a\\nb.png: cut")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "is_printed"),
+    [
+        ("os.abort()", -signal.SIGABRT, True),
+        ("pass", 0, False),
+        ("sys.exit(1)", 1, False),
+    ],
+)
+def test_the_text_is_printed_only_if_the_process_is_killed(body, status, is_printed):
+    code = (
+        "import os, sys; from bef_jax.runtime import exit\n"
+        f"with exit.print_if_killed('failed: $HOME is lost'): {body}"
+    )
+    result = run(code)
+    assert result.returncode == status
+    assert ("failed: $HOME is lost" in result.stderr.splitlines()) == is_printed
