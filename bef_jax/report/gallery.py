@@ -25,7 +25,7 @@ Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPatch:
     """A patch of the gallery.
 
     Attributes:
@@ -59,12 +59,12 @@ def pick(evaluation: Evaluation) -> dict[str, np.ndarray]:
     }
 
 
-def _top(indices: np.ndarray, sureness: np.ndarray) -> np.ndarray:
+def _top(indices: np.ndarray, confidence: np.ndarray) -> np.ndarray:
     # A stable sort keeps ties in the order of the split, so that every report shows the same.
-    return indices[np.argsort(-sureness[indices], kind="stable")[:SHOWN]]
+    return indices[np.argsort(-confidence[indices], kind="stable")[:SHOWN]]
 
 
-def show(evaluation: Evaluation, images: Any, explain: Explain | None) -> list[Shown]:
+def show(evaluation: Evaluation, images: Any, explain: Explain | None) -> list[ShownPatch]:
     """Returns the gallery of one split.
 
     Args:
@@ -79,20 +79,25 @@ def show(evaluation: Evaluation, images: Any, explain: Explain | None) -> list[S
     called = np.array([kind.endswith("positives") for kind, _ in kinds])
     maps = explain(patches, called) if explain else [None] * len(kinds)
     return [
-        Shown(kind, str(evaluation.ids[index]), float(evaluation.probabilities[index]), *_tile(*x))
-        for (kind, index), *x in zip(kinds, patches, maps, strict=True)
+        ShownPatch(
+            kind,
+            id=str(evaluation.ids[index]),
+            probability=float(evaluation.probabilities[index]),
+            pixels=_draw(patch, heat),
+            in_centre=None if heat is None else central_share(heat),
+        )
+        for (kind, index), patch, heat in zip(kinds, patches, maps, strict=True)
     ]
 
 
-def _tile(patch: np.ndarray, heat: np.ndarray | None) -> tuple[np.ndarray, float | None]:
+def _draw(patch: np.ndarray, heat: np.ndarray | None) -> np.ndarray:
     if heat is None:
-        return framed(patch), None
+        return with_square(patch)
     gap = np.full((len(patch), _GAP, 3), _WHITE, np.uint8)
-    both = np.hstack([framed(patch), gap, framed(covered(patch, heat))])
-    return both, central_share(heat)
+    return np.hstack([with_square(patch), gap, with_square(with_heat_map(patch, heat))])
 
 
-def covered(patch: np.ndarray, heat: np.ndarray) -> np.ndarray:
+def with_heat_map(patch: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Returns a patch under its heat map, uint8; hotter places are covered more."""
     # Scale by each map's own peak, because a wide map of the same sum would hardly show. A map of 0
     # stays 0.
@@ -109,7 +114,7 @@ def central_share(heat: np.ndarray) -> float | None:
     return float(heat[middle, middle].sum()) / total if total > 0 else None
 
 
-def framed(patch: np.ndarray) -> np.ndarray:
+def with_square(patch: np.ndarray) -> np.ndarray:
     """Returns a copy with the deciding square outlined, white in black, to show on any tissue."""
     patch = patch.copy()
     low, high = CENTER
@@ -119,7 +124,7 @@ def framed(patch: np.ndarray) -> np.ndarray:
     return patch
 
 
-def contact_sheet(shown: list[Shown]) -> np.ndarray:
+def contact_sheet(shown: list[ShownPatch]) -> np.ndarray:
     """Returns the wrong patches side by side, uint8 [H, W, 3]; the right ones if none is wrong."""
     wrong = [each for each in shown if each.kind.startswith("false")] or shown
     tiles = [_captioned(each) for each in wrong]
@@ -129,7 +134,7 @@ def contact_sheet(shown: list[Shown]) -> np.ndarray:
     return np.vstack(rows)
 
 
-def _captioned(each: Shown) -> np.ndarray:
+def _captioned(each: ShownPatch) -> np.ndarray:
     """Returns a tile above its caption, on white, uint8 [H, W, 3]."""
     # Use a whole factor and no smoothing, so that the square's line is equally thick everywhere.
     pixels = each.pixels.repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)

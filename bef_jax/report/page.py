@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bef_jax.report.gallery import Shown
+from bef_jax.report.gallery import ShownPatch
 from bef_jax.scoring.metrics import Evaluation
 
 _COLUMNS = {
@@ -25,6 +25,8 @@ _COLUMNS = {
     "ece": ("ECE", "{:.4f}"),
     "threshold": ("threshold", "{:g}"),
 }
+# Figures of _COLUMNS that a temperature or a threshold can change.
+_TUNED = ("accuracy", "sensitivity", "specificity", "f1", "loss", "brier", "ece")
 _ALT = {
     "loss": "Training and validation loss over epochs",
     "validation": "AUC and accuracy on the validation split over epochs",
@@ -38,6 +40,14 @@ _KINDS = {
     "true positives": "Metastasis, called metastasis",
     "true negatives": "Normal, called normal",
 }
+_TUNED_NOTE = (
+    "<p>The temperature and the threshold were chosen on valid, so figures on valid are too good."
+    "</p>\n"
+)
+_HEAT_MAP_NOTE = (
+    " The heat map (Grad-CAM) at the right of a patch is more yellow where the patch supports the "
+    "decision more."
+)
 
 
 def render(
@@ -45,7 +55,8 @@ def render(
     evaluations: Mapping[str, Evaluation],
     summary: Mapping[str, Any],
     pictures: Mapping[str, tuple[str, str]],
-    tiles: Mapping[str, list[tuple[Shown, str]]],
+    tiles: Mapping[str, list[tuple[ShownPatch, str]]],
+    has_heat_maps: bool,
     tables: Mapping[str, list[list[Any]]],
 ) -> str:
     """Returns the page.
@@ -53,6 +64,7 @@ def render(
     Args:
         pictures: for each name, the data: addresses for light and for dark screens.
         tiles: for each split, what the gallery shows, each with its picture's address.
+        has_heat_maps: whether the pictures of tiles have heat maps.
         tables: for each title, rows of name and value.
     """
     files = resources.files("bef_jax.report")
@@ -63,8 +75,9 @@ def render(
         style=files.joinpath("page.css").read_text(encoding="utf-8"),
         headline=_headline(evaluations, summary),
         tuned=_tuned(summary),
-        confusion="".join(_confusion(seen) for seen in evaluations.values()),
+        confusion="".join(_confusion(evaluation) for evaluation in evaluations.values()),
         **{name: _picture(name, *both) for name, both in pictures.items()},
+        heat_maps=_HEAT_MAP_NOTE if has_heat_maps else "",
         galleries="".join(_gallery(split, shown) for split, shown in tiles.items() if shown),
         tables="".join(_section(name, rows) for name, rows in tables.items()),
         facts=_facts(summary),
@@ -77,10 +90,13 @@ def render(
 def _headline(evaluations: Mapping[str, Evaluation], summary: Mapping[str, Any]) -> str:
     """Returns a table with a row per figure and a column per split, to fit a narrow screen."""
     # Add the summary's block, because it has the intervals.
-    blocks = {split: seen.metrics | _block(summary, split) for split, seen in evaluations.items()}
+    blocks = {
+        split: evaluation.metrics | _block(summary, split)
+        for split, evaluation in evaluations.items()
+    }
     rows = [["", *blocks]]
-    for key, (name, form) in _COLUMNS.items():
-        rows.append([name, *(_figure(block, key, form) for block in blocks.values())])
+    for key, (name, number_format) in _COLUMNS.items():
+        rows.append([name, *(_figure(block, key, number_format) for block in blocks.values())])
     return table(rows)
 
 
@@ -89,18 +105,21 @@ def _block(summary: Mapping[str, Any], split: str) -> dict[str, Any]:
     return dict(block) if isinstance(block, Mapping) else {}
 
 
-def _figure(block: Mapping[str, Any], key: str, form: str) -> str:
+def _figure(block: Mapping[str, Any], key: str, number_format: str) -> str:
     value = block.get(key)
     if value is None:
         return "-"
     # The interval of the AUC has its own, stable key. The other intervals are all in ci95.
     interval = block.get(f"{key}_ci95") or (block.get("ci95") or {}).get(key)
-    ends = f" ({form.format(interval[0])} to {form.format(interval[1])})" if interval else ""
-    return form.format(value) + ends
+    text = number_format.format(value)
+    if interval:
+        low, high = (number_format.format(end) for end in interval)
+        text += f" ({low} to {high})"
+    return text
 
 
 def _tuned(summary: Mapping[str, Any]) -> str:
-    """Returns a table of each split with a temperature and a threshold chosen on valid."""
+    """Returns a table of each split with a temperature and a threshold chosen on valid, or ""."""
     rows = [["split", "", "", *(_COLUMNS[key][0] for key in _TUNED)]]
     for split in ("valid", "test"):
         for block, chosen in (("calibrated", "temperature"), ("operating_point", "threshold")):
@@ -110,18 +129,15 @@ def _tuned(summary: Mapping[str, Any]) -> str:
                 # 0.5, and a threshold changes no probability.
                 cells = [_figure(found, key, _COLUMNS[key][1]) for key in _TUNED]
                 rows.append([split, chosen, f"{found[chosen]:.4g}", *cells])
-    return table(rows) if len(rows) > 1 else ""
+    return _TUNED_NOTE + table(rows) if len(rows) > 1 else ""
 
 
-_TUNED = ("accuracy", "sensitivity", "specificity", "f1", "loss", "brier", "ece")
-
-
-def _confusion(seen: Evaluation) -> str:
+def _confusion(evaluation: Evaluation) -> str:
     """Returns a table of the counts of one split, with their shares of the row."""
-    called = np.asarray(seen.probabilities) >= seen.metrics["threshold"]
-    rows = [[seen.split, "called normal", "called metastasis"]]
+    called = np.asarray(evaluation.probabilities) >= evaluation.metrics["threshold"]
+    rows = [[evaluation.split, "called normal", "called metastasis"]]
     for label, name in enumerate(("normal", "metastasis")):
-        of_class = called[np.asarray(seen.labels) == label]
+        of_class = called[np.asarray(evaluation.labels) == label]
         counts = [int((of_class == decision).sum()) for decision in (False, True)]
         shares = [f" ({count / len(of_class):.1%})" if len(of_class) else "" for count in counts]
         cells = (f"{count:,}{share}" for count, share in zip(counts, shares, strict=True))
@@ -160,16 +176,16 @@ def _picture(name: str, light: str, dark: str) -> str:
     )
 
 
-def _gallery(split: str, tiles: list[tuple[Shown, str]]) -> str:
+def _gallery(split: str, tiles: list[tuple[ShownPatch, str]]) -> str:
     kinds = dict.fromkeys(each.kind for each, _ in tiles)
     parts = (_group(kind, [tile for tile in tiles if tile[0].kind == kind]) for kind in kinds)
     return f"<h3>{escape(split)}</h3>{''.join(parts)}"
 
 
-def _group(kind: str, tiles: list[tuple[Shown, str]]) -> str:
+def _group(kind: str, tiles: list[tuple[ShownPatch, str]]) -> str:
     shares = [each.in_centre for each, _ in tiles if each.in_centre is not None]
     mean = f"; {np.mean(shares):.0%} of the attribution in the square" if shares else ""
-    figures = "".join(_tile(each, uri) for each, uri in tiles)
+    figures = "".join(_tile_html(each, uri) for each, uri in tiles)
     # Show six digits: with three, as in the caption, confident patches may all be 1.000.
     rows = [["id", "probability"], *([each.id, f"{each.probability:.6f}"] for each, _ in tiles)]
     return (
@@ -178,7 +194,7 @@ def _group(kind: str, tiles: list[tuple[Shown, str]]) -> str:
     )
 
 
-def _tile(each: Shown, uri: str) -> str:
+def _tile_html(each: ShownPatch, uri: str) -> str:
     inside = "" if each.in_centre is None else f", {each.in_centre:.0%} in the square"
     caption = f"p = {each.probability:.3f}{inside}"
     alt = escape(f"patch {each.id}", quote=True)

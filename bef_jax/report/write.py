@@ -53,8 +53,8 @@ def write_report(report_dir: Path, content: Content) -> Path:
         name: _save(report_dir / f"{name}.png", draw) for name, draw in _plots(content).items()
     }
     galleries = {
-        split: show(seen, content.images[split], content.explain)
-        for split, seen in content.evaluations.items()
+        split: show(evaluation, content.images[split], content.explain)
+        for split, evaluation in content.evaluations.items()
         if split in content.images
     }
     shown = [each for gallery in galleries.values() for each in gallery]
@@ -62,11 +62,18 @@ def write_report(report_dir: Path, content: Content) -> Path:
         write_bytes(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
     # base64 makes pictures a third larger, which is the cost of one file that can be mailed.
     tiles = {
-        split: [(each, _uri(_png(each.pixels))) for each in gallery]
+        split: [(each, _data_uri(_png(each.pixels))) for each in gallery]
         for split, gallery in galleries.items()
     }
-    title = report_dir.resolve().parent.name
-    text = page.render(title, content.evaluations, content.summary, pictures, tiles, content.tables)
+    text = page.render(
+        title=report_dir.resolve().parent.name,
+        evaluations=content.evaluations,
+        summary=content.summary,
+        pictures=pictures,
+        tiles=tiles,
+        has_heat_maps=content.explain is not None,
+        tables=content.tables,
+    )
     # Write the page last, so that a reload shows the old page, or all of the new one.
     write_text(report_dir / "index.html", text)
     return report_dir / "index.html"
@@ -88,7 +95,7 @@ def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
     """Writes the light picture to `path`, and returns both as data: addresses."""
     light, dark = (plots.png(draw(theme)) for theme in (LIGHT, DARK))
     write_bytes(path, light)
-    return _uri(light), _uri(dark)
+    return _data_uri(light), _data_uri(dark)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -98,5 +105,5 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _uri(png: bytes) -> str:
+def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

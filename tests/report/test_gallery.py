@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bef_jax.report.gallery import SHOWN, central_share, covered, framed, pick, show
+from bef_jax.report.gallery import SHOWN, central_share, pick, show, with_heat_map, with_square
 
 
 def test_the_surest_are_so_by_brute_force(evaluation):
@@ -65,16 +65,16 @@ def test_heat_covers_where_it_is_hot_and_nothing_where_it_is_cold():
     patch = np.full((96, 96, 3), 200, np.uint8)
     heat = np.zeros((96, 96), np.float32)
     heat[10, 20] = 1e-9
-    found = covered(patch, heat)
+    found = with_heat_map(patch, heat)
     assert (found[10, 20] != 200).any()
     found[10, 20] = 200
     np.testing.assert_array_equal(found, patch)
-    np.testing.assert_array_equal(covered(patch, 0 * heat), patch)
+    np.testing.assert_array_equal(with_heat_map(patch, 0 * heat), patch)
 
 
 def test_the_frame_lies_around_the_square_and_leaves_it_be():
     patch = np.full((96, 96, 3), 100, np.uint8)
-    changed = (framed(patch) != patch).any(axis=2)
+    changed = (with_square(patch) != patch).any(axis=2)
     assert not changed[32:64, 32:64].any()
     assert changed[31, 31:65].all() and changed[64, 31:65].all() and changed[30:66, 30].all()
     assert changed[:30].sum() == changed[66:].sum() == 0

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bef_jax.report import Content, write_report
-from bef_jax.report.gallery import Shown, contact_sheet
+from bef_jax.report.gallery import ShownPatch, contact_sheet
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 VOID = {"meta", "img", "source"}
@@ -69,16 +69,39 @@ def test_writes_the_pictures_and_a_page_that_holds_them(tmp_path, evaluation, hi
 def test_every_tile_of_the_contact_sheet_has_its_own_caption():
     tile = np.full((96, 96, 3), 200, np.uint8)
     chosen = {0.935: "false positives", 0.8: "false positives", 0.1: "false negatives"}
-    shown = [Shown(kind, "id", p, tile, None) for p, kind in chosen.items()]
+    shown = [ShownPatch(kind, "id", p, tile, None) for p, kind in chosen.items()]
     assert shown[0].caption == "false positive, p = 0.935"
     assert shown[2].caption == "false negative, p = 0.100"
-    sheet = contact_sheet([*shown, Shown("true positives", "id", 1.0, tile, None)])
+    sheet = contact_sheet([*shown, ShownPatch("true positives", "id", 1.0, tile, None)])
     assert sheet.shape[1] % 4 == 0  # four in a row, of which the one that is right is left white
     tiles = np.split(sheet, 4, axis=1)
     captions = [tile[-22:] for tile in tiles]
     assert [(tile[6:198, 6:198] == 200).all() for tile in tiles] == [True] * 3 + [False]
     assert (captions[3] == 255).all()
     assert all((a != b).any() for a, b in itertools.combinations(captions, 2))
+
+
+TUNED = "The temperature and the threshold were chosen on valid"
+HEAT_MAPS = "The heat map (Grad-CAM)"
+
+
+def test_a_table_of_what_was_chosen_on_valid_has_its_sentence(tmp_path):
+    point = {"threshold": 0.31, "accuracy": 0.9}
+    for operating_point, there in ((point, True), (point | {"threshold": None}, False)):
+        summary = {"valid": {"operating_point": operating_point, "calibrated": None}}
+        page = write_report(tmp_path, Content([], {}, {}, summary)).read_text()
+        assert (TUNED in page) == ("0.31" in Page(page).cells) == there
+
+
+def test_heat_maps_are_explained_only_where_they_are(tmp_path, evaluation, images):
+    def explain(patches, _):
+        return np.zeros((len(patches), 96, 96), np.float32)
+
+    for explainer, width in ((explain, 196), (None, 96)):
+        content = Content([], {"valid": evaluation()}, {"valid": images}, {}, explain=explainer)
+        page = write_report(tmp_path, content).read_text()
+        assert Image.open(io.BytesIO(embedded(page)[-1])).size == (width, 96)
+        assert (HEAT_MAPS in page) == (explainer is not None)
 
 
 def test_confusion_counts_every_patch(tmp_path, evaluation):
