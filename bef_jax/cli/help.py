@@ -30,18 +30,35 @@ class Mode:
     fields: tuple[str, ...]
 
 
+# Two kinds of lines in configs/default.py:
+#     config.eval = evaluation = ConfigDict()
+#     evaluation.tta = 1  # 1 | 8: views whose probabilities are averaged
+_GROUP = re.compile(r" +config\.(?P<name>\w+) = (?P<variable>\w+) = ConfigDict\(\)")
+_FIELD = re.compile(r" +(?P<variable>\w+)\.(?P<name>\w+) = .+?(?:  # (?P<comment>.+))?$")
+
+
 def comments() -> dict[str, str]:
-    """Returns {"model.name": its meaning, ...}, from the comments of configs/default.py."""
-    known, groups, found, above = default.field_names(default.get_config()), {"config": ""}, {}, []
+    """Returns {"model.name": its meaning, ...}, from the comments of configs/default.py.
+
+    The comment of a field is on the lines above it, or at the end of its own line.
+    """
+    known = default.field_names(default.get_config())
+    groups = {"config": ""}  # for each variable, the start of its fields' names
+    above: list[str] = []
+    found = {}
     for line in inspect.getsource(default).splitlines():
-        if group := re.match(r" +config\.(\w+) = (\w+) = ConfigDict\(\)", line):
-            groups[group[2]] = f"{group[1]}."
-        elif field := re.match(r" +(\w+)\.(\w+) = .+?(?:  # (.+))?$", line):
-            name = groups.get(field[1], f"{field[1]}.") + field[2]
-            text = " ".join([*above, field[3] or ""]).strip()
+        if line.startswith("    # "):
+            above.append(line.strip(" #"))
+            continue
+        if group := _GROUP.match(line):
+            groups[group["variable"]] = f"{group['name']}."
+        elif field := _FIELD.match(line):
+            # The variable of a group that has a function of its own is called like the group.
+            name = groups.get(field["variable"], f"{field['variable']}.") + field["name"]
+            text = " ".join([*above, field["comment"] or ""]).strip()
             if name in known and text:
                 found[name] = text
-        above = [*above, line.strip(" #")] if line.startswith("    # ") else []
+        above = []
     return found
 
 
@@ -112,7 +129,7 @@ def _mode(argv: Sequence[str]) -> str | None:
 
 def _general(known: Sequence[flags.Flag]) -> str:
     lines = {name: mode.line + " (default)" * (name == "train") for name, mode in MODES.items()}
-    texts = {_spelled(flag): "; ".join(flag.help.splitlines()) for flag in known}
+    texts = {_flag_spelling(flag): "; ".join(flag.help.splitlines()) for flag in known}
     return "\n".join(
         [
             "Boosted EfficientNet in JAX: metastases in 96x96 H&E patches of lymph nodes.",
@@ -135,7 +152,7 @@ def _general(known: Sequence[flags.Flag]) -> str:
 
 
 def _of_mode(mode: str, known: Sequence[flags.Flag]) -> str:
-    texts = {_spelled(flag): text for flag in known if (text := _help(flag, mode))}
+    texts = {_flag_spelling(flag): text for flag in known if (text := _help(flag, mode))}
     own = "; a checkpoint has its own values" if "--checkpoint=" in texts else ""
     return "\n".join(
         [
@@ -173,7 +190,7 @@ def _help(flag: flags.Flag, mode: str) -> str:
     return ""
 
 
-def _spelled(flag: flags.Flag) -> str:
+def _flag_spelling(flag: flags.Flag) -> str:
     if not flag.boolean:
         return f"--{flag.name}="
     return f"--no{flag.name}" if flag.default else f"--{flag.name}"
