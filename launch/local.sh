@@ -34,7 +34,7 @@ prepare() {
 }
 
 start() {
-  [[ $asked != cpu ]] || set -- env JAX_PLATFORMS=cpu "$@"
+  [[ $device_flag != cpu ]] || set -- env JAX_PLATFORMS=cpu "$@"
   if [[ $dry_run ]]; then print "$@"; else exec "$@"; fi
 }
 
@@ -43,7 +43,7 @@ write() {
 }
 
 # A name on PATH may be a shim with nothing behind it, so run each one.
-serves() {
+is_usable_python() {
   "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
     >/dev/null 2>&1
 }
@@ -54,7 +54,7 @@ find_python() {
   local candidate candidates=(python3.11 python3.12 python3.13 python3.14 python3 python)
   [[ -z ${BEF_PYTHON:-} ]] || candidates=("$BEF_PYTHON")
   for candidate in "${candidates[@]}"; do
-    if serves "$candidate"; then
+    if is_usable_python "$candidate"; then
       echo "$candidate"
       return
     fi
@@ -80,7 +80,7 @@ find_device() {
 
 # Prints the extras to install: "[dev]" and a GPU make "[dev,cuda]".
 extras() {
-  local device=${asked:-$(find_device)} inner=${1//[\[\]]/}
+  local device=${device_flag:-$(find_device)} inner=${1//[\[\]]/}
   case $device in
     cpu) echo "$1" ;;
     cuda | cuda12 | cuda13 | tpu) echo "[${inner:+$inner,}$device]" ;;
@@ -142,11 +142,11 @@ train() {
 }
 
 dry_run=
-asked=
+device_flag=
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --dry-run) dry_run=yes ;;
-    --device=*) asked=${1#*=} ;;
+    --device=*) device_flag=${1#*=} ;;
     *) break ;;
   esac
   shift

@@ -31,10 +31,8 @@ fi
 
 BEF_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export BEF_ROOT
-call=()
 dry_run=
 if [[ ${1:-} == --dry-run ]]; then
-  call=(printf '%q ')
   dry_run=yes
   shift
 fi
@@ -43,8 +41,12 @@ if [[ ! ${VENV:-} ]]; then
   bash "$BEF_ROOT/launch/local.sh" ${dry_run:+--dry-run} "--device=$DEVICE" setup
 fi
 # Do not use --gpus-per-task: JAX picks a task's GPU by number, so it must see all GPUs of the node.
-# The + tests whether the array has content, because bash before 4.4 treats an empty one as unset.
-${call[@]+"${call[@]}"} sbatch --job-name=bef_jax "--nodes=$NODES" "--ntasks-per-node=$GPUS" \
-  "--gpus-per-node=$GPUS" "--time=$TIME" --requeue --open-mode=append "--signal=TERM@$GRACE" \
-  --export=ALL "$BEF_ROOT/launch/slurm.sh" "$@"
-if ((${#call[@]})); then echo; fi
+submission=(sbatch --job-name=bef_jax "--nodes=$NODES" "--ntasks-per-node=$GPUS"
+  "--gpus-per-node=$GPUS" "--time=$TIME" --requeue --open-mode=append "--signal=TERM@$GRACE"
+  --export=ALL "$BEF_ROOT/launch/slurm.sh" "$@")
+if [[ $dry_run ]]; then
+  printf '%q ' "${submission[@]}"
+  echo
+else
+  "${submission[@]}"
+fi
