@@ -1,4 +1,7 @@
-"""The progress of long work, on stderr: a live bar on a terminal, else a line now and then."""
+"""The progress of long work, on stderr: a live bar on a terminal, else a line now and then.
+
+`Progress` is for the one loop of training, and `Phases` is for data, read piece by piece.
+"""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -85,7 +88,10 @@ class _Pace:
 
 
 class Progress(_Display):
-    """A context manager that shows the step, the latest figures and the time left."""
+    """Shows a training run: the step, the latest figures, such as the loss, and the time left.
+
+    It is a context manager with one bar, whose length is known from the start.
+    """
 
     def __init__(
         self,
@@ -136,7 +142,10 @@ class Progress(_Display):
 
 
 class Phases(_Display):
-    """A context manager that shows the progress and time left of long work, piece by piece."""
+    """Shows work that is done in pieces, such as reading a split: how much is done, and how fast.
+
+    It is a context manager with a bar for each piece. A piece says how long it is when it begins.
+    """
 
     def __init__(self, console: Console | None = None, line_seconds: float = 10.0):
         """Sets up the display; nothing is shown before the first piece begins.
