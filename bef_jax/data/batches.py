@@ -193,7 +193,7 @@ def gather(split: Batch, indices: Array, mesh: Mesh) -> Batch:
 def place(rows: np.ndarray, mesh: Mesh) -> Array:
     """Spreads rows over the devices in consecutive parts; the last is padded with zeros."""
     # Devices need equal parts. No index points to the padding.
-    total = -(-len(rows) // mesh.size) * mesh.size
+    total = sharding.round_up(len(rows), mesh.size)
 
     def part(index) -> np.ndarray:
         # NumPy shortens a slice that goes past the end, so the missing rows are the padding.

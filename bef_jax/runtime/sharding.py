@@ -30,6 +30,11 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
+def round_up(n: int, multiple: int) -> int:
+    """Returns the smallest multiple of `multiple` that is at least n."""
+    return -(-n // multiple) * multiple
+
+
 def put_everywhere(array: np.ndarray, mesh: Mesh) -> Array:
     """Copies an array, which every process must have, to all devices.
 
