@@ -34,7 +34,7 @@ class Evaluation:
 def binary_metrics(
     probabilities: np.ndarray, labels: np.ndarray, threshold: float = 0.5
 ) -> dict[str, Any]:
-    """Scores probabilities of class 1 against labels.
+    """Returns the metrics of probabilities of class 1 against labels.
 
     Args:
         probabilities: float [N], of class 1.
@@ -83,14 +83,13 @@ def delong_interval(
 
     Returns:
         The interval. None where a class has fewer than two samples, because its variance is not
-        defined; or where all samples have one score, because nothing is ranked.
+        defined; or where all samples have one probability, because nothing is ranked.
     """
     positive = np.asarray(labels) == 1
     if min(positive.sum(), (~positive).sum()) < 2 or np.ptp(probabilities) == 0:
         return None
-    above, below = placements(np.asarray(probabilities, np.float64), positive)
-    error = np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
-    half = NormalDist().inv_cdf(0.5 + level / 2) * error
+    above, below = structural_components(probabilities, positive)
+    half = NormalDist().inv_cdf(0.5 + level / 2) * delong_error(above, below)
     # A normal interval has no bounds: near an AUC of 1 it would go past 1.
     return [float(np.clip(above.mean() + side, 0, 1)) for side in (-half, half)]
 
@@ -111,15 +110,17 @@ def _auc(probabilities: np.ndarray, positive: np.ndarray) -> tuple[float | None,
     # With one class only, there is no pair to rank.
     if positive.all() or not positive.any():
         return None, None
-    above, _ = placements(probabilities, positive)
+    above, _ = structural_components(probabilities, positive)
     return float(above.mean()), delong_interval(probabilities, positive)
 
 
-def placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns DeLong's structural components of the AUC, which is the mean of either.
+def structural_components(
+    probabilities: np.ndarray, positive: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns DeLong's structural components of the AUC, which is the mean of either; float64.
 
     Args:
-        scores: float [N].
+        probabilities: float [N].
         positive: bool [N], with samples of both classes.
 
     Returns:
@@ -131,11 +132,25 @@ def placements(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np
 
     # [N], midranks. A sample's rank among all, minus its rank in its own class, is the number of
     # the other class below it. This sorts, because PCam's test split has some 268 million pairs.
-    ranks = rankdata(scores)
-    own_positive, own_negative = rankdata(scores[positive]), rankdata(scores[~positive])
+    probabilities = np.asarray(probabilities, np.float64)
+    ranks = rankdata(probabilities)
+    own_positive = rankdata(probabilities[positive])
+    own_negative = rankdata(probabilities[~positive])
     above = (ranks[positive] - own_positive) / own_negative.size
     below = 1 - (ranks[~positive] - own_negative) / own_positive.size
     return above, below
+
+
+def delong_error(above: np.ndarray, below: np.ndarray) -> float:
+    """Returns DeLong's standard error of the AUC, from its structural components.
+
+    From two models' differences of components, it is that of the difference of their AUCs.
+
+    Args:
+        above: float64 [positives], two at least.
+        below: float64 [negatives], two at least.
+    """
+    return np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
 
 
 def _average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float | None:

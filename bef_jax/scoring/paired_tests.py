@@ -3,7 +3,7 @@
 import numpy as np
 
 from bef_jax.scoring.intervals import LEVEL
-from bef_jax.scoring.metrics import placements
+from bef_jax.scoring.metrics import delong_error, structural_components
 
 
 def paired_tests(first: np.ndarray, second: np.ndarray, labels: np.ndarray, threshold: float):
@@ -19,7 +19,7 @@ def paired_tests(first: np.ndarray, second: np.ndarray, labels: np.ndarray, thre
         auc_difference (first minus second), auc_difference_ci95, delong_p, mcnemar_p, and the
         numbers of patches only_first_right and only_second_right. An undefined value is None.
     """
-    right = [(scores >= threshold) == (labels == 1) for scores in (first, second)]
+    right = [(probabilities >= threshold) == (labels == 1) for probabilities in (first, second)]
     return delong_test(first, second, labels) | mcnemar_test(*right)
 
 
@@ -34,15 +34,17 @@ def delong_test(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> di
     if min(positive.sum(), (~positive).sum()) < 2:
         return dict.fromkeys(("auc_difference", "auc_difference_ci95", "delong_p"))
     # [positives] and [negatives]: how much better the first model places each patch.
-    above, below = (
-        np.subtract(*pair)
-        for pair in zip(placements(first, positive), placements(second, positive), strict=True)
-    )
-    # This is the variance of the mean of the differences, so there is no covariance to add.
-    error = np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
+    components = (structural_components(x, positive) for x in (first, second))
+    above, below = (of_first - of_second for of_first, of_second in zip(*components, strict=True))
+    # This is the error of the mean of the differences, so there is no covariance to add.
+    error = delong_error(above, below)
     difference, half = above.mean(), norm.ppf(0.5 + LEVEL / 2) * error
-    # The error is 0 if both models rank all patches alike. Then they certainly do not differ.
-    p = 2 * norm.sf(abs(difference) / error) if error else float(difference == 0)
+    if error:
+        p = 2 * norm.sf(abs(difference) / error)
+    elif difference == 0:  # both models rank all patches alike, so they certainly do not differ
+        p = 1.0
+    else:  # one model places all patches better by the same share, so it certainly is better
+        p = 0.0
     return {
         "auc_difference": float(difference),
         "auc_difference_ci95": [float(difference - half), float(difference + half)],

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 from sklearn import metrics as sklearn_metrics
 
-from bef_jax.scoring.metrics import binary_metrics, delong_interval, placements
+from bef_jax.scoring.metrics import binary_metrics, delong_interval, structural_components
 
 
 def predictions(n=400, seed=0, decimals=None):
@@ -99,7 +99,7 @@ def test_saturated_mistake_has_a_finite_loss():
     )
 
 
-def test_one_score_for_all_ranks_nothing():
+def test_one_probability_for_all_ranks_nothing():
     found = binary_metrics([0.3] * 6, [0, 1, 0, 1, 0, 1])
     assert found["auc"] == 0.5
     assert found["auc_ci95"] is None
@@ -121,10 +121,12 @@ def test_no_interval_for_a_class_of_one(labels):
 
 
 @pytest.mark.parametrize("decimals", [None, 1])
-def test_both_classes_placements_have_the_auc_as_their_mean(decimals):
+def test_both_classes_components_have_the_auc_as_their_mean(decimals):
     probabilities, labels = predictions(decimals=decimals)
-    for placed in placements(probabilities, labels == 1):
-        assert placed.mean() == pytest.approx(sklearn_metrics.roc_auc_score(labels, probabilities))
+    for components in structural_components(probabilities, labels == 1):
+        assert components.mean() == pytest.approx(
+            sklearn_metrics.roc_auc_score(labels, probabilities)
+        )
 
 
 def test_a_float32_is_scored_as_the_number_that_it_is():

@@ -61,6 +61,13 @@ def test_the_same_ranking_differs_by_nothing():
     assert (found["auc_difference"], found["delong_p"]) == (0.0, 1.0)
 
 
+def test_a_certain_difference_is_no_chance():
+    """One model ranks every positive first, the other one last."""
+    first, labels = np.array([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1])
+    found = delong_test(first, 1 - first, labels)
+    assert (found["auc_difference"], found["delong_p"]) == (1.0, 0.0)
+
+
 def test_one_class_has_no_difference():
     found = delong_test(np.array([0.1, 0.2]), np.array([0.3, 0.1]), np.array([1, 1]))
     assert set(found.values()) == {None}
