@@ -5,7 +5,7 @@ import numpy as np
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 _TINY = np.finfo(np.float64).tiny  # keeps the log-odds of a probability of 0 finite
-_CHOICES = ("accuracy", "sensitivity", "specificity", "f1")
+_POINT_FIGURES = ("accuracy", "sensitivity", "specificity", "f1")
 
 
 def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
@@ -23,28 +23,30 @@ def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
     """
     chosen = choose_operating_point(valid)
     temperature, threshold = chosen["temperature"], chosen["threshold"]
-    cooled, at_point = {}, {}
+    calibrated, at_point = {}, {}
     if temperature is not None:
-        cooled = binary_metrics(temper(evaluation.probabilities, temperature), evaluation.labels)
+        tempered = temper(evaluation.probabilities, temperature)
+        calibrated = binary_metrics(tempered, evaluation.labels)
     if threshold is not None:
         at_point = binary_metrics(evaluation.probabilities, evaluation.labels, threshold)
     chosen_on = {"chosen_on": chosen["chosen_on"]}
-    # Only these figures change, because a temperature keeps the order of scores, and so the AUC.
+    # Only these figures change, because a temperature keeps the order of patches, and so the AUC.
     return {
         "calibrated": chosen_on
         | {"temperature": temperature}
-        | {name: cooled.get(name) for name in ("loss", "brier", "ece")},
+        | {name: calibrated.get(name) for name in ("loss", "brier", "ece")},
         "operating_point": chosen_on
         | {"threshold": threshold}
-        | {name: at_point.get(name) for name in _CHOICES},
+        | {name: at_point.get(name) for name in _POINT_FIGURES},
     }
 
 
 def choose_operating_point(valid: Evaluation) -> dict[str, float | str | None]:
     """Returns the temperature and the threshold that fit a split best, and the split's name.
 
-    Both are None where the split has one class only, or one score for all patches, because nothing
-    can be chosen there. The temperature may also be None for other splits (`fit_temperature`).
+    Both are None where the split has one class only, or one probability for all patches, because
+    nothing can be chosen there. The temperature may also be None for other splits
+    (`fit_temperature`).
     """
     return {
         "chosen_on": valid.split,
@@ -75,7 +77,7 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | No
         return None
     # A margin says how far a patch is on the right side of 0.5, in log-odds. The loss is convex in
     # 1 / temperature, and its slope at 0 is -mean(margins) / 2.
-    margins = logit(_inside(probabilities)) * np.where(labels == 1, 1, -1)
+    margins = logit(_clip_open(probabilities)) * np.where(labels == 1, 1, -1)
     if margins.min() >= 0 or margins.sum() <= 0:
         return None
 
@@ -90,10 +92,11 @@ def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Returns probabilities of class 1, [N], with their log-odds divided by `temperature`."""
     from scipy.special import expit, logit
 
-    return expit(logit(_inside(probabilities)) / temperature)
+    return expit(logit(_clip_open(probabilities)) / temperature)
 
 
-def _inside(probabilities: np.ndarray) -> np.ndarray:
+def _clip_open(probabilities: np.ndarray) -> np.ndarray:
+    """Clips to the open interval (0, 1), where log-odds are finite."""
     # The upper end is the largest float64 below 1. Towards 0, float64 has much smaller steps.
     return np.clip(probabilities, _TINY, 1 - 2**-53)
 
@@ -111,9 +114,10 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float | N
         return None
     false_positive, true_positive, thresholds = roc_curve(labels, probabilities)
     # argmax takes the highest of equally good thresholds, because they come in falling order.
-    best = np.argmax(true_positive - false_positive)
-    # roc_curve's first threshold is infinite, so that nothing is positive at it.
-    return float(min(thresholds[best], 1.0))
+    best = thresholds[np.argmax(true_positive - false_positive)]
+    # roc_curve's first threshold is infinite, so that nothing is positive at it. A summary needs
+    # a finite number, and a probability is at most 1.
+    return float(best) if np.isfinite(best) else 1.0
 
 
 def _can_choose(probabilities: np.ndarray, labels: np.ndarray) -> bool:

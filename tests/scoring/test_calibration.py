@@ -57,8 +57,8 @@ def test_threshold_is_youdens(decimals):
 NOTHING_TO_CHOOSE = {
     "positives alone": ([0.1, 0.9, 0.4], [1, 1, 1]),
     "negatives alone": ([0.1, 0.9, 0.4], [0, 0, 0]),
-    "one score for all": ([0.5, 0.5, 0.5], [0, 1, 1]),
-    "one other score for all": ([0.7, 0.7, 0.7], [0, 1, 1]),
+    "one probability for all": ([0.5, 0.5, 0.5], [0, 1, 1]),
+    "another probability for all": ([0.7, 0.7, 0.7], [0, 1, 1]),
 }
 
 
@@ -86,10 +86,10 @@ def test_what_is_chosen_on_valid_is_applied_to_test():
     blocks = tuned(valid, test)
     temperature = fit_temperature(valid.probabilities, valid.labels)
     threshold = choose_threshold(valid.probabilities, valid.labels)
-    cooled = expit(logit(test.probabilities) / temperature)
+    calibrated = expit(logit(test.probabilities) / temperature)
     called = test.probabilities >= threshold
     assert blocks["calibrated"]["temperature"] == temperature
-    assert blocks["calibrated"]["loss"] == pytest.approx(log_loss(test.labels, cooled))
+    assert blocks["calibrated"]["loss"] == pytest.approx(log_loss(test.labels, calibrated))
     assert blocks["calibrated"]["loss"] < test.metrics["loss"]
     assert blocks["operating_point"]["threshold"] == threshold
     assert blocks["operating_point"]["sensitivity"] == recall_score(test.labels, called)
