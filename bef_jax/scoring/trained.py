@@ -17,12 +17,12 @@ from bef_jax.training import checkpoint
 LOG = logging.getLogger(__name__)
 
 # Scoring sets these fields, which say how training computes blocks, because it needs no gradient.
-_FORMS = {"mbconv": "layers", "remat": "none"}
-# A given --config decides these fields: what is scored, where, and how fast, but not the score.
-_SURROUNDINGS = ("data.", "predict.", "benchmark.", "distributed.", "compile_cache")
+_SCORING_FORMS = {"mbconv": "layers", "remat": "none"}
+# A given --config decides these fields: what is scored, where, and how fast, but not the result.
+_ENVIRONMENT = ("data.", "predict.", "benchmark.", "distributed.", "compile_cache")
 _SPEED = ("eval.batch_size", "model.depthwise")
-# Fields that decide a patch's score, in addition to the fields of the network.
-_DECIDING = (
+# Fields that decide a patch's probability or decision, in addition to the fields of the network.
+_SCORE_FIELDS = (
     "dtype",
     "augment.mean",
     "augment.std",
@@ -37,7 +37,7 @@ def find(where: Path | str) -> Path:
     """Returns the checkpoint's folder: `where` itself, or the best checkpoint of a workdir.
 
     Raises:
-        UserError: a workdir has no checkpoint, or a score in it is damaged.
+        UserError: a workdir has no checkpoint, or the AUC of one is damaged.
     """
     path = user_path(where).resolve()
     is_checkpoint = (path / "state").is_dir() and (path / "run").is_dir()
@@ -59,9 +59,10 @@ def scoring_config(
 
     Args:
         path: the checkpoint's folder.
-        given: a whole configuration. Only fields that do not decide a score are used, such as data.
-        changes: single fields by their dotted names. Fields that decide a score are used, too, but
-            fields of training alone are not.
+        given: a whole configuration. Only fields that do not decide a probability are used, such
+            as data.
+        changes: single fields by their dotted names. Fields that decide a probability are used,
+            too, but fields of training alone are not.
 
     Raises:
         UserError: the checkpoint is missing or has a field that this version can't read, or
@@ -74,15 +75,16 @@ def scoring_config(
     if given is not None:
         fields = _fields_of(given)
         _log_ignored(flatten(config), fields, changes)
-        _set(config, {name: fields[name] for name in fields if _is_free(name)})
+        _set(config, {name: fields[name] for name in fields if _is_from_config(name)})
     saved = flatten(config)
     differing = {name: x for name, x in changes.items() if saved.get(name) != x}
     _check_network(path, saved, differing)
-    for name in sorted(set(differing) & {*_DECIDING}):
+    for name in sorted(set(differing) & {*_SCORE_FIELDS}):
         LOG.info("config.%s=%r; the checkpoint has %r", name, differing[name], saved[name])
     # Fields of training alone stay as saved: the checkpoint's arrays fit its own optimiser.
-    _set(config, {name: x for name, x in changes.items() if _is_free(name) or name in _DECIDING})
-    config.model.update(_FORMS)
+    used = [name for name in changes if _is_from_config(name) or name in _SCORE_FIELDS]
+    _set(config, {name: changes[name] for name in used})
+    config.model.update(_SCORING_FORMS)
     # Validate again, because a change may be invalid together with the saved fields.
     with checkpoint.error_context(path):
         validate(config)
@@ -106,13 +108,13 @@ def _set(config: ConfigDict, fields: Mapping[str, Any]) -> None:
         config.update_from_flattened_dict(fields)
 
 
-def _is_free(name: str) -> bool:
-    return name.startswith(_SURROUNDINGS) or name in _SPEED
+def _is_from_config(name: str) -> bool:
+    return name.startswith(_ENVIRONMENT) or name in _SPEED
 
 
 def _is_network(name: str) -> bool:
-    how = _SPEED + tuple(f"model.{form}" for form in _FORMS)
-    return name.startswith("model.") and name not in how
+    not_network = _SPEED + tuple(f"model.{form}" for form in _SCORING_FORMS)
+    return name.startswith("model.") and name not in not_network
 
 
 def _check_network(path: Path, saved: Mapping[str, Any], differing: Mapping[str, Any]) -> None:
@@ -127,7 +129,7 @@ def _log_ignored(
     saved: Mapping[str, Any], given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
     """Logs the fields in which the checkpoint decides, and --config has another value."""
-    decided = [name for name in saved if name in _DECIDING or _is_network(name)]
+    decided = [name for name in saved if name in _SCORE_FIELDS or _is_network(name)]
     for name in decided:
         if name not in changes and given.get(name) != saved[name]:
             LOG.info(
