@@ -23,8 +23,8 @@ from bef_jax.data.inputs import Patch
 from bef_jax.errors import UserError, printable
 from bef_jax.runtime import files, lock, sharding
 from bef_jax.scoring.heatmap import Scores, name_of, remove_heatmaps, write_heatmap
+from bef_jax.scoring.probabilities_csv import csv_cell
 from bef_jax.scoring.scorer import check_finite, make_predictor
-from bef_jax.scoring.scores_csv import csv_cell
 from bef_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)

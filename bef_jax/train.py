@@ -30,7 +30,7 @@ from bef_jax.runtime.interrupt import Interrupt
 from bef_jax.runtime.progress import Progress
 from bef_jax.scoring.calibration import choose_operating_point
 from bef_jax.scoring.metrics import Evaluation
-from bef_jax.scoring.scores_csv import write_scores
+from bef_jax.scoring.probabilities_csv import write_probabilities
 from bef_jax.training import checkpoint, outputs, pretrained
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.clock import Clock, Laps
@@ -389,5 +389,5 @@ def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Eva
     page = report_run(run.workdir, run.config, run.splits, run.manifest, *found)
     LOG.info("open %s in a browser: figures, curves, the most confident patches, the data", page)
     for name, evaluation in evaluations.items():
-        write_scores(run.workdir / f"scores_{name}.csv", evaluation)
+        write_probabilities(run.workdir / f"scores_{name}.csv", evaluation)
     write_summary(run.workdir, summary)  # main does this, too, but not for callers from Python

@@ -19,7 +19,7 @@ from bef_jax import evaluate, predict
 from bef_jax.data import store
 from bef_jax.errors import RunError, UserError
 from bef_jax.runtime import lock, sharding
-from bef_jax.scoring.scores_csv import read_scores
+from bef_jax.scoring.probabilities_csv import read_probabilities
 from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.state import abstract_state
@@ -42,7 +42,7 @@ def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, scoring):
     assert [row["id"] for row in rows] == split.ids.tolist()
     found = np.array([float(row["probability"]) for row in rows])
     if tta == 1:
-        _, _, expected = read_scores(workdir / "scores_valid.csv")
+        _, _, expected = read_probabilities(workdir / "scores_valid.csv")
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     block = evaluate.evaluate_checkpoint(config, best, "valid")
     assert np.mean((found >= 0.499) == split.labels) == pytest.approx(block["accuracy"])

@@ -11,7 +11,7 @@ import numpy as np
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import replacing, write_text
 from bef_jax.scoring.paired_tests import paired_tests
-from bef_jax.scoring.scores_csv import read_scores
+from bef_jax.scoring.probabilities_csv import read_probabilities
 
 FILES = ("ablation.md", "ablation.csv", "ablation_runs.csv", "ablation.png")
 TITLES = {
@@ -127,7 +127,7 @@ def _averaged_scores(
     """Returns the probabilities of both rows, averaged over seeds, and the labels: [N] each."""
     # [2][seeds] of (ids, labels, scores), [N] each, in the order of the store that all runs share.
     read = [
-        [read_scores(runs[seed].workdir / f"scores_{split}.csv") for seed in seeds]
+        [read_probabilities(runs[seed].workdir / f"scores_{split}.csv") for seed in seeds]
         for runs in (row, baseline)
     ]
     ids, labels, _ = read[0][0]

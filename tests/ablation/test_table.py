@@ -11,7 +11,7 @@ from bef_jax.ablation.table import tabulate, write_table
 from bef_jax.errors import UserError
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 from bef_jax.scoring.paired_tests import delong_test
-from bef_jax.scoring.scores_csv import write_scores
+from bef_jax.scoring.probabilities_csv import write_probabilities
 
 
 @dataclass
@@ -37,7 +37,7 @@ def runs(folder, rows=("baseline", "all"), seeds=(0, 1, 2), n=200):
             workdir.mkdir()
             metrics = binary_metrics(scores, labels)
             seen = Evaluation("valid", np.arange(n).astype(str), labels, scores, metrics)
-            write_scores(workdir / "scores_valid.csv", seen)
+            write_probabilities(workdir / "scores_valid.csv", seen)
             found.append(Finished(row, seed, workdir, {"split": "valid", **metrics}))
     return found, labels
 
@@ -71,7 +71,7 @@ def test_runs_of_other_patches_or_of_another_order_are_refused(change, tmp_path)
     finished, labels = runs(tmp_path)
     ids = change(np.arange(len(labels)).astype(str))
     scores = Evaluation("valid", ids, labels, scores_of(finished[-1]), {})
-    write_scores(finished[-1].workdir / "scores_valid.csv", scores)
+    write_probabilities(finished[-1].workdir / "scores_valid.csv", scores)
     with pytest.raises(UserError, match="scored on different patches, or in another order"):
         tabulate(finished, 0.5)
 

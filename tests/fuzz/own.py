@@ -14,7 +14,7 @@ from bef_jax.models.weights import timm_config
 from bef_jax.planning import records
 from bef_jax.scoring.loaded import ExportedModel
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
-from bef_jax.scoring.scores_csv import read_scores, write_scores
+from bef_jax.scoring.probabilities_csv import read_probabilities, write_probabilities
 from bef_jax.training import checkpoint, history
 from bef_jax.training.outputs import read_train_summary
 
@@ -61,7 +61,7 @@ def write(folder: Path, rng: random.Random) -> None:
     ids = np.array(["=a", "'=b", "c"])
     metrics = binary_metrics(probabilities, labels)
     evaluation = Evaluation("valid", ids, labels, probabilities, metrics)
-    write_scores(folder / "scores_valid.csv", evaluation)
+    write_probabilities(folder / "scores_valid.csv", evaluation)
 
 
 def _edit(content: dict | list, rng: random.Random) -> None:
@@ -96,7 +96,7 @@ def read(folder: Path) -> None:
         lambda: timm_config.read(folder / "weights" / "model.safetensors"),
         lambda: checkpoint.read_config(folder / "checkpoints" / "6"),
         lambda: checkpoint.best(folder),
-        lambda: read_scores(folder / "scores_valid.csv"),
+        lambda: read_probabilities(folder / "scores_valid.csv"),
     ]
     errors = [error for error in map(_refusal, readers) if error]
     if errors:

@@ -21,7 +21,7 @@ from bef_jax.errors import UserError
 from bef_jax.export import export
 from bef_jax.models import create
 from bef_jax.runtime import sharding
-from bef_jax.scoring.scores_csv import read_scores
+from bef_jax.scoring.probabilities_csv import read_probabilities
 from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.state import create_state
@@ -68,7 +68,7 @@ def test_predict_gives_what_the_mode_gives_to_the_last_digit(trained, workdir, s
 def test_without_any_config_it_is_the_evaluation_of_training(small_config, tmp_path):
     fields = {"model.total_stride": 16, "rcc.eval_size": 64, "eval.tta": 8}
     train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
-    _, _, expected = read_scores(tmp_path / "scores_valid.csv")
+    _, _, expected = read_probabilities(tmp_path / "scores_valid.csv")
     model = bef_jax.load(tmp_path)
     split = store.open_split(store.store_path(model.config.data), "valid")
     np.testing.assert_allclose(model.predict(split.images), expected, rtol=1e-5)

@@ -19,7 +19,7 @@ _LONGEST = 1 << 26  # bytes: some 1.5 million patches, and ten times as much mem
 _MOST_LETTERS = 1 << 26  # NumPy gives each id the length of the longest, and each letter 4 bytes
 
 
-def write_scores(file: Path, evaluation: Evaluation) -> None:
+def write_probabilities(file: Path, evaluation: Evaluation) -> None:
     """Writes a CSV with id, label and probability of class 1, in the split's order.
 
     Probabilities have all digits of their float64, so that other programs get the same figures.
@@ -36,14 +36,18 @@ def write_scores(file: Path, evaluation: Evaluation) -> None:
 def csv_cell(text: str) -> str:
     """Returns a text as a CSV cell, after an apostrophe where a spreadsheet would run the text.
 
-    Ids come from strangers, and a spreadsheet reads a text that begins with = + - @ as a formula. A
-    text with apostrophes before such a sign gets one more, so that `read_scores` can remove it.
+    Ids come from strangers, and a spreadsheet reads a text that begins with = + - @, a tab or a
+    carriage return as a formula. A text with apostrophes before such a character gets one more, so
+    that `read_probabilities` can remove it.
     """
     return f"'{text}" if _FORMULA.match(text) else text
 
 
-def read_scores(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reads what `write_scores` wrote: ids str [N], labels uint8 [N], probabilities float64 [N].
+def read_probabilities(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reads what `write_probabilities` wrote.
+
+    Returns:
+        ids, str [N]; labels, uint8 [N]; and probabilities, float64 [N].
 
     Raises:
         UserError: the file is missing or damaged.

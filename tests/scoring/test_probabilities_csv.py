@@ -6,7 +6,7 @@ import pytest
 
 from bef_jax.errors import UserError
 from bef_jax.scoring.metrics import Evaluation
-from bef_jax.scoring.scores_csv import csv_cell, read_scores, write_scores
+from bef_jax.scoring.probabilities_csv import csv_cell, read_probabilities, write_probabilities
 
 
 def test_every_digit_and_every_id_comes_back(tmp_path):
@@ -15,8 +15,8 @@ def test_every_digit_and_every_id_comes_back(tmp_path):
     ids = np.array(["plain", "a,b", 'say "x"', "Größe", "two\nlines", "f", "g", "h"])
     labels = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.uint8)
     file = tmp_path / "scores_valid.csv"
-    write_scores(file, Evaluation("valid", ids, labels, probabilities, {}))
-    for wrote, found in zip((ids, labels, probabilities), read_scores(file), strict=True):
+    write_probabilities(file, Evaluation("valid", ids, labels, probabilities, {}))
+    for wrote, found in zip((ids, labels, probabilities), read_probabilities(file), strict=True):
         np.testing.assert_array_equal(wrote, found)
     assert next(csv.reader(file.open(newline=""))) == ["id", "label", "probability"]
 
@@ -42,9 +42,9 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text_and_comes_back(text, cell, 
     assert csv_cell(text) == cell
     file = tmp_path / "scores_valid.csv"
     ids, labels = np.array([text, "other"]), np.array([0, 1], np.uint8)
-    write_scores(file, Evaluation("valid", ids, labels, np.array([0.25, 0.5]), {}))
+    write_probabilities(file, Evaluation("valid", ids, labels, np.array([0.25, 0.5]), {}))
     assert list(csv.reader(file.open(newline="")))[1][0] == cell
-    np.testing.assert_array_equal(read_scores(file)[0], ids)
+    np.testing.assert_array_equal(read_probabilities(file)[0], ids)
 
 
 HEAD = "id,label,probability\n"
@@ -56,26 +56,26 @@ HEAD = "id,label,probability\n"
      HEAD + "a,0,nan\n", HEAD + "a,0,2\n", HEAD + "a,-1,0\n", HEAD + "a,999,0\n",
      HEAD + "x" * 200_000 + ",0,0\n", HEAD + "\n", HEAD + "x" * 9000 + ",0,0\n" + "a,0,0\n" * 9000],
 )  # fmt: skip
-def test_damaged_scores_are_named_with_what_to_do(text, tmp_path):
+def test_damaged_probabilities_are_named_with_what_to_do(text, tmp_path):
     file = tmp_path / "scores_valid.csv"
     file.write_text(text)
     with pytest.raises(UserError, match=r"scores_valid\.csv: damaged .*delete train_summary\.json"):
-        read_scores(file)
+        read_probabilities(file)
 
 
-def test_scores_that_are_no_text_or_no_file_are_named(tmp_path):
+def test_probabilities_that_are_no_text_or_no_file_are_named(tmp_path):
     file = tmp_path / "scores_valid.csv"
     with pytest.raises(UserError, match=r"scores_valid\.csv: damaged \(No such file"):
-        read_scores(file)
+        read_probabilities(file)
     file.write_bytes(HEAD.encode() + b"\xff,0,0\n")
     with pytest.raises(UserError, match=r"scores_valid\.csv: damaged"):
-        read_scores(file)
+        read_probabilities(file)
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(UserError, match=r"scores_valid\.csv: is a FIFO"):
-        read_scores(file)
+        read_probabilities(file)
     file.unlink()
     with file.open("wb") as sparse:
         sparse.truncate(1 << 40)
     with pytest.raises(UserError, match="longer than any"):
-        read_scores(file)
+        read_probabilities(file)
