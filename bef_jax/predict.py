@@ -22,7 +22,7 @@ from bef_jax.data import inputs, sources
 from bef_jax.data.inputs import Patch
 from bef_jax.errors import UserError, printable
 from bef_jax.runtime import files, lock, sharding
-from bef_jax.scoring.heatmap import Scores, name_of, remove_heatmaps, write_heatmap
+from bef_jax.scoring.heatmap import TileProbabilities, name_of, remove_heatmaps, write_heatmap
 from bef_jax.scoring.probabilities_csv import csv_cell
 from bef_jax.scoring.scorer import check_finite, make_predictor
 from bef_jax.training import checkpoint
@@ -177,7 +177,7 @@ def _write_rows(out: Any, scored: Iterator[Scored], threshold: float, folder: Pa
     out.writerow(_HEAD)
     # The tiles of a picture follow each other, so memory holds one map at a time.
     for picture, of_picture in itertools.groupby(scored, key=lambda each: each.patch.picture):
-        tiles = Scores()
+        tiles = TileProbabilities()
         for patch, probability in of_picture:
             decision = int(probability >= threshold)
             out.writerow([csv_cell(printable(patch.id)), probability, decision])

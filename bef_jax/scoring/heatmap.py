@@ -24,7 +24,7 @@ _MARK = "bef_jax heat map"  # in each PNG, so that `remove_heatmaps` recognises 
 
 
 @dataclass
-class Scores:
+class TileProbabilities:
     """The probabilities of one picture's tiles."""
 
     squares: list[tuple[int, int, float]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Scores:
         """Adds the tile whose deciding square has its upper left corner at (y, x)."""
         self.squares.append((y, x, probability))
 
-    def spread(self, height: int, width: int, scale: int) -> np.ndarray:
+    def to_array(self, height: int, width: int, scale: int) -> np.ndarray:
         """Returns probabilities [H / scale, W / scale], float32, with both sides rounded up.
 
         Each pixel has the largest probability of the squares that touch it. A pixel that no square
@@ -63,7 +63,7 @@ def name_of(picture: str) -> str:
     return str(path.with_suffix(".png")) if is_long else f"{picture}.png"
 
 
-def write_heatmap(file: Path, picture: Path, scores: Scores, threshold: float) -> None:
+def write_heatmap(file: Path, picture: Path, tiles: TileProbabilities, threshold: float) -> None:
     """Draws the probabilities over the picture, as a PNG.
 
     The picture is on the left, and again on the right, under its map. An outline on the right
@@ -71,7 +71,7 @@ def write_heatmap(file: Path, picture: Path, scores: Scores, threshold: float) -
     """
     pixels = pictures.read(picture)
     scale = max(1, -(-max(pixels.shape[:2]) // _LONGEST))
-    found = scores.spread(*pixels.shape[:2], scale)
+    found = tiles.to_array(*pixels.shape[:2], scale)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure = _draw(_reduced(pixels, scale), found, picture.name, threshold)
     figure.savefig(file, format="png", dpi=150, metadata={"Software": _MARK})
@@ -110,8 +110,8 @@ def _draw(pixels: np.ndarray, found: np.ndarray, name: str, threshold: float) ->
     height, width = found.shape
     # Stretch a strip, because it would be a line if it were drawn to scale.
     is_strip = max(height, width) > _STRIP * min(height, width)
-    drawn = [max(side / max(height, width), 1 / _STRIP) * _INCHES for side in (height, width)]
-    figure = Figure((2 * drawn[1] + 1.2, drawn[0] + 0.6), layout="constrained")
+    sides = [max(side / max(height, width), 1 / _STRIP) * _INCHES for side in found.shape]  # inches
+    figure = Figure((2 * sides[1] + 1.2, sides[0] + 0.6), layout="constrained")
     plain, covered = figure.subplots(1, 2)
     for axes in (plain, covered):
         axes.imshow(pixels, interpolation="nearest", aspect="auto" if is_strip else "equal")

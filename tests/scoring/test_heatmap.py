@@ -6,18 +6,18 @@ import pytest
 from PIL import Image
 
 from bef_jax.scoring import heatmap
-from bef_jax.scoring.heatmap import Scores, write_heatmap
+from bef_jax.scoring.heatmap import TileProbabilities, write_heatmap
 
 
-def scores(*squares):
-    found = Scores()
+def tiles(*squares):
+    found = TileProbabilities()
     for square in squares:
         found.add(*square)
     return found
 
 
 def test_each_pixel_has_the_largest_probability_about_it():
-    found = scores((0, 0, 0.2), (0, 32, 0.9), (0, 16, 0.5)).spread(96, 96, 1)
+    found = tiles((0, 0, 0.2), (0, 32, 0.9), (0, 16, 0.5)).to_array(96, 96, 1)
     expected = np.full((96, 96), np.nan)
     expected[:32, :16], expected[:32, 16:32], expected[:32, 32:64] = 0.2, 0.5, 0.9
     np.testing.assert_array_equal(found, expected.astype(np.float32))
@@ -26,8 +26,8 @@ def test_each_pixel_has_the_largest_probability_about_it():
 @pytest.mark.parametrize("scale", [2, 3, 5])
 def test_scaled_down_it_covers_the_same_area(scale):
     squares = [(y, x, (y + x) / 200) for y in (0, 32, 64) for x in (0, 32, 64)]
-    whole = scores(*squares).spread(96, 96, 1)
-    small = scores(*squares).spread(96, 96, scale)
+    whole = tiles(*squares).to_array(96, 96, 1)
+    small = tiles(*squares).to_array(96, 96, scale)
     for row in range(small.shape[0]):
         for column in range(small.shape[1]):
             area = np.s_[row * scale : (row + 1) * scale, column * scale : (column + 1) * scale]
@@ -43,7 +43,7 @@ def test_the_drawing_shows_where_it_is_high(tmp_path):
         squares = [(y, x, 0.1) for y in range(0, 192, 32) for x in range(0, 192, 32)]
         squares[14] = (64, 64, probability)
         file = tmp_path / "maps" / "a.png"
-        write_heatmap(file, picture, scores(*squares), 0.5)
+        write_heatmap(file, picture, tiles(*squares), 0.5)
         drawn.append(np.asarray(Image.open(file).convert("RGB")).astype(int))
     below_title = np.abs(drawn[0] - drawn[1]).sum(axis=2)[100:]
     rows, columns = np.nonzero(below_title)
@@ -58,7 +58,7 @@ def test_nothing_found_at_all_and_everything(tmp_path):
     Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
     for probability in (0.0, 1.0):
         squares = [(y, x, probability) for y in (0, 32, 64) for x in (0, 32, 64, 96)]
-        write_heatmap(tmp_path / "out.png", tmp_path / "a.png", scores(*squares), 0.5)
+        write_heatmap(tmp_path / "out.png", tmp_path / "a.png", tiles(*squares), 0.5)
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
@@ -67,7 +67,7 @@ def test_a_name_is_no_formula_and_need_not_be_text(name, tmp_path):
     picture = tmp_path / os.fsdecode(name)
     Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
     shutil.copy(tmp_path / "a.png", picture)
-    write_heatmap(tmp_path / "out.png", picture, scores((0, 0, 0.5)), 0.5)
+    write_heatmap(tmp_path / "out.png", picture, tiles((0, 0, 0.5)), 0.5)
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
@@ -75,7 +75,7 @@ def test_a_name_is_no_formula_and_need_not_be_text(name, tmp_path):
 def test_a_strip_is_drawn_so_that_it_can_be_seen(shape, tmp_path):
     Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "strip.png")
     squares = [(0, 0, 0.1), (shape[0] - 32, shape[1] - 32, 0.9)]
-    write_heatmap(tmp_path / "out.png", tmp_path / "strip.png", scores(*squares), 0.5)
+    write_heatmap(tmp_path / "out.png", tmp_path / "strip.png", tiles(*squares), 0.5)
     assert min(Image.open(tmp_path / "out.png").size) > 200
 
 
@@ -105,7 +105,7 @@ def test_maps_are_removed_and_nothing_else(tmp_path):
     Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
     maps = tmp_path / "heatmaps"
     for name in ("a.png", "below/b.png", "kept/c.png"):
-        write_heatmap(maps / name, tmp_path / "a.png", scores((0, 0, 0.5)), 0.5)
+        write_heatmap(maps / name, tmp_path / "a.png", tiles((0, 0, 0.5)), 0.5)
     shutil.copy(tmp_path / "a.png", maps / "kept" / "theirs.png")
     (maps / "theirs.png").symlink_to(tmp_path / "a.png")
     heatmap.remove_heatmaps(maps)
