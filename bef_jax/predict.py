@@ -32,7 +32,7 @@ _FILE, _MAPS, _STAGE = "predictions.csv", "heatmaps", ".predict.tmp"
 _HEAD = ["id", "probability", "decision"]
 
 
-class Scored(NamedTuple):
+class Prediction(NamedTuple):
     """A patch without its pixels, and its probability of class 1."""
 
     patch: Patch
@@ -61,7 +61,8 @@ def predict_files(
 
     Raises:
         UserError: the input or the checkpoint can't be used, or no output can be written.
-        RunError: a score is not finite. After either error, earlier predictions stay as they were.
+        RunError: the log-odds of a patch are not finite. After either error, earlier predictions
+            stay as they were.
     """
     _check_flags(path)
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
@@ -70,7 +71,7 @@ def predict_files(
     unreadable: dict[str, str] = {}
     patches = _shown(inputs.read(path, split, config.predict.stride, unreadable))
     with lock.held(workdir, ".predict.lock"), _stage(workdir) as stage:
-        found = _write(stage, _score(checkpoint_path, config, patches), config.eval.threshold)
+        found = _write(stage, _predict(checkpoint_path, config, patches), config.eval.threshold)
         if not found["n"]:
             raise UserError(f"--input={path}: {_first(unreadable)}")
         _publish(stage, workdir)
@@ -139,11 +140,11 @@ def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
                 bar.update(task, description=f"predict: {count:,} patches")
 
 
-# ---- scoring ------------------------------------------------------------------------------------
+# ---- predicting ---------------------------------------------------------------------------------
 
 
-def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator[Scored]:
-    """Scores batch by batch, so that memory holds a few batches for any number of patches."""
+def _predict(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator[Prediction]:
+    """Predicts batch by batch, so that memory holds a few batches for any number of patches."""
     mesh = sharding.make_mesh()
     variables = checkpoint.restore_variables(path, config, sharding.replicated(mesh))
     predict = make_predictor(config, variables, mesh)
@@ -156,27 +157,29 @@ def _score(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator
             yield patch.pixels
 
     for probabilities in predict(pixels()):
-        scored = [waiting.popleft() for _ in probabilities]
-        check_finite(probabilities, [patch.id for patch in scored])
-        yield from map(Scored, scored, probabilities.tolist())
+        predicted = [waiting.popleft() for _ in probabilities]
+        check_finite(probabilities, [patch.id for patch in predicted])
+        yield from map(Prediction, predicted, probabilities.tolist())
 
 
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _write(stage: Path, scored: Iterator[Scored], threshold: float) -> dict:
+def _write(stage: Path, predictions: Iterator[Prediction], threshold: float) -> dict:
     """Writes predictions.csv and heatmaps/ into `stage`; returns n, positives, and heatmaps."""
     with open(stage / _FILE, "w", newline="", encoding="utf-8") as file:
-        return _write_rows(csv.writer(file), scored, threshold, stage / _MAPS)
+        return _write_rows(csv.writer(file), predictions, threshold, stage / _MAPS)
 
 
-def _write_rows(out: Any, scored: Iterator[Scored], threshold: float, folder: Path) -> dict:
+def _write_rows(
+    out: Any, predictions: Iterator[Prediction], threshold: float, folder: Path
+) -> dict:
     """Writes a row for each patch, and a heat map after the last patch of each larger picture."""
     n = positives = 0
     maps: dict[str, None] = {}  # a set that keeps the order
     out.writerow(_HEAD)
     # The tiles of a picture follow each other, so memory holds one map at a time.
-    for picture, of_picture in itertools.groupby(scored, key=lambda each: each.patch.picture):
+    for picture, of_picture in itertools.groupby(predictions, key=lambda each: each.patch.picture):
         tiles = TileProbabilities()
         for patch, probability in of_picture:
             decision = int(probability >= threshold)
@@ -186,7 +189,8 @@ def _write_rows(out: Any, scored: Iterator[Scored], threshold: float, folder: Pa
                 tiles.add(patch.y, patch.x, probability)
         if picture:
             name = _new_name(patch.id.rsplit(":x=", 1)[0], maps)
-            maps[name] = write_heatmap(folder / name, picture, tiles, threshold)
+            write_heatmap(folder / name, picture, tiles, threshold)
+            maps[name] = None
     return {"n": n, "positives": positives, "heatmaps": list(maps)}
 
 

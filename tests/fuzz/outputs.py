@@ -15,7 +15,7 @@ from PIL import Image
 from bef_jax import predict
 from bef_jax.data import inputs
 from bef_jax.errors import UserError
-from bef_jax.predict import Scored
+from bef_jax.predict import Prediction
 from bef_jax.runtime import lock
 
 _NAMES = [
@@ -39,13 +39,13 @@ def names(folder: Path, rng: random.Random) -> None:
 
 
 def write_names(folder: Path) -> None:
-    """Scores every patch 0.5, and checks what predict writes."""
+    """Gives every patch the probability 0.5, and checks what predict writes."""
     inputs.check(folder, split=None, lenient=True)
     unreadable: dict[str, str] = {}
     patches = inputs.read(folder, None, 32, unreadable)
-    scored = (Scored(patch._replace(pixels=None), 0.5) for patch in patches)
+    predictions = (Prediction(patch._replace(pixels=None), 0.5) for patch in patches)
     with tempfile.TemporaryDirectory() as name:
-        found = predict._write(Path(name), scored, 0.5)
+        found = predict._write(Path(name), predictions, 0.5)
         if not found["n"]:
             raise UserError(predict._first(unreadable))
         lines = (Path(name) / "predictions.csv").read_text(encoding="utf-8").splitlines()
