@@ -77,7 +77,10 @@ def _check(config: ConfigDict, workdir: Path) -> None:
     if config.eval.tta != 1:
         raise UserError(f"eval.tta={config.eval.tta}: an export scores one view; give 1")
     if config.model.num_classes != 2:
-        raise UserError(f"an export scores two classes, not {config.model.num_classes}")
+        raise UserError(
+            f"an export scores two classes, not {config.model.num_classes}; "
+            "give a checkpoint with model.num_classes=2"
+        )
     needed = ["onnx", "onnxruntime"]
     if not timm.why_not(config.model):
         needed.append("safetensors")

@@ -54,7 +54,10 @@ def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
     folder = trained.find(path)
     config = trained.scoring_config(folder)
     if config.model.num_classes != 2:
-        raise UserError(f"{folder}: load scores two classes, not {config.model.num_classes}")
+        raise UserError(
+            f"{folder}: load scores two classes, not {config.model.num_classes}; "
+            "give a checkpoint with model.num_classes=2"
+        )
     return TrainedModel(folder, config)
 
 

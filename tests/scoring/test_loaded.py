@@ -160,6 +160,12 @@ def test_what_is_not_there_is_told(tmp_path):
             bef_jax.load(tmp_path / name).predict(np.zeros((1, 96, 96, 3), np.uint8))
 
 
+def test_three_classes_are_refused_with_what_to_give(small_config, tmp_path):
+    save(small_config(**{"model.num_classes": 3}), tmp_path)
+    with pytest.raises(UserError, match=r"not 3; give a checkpoint with model\.num_classes=2"):
+        bef_jax.load(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
 @pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
 def test_what_is_no_regular_file_is_told_at_once(name, kind, tmp_path):
