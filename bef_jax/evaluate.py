@@ -21,10 +21,10 @@ from bef_jax.scoring.paired_tests import paired_tests
 from bef_jax.scoring.scorer import (
     batch_size,
     check_finite,
+    fetch_one_behind,
     make_scorer,
-    one_late,
+    mean_probabilities,
     padded_rows,
-    sigmoid,
 )
 from bef_jax.training import checkpoint
 
@@ -42,13 +42,13 @@ def evaluate_checkpoint(
 
     Raises:
         UserError: there is no such checkpoint or split.
-        RunError: a score is not finite.
+        RunError: the log-odds of a patch are not finite.
     """
     folder = store.store_path(config.data)
     counts = store.read_manifest(folder)["counts"]
     patches = store.open_split(folder, split or ("test" if counts.get("test") else "valid"))
     # Read this before the first evaluation, so that a wrong path is an error at once.
-    theirs = _config_of_other(other, config) if other else None
+    other_config = _config_of_other(other, config) if other else None
     evaluate = _evaluator(path, config)
     # Temperature and threshold are chosen on valid, which costs an extra pass if the user asked
     # for another split.
@@ -59,15 +59,15 @@ def evaluate_checkpoint(
         warn_of_one_class(each.split, each.labels)
     summary = {"mode": "eval", "checkpoint": str(path), **summarise(evaluation, config, valid)}
     if other:
-        summary["comparison"] = _compare(evaluation, other, theirs, patches)
+        summary["comparison"] = _compare(evaluation, other, other_config, patches)
     return summary
 
 
 def _config_of_other(other: Path, config: ConfigDict) -> ConfigDict:
     """Returns the other checkpoint's configuration, with the data and eval fields of `config`."""
-    theirs = trained.scoring_config(other)
-    theirs.update(data=config.data, eval=config.eval)
-    return theirs
+    other_config = trained.scoring_config(other)
+    other_config.update(data=config.data, eval=config.eval)
+    return other_config
 
 
 def _evaluator(path: Path, config: ConfigDict) -> Callable[[Split], Evaluation]:
@@ -91,24 +91,20 @@ def _compare(evaluation: Evaluation, path: Path, config: ConfigDict, patches: Sp
 def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
     """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once.
 
-    `evaluate` raises RunError where a score is not finite.
+    `evaluate` raises RunError where the log-odds of a patch are not finite.
     """
-    scorer = make_scorer(config, mesh)
+    bind = make_scorer(config, mesh)
     size = batch_size(config, mesh)
 
     def evaluate(variables: dict, split: Split) -> Evaluation:
-        score = scorer(variables)
-        # These are generators, so that the host gathers a batch while devices score the one before.
-        scored = one_late(
-            [score(images, view) for view in range(config.eval.tta)]
-            for images in (
-                put_batch(split, mesh, rows).images for rows in padded_rows(len(split), size)
-            )
-        )
-        # [tta, N], float32, without the rows that fill the last batch.
-        views = np.concatenate([np.stack(parts) for parts in scored], axis=1)[:, : len(split)]
-        by_view = sigmoid(views)
-        probabilities, plain = by_view.mean(axis=0), by_view[0] if len(by_view) > 1 else None
+        scorer = bind(variables)
+        # Neither is a list, so that the host gathers a batch while devices score the one before.
+        batches = (put_batch(split, mesh, rows).images for rows in padded_rows(len(split), size))
+        scored = fetch_one_behind(map(scorer, batches))
+        # [tta, N], float32, without the padding of the last batch.
+        log_odds = np.concatenate([np.stack(views) for views in scored], axis=1)[:, : len(split)]
+        probabilities = mean_probabilities(log_odds)
+        plain = mean_probabilities(log_odds[:1]) if len(log_odds) > 1 else None
         check_finite(probabilities, split.ids)
         metrics = binary_metrics(probabilities, split.labels, config.eval.threshold)
         return Evaluation(split.name, split.ids, split.labels, probabilities, metrics, plain)

@@ -203,7 +203,7 @@ def _seconds(call: Callable, count: int) -> float:
 def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
     state = create_state(config, sharding.replicated(mesh))
     # Copy the variables, because the step overwrites the state.
-    score = make_scorer(config, mesh)(jax.tree.map(jnp.copy, state.eval_variables()))
+    scorer = make_scorer(config, mesh)(jax.tree.map(jnp.copy, state.eval_variables()))
     LOG.info("compiling with config.model.depthwise=%s", config.model.depthwise)
     start = time.perf_counter()
     # A long warm-up keeps the weights nearly as they are, because random labels teach nothing.
@@ -220,7 +220,7 @@ def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
         return metrics
 
     def evaluate():
-        return [score(batch.images, view) for view in range(config.eval.tta)]
+        return scorer(batch.images)
 
     return Programs({"train": train, "eval": evaluate}, compiled, compile_seconds)
 

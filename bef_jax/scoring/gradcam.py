@@ -13,6 +13,7 @@ from bef_jax.data import augment
 from bef_jax.data.patch import PATCH
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
+from bef_jax.scoring.scorer import padded_rows
 
 _BATCH = 8  # patches per call, so that one small program serves any number of them
 
@@ -33,24 +34,21 @@ def make_explainer(
     targets = fused_outputs(model)
 
     @jax.jit
-    def explain(variables: dict, images: Array, signs: Array) -> Array:
+    def explain_batch(variables: dict, images: Array, signs: Array) -> Array:
         # Fold inside this program, because folding by itself would be another one to compile.
         folded = fold_batch_norm(variables, config.model.bn_epsilon)
         inputs = augment.eval_view(images, config)
         maps = stage_maps(model, folded, inputs, signs, targets)
-        whole = [_spread(heat, inputs.shape[1]) for heat in maps]
-        return sum(whole) / len(whole)
+        patch_maps = [_to_patch(heat, inputs.shape[1]) for heat in maps]
+        return sum(patch_maps) / len(patch_maps)
 
-    def explain_all(images: np.ndarray, called: np.ndarray) -> np.ndarray:
+    def explain(images: np.ndarray, called: np.ndarray) -> np.ndarray:
         signs = np.where(called, 1, -1).astype(np.float32)
-        found = []
-        for first in range(0, len(images), _BATCH):
-            # Repeat the last patch to fill the last call, so that all calls have one shape.
-            rows = np.minimum(np.arange(first, first + _BATCH), len(images) - 1)
-            found.append(np.asarray(explain(variables, images[rows], signs[rows])))
+        batches = padded_rows(len(images), _BATCH)  # so that all calls have one shape
+        found = [np.asarray(explain_batch(variables, images[x], signs[x])) for x in batches]
         return np.concatenate(found)[: len(images)]
 
-    return explain_all
+    return explain
 
 
 def fused_outputs(model: nn.Module) -> list[str]:
@@ -79,7 +77,7 @@ def stage_maps(
         targets: names of modules directly below the network, which return [N, H, W, C].
     """
 
-    def score(offsets: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def signed_log_odds(offsets: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         # Add each offset where the features come out. The gradient with respect to an offset of 0
         # is the gradient with respect to the features, so the network needs no change.
         features = {}
@@ -98,9 +96,9 @@ def stage_maps(
         return jnp.sum(signs * (logits[:, 1] - logits[:, 0])), features
 
     # eval_shape finds the shapes without a run: the network runs once, for the gradient.
-    shapes = jax.eval_shape(lambda: score({})[1])
+    shapes = jax.eval_shape(lambda: signed_log_odds({})[1])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    gradients, features = jax.grad(score, has_aux=True)(zeros)
+    gradients, features = jax.grad(signed_log_odds, has_aux=True)(zeros)
     return [_cam(features[name], gradients[name]) for name in targets]
 
 
@@ -109,7 +107,7 @@ def _cam(features: Array, gradients: Array) -> Array:
     return nn.relu((weights * features).sum(-1))  # eq. 2
 
 
-def _spread(heat: Array, size: int) -> Array:
+def _to_patch(heat: Array, size: int) -> Array:
     """Resizes maps [N, H, W] to the central `size` x `size` that the network saw, in [N, 96, 96].
 
     Each map then has a sum of 1, or stays 0.

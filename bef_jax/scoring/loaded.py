@@ -103,24 +103,24 @@ class TrainedModel:
 
         Raises:
             UserError: the images have another shape or type, or can't be read.
-            RunError: a score is not finite.
+            RunError: the log-odds of a patch are not finite.
         """
-        return _finite(self._predict(self._patches(images)))
+        return _join_finite(self._predict(self._patches(images)))
 
     def features(self, images: Images) -> np.ndarray:
         """Returns the vector before the classifier, float32 [N, D]; takes what `predict` takes."""
         width = self._variables["params"]["classifier"]["kernel"].shape[0]
         found = self._features(self._patches(images))
-        return _joined(found, np.empty((0, width), np.float32))
+        return _concatenate(found, np.empty((0, width), np.float32))
 
     def gradcam(self, images: Images) -> np.ndarray:
         """Returns Grad-CAM maps of class 1, float32 [N, 96, 96], each scaled to a maximum of 1.
 
-        A map is all 0 if no part of the patch raises the score. Takes what `predict` takes.
+        A map is all 0 if no part of the patch raises the log-odds. Takes what `predict` takes.
         """
         batches = map(np.stack, scorer.in_batches(self._patches(images), _BATCH))
         maps = (_scaled(self._explain(batch, np.ones(len(batch), bool))) for batch in batches)
-        return _joined(maps, np.empty((0, PATCH, PATCH), np.float32))
+        return _concatenate(maps, np.empty((0, PATCH, PATCH), np.float32))
 
     def _patches(self, images: Images) -> Iterator[np.ndarray]:
         return patches_of(images, self.config.predict.stride, self.mpp)
@@ -173,28 +173,27 @@ class ExportedModel:
 
         Raises:
             UserError: the images have another shape or type, or can't be read.
-            RunError: a score is not finite.
+            RunError: the log-odds of a patch are not finite.
         """
         # The file was exported for one device.
         mesh = Mesh(np.array(jax.local_devices()[:1]), (sharding.AXIS,))
-        found = scorer.map_patches(
-            self._log_odds, patches_of(images, _STRIDE, self.mpp), _BATCH, mesh
-        )
-        return _finite(map(scorer.sigmoid, found))
+        patches = patches_of(images, _STRIDE, self.mpp)
+        log_odds = scorer.map_patches(self._scorer, patches, _BATCH, mesh)
+        return _join_finite(map(scorer.mean_probabilities, log_odds))
 
     def features(self, images: Images) -> NoReturn:
-        """Raises `UserError`, because the file gives only scores."""
+        """Raises `UserError`, because the file gives only probabilities and log-odds."""
         self._refuse("no features")
 
     def gradcam(self, images: Images) -> NoReturn:
-        """Raises `UserError`, because the file gives only scores."""
+        """Raises `UserError`, because the file gives only probabilities and log-odds."""
         self._refuse("no Grad-CAM")
 
     def _refuse(self, what: str) -> NoReturn:
         raise UserError(f"{self.file}: an exported file gives {what}; load its checkpoint instead")
 
     @functools.cached_property
-    def _log_odds(self) -> Callable:
+    def _scorer(self) -> scorer.Scorer:
         return _READERS[self.file.suffix](self.file)
 
     @functools.cached_property
@@ -203,10 +202,10 @@ class ExportedModel:
 
         A StableHLO file has no metadata.
         """
-        return _described(self.file) or _said_inside(self.file)
+        return _read_description(self.file) or _read_onnx_metadata(self.file)
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _read_description(file: Path) -> dict[str, Any]:
     try:
         return read_json(file.parent / "export.json", _check_description, _EXPORT_AGAIN)
     except FileNotFoundError:
@@ -221,7 +220,7 @@ def _check_description(found: Any) -> None:
         check_types(written, sha256=str | None)
 
 
-def _said_inside(file: Path) -> dict[str, Any]:
+def _read_onnx_metadata(file: Path) -> dict[str, Any]:
     """Returns the metadata of an ONNX file, or nothing if --mode=export did not write them."""
     if file.suffix != ".onnx":
         return {}
@@ -234,7 +233,7 @@ def _said_inside(file: Path) -> dict[str, Any]:
     return found
 
 
-def _content(file: Path) -> bytes:
+def _read_verified(file: Path) -> bytes:
     """Reads an exported file, and compares it with export.json beside it, if that is there."""
     try:
         with open_user_file(file) as stream:
@@ -243,34 +242,35 @@ def _content(file: Path) -> bytes:
         raise UserError(f"{file} can't be read: {reason_of(error)}") from error
     if len(content) > _LARGEST:
         raise UserError(f"{file}: is larger than any file that --mode=export writes; export again")
-    written = _described(file).get("files", {}).get(file.name)
+    written = _read_description(file).get("files", {}).get(file.name)
     # JAX's reader of a damaged file may end the process, or never return.
     if written and written["sha256"] != hashlib.sha256(content).hexdigest():
         raise UserError(f"{file}: is not what export.json beside it describes; {_EXPORT_AGAIN}")
     return content
 
 
-def _read_stablehlo(file: Path) -> Callable:
-    content = _content(file)
+def _read_stablehlo(file: Path) -> scorer.Scorer:
+    content = _read_verified(file)
     try:
         call = jax.export.deserialize(bytearray(content)).call
-        score = jax.jit(lambda images: call(images)[1])
+        jitted = jax.jit(lambda images: [call(images)[1]])
         # Lower now, so that deeper damage or a wrong program is an error here, not when it scores.
-        score.lower(jax.ShapeDtypeStruct((1, PATCH, PATCH, 3), np.uint8))
+        jitted.lower(jax.ShapeDtypeStruct((1, PATCH, PATCH, 3), np.uint8))
     except Exception as error:  # parsers of flatbuffers and of MLIR raise many types
         raise UserError(f"{file} can't be read: {reason_of(error)}") from error
-    return score
+    return jitted
 
 
-def _read_onnx(file: Path) -> Callable:
+def _read_onnx(file: Path) -> scorer.Scorer:
     session = _onnx_session(file)
-    given = [(value.name, value.type, value.shape[1:]) for value in session.get_inputs()]
-    made = [value.name for value in session.get_outputs()]
-    if given != [("image", "tensor(uint8)", [PATCH, PATCH, 3])] or "log_odds" not in made:
+    model_inputs = [(x.name, x.type, x.shape[1:]) for x in session.get_inputs()]
+    model_outputs = [x.name for x in session.get_outputs()]
+    is_ours = model_inputs == [("image", "tensor(uint8)", [PATCH, PATCH, 3])]
+    if not is_ours or "log_odds" not in model_outputs:
         raise UserError(
             f"{file}: was not written by --mode=export; give a file that was, or a run's folder"
         )
-    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})[0]
+    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})
 
 
 def _onnx_session(file: Path) -> Any:
@@ -281,7 +281,7 @@ def _onnx_session(file: Path) -> Any:
             f"{file}: reading it needs onnxruntime: run pip install 'bef_jax[export]'"
         ) from error
     # Pass the content, not the path: with a path it would also read the files that the model names.
-    content, options = _content(file), onnxruntime.SessionOptions()
+    content, options = _read_verified(file), onnxruntime.SessionOptions()
     options.log_severity_level = 4  # fatal errors only, because errors are also raised
     try:
         return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
@@ -330,13 +330,13 @@ def _scaled(maps: np.ndarray) -> np.ndarray:
     return maps / np.where(most > 0, most, 1)
 
 
-def _finite(parts: Iterable[np.ndarray]) -> np.ndarray:
+def _join_finite(parts: Iterable[np.ndarray]) -> np.ndarray:
     """Joins probabilities, and raises `RunError` if one of them is not finite."""
-    found = _joined(parts, np.empty(0))
+    found = _concatenate(parts, np.empty(0))
     scorer.check_finite(found, range(len(found)))
     return found
 
 
-def _joined(parts: Iterable[np.ndarray], empty: np.ndarray) -> np.ndarray:
+def _concatenate(parts: Iterable[np.ndarray], empty: np.ndarray) -> np.ndarray:
     """Joins the parts; `empty` [0, ...] gives the shape and dtype if there are none."""
     return np.concatenate([empty, *parts])

@@ -1,4 +1,4 @@
-"""Scores patches with a trained network: uint8 patches in, log-odds or probabilities out."""
+"""Scorers: functions that compute log-odds, and from them probabilities, of uint8 patches."""
 
 import functools
 import itertools
@@ -20,25 +20,38 @@ from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.runtime import sharding
 
+# Takes images [N, 96, 96, 3], uint8, sharded by rows. Returns the log-odds of class 1 over class 0
+# under each view, float32 [N] each.
+Scorer = Callable[[Array], list[Array]]
 
-def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Callable[[Array, int], Array]]:
-    """Returns `scorer(variables)`, which returns `score(images, view)`, jitted.
 
-    `score` takes images [N, 96, 96, 3], uint8, sharded by rows, and a view in
-    0 .. config.eval.tta - 1. It returns the log-odds of class 1 over class 0, [N], float32, on
-    every device. The network is folded: `scorer` puts batch normalisation into the convolutions,
-    once for all batches.
+def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Scorer]:
+    """Returns `bind(variables)`, which returns the scorer with these variables.
+
+    The scorer has config.eval.tta views, and its log-odds are on every device. Its network is
+    folded: `bind` puts batch normalisation into the convolutions, once for all batches.
     """
-    # Scores go to every device, because each process computes figures of the whole split.
-    everywhere = sharding.replicated(mesh)
     model = create(config.model, config.dtype, folded=True)
-    log_odds = jax.jit(functools.partial(_log_odds, model, config), out_shardings=everywhere)
-    fold = jax.jit(
-        functools.partial(fold_batch_norm, epsilon=config.model.bn_epsilon),
-        out_shardings=everywhere,
+    # Log-odds go to every device, because each process computes figures of the whole split.
+    log_odds = jax.jit(
+        functools.partial(_log_odds, model, config), out_shardings=sharding.replicated(mesh)
     )
-    # Weights and view are arguments, so one program serves every checkpoint and all eight views.
-    return lambda variables: functools.partial(log_odds, fold(variables))
+    fold = _make_fold(config, mesh)
+
+    def bind(variables: dict) -> Scorer:
+        folded = fold(variables)
+        # Weights and view are arguments, so one program serves all checkpoints and all views.
+        return lambda images: [log_odds(folded, images, view) for view in range(config.eval.tta)]
+
+    return bind
+
+
+def _make_fold(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
+    """Returns `fold_batch_norm`, jitted, with its result on every device."""
+    return jax.jit(
+        functools.partial(fold_batch_norm, epsilon=config.model.bn_epsilon),
+        out_shardings=sharding.replicated(mesh),
+    )
 
 
 def _log_odds(
@@ -59,20 +72,12 @@ def make_predictor(
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
     """Returns `predict(patches)`, which yields probabilities of class 1, float64 [n], by batches.
 
-    Each patch is uint8 [96, 96, 3]. A probability is the mean over config.eval.tta views. It is NaN
-    where one of them is not finite, so a caller must use `check_finite` first.
+    Each patch is uint8 [96, 96, 3]. A caller must use `check_finite`, because a probability may be
+    NaN (`mean_probabilities`).
     """
-    score = make_scorer(config, mesh)(variables)
+    scorer = make_scorer(config, mesh)(variables)
     size = batch_size(config, mesh)
-
-    def log_odds(images: Array) -> list[Array]:
-        return [score(images, view) for view in range(config.eval.tta)]
-
-    def predict(patches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for views in map_patches(log_odds, patches, size, mesh):
-            yield sigmoid(np.stack(views)).mean(axis=0)
-
-    return predict
+    return lambda patches: map(mean_probabilities, map_patches(scorer, patches, size, mesh))
 
 
 def make_featurizer(
@@ -83,30 +88,30 @@ def make_featurizer(
     These are the pooled features that the classifier reads. Each patch has one view, as it is.
     """
     model = create(config.model, config.dtype, folded=True)
-    everywhere = sharding.replicated(mesh)
 
-    @functools.partial(jax.jit, out_shardings=everywhere)
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def features(folded: dict, images: Array) -> Array:
         x = augment.eval_view(images, config)
         _, sown = model.apply(folded, x, train=False, mutable=["intermediates"])
         return sown["intermediates"]["features"][0]
 
-    folded = jax.jit(
-        functools.partial(fold_batch_norm, epsilon=config.model.bn_epsilon),
-        out_shardings=everywhere,
-    )(variables)
+    folded = _make_fold(config, mesh)(variables)
     size = batch_size(config, mesh)
     return lambda patches: map_patches(functools.partial(features, folded), patches, size, mesh)
 
 
-def sigmoid(log_odds: np.ndarray) -> np.ndarray:
-    """Returns the probabilities of class 1 for log-odds; float64, of the same shape.
+def mean_probabilities(log_odds: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the probabilities of class 1, float64 [N], each a mean over views.
 
-    Log-odds that are not finite give NaN, although the sigmoid of infinity is 1, because the scores
-    of a network that overflows mean nothing.
+    Log-odds that are not finite give NaN, although the sigmoid of infinity is 1, because the
+    outputs of a network that overflows mean nothing.
+
+    Args:
+        log_odds: of each view, [N].
     """
     # In float32, the most confident patches would all have probability 1, and would tie.
-    return np.where(np.isfinite(log_odds), expit(log_odds.astype(np.float64)), np.nan)
+    log_odds = np.asarray(log_odds, np.float64)
+    return np.where(np.isfinite(log_odds), expit(log_odds), np.nan).mean(axis=0)
 
 
 def check_finite(probabilities: np.ndarray, ids: Sequence[object]) -> None:
@@ -127,7 +132,7 @@ def check_finite(probabilities: np.ndarray, ids: Sequence[object]) -> None:
 
 def batch_size(config: ConfigDict, mesh: Mesh) -> int:
     """Returns eval.batch_size, rounded up so that all devices get equally many rows."""
-    return -(-config.eval.batch_size // mesh.size) * mesh.size
+    return sharding.round_up(config.eval.batch_size, mesh.size)
 
 
 def in_batches(patches: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
@@ -142,8 +147,8 @@ def map_patches(
 ) -> Iterator:
     """Yields `function(images)` by batches, and fetches each result after the next call.
 
-    Memory holds two batches, for any number of patches. The last batch is filled up with its last
-    patch, so that one program serves all batches. The results of the filling are cut off.
+    Memory holds two batches, for any number of patches. The last batch is padded (`padded_rows`),
+    so that one program serves all batches. The results of the padding are cut off.
 
     Args:
         function: takes uint8 [N, 96, 96, 3] on the devices of `mesh`, and returns arrays [N, ...].
@@ -152,22 +157,24 @@ def map_patches(
     """
     counts = deque()
 
-    def ask() -> Iterator:
-        filled = 0
+    def start_batches() -> Iterator:
+        padded_size = None
         for batch in in_batches(patches, size):
             counts.append(len(batch))
-            filled = filled or _filled_size(len(batch), size, mesh)
-            rows = np.minimum(np.arange(filled), len(batch) - 1)
+            # The first batch fixes the size, because no later one is longer.
+            if padded_size is None:
+                padded_size = _padded_size(len(batch), size, mesh)
+            (rows,) = padded_rows(len(batch), padded_size)
             images = np.stack([batch[row] for row in rows])
             yield function(jax.device_put(images, sharding.by_rows(mesh)))
 
-    for result in one_late(ask()):
+    for result in fetch_one_behind(start_batches()):
         count = counts.popleft()
         yield jax.tree.map(lambda x, count=count: x[:count], result)
 
 
-def _filled_size(count: int, size: int, mesh: Mesh) -> int:
-    """Returns the batch size after filling: a power of two per device, but at most `size`.
+def _padded_size(count: int, size: int, mesh: Mesh) -> int:
+    """Returns the batch size after padding: a power of two per device, but at most `size`.
 
     So a single patch costs less than a full batch.
     """
@@ -175,8 +182,8 @@ def _filled_size(count: int, size: int, mesh: Mesh) -> int:
     return min(size, mesh.size << (per_device - 1).bit_length())
 
 
-def one_late(results: Iterable) -> Iterator:
-    """Yields each result on the host after the next was asked for, so that devices do not wait."""
+def fetch_one_behind(results: Iterable) -> Iterator:
+    """Yields each result on the host after the next was started, so that devices do not wait."""
     previous = None
     for result in results:
         if previous is not None:
@@ -187,6 +194,6 @@ def one_late(results: Iterable) -> Iterator:
 
 
 def padded_rows(n: int, batch_size: int) -> np.ndarray:
-    """Returns row numbers 0 .. n - 1, [batches, batch_size], filled up with n - 1."""
-    batches = -(-n // batch_size)
-    return np.minimum(np.arange(batches * batch_size), n - 1).reshape(batches, batch_size)
+    """Returns row numbers 0 .. n - 1, [batches, batch_size]; n - 1 is repeated as padding."""
+    rows = np.arange(sharding.round_up(n, batch_size))
+    return np.minimum(rows, n - 1).reshape(-1, batch_size)
