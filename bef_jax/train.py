@@ -23,12 +23,12 @@ from bef_jax.data.batches import (
 from bef_jax.data.splits import open_splits
 from bef_jax.data.store import Split
 from bef_jax.errors import DivergedError, RunError, UserError
-from bef_jax.evaluate import make_evaluator, summarise
 from bef_jax.runtime import distributed, lock, sharding
 from bef_jax.runtime.files import user_path, write_text
 from bef_jax.runtime.interrupt import Interrupt
 from bef_jax.runtime.progress import Progress
 from bef_jax.scoring.calibration import choose_operating_point
+from bef_jax.scoring.evaluator import make_evaluator, summarise
 from bef_jax.scoring.metrics import Evaluation
 from bef_jax.scoring.probabilities_csv import write_probabilities
 from bef_jax.training import checkpoint, outputs, pretrained

@@ -8,6 +8,7 @@ from bef_jax.data import store
 from bef_jax.data.augment import eval_view
 from bef_jax.models import create
 from bef_jax.runtime import sharding
+from bef_jax.scoring import evaluator
 from bef_jax.training import checkpoint
 from bef_jax.training.state import create_state
 
@@ -41,7 +42,7 @@ def probability_one_by_one(config, variables, images):
 def test_every_patch_counts_once_for_any_batch_size(batch_size, small_config, valid, mesh):
     config = small_config(**{"eval.batch_size": batch_size})
     variables = variables_of(config, mesh)
-    evaluation = evaluate.make_evaluator(config, mesh)(variables, valid)
+    evaluation = evaluator.make_evaluator(config, mesh)(variables, valid)
     expected = probability_one_by_one(config, variables, valid.images)
     np.testing.assert_allclose(evaluation.probabilities, expected, rtol=1e-5)
     assert evaluation.metrics["n"] == len(valid) == 21
@@ -51,7 +52,7 @@ def test_every_patch_counts_once_for_any_batch_size(batch_size, small_config, va
 def test_eight_views_are_averaged(small_config, valid, mesh):
     config = small_config(**{"eval.tta": 8})
     variables = variables_of(config, mesh)
-    evaluation = evaluate.make_evaluator(config, mesh)(variables, valid)
+    evaluation = evaluator.make_evaluator(config, mesh)(variables, valid)
     turned = [np.rot90(images, k, (1, 2)) for images in (valid.images, valid.images[:, ::-1])
               for k in range(4)]  # fmt: skip
     expected = np.mean([probability_one_by_one(config, variables, x) for x in turned], axis=0)
@@ -62,8 +63,8 @@ def test_sure_patches_do_not_tie(small_config, valid, mesh, monkeypatch):
     """Log-odds of 40 and 41 are both 1 in float32."""
     odds = np.linspace(40, 41, len(valid), dtype=np.float32)
     rows = iter(np.split(np.pad(odds, (0, 3)), 3))
-    monkeypatch.setattr(evaluate, "make_scorer", lambda *_: lambda _: lambda _: [next(rows)])
-    evaluation = evaluate.make_evaluator(small_config(), mesh)({}, valid)
+    monkeypatch.setattr(evaluator, "make_scorer", lambda *_: lambda _: lambda _: [next(rows)])
+    evaluation = evaluator.make_evaluator(small_config(), mesh)({}, valid)
     np.testing.assert_array_equal(evaluation.probabilities, expit(odds.astype(np.float64)))
 
 

@@ -81,6 +81,11 @@ def test_rooms_know_each_other_in_no_circle():
         doors = {room: others for room, others in doors.items() if room not in free}
 
 
+def test_modes_do_not_know_each_other():
+    modes = {"train", "evaluate", "predict"}
+    assert not {mode: IMPORTS[mode] & modes for mode in modes if IMPORTS[mode] & modes}
+
+
 def test_no_folder_is_too_full():
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     counts = {folder.name: len([*folder.glob("[!_]*.py")]) for folder in folders}

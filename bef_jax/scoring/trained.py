@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.config import flatten, validate
 from bef_jax.configs import default
+from bef_jax.configs.fields import DATA, ENVIRONMENT, INPUT, NETWORK, SCORE, SPEED, affects
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import user_path
 from bef_jax.training import checkpoint
@@ -18,19 +19,8 @@ LOG = logging.getLogger(__name__)
 
 # Scoring sets these fields, which say how training computes blocks, because it needs no gradient.
 _SCORING_FORMS = {"mbconv": "layers", "remat": "none"}
-# A given --config decides these fields: what is scored, where, and how fast, but not the result.
-_ENVIRONMENT = ("data.", "predict.", "benchmark.", "distributed.", "compile_cache")
-_SPEED = ("eval.batch_size", "model.depthwise")
-# Fields that decide a patch's probability or decision, in addition to the fields of the network.
-_SCORE_FIELDS = (
-    "dtype",
-    "augment.mean",
-    "augment.std",
-    "rcc.enabled",
-    "rcc.eval_size",
-    "eval.tta",
-    "eval.threshold",
-)
+# A given --config decides what is scored, where, and how fast, but not the result.
+_FROM_CONFIG = (DATA, SPEED, ENVIRONMENT)
 
 
 def find(where: Path | str) -> Path:
@@ -73,16 +63,17 @@ def scoring_config(
     _set(config, _fields_of(default.get_config(), "distributed."))
     changes = _as_json(dict(changes or {}))
     if given is not None:
+        validate(given)
         fields = _fields_of(given)
         _log_ignored(flatten(config), fields, changes)
-        _set(config, {name: fields[name] for name in fields if _is_from_config(name)})
+        _set(config, {name: fields[name] for name in fields if affects(name) in _FROM_CONFIG})
     saved = flatten(config)
     differing = {name: x for name, x in changes.items() if saved.get(name) != x}
     _check_network(path, saved, differing)
-    for name in sorted(set(differing) & {*_SCORE_FIELDS}):
+    for name in sorted(name for name in differing if affects(name) in (INPUT, SCORE)):
         LOG.info("config.%s=%r; the checkpoint has %r", name, differing[name], saved[name])
     # Fields of training alone stay as saved: the checkpoint's arrays fit its own optimiser.
-    used = [name for name in changes if _is_from_config(name) or name in _SCORE_FIELDS]
+    used = [name for name in changes if affects(name) in (*_FROM_CONFIG, INPUT, SCORE)]
     _set(config, {name: changes[name] for name in used})
     config.model.update(_SCORING_FORMS)
     # Validate again, because a change may be invalid together with the saved fields.
@@ -108,17 +99,8 @@ def _set(config: ConfigDict, fields: Mapping[str, Any]) -> None:
         config.update_from_flattened_dict(fields)
 
 
-def _is_from_config(name: str) -> bool:
-    return name.startswith(_ENVIRONMENT) or name in _SPEED
-
-
-def _is_network(name: str) -> bool:
-    not_network = _SPEED + tuple(f"model.{form}" for form in _SCORING_FORMS)
-    return name.startswith("model.") and name not in not_network
-
-
 def _check_network(path: Path, saved: Mapping[str, Any], differing: Mapping[str, Any]) -> None:
-    fixed = [name for name in differing if _is_network(name)]
+    fixed = [name for name in differing if affects(name) == NETWORK]
     if fixed:
         listed = ", ".join(f"{name}={saved.get(name)}" for name in fixed)
         flags = ", ".join(f"--config.{name}" for name in fixed)
@@ -129,7 +111,7 @@ def _log_ignored(
     saved: Mapping[str, Any], given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
     """Logs the fields in which the checkpoint decides, and --config has another value."""
-    decided = [name for name in saved if name in _SCORE_FIELDS or _is_network(name)]
+    decided = [name for name in saved if affects(name) in (NETWORK, INPUT, SCORE)]
     for name in decided:
         if name not in changes and given.get(name) != saved[name]:
             LOG.info(

@@ -1,0 +1,59 @@
+"""Exact evaluation: every patch counts once, for any batch size and number of devices."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bef_jax.data.batches import put_batch
+from bef_jax.data.store import Split
+from bef_jax.scoring.calibration import tuned
+from bef_jax.scoring.intervals import intervals
+from bef_jax.scoring.metrics import Evaluation, binary_metrics
+from bef_jax.scoring.scorer import (
+    batch_size,
+    check_finite,
+    fetch_one_behind,
+    make_scorer,
+    mean_probabilities,
+    padded_rows,
+)
+
+
+def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
+    """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once.
+
+    `evaluate` raises RunError where the log-odds of a patch are not finite.
+    """
+    bind = make_scorer(config, mesh)
+    size = batch_size(config, mesh)
+
+    def evaluate(variables: dict, split: Split) -> Evaluation:
+        scorer = bind(variables)
+        # Neither is a list, so that the host gathers a batch while devices score the one before.
+        batches = (put_batch(split, mesh, rows).images for rows in padded_rows(len(split), size))
+        scored = fetch_one_behind(map(scorer, batches))
+        # [tta, N], float32, without the padding of the last batch.
+        log_odds = np.concatenate([np.stack(views) for views in scored], axis=1)[:, : len(split)]
+        probabilities = mean_probabilities(log_odds)
+        plain = mean_probabilities(log_odds[:1]) if len(log_odds) > 1 else None
+        check_finite(probabilities, split.ids)
+        metrics = binary_metrics(probabilities, split.labels, config.eval.threshold)
+        return Evaluation(split.name, split.ids, split.labels, probabilities, metrics, plain)
+
+    return evaluate
+
+
+def summarise(evaluation: Evaluation, config: ConfigDict, valid: Evaluation) -> dict:
+    """Returns the block of a summary that describes one evaluation.
+
+    It has the network's own figures, and in `ci95` the intervals that they lack. It also has
+    figures with a temperature and at a threshold that were chosen on `valid`. Where `tta` views
+    were averaged, `plain` has the figures of each patch as it is.
+    """
+    block = {"split": evaluation.split, **evaluation.metrics, "tta": config.eval.tta}
+    block |= {"ci95": intervals(evaluation), **tuned(valid, evaluation)}
+    if evaluation.plain is not None:
+        block["plain"] = binary_metrics(evaluation.plain, evaluation.labels, config.eval.threshold)
+    return block
