@@ -1,4 +1,4 @@
-"""Measures the images/s of timm on PyTorch, which README's table of speed compares with ours.
+"""Measures the images/s of timm on PyTorch, which README.md here compares with ours.
 
     python -m venv peer && peer/bin/pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31
     peer/bin/python results/timm_throughput.py efficientnet_b3 train [--total-stride=16] [--compile]

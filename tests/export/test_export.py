@@ -21,7 +21,7 @@ from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.state import create_state
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+SERVING = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 
 def save_checkpoint(config, workdir):
@@ -181,8 +181,7 @@ def test_both_files_score_as_the_network_does_where_the_package_is_not(small_con
     images = make_images(5)  # not as many as the export was checked with
     np.save(tmp_path / "patches.npy", images)
     expected = probability(config, variables, images)
-    section = README.split("## Serving")[1].split("\n## ")[0]
-    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", SERVING, re.DOTALL)
     assert [len(example.splitlines()) <= 10 for example in examples] == [True, True]
     for example in examples:
         # -P, and a folder elsewhere: what is imported comes from neither the tree nor the tests.
