@@ -262,7 +262,7 @@ def test_of_a_truncated_download_nothing_is_used(fault, server):
     assert hub.fetch(NAME).read_bytes() == WEIGHTS
 
 
-def test_a_damaged_cache_is_found_and_mended_as_the_message_says(server):
+def test_a_damaged_cache_is_found_and_fixed_as_the_message_says(server):
     path = hub.fetch(NAME)
     blob = path.resolve()
     for damaged in (WEIGHTS[:-4], WEIGHTS[:-1] + b"\xff"):

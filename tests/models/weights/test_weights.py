@@ -110,20 +110,20 @@ def check_parity(network, model, file, pixels=96):
     state = {key: x.numpy() for key, x in original.state_dict().items()}
     check_tree("batch_stats", train(ours, variables, x)[1], state, file, model)
     x, images = make_images(pixels)
-    with smooth() if cornered(model.name) else contextlib.nullcontext():
+    with silu_for_relu() if has_relu(model.name) else contextlib.nullcontext():
         network(images.double()).square().mean().backward()
         gradients = train(ours, variables, x)[0]
     theirs = {key: p.grad.numpy() for key, p in network.named_parameters()}
     check_tree("params", gradients, theirs, file, model)
 
 
-def cornered(name):
+def has_relu(name):
     """Returns whether the network's activation is ReLU or ReLU6."""
     return "lite" in name or not name.startswith("efficientnet")
 
 
 @contextlib.contextmanager
-def smooth():
+def silu_for_relu():
     """Replaces ReLU and ReLU6 by SiLU, here and in torch.
 
     At a corner, float32 may take the other side. So torch's own gradients in float32 and float64
