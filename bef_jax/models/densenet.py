@@ -97,9 +97,9 @@ class DenseNet(Network):
         """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
         # An input_norm reads features that other norms read, too. So it can not be folded into the
         # convolutions that made them.
-        input_norm = self.norm(activation="relu", folded=False)
-        norm, pooled = self.norm(activation="relu"), []
-        stem_stride, stages = self.strides()
+        input_norm = self.make_norm(activation="relu", folded=False)
+        norm, pooled = self.make_norm(activation="relu"), []
+        stem_stride, stages = self.downsampled()
         x = Conv(
             features=self.architecture.stem,
             kernel=7,

@@ -141,8 +141,8 @@ class MBConv(nn.Module):
         stride: stride of this block; `stage.stride` is that of the stage's first block.
         norm: norm(name=...) makes a norm without activation.
         active_norm: active_norm(name=...) makes a norm with the activation after it.
-        padding, depthwise, form: the `padding`, `depthwise` and `mbconv` of `Network`.
-        kernels: options of the norms for the Pallas kernels: (bn_groups, bn_epsilon, activation).
+        padding, depthwise, mbconv: as in `Network`.
+        kernel_options: (bn_groups, bn_epsilon, activation), the norms' options for the kernels.
     """
 
     stage: Stage
@@ -153,15 +153,15 @@ class MBConv(nn.Module):
     active_norm: Callable[..., nn.Module]
     padding: str
     depthwise: str
-    form: str
-    kernels: tuple[int, float, str]
+    mbconv: str
+    kernel_options: tuple[int, float, str]
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         inputs = x
         # Initialisation uses the layers, because only they make parameters; kernels read the same.
-        if self.form == "pallas" and train and not self.is_initializing():
+        if self.mbconv == "pallas" and train and not self.is_initializing():
             x = self._by_kernels(x)
         else:
             x = self._by_layers(x, train)
@@ -195,7 +195,7 @@ class MBConv(nn.Module):
 
     def _by_kernels(self, x: Array) -> Array:
         """Computes the same as `_by_layers` in training, by experimental Pallas kernels for TPU."""
-        stage, (groups, epsilon, activation) = self.stage, self.kernels
+        stage, (groups, epsilon, activation) = self.stage, self.kernel_options
         padding = padding_of(stage.kernel, self.stride, x.shape[1:3], self.padding)
         window = Window(x.shape[1:3], stage.kernel, self.stride, padding)
         plan = plan_kernels(window, x, stage.expand, stage.channels, groups, epsilon, activation)
@@ -214,8 +214,8 @@ class EfficientNet(Network):
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
         architecture, pooled = self.architecture, []
-        norm, active_norm = self.norm(), self.norm(activation=architecture.activation)
-        stem_stride, stages = self.strides()
+        norm, active_norm = self.make_norm(), self.make_norm(activation=architecture.activation)
+        stem_stride, stages = self.downsampled()
         x = Conv(
             features=architecture.stem,
             kernel=3,
@@ -236,8 +236,8 @@ class EfficientNet(Network):
                     active_norm=active_norm,
                     padding=self.padding,
                     depthwise=self.depthwise,
-                    form=self.mbconv,
-                    kernels=(self.bn_groups, self.bn_epsilon, architecture.activation),
+                    mbconv=self.mbconv,
+                    kernel_options=(self.bn_groups, self.bn_epsilon, architecture.activation),
                     dtype=self.dtype,
                     # The name does not hold the stride, so weights of total stride 32 fit 16 and 8.
                     name=f"block_{index:02d}",

@@ -56,11 +56,11 @@ class Network(nn.Module):
     folded: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    def strides(self) -> tuple[int, tuple]:
-        """Returns the stem's stride and the stages, changed for `total_stride`."""
+    def downsampled(self) -> tuple[int, tuple]:
+        """Returns the stem's stride and the stages after reduced downsampling."""
         return boosted.reduce_downsampling(2, self.architecture.stages, self.total_stride)
 
-    def norm(self, activation: str = "none", folded: bool | None = None) -> functools.partial:
+    def make_norm(self, activation: str = "none", folded: bool | None = None) -> functools.partial:
         """Returns a function that makes a norm: a `BatchNorm`, or a `Bias` in a folded network.
 
         Args:
@@ -78,7 +78,7 @@ class Network(nn.Module):
             activation=activation,
         )
 
-    def fused(self) -> tuple[int, ...]:
+    def fused_stages(self) -> tuple[int, ...]:
         """Returns the stages that have attention and fusion, counted from 1."""
         # These are the strides before reduced downsampling, so that the choice does not depend on
         # it.
@@ -95,7 +95,7 @@ class Network(nn.Module):
         Returns:
             The features that the next stage reads.
         """
-        if number not in self.fused():
+        if number not in self.fused_stages():
             return x
         if self.attention == "cbam":
             # The gate is on the trunk, not on a branch to the classifier, so the next stage also

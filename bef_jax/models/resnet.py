@@ -84,8 +84,8 @@ class ResNet(Network):
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
-        norm, active_norm, pooled = self.norm(), self.norm(activation="relu"), []
-        stem_stride, stages = self.strides()
+        norm, active_norm, pooled = self.make_norm(), self.make_norm(activation="relu"), []
+        stem_stride, stages = self.downsampled()
         x = Conv(
             features=self.architecture.stem,
             kernel=7,
@@ -114,5 +114,5 @@ class ResNet(Network):
                 x = block(x, train)
             x = self.boost(x, number, pooled)
         # If the last stage is fused, its pooled features are already those of the head.
-        head = [] if pooled and len(stages) in self.fused() else [global_pool(x)]
+        head = [] if pooled and len(stages) in self.fused_stages() else [global_pool(x)]
         return self.classify([*pooled, *head], train)

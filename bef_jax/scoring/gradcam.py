@@ -60,9 +60,9 @@ def fused_outputs(model: nn.Module) -> list[str]:
     last = (len(model.architecture.stages),)
     return [
         f"attention_{number}"
-        if model.attention != "none" and number in model.fused()
+        if model.attention != "none" and number in model.fused_stages()
         else f"block_{model.block_indices(number)[-1]:02d}"
-        for number in (model.fused() if model.fusion else last)
+        for number in (model.fused_stages() if model.fusion else last)
     ]
 
 

@@ -36,7 +36,7 @@ def test_total_stride_8_takes_the_pool_of_the_last_transition_away():
 @pytest.mark.parametrize("pixels", [8, 7])
 def test_transition_equals_the_paper_s_order(pixels):
     # In the paper, the pool comes last, after norm, ReLU and convolution.
-    norm = DenseNet(DENSENET121).norm(activation="relu")
+    norm = DenseNet(DENSENET121).make_norm(activation="relu")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, pixels, pixels, 6)).astype(np.float32)
     module = Transition(stride=2, input_norm=norm, dtype=np.float32)
