@@ -20,6 +20,15 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right
 _GROUP = 8
 
 
+def output_size(
+    size: tuple[int, int], kernel: int, stride: int, padding: Padding
+) -> tuple[int, int]:
+    """Returns H' and W' of a convolution of maps [H, W] by a kernel of side `kernel`."""
+    sides = zip(size, padding, strict=True)
+    height, width = ((side + sum(pad) - kernel) // stride + 1 for side, pad in sides)
+    return height, width
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def depthwise_conv(
     x: Array, kernel: Array, stride: int, padding: Padding, form: str = "auto"
@@ -38,7 +47,7 @@ def depthwise_conv(
     """
     shifted = functools.partial(_shifted, stride=stride, padding=padding)
     native = functools.partial(_native, stride=stride, padding=padding)
-    return _lower(form, shifted, native)(x, kernel)
+    return _choose_form(form, shifted, native)(x, kernel)
 
 
 def _forward(x: Array, kernel: Array, stride: int, padding: Padding, form: str):
@@ -48,10 +57,10 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding, form: str):
 def _backward(stride: int, padding: Padding, form: str, residuals, g: Array):
     shifted = functools.partial(_shifted_gradients, stride=stride, padding=padding)
     native = functools.partial(_native_gradients, stride=stride, padding=padding)
-    return _lower(form, shifted, native)(*residuals, g)
+    return _choose_form(form, shifted, native)(*residuals, g)
 
 
-def _lower(form: str, shifted: Callable, native: Callable) -> Callable:
+def _choose_form(form: str, shifted: Callable, native: Callable) -> Callable:
     by_platform = functools.partial(lax.platform_dependent, cpu=shifted, default=native)
     return {"auto": by_platform, "shift": shifted, "native": native}[form]
 
@@ -85,15 +94,9 @@ def _native_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: P
 def _shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     k = kernel.shape[0]
     phases = lax.optimization_barrier(_padded_phases(x, stride, padding))
-    taps = _taps(phases, _output_size(x, k, stride, padding))
+    taps = _taps(phases, output_size(x.shape[1:3], k, stride, padding))
     # There are k * k views of the phases, each [N, H', W', C].
     return sum(taps(i, j) * kernel[i, j, 0] for i in range(k) for j in range(k))
-
-
-def _output_size(x: Array, k: int, stride: int, padding: Padding) -> tuple[int, int]:
-    sides = zip(x.shape[1:3], padding, strict=True)
-    height, width = ((side + sum(pad) - k) // stride + 1 for side, pad in sides)
-    return height, width
 
 
 def _padded_phases(x: Array, stride: int, padding: Padding) -> list[list[Array]]:
@@ -126,16 +129,16 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
     elementwise code that makes g into every tap. Then it would compute the gradients of batch
     normalisation and SiLU k * k times.
     """
-    k, sides = kernel.shape[0], x.shape[1:3]
-    spans = [_span(k, stride, side, pad) for side, pad in zip(sides, padding, strict=True)]
-    corner, size = [span.before for span in spans], g.shape[1:3]
-    padded = jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
+    k, size = kernel.shape[0], g.shape[1:3]
+    spans = [_span(k, stride, *axis) for axis in zip(x.shape[1:3], size, padding, strict=True)]
+    corner = [span.before for span in spans]
+    padded_g = jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
     phases = _padded_phases(x, stride, padding)
     # The phases and g share one barrier. A barrier for the phases alone would equal that of the
     # forward pass, so XLA would merge the two. Every tap would have two users and be copied out.
-    phases, padded = lax.optimization_barrier((phases, padded))
-    dx = _input_gradient(padded, kernel, stride, spans)
-    return dx, _kernel_gradient(phases, kernel, _crop(padded, corner, size))
+    phases, padded_g = lax.optimization_barrier((phases, padded_g))
+    dx = _input_gradient(padded_g, kernel, stride, spans)
+    return dx, _kernel_gradient(phases, kernel, _crop(padded_g, corner, size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +155,7 @@ class _Span:
     side: int  # of the input
 
 
-def _span(k: int, stride: int, side: int, pad: tuple[int, int]) -> _Span:
-    outputs = (side + sum(pad) - k) // stride + 1
+def _span(k: int, stride: int, side: int, outputs: int, pad: tuple[int, int]) -> _Span:
     # The positions a of the first and of the last input.
     first, last = pad[0] // stride, (pad[0] + side - 1) // stride
     start = pad[0] - stride * first
@@ -161,12 +163,12 @@ def _span(k: int, stride: int, side: int, pad: tuple[int, int]) -> _Span:
     return _Span(before, max(last - outputs + 1, 0), last - first + 1, start, side)
 
 
-def _input_gradient(padded: Array, kernel: Array, stride: int, spans: list[_Span]) -> Array:
+def _input_gradient(padded_g: Array, kernel: Array, stride: int, spans: list[_Span]) -> Array:
     """Returns dx [N, H, W, C]: each input gets the sum of g * tap over the outputs that read it.
 
-    `padded` is g with the zeros that `spans` names. Each phase of dx is a correlation of g with the
-    taps of that phase. Dilating g with zeros instead would need stride^2 times as many products,
-    most of them with zero.
+    `padded_g` is g with the zeros that `spans` names. Each phase of dx is a correlation of g with
+    the taps of that phase. Dilating g with zeros instead would need stride^2 times as many
+    products, most of them with zero.
 
     One loop over [N, a, phase, b, phase, C] computes all phases by broadcasting g. If dx were put
     together from stride^2 arrays, every element would have to look up its array.
@@ -179,12 +181,12 @@ def _input_gradient(padded: Array, kernel: Array, stride: int, spans: list[_Span
     taps = taps.reshape(reach, stride, reach, stride, channels)
     size = tuple(span.length for span in spans)
     whole = sum(
-        _crop(padded, (reach - 1 - i, reach - 1 - j), size)[:, :, None, :, None]
+        _crop(padded_g, (reach - 1 - i, reach - 1 - j), size)[:, :, None, :, None]
         * taps[i, :, None, j]
         for i in range(reach)
         for j in range(reach)
     )
-    whole = whole.reshape(len(padded), stride * size[0], stride * size[1], channels)
+    whole = whole.reshape(len(padded_g), stride * size[0], stride * size[1], channels)
     return _crop(whole, [span.start for span in spans], tuple(span.side for span in spans))
 
 

@@ -155,13 +155,13 @@ def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, acti
     multiplier = scale * lax.rsqrt(var + epsilon)
     # [groups, K, C]: a kernel for each group, because each has its own deviations.
     weights = (kernel * multiplier[:, None]).astype(x.dtype)
-    product = grouped_pointwise(parts, weights)
+    scaled_product = grouped_pointwise(parts, weights)
     # The shift uses the rounded weights, because in bfloat16 the exact mean would be a little off.
     shift = _per_group(bias - _exact("gk,gkc->gc", center, weights))
-    z = product + shift
+    z = scaled_product + shift
     y = ACTIVATIONS[activation](z).astype(x.dtype).reshape(*x.shape[:-1], -1)
-    # The product is the only map of C channels that is kept, because z is computed again.
-    return (y, mean, var), (x, kernel, scale, product, shift, cov_kernel, var)
+    # scaled_product is the only map of C channels that is kept, because z is computed again.
+    return (y, mean, var), (x, kernel, scale, scaled_product, shift, cov_kernel, var)
 
 
 def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals, cotangents):
@@ -186,11 +186,11 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     So everything that the statistics add to dx has the width of x, not of the product. The returned
     dkernel, dscale and dbias are sums over the groups.
     """
-    x, kernel, scale, product, shift, cov_kernel, var = residuals
+    x, kernel, scale, scaled_product, shift, cov_kernel, var = residuals
     g, _, _ = cotangents  # the loss does not depend on running statistics
     parts = x.reshape(groups, -1, *x.shape[1:])
-    product = lax.optimization_barrier(product)  # as in _batch_norm_backward
-    dz = g.reshape(product.shape) * DERIVATIVES[activation](product + shift)
+    scaled_product = lax.optimization_barrier(scaled_product)  # as in _batch_norm_backward
+    dz = g.reshape(scaled_product.shape) * DERIVATIVES[activation](scaled_product + shift)
     dz = dz.astype(x.dtype)  # rounded before the products, like the factors of the forward pass
     _, centered = _centered(parts)
     dbias = jnp.sum(dz, (1, 2, 3), dtype=jnp.float32)  # [groups, C]
@@ -198,10 +198,11 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     inverse_std = lax.rsqrt(var + epsilon)
     dscale = inverse_std * jnp.sum(kernel * moments, 1)
     # [groups, 1, C] each.
-    factor, pull = (scale * inverse_std)[:, None], (inverse_std * dscale)[:, None]
-    dkernel = jnp.sum(factor * (moments - cov_kernel * pull), 0)
+    factor, dscale_over_std = (scale * inverse_std)[:, None], (inverse_std * dscale)[:, None]
+    dkernel = jnp.sum(factor * (moments - cov_kernel * dscale_over_std), 0)
     scaled = kernel * factor
-    correction = _product("gkc,lc->glk", scaled * pull, kernel) / _positions(parts)
+    # "glk" is the transpose of "gkl", but the matrix is symmetric.
+    correction = _product("gkc,lc->glk", scaled * dscale_over_std, kernel) / _positions(parts)
     constant = _product("gc,gkc->gk", dbias, scaled) / _positions(parts)
     # [groups, N / groups, H, W, K].
     dx = grouped_pointwise(dz, scaled.astype(x.dtype).swapaxes(1, 2))

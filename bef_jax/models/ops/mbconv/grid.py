@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bef_jax.models.ops.depthwise import Padding
+from bef_jax.models.ops.depthwise import Padding, output_size
 
 # These are JAX's names of v5e, v5p and v6e. Older chips have only 16 MiB of vector memory, and for
 # newer ones nothing was compiled.
@@ -49,9 +49,7 @@ class Window:
     @property
     def outputs(self) -> tuple[int, int]:
         """Returns H' and W'."""
-        sides = zip(self.size, self.padding, strict=True)
-        height, width = ((n + sum(pad) - self.kernel) // self.stride + 1 for n, pad in sides)
-        return height, width
+        return output_size(self.size, self.kernel, self.stride, self.padding)
 
     @property
     def margin(self) -> int:
