@@ -32,7 +32,13 @@ from bef_jax.models.ops.mbconv import backward, forward, grid
 from bef_jax.planning import topology
 
 IMAGES = 256
-KERNELS = ("spread", "pool", "project", "project_gradients", "spread_gradients")
+KERNELS = (
+    "expand_and_convolve",
+    "pool",
+    "project",
+    "project_gradients",
+    "expand_and_convolve_gradients",
+)
 # A line of the program: its address, LB where a loop begins, and a > for each loop around it.
 BUNDLE = re.compile(r"\s*(?:\d+:\s*)?0x[0-9a-f]+\s+(LB|[A-Z]{2})?\s*:\s?(>*)")
 
@@ -135,17 +141,17 @@ def turns_of(name: str, shape: Shape, strip: grid.Strip) -> list[int]:
     window, expands = strip.window, shape.inputs != shape.hidden
     blocks = shape.hidden // strip.channels
     rows, height, padded = window.size[0], window.outputs[0], window.padded[0]
-    if name == "spread":  # clears, expands, convolves
+    if name == "expand_and_convolve":  # clears, expands, convolves
         return [padded, blocks * rows, blocks * height]
     if name == "project":  # clears, adds up, copies
         return [height, blocks * height, height]
-    if name != "spread_gradients":
+    if name != "expand_and_convolve_gradients":
         return [blocks * height]
     phases = (window.inside(0, phase) for phase in range(window.stride))
-    back = [blocks * (last - first) for first, last in phases]
+    by_phase = [blocks * (last - first) for first, last in phases]
     ends = [rows] if expands else []
     first = [padded, padded + window.margin, blocks * rows, blocks * height, blocks * height]
-    return [*first, *ends, *back, *ends]
+    return [*first, *ends, *by_phase, *ends]
 
 
 def compile_kernel(name: str, shape: Shape, strip: grid.Strip) -> None:
@@ -167,15 +173,18 @@ def compile_kernel(name: str, shape: Shape, strip: grid.Strip) -> None:
     taps, norm, gate = array(hidden, window.kernel**2), array(hidden, 2), array(hidden, IMAGES)
     block = strip.channels
     calls = {
-        "spread": (lambda *a: forward.spread(*a, strip, "silu"), (x, expand, shift, taps)),
+        "expand_and_convolve": (
+            lambda *a: forward.expand_and_convolve(*a, strip, "silu"),
+            (x, expand, shift, taps),
+        ),
         "pool": (lambda *a: forward.pool(*a, block, "silu"), (d, norm)),
         "project": (lambda *a: forward.project(*a, block, "silu"), (d, norm, gate, weights)),
         "project_gradients": (
             lambda *a: backward.project_gradients(*a, block, "silu"),
             (d, dy, norm, gate, weights),
         ),
-        "spread_gradients": (
-            lambda *a: backward.spread_gradients(*a, strip, "silu"),
+        "expand_and_convolve_gradients": (
+            lambda *a: backward.expand_and_convolve_gradients(*a, strip, "silu"),
             (x, d, dy, (expand, taps, weights, array(hidden, 5)), array(2, hidden, IMAGES)),
         ),
     }

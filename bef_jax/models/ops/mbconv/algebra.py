@@ -23,15 +23,15 @@ class Expansion:
         weights: [K, E], of the activations' dtype, the kernel times the norm's factor.
         shift: [E].
         center: [K], the mean of x.
-        spread: [K, E], cov(x) @ kernel.
-        inverse: [E], 1 / sqrt(variance of kernel^T x + epsilon).
+        cov_kernel: [K, E], cov(x) @ kernel.
+        inverse_std: [E], 1 / sqrt(variance of kernel^T x + epsilon).
     """
 
     weights: Array
     shift: Array
     center: Array
-    spread: Array
-    inverse: Array
+    cov_kernel: Array
+    inverse_std: Array
 
 
 @struct.dataclass
@@ -39,12 +39,12 @@ class Norm:
     """The norm after the depthwise convolution; each array is [E]."""
 
     mean: Array
-    inverse: Array  # 1 / sqrt(variance + epsilon)
+    inverse_std: Array  # 1 / sqrt(variance + epsilon)
     factor: Array  # the norm is factor * d + offset
     offset: Array
 
 
-def like(params: Params, gradient: Array) -> Params:
+def kernel_gradient(params: Params, gradient: Array) -> Params:
     """Returns {"kernel": gradient}, with the gradient in the shape of the kernel of `params`."""
     return {"kernel": gradient.reshape(params["kernel"].shape)}
 
@@ -66,16 +66,16 @@ def expansion(x: Array, params: Params, epsilon: float) -> tuple[Expansion | Non
     """
     if "expand_conv" not in params:
         return None, {}
-    kernel, norm = params["expand_conv"]["kernel"][0, 0], params["expand_norm"]
+    kernel, expand_norm = params["expand_conv"]["kernel"][0, 0], params["expand_norm"]
     center = jnp.mean(x, (0, 1, 3), dtype=jnp.float32)
     centered = _centered(x, center)
     covariance = _product("hwkn,hwln->kl", centered, centered) / (x.size // len(center))
-    mean, spread = _exact("k,ke->e", center, kernel), _exact("kl,le->ke", covariance, kernel)
-    var = jnp.maximum(jnp.sum(kernel * spread, 0), 0.0)
-    inverse = lax.rsqrt(var + epsilon)
-    weights = (kernel * norm["scale"] * inverse).astype(x.dtype)
-    shift = norm["bias"] - _exact("k,ke->e", center, weights)
-    return Expansion(weights, shift, center, spread, inverse), {"expand_norm": (mean, var)}
+    mean, cov_kernel = _exact("k,ke->e", center, kernel), _exact("kl,le->ke", covariance, kernel)
+    var = jnp.maximum(jnp.sum(kernel * cov_kernel, 0), 0.0)
+    inverse_std = lax.rsqrt(var + epsilon)
+    weights = (kernel * expand_norm["scale"] * inverse_std).astype(x.dtype)
+    shift = expand_norm["bias"] - _exact("k,ke->e", center, weights)
+    return Expansion(weights, shift, center, cov_kernel, inverse_std), {"expand_norm": (mean, var)}
 
 
 def expansion_gradient(
@@ -91,24 +91,25 @@ def expansion_gradient(
     As in `ops.norm.pointwise_batch_norm`, the statistics add a linear map of x to dx.
 
     Args:
-        dx, dexpand, dshift: from `backward.spread_gradients`, without the part of the statistics.
+        dx, dexpand, dshift: from `backward.expand_and_convolve_gradients`, without the part of the
+            statistics.
     """
     if expand is None:
         return dx, {}
     kernel, count = params["expand_conv"]["kernel"][0, 0], x.size // len(expand.center)
-    factor = params["expand_norm"]["scale"] * expand.inverse
+    factor = params["expand_norm"]["scale"] * expand.inverse_std
     dbias = dshift.sum(-1)
-    dkernel = dexpand.sum(0).T - expand.center[:, None] * dbias
-    dscale = expand.inverse * jnp.sum(kernel * dkernel, 0)
-    pull = expand.inverse * dscale
-    correction = _exact("ke,le->kl", kernel * factor * pull, kernel) / count
+    moments = dexpand.sum(0).T - expand.center[:, None] * dbias
+    dscale = expand.inverse_std * jnp.sum(kernel * moments, 0)
+    dscale_over_std = expand.inverse_std * dscale
+    correction = _exact("ke,le->kl", kernel * factor * dscale_over_std, kernel) / count
     constant = _exact("ke,e->k", kernel * factor, dbias) / count
     centered = _centered(x, expand.center)
     dx = dx - jnp.einsum("hwkn,kl->hwln", centered, correction.astype(x.dtype))
     dx = (dx - constant[:, None]).astype(x.dtype)
-    dkernel = factor * (dkernel - expand.spread * pull)
+    dkernel = factor * (moments - expand.cov_kernel * dscale_over_std)
     dparams = {
-        "expand_conv": like(params["expand_conv"], dkernel),
+        "expand_conv": kernel_gradient(params["expand_conv"], dkernel),
         "expand_norm": {"scale": dscale, "bias": dbias},
     }
     return dx, dparams
@@ -119,21 +120,24 @@ def _centered(x: Array, center: Array) -> Array:
     return (x - center[:, None]).astype(x.dtype)
 
 
-def norm(moments: Array, params: Params, positions: int, epsilon: float) -> tuple[Norm, Array]:
+def depthwise_norm(
+    moments: Array, params: Params, positions: int, epsilon: float
+) -> tuple[Norm, Array]:
     """Returns the norm of d, and the variance of d, [E].
 
     Args:
-        moments: [2, E, n], from `forward.spread`.
+        moments: [2, E, n], from `forward.expand_and_convolve`.
         positions: H' * W'.
     """
     mean, square = moments.sum(-1) / (positions * moments.shape[-1])
     var = jnp.maximum(square - mean * mean, 0.0)
-    inverse = lax.rsqrt(var + epsilon)
-    factor = params["scale"] * inverse
-    return Norm(mean, inverse, factor, params["bias"] - mean * factor), var
+    inverse_std = lax.rsqrt(var + epsilon)
+    factor = params["depthwise_norm"]["scale"] * inverse_std
+    offset = params["depthwise_norm"]["bias"] - mean * factor
+    return Norm(mean, inverse_std, factor, offset), var
 
 
-def norm_gradient(
+def depthwise_norm_gradient(
     norm: Norm, sums: Array, gate: Array, pull: Array, positions: int
 ) -> tuple[Params, tuple[Array, Array]]:
     """Returns the gradients of scale and bias, and a pair (factor, offset), [E] each.
@@ -149,9 +153,9 @@ def norm_gradient(
     count = positions * gate.shape[-1]
     dbias = jnp.sum(gate * sums[1] + pull * sums[3], -1)
     dscale = jnp.sum(gate * sums[2] + pull * sums[4], -1)
-    dscale = (dscale - norm.mean * dbias) * norm.inverse
+    dscale = (dscale - norm.mean * dbias) * norm.inverse_std
     # This is Ioffe & Szegedy 2015, section 3, written as a linear function of d.
-    factor = -norm.factor * norm.inverse * dscale / count
+    factor = -norm.factor * norm.inverse_std * dscale / count
     offset = -norm.factor * dbias / count - factor * norm.mean
     return {"scale": dscale, "bias": dbias}, (factor, offset)
 

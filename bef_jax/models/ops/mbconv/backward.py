@@ -9,8 +9,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from bef_jax.models.ops.mbconv import grid, vectors
-from bef_jax.models.ops.mbconv.grid import LANES, Strip, Window
+from bef_jax.models.ops.mbconv import vectors
+from bef_jax.models.ops.mbconv.grid import (
+    LANES,
+    Strip,
+    Window,
+    call_kernel,
+    maps_spec,
+    parts_spec,
+    rows_spec,
+    whole_spec,
+)
 from bef_jax.models.ops.norm import ACTIVATIONS, DERIVATIVES
 
 _floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -35,14 +44,14 @@ def project_gradients(
     functions = ACTIVATIONS[activation], DERIVATIVES[activation]
     kernel = functools.partial(_project_gradients, functions=functions)
     (hidden, features), images = weights.shape, d.shape[-1]
-    inputs = [(d, grid.maps), (dy, grid.whole), (norm, grid.rows), (gate, grid.maps)]
-    inputs.append((weights, grid.rows))
+    inputs = [(d, maps_spec), (dy, whole_spec), (norm, rows_spec), (gate, maps_spec)]
+    inputs.append((weights, rows_spec))
     outputs = [
-        (_floats((5, hidden, images)), grid.maps),
-        (_floats((images // LANES, hidden, features)), grid.parts),
+        (_floats((5, hidden, images)), maps_spec),
+        (_floats((images // LANES, hidden, features)), parts_spec),
     ]
     scratch, products = [vectors.wide_shape(2, tile)], 2 * d.size * features
-    return grid.call_kernel(kernel, inputs, outputs, scratch, tile, products, 2 * d.size)
+    return call_kernel(kernel, inputs, outputs, scratch, tile, products, 2 * d.size)
 
 
 def _project_gradients(
@@ -68,24 +77,24 @@ def _project_gradients(
     lax.fori_loop(0, d.shape[0], add, None)
 
 
-def spread_gradients(
+def expand_and_convolve_gradients(
     x: Array,
     d: Array,
     dy: Array,
     weights: tuple[Array | None, Array, Array, Array],
-    images: Array,
+    gate_and_pull: Array,
     strip: Strip,
     activation: str,
 ) -> tuple[Array, Array | None, Array | None, Array]:
-    """Returns the gradients of `forward.spread`, given that of the result of `forward.project`.
+    """Returns the gradients of `forward.expand_and_convolve`, given dy.
 
     Args:
-        x: as in `forward.spread`.
+        x: as in `forward.expand_and_convolve`.
         d, dy: as in `project_gradients`, which also defines z, u and s.
         weights: expand [E, K]; taps [E, k * k]; the weights of `forward.project` [E, M]; and
-            columns [E, 5], float32, which are norm[0], norm[1], c, o and shift. The gradient of d
-            is (gradient of z) * norm[0] + d * c + o.
-        images: [2, E, N], float32, gate g and pull p. The gradient of z is (u g + p) s.
+            coefficients [E, 5], float32, which are norm[0], norm[1], c, o and shift. The gradient
+            of d is (gradient of z) * norm[0] + d * c + o.
+        gate_and_pull: [2, E, N], float32, g and p. The gradient of z is (u g + p) s.
 
     Returns:
         dx: [H, W, K, N], of x's dtype, expand^T times the gradient of expand @ x.
@@ -93,41 +102,49 @@ def spread_gradients(
         dshift: [E, N], float32.
         dtaps: [N / 128, E, k * k], float32, one sum for each tile of images.
     """
-    functions, window = (ACTIVATIONS[activation], DERIVATIVES[activation]), strip.window
-    tile = strip.channels
-    kernel = functools.partial(_spread_gradients, window=window, functions=functions)
+    functions = ACTIVATIONS[activation], DERIVATIVES[activation]
+    window, tile = strip.window, strip.channels
+    kernel = functools.partial(_expand_and_convolve_gradients, window=window, functions=functions)
     (hidden, features), count, taps = weights[2].shape, x.shape[-1], window.kernel**2
     expands, parts = weights[0] is not None, count // LANES
-    cut, width = grid.whole if expands else grid.maps, x.shape[-2]
-    inputs = [(x, cut), (d, grid.maps), (dy, grid.whole)]
-    inputs += [*((array, grid.rows) for array in weights), (images, grid.maps)]
+    x_spec, width = whole_spec if expands else maps_spec, x.shape[-2]
+    inputs = [(x, x_spec), (d, maps_spec), (dy, whole_spec)]
+    inputs += [*((array, rows_spec) for array in weights), (gate_and_pull, maps_spec)]
     outputs = [
-        (jax.ShapeDtypeStruct(x.shape, x.dtype), cut),
-        (_floats((parts, hidden, width)) if expands else None, grid.parts),
-        (_floats((hidden, count)) if expands else None, grid.maps),
-        (_floats((parts, hidden, taps)), grid.parts),
+        (jax.ShapeDtypeStruct(x.shape, x.dtype), x_spec),
+        (_floats((parts, hidden, width)) if expands else None, parts_spec),
+        (_floats((hidden, count)) if expands else None, maps_spec),
+        (_floats((parts, hidden, taps)), parts_spec),
     ]
-    padded, dd = window.phases, (side + window.margin for side in window.padded)
-    # Maps are padded, so that no tap has to look for the border. Slopes are kept, because otherwise
-    # the expansion would be multiplied a third time. They have x's dtype, to take few bits.
-    scratch = [
-        ((*padded, tile, LANES), jnp.float32),  # the activated maps
-        ((*padded, tile, LANES), x.dtype) if expands else None,  # slopes of the activation
-        ((*dd, tile, LANES), jnp.float32),  # the gradient of d
+    expanded = math.prod(window.size) * hidden * count if expands else 0
+    products = 3 * expanded * width + d.size * (features + 2 * taps)
+    scratch = _gradients_scratch(x, strip, expands)
+    return call_kernel(kernel, inputs, outputs, scratch, tile, products, 2 * expanded + d.size)
+
+
+def _gradients_scratch(x: Array, strip: Strip, expands: bool) -> list[tuple | None]:
+    """Returns (shape, dtype) of what `_expand_and_convolve_gradients` keeps on the chip.
+
+    Maps are padded, so that no tap has to look for the border. Slopes are kept, because otherwise
+    the expansion would be multiplied a third time. They have x's dtype, to take few bits.
+    """
+    window, tile = strip.window, strip.channels
+    d_size, taps = (side + window.margin for side in window.padded), len(window.taps)
+    return [
+        ((*window.phases, tile, LANES), jnp.float32),  # the activated maps
+        ((*window.phases, tile, LANES), x.dtype) if expands else None,  # slopes of the activation
+        ((*d_size, tile, LANES), jnp.float32),  # the gradient of d
         ((window.padded[1], tile, LANES), x.dtype),  # a row of gradients
         vectors.wide_shape(taps, tile),
         vectors.wide_shape(5, tile),
         ((taps, tile, LANES), jnp.float32),
         ((*x.shape[:3], LANES), jnp.float32) if expands else None,
     ]
-    expanded = math.prod(window.size) * hidden * count if expands else 0
-    products = 3 * expanded * width + d.size * (features + 2 * taps)
-    return grid.call_kernel(kernel, inputs, outputs, scratch, tile, products, 2 * expanded + d.size)
 
 
-def _spread_gradients(
-    x, d, dy, expand, taps, weights, columns, images, dx, dexpand, dshift, dtaps,
-    padded, slopes, dd, gradients, wide_taps, wide, sums, total,
+def _expand_and_convolve_gradients(
+    x, d, dy, expand, taps, weights, coefficients, gate_and_pull, dx, dexpand, dshift, dtaps,
+    padded, slopes, d_gradient, gradients, wide_taps, wide, sums, total,
     *, window: Window, functions: tuple[Callable, Callable],
 ):  # fmt: skip
     activation, slope_of = functions
@@ -135,27 +152,27 @@ def _spread_gradients(
     @pl.when(pl.program_id(1) == 0)
     def _():
         vectors.clear(padded)
-        vectors.clear(dd)
+        vectors.clear(d_gradient)
 
     for ref in (sums, dexpand, dshift):
         if ref is not None:
             ref[...] = jnp.zeros_like(ref)
     vectors.widen(taps, wide_taps)
-    vectors.widen(columns, wide)
+    vectors.widen(coefficients, wide)
 
     def fill(position, z):
         padded[position] = z if expand is None else activation(z)
         if expand is not None:
             slopes[position] = slope_of(z).astype(slopes.dtype)
 
-    def back():
+    def all_rows():
         for phase in range(window.stride):
-            row = functools.partial(rows, phase)
+            row = functools.partial(one_row, phase)
             lax.fori_loop(*window.inside(0, phase), row, None)
 
-    def rows(phase, a, _):
+    def one_row(phase, a, _):
         for position, dz in _input_gradient(
-            dd, wide_taps, slopes, gradients, dshift, phase, a, window
+            d_gradient, wide_taps, slopes, gradients, dshift, phase, a, window
         ):
             if expand is None:
                 dx[position] = dz
@@ -164,45 +181,45 @@ def _spread_gradients(
                 dexpand[...] += vectors.dot(dz, x[position], over=1)
 
     vectors.each_hidden(x, expand, wide.at[4], window, fill)
-    _depthwise_gradient(d, dy, weights, wide, images, dd, window.margin, slope_of)
-    _taps_gradient(padded, dd, sums, window)
+    _depthwise_gradient(d, dy, weights, wide, gate_and_pull, d_gradient, window.margin, slope_of)
+    _taps_gradient(padded, d_gradient, sums, window)
     for index in range(len(window.taps)):
         dtaps[:, pl.ds(index, 1)] = sums[index].sum(-1, keepdims=True)
     if expand is None:
-        back()
+        all_rows()
     else:
-        vectors.accumulate(total, dx, back)
+        vectors.accumulate(total, dx, all_rows)
 
 
-def _depthwise_gradient(d, dy, weights, wide, images, dd, margin, slope_of) -> None:
-    """Writes the gradient of d into `dd`, after its margin of zeros."""
+def _depthwise_gradient(d, dy, weights, wide, gate_and_pull, d_gradient, margin, slope_of) -> None:
+    """Writes the gradient of d into `d_gradient`, after its margin of zeros."""
 
     def row(r, _):
         for w in range(d.shape[1]):
             value = d[r, w].astype(jnp.float32)
-            gated = vectors.dot(weights[...], dy[r, w]) * images[0] + images[1]
+            gated = vectors.dot(weights[...], dy[r, w]) * gate_and_pull[0] + gate_and_pull[1]
             dz = gated * slope_of(vectors.affine(value, wide))
             result = dz * wide[0] + vectors.affine(value, wide, 2)
-            dd[r + margin, w + margin] = result
+            d_gradient[r + margin, w + margin] = result
 
     lax.fori_loop(0, d.shape[0], row, None)
 
 
-def _taps_gradient(padded, dd, sums, window: Window) -> None:
-    """Adds the products of each tap with dd to sums [k * k, C, 128], separately for each image."""
+def _taps_gradient(padded, d_gradient, sums, window: Window) -> None:
+    """Adds the products of each tap with d_gradient to sums [k * k, C, 128], image by image."""
     margin, (rows, width) = window.margin, window.outputs
 
     def row(r, _):
         for index, (i, j) in enumerate(window.taps):
             for columns, channels in vectors.pieces(width, sums.shape[1]):
                 part = vectors.tap(padded, r, columns, channels, i, j, window.stride)
-                factor = dd[r + margin, vectors.shifted(columns, margin), channels]
+                factor = d_gradient[r + margin, vectors.shifted(columns, margin), channels]
                 sums[index, channels] += (part * factor).sum(0)
 
     lax.fori_loop(0, rows, row, None)
 
 
-def _input_gradient(dd, taps, slopes, gradients, dshift, phase: int, a, window: Window):
+def _input_gradient(d_gradient, taps, slopes, gradients, dshift, phase: int, a, window: Window):
     """Yields (position, gradient of x or of expand @ x, [C, 128]) for row a of a phase."""
     stride, margin, (top, left) = window.stride, window.margin, (pad[0] for pad in window.padding)
     for q in range(stride):
@@ -210,7 +227,7 @@ def _input_gradient(dd, taps, slopes, gradients, dshift, phase: int, a, window: 
         for columns, channels in vectors.pieces(last - first, taps.shape[1]):
             # Only the taps that read this phase.
             total = sum(
-                dd[
+                d_gradient[
                     a - i // stride + margin,
                     vectors.shifted(columns, first - j // stride + margin),
                     channels,

@@ -127,8 +127,8 @@ def _by_group(function: Callable, parts: Any, params: Params) -> Any:
     if mesh.empty:
         return here(parts, params)
     # XLA can't split our kernels over devices by itself. It would copy all parts to all devices.
-    cut, everywhere = PartitionSpec(sharding.AXIS), PartitionSpec()
-    specs = {"in_specs": (cut, everywhere), "out_specs": cut, "check_vma": False}
+    sharded, replicated = PartitionSpec(sharding.AXIS), PartitionSpec()
+    specs = {"in_specs": (sharded, replicated), "out_specs": sharded, "check_vma": False}
     return jax.shard_map(here, mesh=mesh, **specs)(parts, params)
 
 
@@ -143,17 +143,18 @@ def _group_forward(plan: KernelPlan, x: Array, params: Params):
     x, act = x.transpose(1, 2, 3, 0), plan.activation
     taps, project = _weights(params, x.dtype)
     expand, statistics = algebra.expansion(x, params, plan.epsilon)
-    spread = [
-        forward.spread(_rows(x, strip.inputs), *_factors(expand), taps, strip, act)
+    convolved = [
+        forward.expand_and_convolve(_rows(x, strip.inputs), *_factors(expand), taps, strip, act)
         for strip in plan.strips
     ]
-    d, moments = [maps for maps, _ in spread], _sum([sums for _, sums in spread])
-    norm, variance = algebra.norm(moments, params["depthwise_norm"], _positions(d), plan.epsilon)
-    columns = jnp.stack([norm.factor, norm.offset], 1)
-    cut = [(maps, strip.channels) for maps, strip in zip(d, plan.strips, strict=True)]
-    pooled = _sum([forward.pool(maps, columns, size, act) for maps, size in cut]) / _positions(d)
+    d, moments = [maps for maps, _ in convolved], _sum([sums for _, sums in convolved])
+    positions = _positions(d)
+    norm, variance = algebra.depthwise_norm(moments, params, positions, plan.epsilon)
+    coefficients = jnp.stack([norm.factor, norm.offset], 1)
+    tiled = [(maps, strip.channels) for maps, strip in zip(d, plan.strips, strict=True)]
+    pooled = _sum([forward.pool(maps, coefficients, tile, act) for maps, tile in tiled]) / positions
     gate = algebra.excite(params.get("squeeze_excite"), pooled)
-    y = [forward.project(maps, columns, gate, project, size, act) for maps, size in cut]
+    y = [forward.project(maps, coefficients, gate, project, tile, act) for maps, tile in tiled]
     y = jnp.concatenate(y).transpose(3, 0, 1, 2)
     statistics["depthwise_norm"] = norm.mean, variance
     return y, statistics, (expand, norm, pooled, d)
@@ -166,53 +167,56 @@ def _group_backward(plan: KernelPlan, part, params: Params) -> tuple[Array, Para
     """
     x, (expand, norm, pooled, d), dy = part
     x, dy, act = x.transpose(1, 2, 3, 0), dy.transpose(1, 2, 3, 0), plan.activation
-    cut = [(s, maps, _rows(dy, s.outputs)) for s, maps in zip(plan.strips, d, strict=True)]
-    dparams, columns, images = _gated_backward(cut, norm, pooled, params, act)
+    by_strip = [(s, maps, _rows(dy, s.outputs)) for s, maps in zip(plan.strips, d, strict=True)]
+    dparams, coefficients, gate_and_pull = _gated_backward(by_strip, norm, pooled, params, act)
     taps, project = _weights(params, x.dtype)
     weights, shift = _factors(expand)
-    shift = jnp.zeros_like(columns[:, :1]) if shift is None else shift
-    weights = weights, taps, project, jnp.concatenate([columns, shift], 1)
+    shift = jnp.zeros_like(coefficients[:, :1]) if shift is None else shift
+    weights = weights, taps, project, jnp.concatenate([coefficients, shift], 1)
     results = [
-        backward.spread_gradients(_rows(x, strip.inputs), *maps, weights, images, strip, act)
-        for strip, *maps in cut
+        backward.expand_and_convolve_gradients(
+            _rows(x, strip.inputs), *maps, weights, gate_and_pull, strip, act
+        )
+        for strip, *maps in by_strip
     ]
     dx = _overlapped([result[0] for result in results], plan.strips, len(x))
     *dexpand, dtaps = _sum([result[1:] for result in results])
     dx, dexpansion = algebra.expansion_gradient(x, expand, params, dx, *dexpand)
-    dtaps = algebra.like(params["depthwise_conv"], dtaps.sum(0).T)
+    dtaps = algebra.kernel_gradient(params["depthwise_conv"], dtaps.sum(0).T)
     dparams = {**dparams, **dexpansion, "depthwise_conv": dtaps}
     return dx.transpose(3, 0, 1, 2), {name: dparams[name] for name in params}
 
 
 def _gated_backward(
-    cut: list, norm: algebra.Norm, pooled: Array, params: Params, act: str
+    by_strip: list, norm: algebra.Norm, pooled: Array, params: Params, act: str
 ) -> tuple[Params, Array, Array]:
     """Computes the gradients of the projection, squeeze-excite and the norm, from y back to d.
 
     Args:
-        cut: (strip, its d, its gradient of y) of each strip.
+        by_strip: (strip, its d, its gradient of y) of each strip.
 
     Returns:
-        The gradients of the parameters; and four columns [E, 4] and two images [2, E, n], as
-        `backward.spread_gradients` takes them.
+        The gradients of the parameters; and four of the coefficients, [E, 4], and gate_and_pull
+        [2, E, n], as `backward.expand_and_convolve_gradients` takes them.
     """
-    positions = _positions([d for _, d, _ in cut])
-    _, project = _weights(params, cut[0][1].dtype)
-    columns = jnp.stack([norm.factor, norm.offset], 1)
+    positions = _positions([d for _, d, _ in by_strip])
+    _, project = _weights(params, by_strip[0][1].dtype)
+    coefficients = jnp.stack([norm.factor, norm.offset], 1)
     gate, excite_gradient = jax.vjp(algebra.excite, params.get("squeeze_excite"), pooled)
     results = [
-        backward.project_gradients(*maps, columns, gate, project, strip.channels, act)
-        for strip, *maps in cut
+        backward.project_gradients(*maps, coefficients, gate, project, strip.channels, act)
+        for strip, *maps in by_strip
     ]
     sums, dproject = _sum(results)
     dexcite, dpooled = excite_gradient(sums[0])
     pull = dpooled / positions  # the share of each position in the gradient of the mean
-    dnorm, dd = algebra.norm_gradient(norm, sums, gate, pull, positions)
-    dproject = algebra.like(params["project_conv"], dproject.sum(0))
+    dnorm, from_statistics = algebra.depthwise_norm_gradient(norm, sums, gate, pull, positions)
+    dproject = algebra.kernel_gradient(params["project_conv"], dproject.sum(0))
     dparams = {
         "depthwise_norm": dnorm, "project_conv": dproject, "squeeze_excite": dexcite,
     }  # fmt: skip
-    return dparams, jnp.stack([norm.factor, norm.offset, *dd], 1), jnp.stack([gate, pull])
+    coefficients = jnp.stack([norm.factor, norm.offset, *from_statistics], 1)
+    return dparams, coefficients, jnp.stack([gate, pull])
 
 
 def _rows(maps: Array, rows: tuple[int, int]) -> Array:

@@ -9,14 +9,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from bef_jax.models.ops.mbconv import grid, vectors
-from bef_jax.models.ops.mbconv.grid import LANES, Strip, Window
+from bef_jax.models.ops.mbconv import vectors
+from bef_jax.models.ops.mbconv.grid import (
+    LANES,
+    Strip,
+    Window,
+    call_kernel,
+    maps_spec,
+    rows_spec,
+    whole_spec,
+)
 from bef_jax.models.ops.norm import ACTIVATIONS
 
 _floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
-def spread(
+def expand_and_convolve(
     x: Array,
     expand: Array | None,
     shift: Array | None,
@@ -38,19 +46,21 @@ def spread(
         moments: [2, E, N], float32, the sums over positions of d and of d^2.
     """
     window, tile = strip.window, strip.channels
-    kernel = functools.partial(_spread, window=window, activation=ACTIVATIONS[activation])
+    kernel = functools.partial(
+        _expand_and_convolve, window=window, activation=ACTIVATIONS[activation]
+    )
     (hidden, count), images = taps.shape, x.shape[-1]
-    cut = grid.maps if expand is None else grid.whole
-    inputs = [(x, cut), (expand, grid.rows), (shift, grid.rows), (taps, grid.rows)]
+    x_spec = maps_spec if expand is None else whole_spec
+    inputs = [(x, x_spec), (expand, rows_spec), (shift, rows_spec), (taps, rows_spec)]
     result = jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype)
-    outputs = [(result, grid.maps), (_floats((2, hidden, images)), grid.maps)]
+    outputs = [(result, maps_spec), (_floats((2, hidden, images)), maps_spec)]
     scratch = [((*window.phases, tile, LANES), jnp.float32), vectors.wide_shape(count, tile)]
     expanded = 0 if expand is None else math.prod(window.size) * hidden * images
     products = expanded * x.shape[-2] + result.size * count
-    return grid.call_kernel(kernel, inputs, outputs, scratch, tile, products, expanded)
+    return call_kernel(kernel, inputs, outputs, scratch, tile, products, expanded)
 
 
-def _spread(
+def _expand_and_convolve(
     x, expand, shift, taps, d, moments, padded, wide, *, window: Window, activation: Callable
 ):
     @pl.when(pl.program_id(1) == 0)
@@ -82,12 +92,12 @@ def pool(d: Array, norm: Array, tile: int, activation: str) -> Array:
     """Returns the sums over positions of activation(d * norm[0] + norm[1]), [E, N], float32.
 
     Args:
-        d: [H', W', E, N], from `spread`.
+        d: [H', W', E, N], from `expand_and_convolve`.
         norm: [E, 2], float32, factor and offset.
     """
     kernel = functools.partial(_pool, activation=ACTIVATIONS[activation])
-    inputs, outputs = [(d, grid.maps), (norm, grid.rows)], [(_floats(d.shape[2:]), grid.maps)]
-    return grid.call_kernel(
+    inputs, outputs = [(d, maps_spec), (norm, rows_spec)], [(_floats(d.shape[2:]), maps_spec)]
+    return call_kernel(
         kernel, inputs, outputs, [vectors.wide_shape(2, tile)], tile, d.size, d.size
     )[0]
 
@@ -115,11 +125,11 @@ def project(
     """
     kernel = functools.partial(_project, activation=ACTIVATIONS[activation])
     shape = (*d.shape[:2], weights.shape[1], d.shape[3])
-    inputs = [(d, grid.maps), (norm, grid.rows), (gate, grid.maps), (weights, grid.rows)]
-    outputs = [(jax.ShapeDtypeStruct(shape, d.dtype), grid.whole)]
+    inputs = [(d, maps_spec), (norm, rows_spec), (gate, maps_spec), (weights, rows_spec)]
+    outputs = [(jax.ShapeDtypeStruct(shape, d.dtype), whole_spec)]
     scratch = [((*shape[:3], LANES), jnp.float32), vectors.wide_shape(2, tile)]
     products = d.size * weights.shape[1]
-    return grid.call_kernel(kernel, inputs, outputs, scratch, tile, products, d.size)[0]
+    return call_kernel(kernel, inputs, outputs, scratch, tile, products, d.size)[0]
 
 
 def _project(d, norm, gate, weights, y, total, wide, *, activation: Callable):

@@ -28,7 +28,7 @@ _SUBLANES = 8  # the number of channels of a tile is a multiple of this
 # matrix unit busy.
 _MOST_CHANNELS = 96
 _VMEM = 58 * 2**20  # bytes, of 64 MiB on v5p and 128 MiB on v5e and v6e; XLA keeps the rest
-_STAYS = 12 * 2**20  # bytes of a map that XLA may keep on the chip between kernels
+_MOST_RESIDENT = 12 * 2**20  # bytes of a map that XLA may keep on the chip between kernels
 _BUDGET = 56 * 2**20  # bytes that tiles are planned for; the compiler needs the rest of _VMEM
 
 
@@ -143,20 +143,23 @@ def tile_channels(window: Window, inputs: int, hidden: int, outputs: int, itemsi
     size, result = math.prod(window.size), math.prod(window.outputs)
     padded = math.prod(window.phases)
     gradient = math.prod(side + window.margin for side in window.padded)
-    # `whole` has the bytes per image of whole maps, which have one buffer. `each` and `kept` have
-    # the bytes per image and channel of a tile. There, scratch has one buffer. What is loaded or
-    # written while the kernel works on another tile has two.
-    kept = 8 * window.kernel**2 + 72 + window.padded[1] * itemsize
-    kept += sum(2 * (itemsize + 4) * -(-columns // LANES) for columns in (inputs, outputs))
-    whole = result * outputs * itemsize
-    each = kept + (padded + gradient) * 4 + result * 2 * itemsize
+    # bytes_whole is per image, for whole maps, which have one buffer. The other two are per image
+    # and channel of a tile: bytes_common for both kernels below, bytes_per_channel for the first.
+    # There, scratch has one buffer. What is loaded or written while the kernel works on another
+    # tile has two.
+    bytes_common = 8 * window.kernel**2 + 72 + (window.padded[1] + 2 * result) * itemsize
+    weight_tiles = sum(-(-channels // LANES) for channels in (inputs, outputs))
+    bytes_common += 2 * (itemsize + 4) * weight_tiles
+    bytes_whole = result * outputs * itemsize
+    bytes_per_channel = bytes_common + (padded + gradient) * 4
     if inputs == hidden:
-        each += size * 4 * itemsize
+        bytes_per_channel += size * 4 * itemsize
     else:
-        whole, each = whole + size * inputs * (2 * itemsize + 4), each + padded * itemsize
+        bytes_whole += size * inputs * (2 * itemsize + 4)
+        bytes_per_channel += padded * itemsize
     most = min(
-        (_BUDGET // LANES - whole) // each,  # `spread_gradients`
-        (_BUDGET // LANES - result * outputs * (itemsize + 4)) // (kept + result * 2 * itemsize),
+        (_BUDGET // LANES - bytes_whole) // bytes_per_channel,  # `expand_and_convolve_gradients`
+        (_BUDGET // LANES - result * outputs * (itemsize + 4)) // bytes_common,  # `project`
         _MOST_CHANNELS,
     )
     sizes = range(_SUBLANES, most + 1, _SUBLANES)
@@ -169,16 +172,16 @@ def call_kernel(
     """Calls a kernel for every tile of images, and within them for every tile of channels.
 
     Args:
-        inputs: pairs (array or None, function that cuts it into tiles: `whole`, `maps`, ...).
-        outputs: pairs (shape and dtype, or None; function that cuts it into tiles).
+        inputs: pairs (array or None, function that makes its spec: `whole_spec`, `maps_spec`, ...).
+        outputs: pairs (shape and dtype, or None; function that makes its spec).
         scratch: (shape, dtype), or None, of each array that a tile keeps on the chip.
         tile: channels of a tile.
         products: number of multiplications, each with an addition, for XLA's estimate of costs.
         activations: number of evaluations of an activation or its slope, for the same estimate.
     """
     arrays, shapes = [array for array, _ in inputs], [shape for shape, _ in outputs]
-    given = [(array, cut) for array, cut in (*inputs, *outputs) if array is not None]
-    *_, hidden, images = next(array.shape for array, cut in given if cut is maps)
+    given = [(array, to_spec) for array, to_spec in (*inputs, *outputs) if array is not None]
+    *_, hidden, images = next(array.shape for array, to_spec in given if to_spec is maps_spec)
     moved = sum(math.prod(array.shape) * array.dtype.itemsize for array, _ in given)
 
     def call(*arrays: Array, interpret: bool):
@@ -186,8 +189,8 @@ def call_kernel(
             kernel,
             out_shape=shapes,
             grid=(images // LANES, hidden // tile),
-            in_specs=[_spec(array, cut, tile) for array, cut in inputs],
-            out_specs=[_spec(shape, cut, tile) for shape, cut in outputs],
+            in_specs=[_spec(array, to_spec, tile) for array, to_spec in inputs],
+            out_specs=[_spec(shape, to_spec, tile) for shape, to_spec in outputs],
             scratch_shapes=[buffer and pltpu.VMEM(*buffer) for buffer in scratch],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
@@ -203,7 +206,7 @@ def call_kernel(
         # large maps to the chip as a whole, and move others away for them. Small maps may stay on
         # the chip.
         pairs = zip(arrays, inputs, strict=True)
-        large = [cut is maps and x.nbytes > _STAYS for x, (_, cut) in pairs]
+        large = [to_spec is maps_spec and x.nbytes > _MOST_RESIDENT for x, (_, to_spec) in pairs]
         arrays = (_in_hbm(x) if flag else x for x, flag in zip(arrays, large, strict=True))
         return call(*arrays, interpret=False)
 
@@ -216,11 +219,11 @@ def _in_hbm(x: Array) -> Array:
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
-def _spec(array, cut: Callable, tile: int) -> pl.BlockSpec | None:
-    return None if array is None else cut(array.shape, tile)
+def _spec(array, to_spec: Callable, tile: int) -> pl.BlockSpec | None:
+    return None if array is None else to_spec(array.shape, tile)
 
 
-def whole(shape: Sequence[int], tile: int) -> pl.BlockSpec:
+def whole_spec(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     """Returns the spec of maps [H, W, C, N] of few channels, which are not cut by channels.
 
     They stay on the chip while the kernel works on all channel tiles of a tile of images.
@@ -231,19 +234,19 @@ def whole(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     )
 
 
-def maps(shape: Sequence[int], tile: int) -> pl.BlockSpec:
+def maps_spec(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     """Returns the spec of [..., E, N], cut by channels and by images."""
     rest = len(shape) - 2
     return pl.BlockSpec((*shape[:-2], tile, LANES), lambda n, e: (*(0,) * rest, e, n))
 
 
-def rows(shape: Sequence[int], tile: int) -> pl.BlockSpec:
+def rows_spec(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     """Returns the spec of [..., E, K], cut by channels and the same for all images."""
     rest = len(shape) - 2
     return pl.BlockSpec((*shape[:-2], tile, shape[-1]), lambda n, e: (*(0,) * rest, e, 0))
 
 
-def parts(shape: Sequence[int], tile: int) -> pl.BlockSpec:
+def parts_spec(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     """Returns the spec of [N / 128, ..., E, K], the sums of each tile of images."""
     rest = len(shape) - 3
     size = (None, *shape[1:-2], tile, shape[-1])

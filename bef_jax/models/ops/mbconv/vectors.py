@@ -69,14 +69,14 @@ def clear(ref) -> None:
     lax.fori_loop(0, len(ref), row, None)
 
 
-def widen(columns, wide) -> None:
+def widen(values, wide) -> None:
     """Repeats each number for all lanes, [C, n] -> [n, C, 128], once instead of at every use."""
     for index in range(len(wide)):
-        wide[index] = jnp.broadcast_to(columns[:, pl.ds(index, 1)], wide.shape[1:])
+        wide[index] = jnp.broadcast_to(values[:, pl.ds(index, 1)], wide.shape[1:])
 
 
 def affine(x: Array, wide, first: int = 0) -> Array:
-    """Returns x * factor + offset by channel, where both are widened columns, from `first` on."""
+    """Returns x * factor + offset by channel, where both are widened values, from `first` on."""
     return x * wide[first] + wide[first + 1]
 
 

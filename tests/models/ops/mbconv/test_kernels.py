@@ -80,10 +80,10 @@ def windows_of(window):
 
 @windows
 @expansions
-def test_spread(expands, kernel, stride, convention):
+def test_expand_and_convolve(expands, kernel, stride, convention):
     window = make_window(kernel, stride, convention)
     inputs = make_inputs(window, expands)
-    d, moments = forward.spread(*single(*inputs), whole(window), "silu")
+    d, moments = forward.expand_and_convolve(*single(*inputs), whole(window), "silu")
     *narrow, taps = inputs
     hidden = padded_of(hidden_of(*narrow)[1], window)
     expected = np.zeros((*window.outputs, HIDDEN, IMAGES))
@@ -130,21 +130,23 @@ def test_project_gradients():
 
 @windows
 @expansions
-def test_spread_gradients(expands, kernel, stride, convention):
+def test_expand_and_convolve_gradients(expands, kernel, stride, convention):
     window = make_window(kernel, stride, convention)
     x, expand, shift, taps = make_inputs(window, expands)
     _, _, _, weights = make_maps()
     d = normal(*window.outputs, HIDDEN, IMAGES, seed=9)
     dy = normal(*window.outputs, OUTPUTS, IMAGES, seed=8)
-    columns, images = normal(HIDDEN, 5, seed=10), normal(2, HIDDEN, IMAGES, seed=11)
+    coefficients, gate_and_pull = normal(HIDDEN, 5, seed=10), normal(2, HIDDEN, IMAGES, seed=11)
     if expands:
-        columns[:, 4:] = shift
-    arrays = single(x, d, dy), single(expand, taps, weights, columns), single(images)
-    actual = backward.spread_gradients(*arrays[0], arrays[1], *arrays[2], whole(window), "silu")
+        coefficients[:, 4:] = shift
+    arrays = single(x, d, dy), single(expand, taps, weights, coefficients), single(gate_and_pull)
+    actual = backward.expand_and_convolve_gradients(
+        *arrays[0], arrays[1], *arrays[2], whole(window), "silu"
+    )
 
-    gated = np.einsum("em,hwmn->hwen", weights, dy) * images[0] + images[1]
-    factor, offset, dd, rest = (columns[:, i : i + 1] for i in range(4))
-    cotangent = gated * slope(d * factor + offset) * factor + d * dd + rest
+    gated = np.einsum("em,hwmn->hwen", weights, dy) * gate_and_pull[0] + gate_and_pull[1]
+    factor, offset, c, o = (coefficients[:, i : i + 1] for i in range(4))
+    cotangent = gated * slope(d * factor + offset) * factor + d * c + o
     z, hidden = hidden_of(x, expand, shift)
     hidden = padded_of(hidden, window)
     dhidden, dtaps = np.zeros_like(hidden), np.zeros((IMAGES, HIDDEN, kernel**2))
