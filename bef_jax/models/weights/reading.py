@@ -82,16 +82,16 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     path = resolve(str(path))
     tensors = _load(path)
     names = _names(_source(path, tensors, model), model)
-    wanted = {name: leaf.shape for name, leaf in _shapes(model).items() if not _is_attention(name)}
-    left_out = _left_out(tensors, names, wanted)
-    wanted = {name: wanted[name] for name in sorted(set(wanted) - left_out)}
+    shapes = {name: leaf.shape for name, leaf in _shapes(model).items() if not _is_attention(name)}
+    unused_classifier = _unused_classifier(tensors, names, shapes)
+    wanted = {name: shapes[name] for name in sorted(set(shapes) - unused_classifier)}
     # Checked before anything is converted: a tensor that does not fit may claim any size.
     _refuse(path, model, _misfits(tensors, names, wanted))
     found = {name: _convert(tensors[names[name]], len(shape)) for name, shape in wanted.items()}
     infinite = [names[name] for name, array in found.items() if not np.isfinite(array).all()]
     _refuse(path, model, [f"{key} is not finite" for key in infinite])
     _warn(path, model)
-    if left_out:
+    if unused_classifier:
         LOG.info("%s: the classifier is left out, because its classes or features differ", path)
     return unflatten_dict(found, sep="/")
 
@@ -131,16 +131,17 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
     if source is None:
         raise UserError(f"config.model.name={model.name}: timm has no such network")
     flat = flatten_dict(variables, sep="/")
-    out = {name for name in flat if _is_attention(name)}
-    out |= {name for name in flat if model.fusion and _inner(name).startswith("classifier")}
-    if out:
-        parts = sorted({_inner(name).split("/")[0] for name in out})
+    without_place = {
+        name for name in flat if _is_attention(name) or (model.fusion and _is_classifier(name))
+    }
+    if without_place:
+        parts = sorted({_inner(name).split("/")[0] for name in without_place})
         LOG.info("timm has no place for these parts, so they are left out: %s", ", ".join(parts))
     stages = _stages(model)
     return {
         source.translate(_inner(name), stages): _to_torch(np.asarray(leaf), name)
         for name, leaf in flat.items()
-        if name not in out
+        if name not in without_place
     }
 
 
@@ -178,7 +179,7 @@ def _warn(path: Path, model: ConfigDict) -> None:
         return
     if saved.architecture.removeprefix("tf_") != model.name:
         LOG.warning("%s is of timm's %s, but used for %s", path, saved.architecture, model.name)
-    if others := saved.not_followed():
+    if others := saved.ignored_arguments():
         listed = _listed([f"{shortened(key)}={reprlib.repr(x)}" for key, x in others.items()])
         LOG.warning("%s was trained with timm's %s, which is ignored", path, listed)
 
@@ -241,18 +242,22 @@ def _names(source: Source, model: ConfigDict) -> dict[str, str]:
         ) from error
 
 
-def _left_out(tensors: dict, names: dict[str, str], wanted: dict[str, tuple]) -> set[str]:
+def _unused_classifier(tensors: dict, names: dict[str, str], shapes: dict[str, tuple]) -> set[str]:
     """Returns the classifier's names if the file lacks it or has another shape, else nothing."""
-    own = {name for name in wanted if _inner(name).startswith("classifier")}
-    shapes = {name: wanted[name] for name in own}
+    classifier = {name: shapes[name] for name in shapes if _is_classifier(name)}
     # .T turns a dense layer's [O, I] into [I, O], and leaves a bias as it is.
-    has = {name: tensors[names[name]].T.shape for name in own if names[name] in tensors}
-    return set() if has == shapes else own
+    found_shapes = {
+        name: tensors[names[name]].T.shape for name in classifier if names[name] in tensors
+    }
+    return set() if found_shapes == classifier else set(classifier)
 
 
 def _is_attention(name: str) -> bool:
-    inner = _inner(name)
-    return is_untrained_part(inner) and not inner.startswith("classifier")
+    return is_untrained_part(_inner(name)) and not _is_classifier(name)
+
+
+def _is_classifier(name: str) -> bool:
+    return _inner(name).startswith("classifier")
 
 
 def _inner(name: str) -> str:

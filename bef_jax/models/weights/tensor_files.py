@@ -27,12 +27,12 @@ from bef_jax.runtime.files import open_user_file
 
 # The most bytes of a description of tensors; EfficientNet-B7's takes 0.2 MB. Python's objects of it
 # can take a hundred times as much memory.
-_LONGEST = 4 << 20
+_MAX_DESCRIPTION_BYTES = 4 << 20
 _AXES = 64  # NumPy's limit; a pickle can give one long list as the shape of many tensors
 _SHOWN = 80  # characters of a name
-_CUT = "it was cut, or is damaged; fetch or save it again"
+_TRUNCATED = "it was cut, or is damaged; fetch or save it again"
 _NO_STATE = "it holds no dict of tensors; save only the network's state_dict()"
-_STRANGE = "another program wrote it; give a file that torch.save or safetensors wrote"
+_OTHER_PROGRAM = "another program wrote it; give a file that torch.save or safetensors wrote"
 # Each type has a name of torch's storage, a name of safetensors, and NumPy's own type.
 _TYPES = (
     ("DoubleStorage", "F64", np.float64),
@@ -83,10 +83,10 @@ class _Refused(ValueError):
 
 
 class _Bounded(io.BufferedReader):
-    """A file that refuses to read more than `_LONGEST` at once, such as a zip's long directory."""
+    """A file that refuses to read too much at once, such as a zip's long directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _LONGEST:
+        if size is not None and size > _MAX_DESCRIPTION_BYTES:
             raise _Refused("its directory is too long; save only the network's state_dict()")
         return super().read(size)
 
@@ -99,7 +99,7 @@ def _reader_of(content: np.ndarray) -> Callable[[np.ndarray, _Bounded], dict[str
         return _read_zip
     if start.startswith(pickle.PROTO):
         return _read_legacy
-    raise _Refused(_STRANGE)
+    raise _Refused(_OTHER_PROGRAM)
 
 
 # ---- safetensors --------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def _reader_of(content: np.ndarray) -> Callable[[np.ndarray, _Bounded], dict[str
 def _read_safetensors(content: np.ndarray, stream: _Bounded) -> dict[str, np.ndarray]:
     del stream
     length = int.from_bytes(content[:8].tobytes(), "little")
-    if length > _LONGEST:
+    if length > _MAX_DESCRIPTION_BYTES:
         raise _Refused("its header is too long; save only the network's tensors")
     header, data = json.loads(content[8 : 8 + length].tobytes()), content[8 + length :]
     return {key: _entry(data, **entry) for key, entry in header.items() if key != "__metadata__"}
@@ -120,7 +120,7 @@ def _entry(data: np.ndarray, dtype: str, shape: list, data_offsets: list) -> np.
         raise _Refused(f"it holds a tensor of type {dtype}; save it as F32")
     start, end = data_offsets
     if not 0 <= start <= end <= len(data):
-        raise _Refused(_CUT)
+        raise _Refused(_TRUNCATED)
     tensor = np.ndarray(shape, known[dtype], data[start:end])
     if tensor.nbytes != end - start:
         raise _Refused("its header is damaged; fetch or save it again")
@@ -151,8 +151,8 @@ def _read_zip(content: np.ndarray, stream: _Bounded) -> dict[str, np.ndarray]:
         entries = {entry.filename: _stored(content, entry) for entry in archive.infolist()}
     pickled = next((name for name in entries if name.endswith("/data.pkl")), None)
     if pickled is None:
-        raise _Refused(_STRANGE)
-    if len(entries[pickled]) > _LONGEST:
+        raise _Refused(_OTHER_PROGRAM)
+    if len(entries[pickled]) > _MAX_DESCRIPTION_BYTES:
         raise _Refused("its description is too long; save only the network's state_dict()")
     folder = pickled.removesuffix("data.pkl")
     order = entries.get(f"{folder}byteorder")
@@ -172,7 +172,7 @@ def _stored(content: np.ndarray, entry: zipfile.ZipInfo) -> np.ndarray:
     start = entry.header_offset
     sign, name, extra = struct.unpack("<4s22x2H", content[start : start + 30].tobytes())
     if sign != zipfile.stringFileHeader:
-        raise _Refused(_CUT)
+        raise _Refused(_TRUNCATED)
     start += 30 + name + extra
     return content[start : start + entry.file_size]
 
@@ -180,16 +180,16 @@ def _stored(content: np.ndarray, entry: zipfile.ZipInfo) -> np.ndarray:
 def _read_legacy(content: np.ndarray, stream: _Bounded) -> dict[str, np.ndarray]:
     """Reads the format of torch before 1.6: five pickles, then each storage after its length."""
     del stream
-    head = io.BytesIO(content[:_LONGEST].tobytes())
+    head = io.BytesIO(content[:_MAX_DESCRIPTION_BYTES].tobytes())
     magic, _, system = (_Description(head).load() for _ in range(3))
     if magic != 0x1950A86A20F9469CFC6C:
-        raise _Refused(_STRANGE)
+        raise _Refused(_OTHER_PROGRAM)
     _check_byte_order(system["little_endian"])
     description = _Description(head)
     loaded, keys = description.load(), _Description(head).load()
     data, start = {}, head.tell()
     for key in keys:
-        storage = description.storages[_name(key)]
+        storage = description.storages[_checked_name(key)]
         end = start + 8 + storage.count * storage.dtype.itemsize
         data[key], start = content[start + 8 : end], end
     return _views(loaded, data)
@@ -213,21 +213,21 @@ def _view(tensor: Any, data: Mapping[str, np.ndarray]) -> np.ndarray:
         raise _Refused(_NO_STATE)
     key, dtype, count = tensor.storage
     if len(data[key]) != count * dtype.itemsize:
-        raise _Refused(_CUT)
+        raise _Refused(_TRUNCATED)
     strides = [stride * dtype.itemsize for stride in tensor.strides]
     return np.ndarray(tensor.shape, dtype, data[key], tensor.offset * dtype.itemsize, strides)
 
 
-class _Named(dict):
-    """A dict whose keys must be names, which `_name` checks."""
+class _DictByName(dict):
+    """A dict whose keys must be names, which `_checked_name` checks."""
 
     __slots__ = ()
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(_name(key), value)
+        super().__setitem__(_checked_name(key), value)
 
 
-def _name(key: Any) -> str | int:
+def _checked_name(key: Any) -> str | int:
     """Returns `key`, which must be a text or an integer.
 
     A tuple can hold another one twice, for many levels. Such a key takes years to hash or print.
@@ -289,11 +289,11 @@ class _Description(pickle._Unpickler):
         _, dtype, key, _, count, *view = pid
         if not isinstance(dtype, np.dtype) or view not in ([], [None]):
             raise _Refused("it holds numbers of an unknown kind")
-        self.storages[_name(key)] = _Storage(key, dtype, *_numbers(count))
+        self.storages[_checked_name(key)] = _Storage(key, dtype, *_numbers(count))
         return self.storages[key]
 
-    def _ordered_dict(self, pairs: list | None = None) -> _Named:
-        named = _Named()
+    def _ordered_dict(self, pairs: list | None = None) -> _DictByName:
+        named = _DictByName()
         if pairs:  # Python 2 wrote it this way
             for key, value in pairs:
                 named[key] = value
@@ -313,15 +313,15 @@ class _Description(pickle._Unpickler):
     ) -> _Tensor:
         return tensor
 
-    def _drop(self) -> None:
+    def _drop_build_state(self) -> None:
         self.stack.pop()  # extra state, such as the layers' versions in a state dict
 
     def _empty_dict(self) -> None:
-        self.append(_Named())
+        self.append(_DictByName())
 
     def _refuse(self) -> NoReturn:
-        raise _Refused(_STRANGE)
+        raise _Refused(_OTHER_PROGRAM)
 
     dispatch = dict.fromkeys(range(256), _refuse)
     dispatch |= {code: pickle._Unpickler.dispatch[code] for code in _OPCODES}
-    dispatch |= {ord(pickle.BUILD): _drop, ord(pickle.EMPTY_DICT): _empty_dict}
+    dispatch |= {ord(pickle.BUILD): _drop_build_state, ord(pickle.EMPTY_DICT): _empty_dict}

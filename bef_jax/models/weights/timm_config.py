@@ -42,7 +42,7 @@ class TimmConfig:
             fields["bn_momentum"] = 1 - float(self.arguments["bn_momentum"])
         return fields
 
-    def not_followed(self) -> dict:
+    def ignored_arguments(self) -> dict:
         """Returns the arguments that make timm's network differ from ours with the same weights."""
         ours = {"pad_type": ("", "same"), "global_pool": ("avg",)}
         return {
@@ -65,14 +65,14 @@ def read(weights: Path) -> TimmConfig | None:
         content = read_json(weights.parent / NAME, _check, "fetch it again, or remove it")
     except FileNotFoundError:
         return None
-    if not _is_timm_s(content):
+    if not _is_from_timm(content):
         return None
     trained, arguments = _parts(content)
     mean, std = (trained.get(name) and tuple(map(float, trained[name])) for name in ("mean", "std"))
     return TimmConfig(content["architecture"].partition(".")[0], mean, std, arguments)
 
 
-def _is_timm_s(content: Any) -> bool:
+def _is_from_timm(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("architecture"), str)
 
 
@@ -83,7 +83,7 @@ def _parts(content: dict) -> tuple[dict, dict]:
 
 
 def _check(content: Any) -> None:
-    if not _is_timm_s(content):
+    if not _is_from_timm(content):
         return
     if len(content["architecture"]) > _LONGEST_NAME:
         raise ValueError("architecture: give the name of a network")
@@ -92,7 +92,7 @@ def _check(content: Any) -> None:
         raise ValueError("pretrained_cfg and model_args: each must be a dict")
     for name, least in (("mean", -inf), ("std", 0)):
         value = trained.get(name)
-        if value is not None and not _is_three_above(value, least):
+        if value is not None and not _are_three_numbers_above(value, least):
             above = " above 0" if name == "std" else ""
             raise ValueError(f"{name}={reprlib.repr(value)}: give three numbers{above}")
     for name in ("bn_eps", "bn_momentum"):
@@ -101,7 +101,7 @@ def _check(content: Any) -> None:
             raise ValueError(f"model_args.{name}={reprlib.repr(value)}: give a number in 0 .. 1")
 
 
-def _is_three_above(value: Any, least: float) -> bool:
+def _are_three_numbers_above(value: Any, least: float) -> bool:
     is_three = isinstance(value, list) and len(value) == 3
     return is_three and all(_is_number(each) and each > least for each in value)
 
