@@ -8,15 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from bef_jax.models.weights import names_torchvision
-
-# torch also calls a norm's scale `weight`; the name of the module tells the two apart.
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
+from bef_jax.models.weights.names_torchvision import LEAVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,23 +101,27 @@ def _torchvision(path: str, stages: Sequence) -> str:
     }  # fmt: skip
     if block is None:
         return f"{ends[layer]}.{leaf}"
+    # A part of a block is called by its number in the block, and has names for its own layers.
+    layers = {
+        "expand_conv": (0, "0"), "expand_norm": (0, "1"),
+        "depthwise_conv": (1, "0"), "depthwise_norm": (1, "1"),
+        "squeeze_excite/reduce": (2, "fc1"), "squeeze_excite/expand": (2, "fc2"),
+        "project_conv": (3, "0"), "project_norm": (3, "1"),
+    }  # fmt: skip
     stage, index = _place(block, stages)
-    parts = ["expand", "depthwise", "squeeze_excite", "project"]
-    parts = parts[1:] if stages[stage].expand == 1 else parts
-    # A path ends in a part and its role, as in 'squeeze_excite/reduce' or 'expand_norm'. A part is
-    # called by its number in the block, and a role in it 0, 1, fc1 or fc2.
-    part, _, role = layer.replace("/", "_").rpartition("_")
-    inner = {"conv": "0", "norm": "1", "reduce": "fc1", "expand": "fc2"}[role]
-    return f"features.{stage + 1}.{index}.block.{parts.index(part)}.{inner}.{leaf}"
+    part, inner = layers[layer]
+    if stages[stage].expand == 1:
+        part -= 1
+    return f"features.{stage + 1}.{index}.block.{part}.{inner}.{leaf}"
 
 
 def _split(path: str) -> tuple[int | None, str, str]:
     """Turns 'block_03/squeeze_excite/reduce/kernel' into (3, 'squeeze_excite/reduce', 'weight')."""
     layer, _, leaf = path.rpartition("/")
     if not layer.startswith("block_"):
-        return None, layer, _LEAVES[leaf]
+        return None, layer, LEAVES[leaf]
     block, _, layer = layer.partition("/")
-    return int(block.removeprefix("block_")), layer, _LEAVES[leaf]
+    return int(block.removeprefix("block_")), layer, LEAVES[leaf]
 
 
 def _place(block: int, stages: Sequence) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from bef_jax.models.densenet import DENSENET121
 from bef_jax.models.resnet import RESNET50
 
 # torch also calls a norm's scale `weight`; the name of the module tells the two apart.
-_LEAVES = {
+LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -49,23 +49,23 @@ def resnet(path: str) -> str:
     """Turns 'block_03/reduce_conv/kernel' into 'layer2.0.conv1.weight' (ResNet-50)."""
     *scope, module, leaf = path.split("/")
     if not scope:
-        return f"{_RESNET[module]}.{_LEAVES[leaf]}"
+        return f"{_RESNET[module]}.{LEAVES[leaf]}"
     stage, index = _places(RESNET50.stages)[scope[0]]
-    return f"layer{stage}.{index}.{_BOTTLENECK[module]}.{_LEAVES[leaf]}"
+    return f"layer{stage}.{index}.{_BOTTLENECK[module]}.{LEAVES[leaf]}"
 
 
 def densenet(path: str) -> str:
     """Turns 'transition_1/conv/kernel' into 'features.transition1.conv.weight' (DenseNet-121)."""
     *scope, module, leaf = path.split("/")
     if not scope:
-        return f"{_DENSENET[module]}.{_LEAVES[leaf]}"
+        return f"{_DENSENET[module]}.{LEAVES[leaf]}"
     if scope[0].startswith("transition_"):
         transition = scope[0].replace("_", "")
-        return f"features.{transition}.{_TRANSITION[module]}.{_LEAVES[leaf]}"
+        return f"features.{transition}.{_TRANSITION[module]}.{LEAVES[leaf]}"
     stage, index = _places(DENSENET121.stages)[scope[0]]
     # torchvision counts a DenseNet's layers from 1, but a ResNet's blocks from 0.
     layer = f"features.denseblock{stage}.denselayer{index + 1}"
-    return f"{layer}.{_DENSE_LAYER[module]}.{_LEAVES[leaf]}"
+    return f"{layer}.{_DENSE_LAYER[module]}.{LEAVES[leaf]}"
 
 
 def densenet_key(key: str) -> str:
