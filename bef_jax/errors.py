@@ -1,7 +1,9 @@
 """The errors that a user reads as one line, and hints for their texts."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_LISTED = 20  # texts in a line, because another network's tensors are wrong by the hundred
 
 
 class UserError(ValueError):
@@ -57,6 +59,12 @@ def reason_of(error: BaseException) -> str:
     """Returns the first line of an error's text; a system error's text is without the file."""
     text = getattr(error, "strerror", None) or str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Returns the first 20 texts as one line, and how many more there are."""
+    more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
+    return ", ".join(texts[:_LISTED]) + more
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:

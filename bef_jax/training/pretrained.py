@@ -13,14 +13,13 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from bef_jax.config import flatten
-from bef_jax.errors import UserError
+from bef_jax.errors import UserError, listed
 from bef_jax.models import is_untrained_part
 from bef_jax.runtime.files import check_regular, user_path
 from bef_jax.training import checkpoint
 from bef_jax.training.state import TrainState, abstract_state, create_state
 
 LOG = logging.getLogger(__name__)
-_LISTED = 20  # of the tensors that do not fit: those of another network do by the hundred
 
 
 def find(name: str) -> Path:
@@ -98,10 +97,7 @@ def fresh_parts(source: Mapping[str, Array], wanted: Mapping[str, Array], path: 
     fresh = {p for p in parts if is_untrained_part(p) and (p == "classifier" or p not in known)}
     bad = [f"{name} {text}" for name, text in wrong.items() if _part(name) not in fresh]
     if bad:
-        more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-        raise UserError(
-            f"config.init_from={path} is not of this network: {', '.join(bad[:_LISTED])}{more}"
-        )
+        raise UserError(f"config.init_from={path} is not of this network: {listed(bad)}")
     return sorted(fresh)
 
 

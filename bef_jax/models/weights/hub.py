@@ -116,7 +116,7 @@ def _reason(error: Exception, revision: str) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"no such repository, or a private one: {token}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"has no revision {revision}"
+        return f"has no revision {revision or constants.DEFAULT_REVISION}"
     local = isinstance(error, errors.LocalEntryNotFoundError)
     if local and constants.HF_HUB_OFFLINE:
         place = constants.HF_HUB_CACHE

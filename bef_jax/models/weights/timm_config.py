@@ -62,7 +62,8 @@ def read(weights: Path) -> TimmConfig | None:
     """
     try:
         # A damaged file is not ignored, because a network with another padding gives wrong scores.
-        content = read_json(weights.parent / NAME, _check, "fetch it again, or remove it")
+        fix = "fetch it again; if you remove it, the padding may be wrong"
+        content = read_json(weights.parent / NAME, _check, fix)
     except FileNotFoundError:
         return None
     if not _is_from_timm(content):

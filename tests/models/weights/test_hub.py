@@ -216,6 +216,7 @@ def test_on_the_command_line_a_mistake_is_one_line_and_status_2(server, tmp_path
     [
         ("hf:timm/nowhere", "no such repository, or a private one: set HF_TOKEN"),
         (f"{NAME}@v9", "has no revision v9"),
+        ("hf:o/unborn", "has no revision main"),
         ("hf:o/gated", "is gated: accept its terms"),
         ("hf:o/forbidden", "answers 403: set HF_TOKEN"),
         ("hf:o/broken", "answers 500"),
@@ -227,7 +228,8 @@ def test_on_the_command_line_a_mistake_is_one_line_and_status_2(server, tmp_path
 def test_what_the_hub_refuses(name, message, server):
     server.files["o/empty"] = {"config.json": CONFIG, "README.md": b""}
     server.refused = {
-        "o/gated": (403, "GatedRepo"), "o/forbidden": (403, None), "o/broken": (500, None)
+        "o/gated": (403, "GatedRepo"), "o/forbidden": (403, None), "o/broken": (500, None),
+        "o/unborn": (404, "RevisionNotFound"),
     }  # fmt: skip
     with pytest.raises(UserError) as error:
         hub.fetch(name)
