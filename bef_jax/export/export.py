@@ -54,8 +54,9 @@ def export_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> dict:
         probability from the network. timm's file has all fields that `timm.write` returns.
 
     Raises:
-        UserError: the checkpoint is damaged; config.eval.tta is not 1; a package that the files
-            need is not installed; nothing can be written; or another export writes there.
+        UserError: the checkpoint is damaged; config.eval.tta is not 1, or config.model.num_classes
+            not 2; a package that the files need is not installed; nothing can be written; or
+            another export writes there.
         RunError: the network's scores are not finite, or an export differs from it by more than
             1e-5.
     """
@@ -63,10 +64,10 @@ def export_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> dict:
     with lock.held(workdir, ".export.lock"):
         everywhere = sharding.replicated(sharding.make_mesh())
         variables = checkpoint.restore_variables(path, config, everywhere)
-        said = facts(config, checkpoint.read_metadata(path).get("operating_point"))
+        described = facts(config, checkpoint.read_metadata(path).get("operating_point"))
         # On the host, because the variables become constants of the files.
-        written = _write_files(config, jax.device_get(variables), said, workdir / "export")
-        summary = {"mode": "export", "checkpoint": str(path), **said}
+        written = _write_files(config, jax.device_get(variables), described, workdir / "export")
+        summary = {"mode": "export", "checkpoint": str(path), **described}
         summary |= {"platforms": list(PLATFORMS), "files": written}
         files.write_json(workdir / "export" / DESCRIPTION, summary)
     return summary
@@ -82,7 +83,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
             "give a checkpoint with model.num_classes=2"
         )
     needed = ["onnx", "onnxruntime"]
-    if not timm.why_not(config.model):
+    if not timm.unsupported_reason(config.model):
         needed.append("safetensors")
     if missing := [module for module in needed if not find_spec(module)]:
         listed = " and ".join(missing)
@@ -130,7 +131,7 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
     }
 
 
-def _write_files(config: ConfigDict, variables: dict, said: dict, folder: Path) -> dict:
+def _write_files(config: ConfigDict, variables: dict, described: dict, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     score = folded_score(config, variables)
     # Drawn tissue and not noise: a trained network is certain about noise, so that even files that
@@ -149,7 +150,7 @@ def _write_files(config: ConfigDict, variables: dict, said: dict, folder: Path) 
 
     from bef_jax.export.onnx_graph import to_onnx
 
-    content = to_onnx(score, patches(), OUTPUTS, said)
+    content = to_onnx(score, patches(), OUTPUTS, described)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     actual = session.run(None, {"image": images})[0]
     written["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)

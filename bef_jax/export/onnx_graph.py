@@ -66,7 +66,7 @@ class Graph:
 
     nodes: list = field(default_factory=list)
     initializers: list = field(default_factory=list)
-    _kept: dict = field(default_factory=dict)
+    _constant_names: dict = field(default_factory=dict)
 
     def add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Adds a node with one output, and returns the output's name."""
@@ -79,32 +79,32 @@ class Graph:
         array = np.ascontiguousarray(array)
         # The key has the content, so while the graph is built every weight is in memory once more.
         key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._kept:
-            self._kept[key] = f"constant_{len(self._kept)}"
-            self.initializers.append(numpy_helper.from_array(array, self._kept[key]))
-        return self._kept[key]
+        if key not in self._constant_names:
+            self._constant_names[key] = f"constant_{len(self._constant_names)}"
+            self.initializers.append(numpy_helper.from_array(array, self._constant_names[key]))
+        return self._constant_names[key]
 
     def integers(self, *values: int) -> str:
         """Adds an int64 vector, as ONNX takes axes and shapes, and returns its name."""
         return self.constant(np.array(values, np.int64))
 
-    def read(self, value: Value) -> str:
+    def broadcastable(self, value: Value) -> str:
         """Returns the name of a tensor that broadcasts to the value's shape."""
         return value.name if value.constant is None else self.constant(value.constant)
 
-    def whole(self, value: Value) -> str:
+    def expanded(self, value: Value) -> str:
         """Returns the name of a tensor that has the value's shape."""
         if not value.narrow:
-            return self.read(value)
+            return self.broadcastable(value)
         # 1 stands for the batch, because Expand leaves a larger axis as it is.
         sizes = [size if isinstance(size, int) else 1 for size in value.shape]
-        return self.add("Expand", [self.read(value), self.integers(*sizes)])
+        return self.add("Expand", [self.broadcastable(value), self.integers(*sizes)])
 
 
 def to_onnx(
     function: Callable,
     argument: jax.ShapeDtypeStruct,
-    outputs: Sequence[str],
+    output_names: Sequence[str],
     facts: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Translates `function(image)`, which holds its parameters itself, into an ONNX file.
@@ -112,7 +112,7 @@ def to_onnx(
     Args:
         function: takes one array, and returns a tuple of arrays [n], float32.
         argument: the array's shape, whose first axis n is symbolic, and its dtype.
-        outputs: the names of the returned arrays; the input is called `image`.
+        output_names: those of the returned arrays; the input is called `image`.
         facts: the file's metadata, by name; each value is written as JSON.
 
     Raises:
@@ -122,13 +122,15 @@ def to_onnx(
     graph, image = Graph(), Value("image", argument.shape)
     results = _run(graph, closed.jaxpr, list(map(_known, closed.consts)), [image])
     # An Identity gives a result its public name, because its own tensor is named after a node.
-    for value, name in zip(results, outputs, strict=True):
-        graph.nodes.append(helper.make_node("Identity", [graph.whole(value)], [name], name))
+    for value, name in zip(results, output_names, strict=True):
+        graph.nodes.append(helper.make_node("Identity", [graph.expanded(value)], [name], name))
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(argument.dtype))
     shape = ["n", *argument.shape[1:]]
-    given = [helper.make_tensor_value_info("image", kind, shape)]
-    made = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in outputs]
-    content = helper.make_graph(graph.nodes, "bef_jax", given, made, graph.initializers)
+    inputs = [helper.make_tensor_value_info("image", kind, shape)]
+    outputs = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in output_names
+    ]
+    content = helper.make_graph(graph.nodes, "bef_jax", inputs, outputs, graph.initializers)
     opsets = [helper.make_opsetid("", OPSET)]
     made_by = {"producer_name": "bef_jax", "producer_version": __version__}
     model = helper.make_model(content, opset_imports=opsets, ir_version=IR_VERSION, **made_by)
@@ -195,33 +197,33 @@ def _is_concrete(shapes: list[tuple]) -> bool:
 
 
 def _elementwise(graph: Graph, operator: str, inputs: list[Value], shape: tuple) -> Value:
-    # One whole input makes the result whole. Constants count as narrow. At worst, this adds an
-    # Expand that does nothing.
+    # One input of full shape gives the result its full shape. Constants count as narrow. At worst,
+    # this adds an Expand that does nothing.
     narrow = all(value.narrow or value.constant is not None for value in inputs)
-    return Value(graph.add(operator, map(graph.read, inputs)), shape, narrow=narrow)
+    return Value(graph.add(operator, map(graph.broadcastable, inputs)), shape, narrow=narrow)
 
 
 def _select(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
     # JAX passes the cases as false, true; ONNX takes true, false.
-    which, false, true = map(graph.read, inputs)
+    which, false, true = map(graph.broadcastable, inputs)
     narrow = all(value.narrow or value.constant is not None for value in inputs)
     shape = equation.outvars[0].aval.shape
     return Value(graph.add("Where", [which, true, false]), shape, narrow=narrow)
 
 
 def _rsqrt(graph: Graph, _: Any, inputs: list[Value]) -> str:
-    return graph.add("Reciprocal", [graph.add("Sqrt", [graph.whole(inputs[0])])])
+    return graph.add("Reciprocal", [graph.add("Sqrt", [graph.expanded(inputs[0])])])
 
 
 def _is_finite(graph: Graph, _: Any, inputs: list[Value]) -> str:
-    x = graph.whole(inputs[0])
+    x = graph.expanded(inputs[0])
     return graph.add("Not", [graph.add("Or", [graph.add("IsInf", [x]), graph.add("IsNaN", [x])])])
 
 
 def _cast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(equation.params["new_dtype"]))
     (x,) = inputs
-    return Value(graph.add("Cast", [graph.read(x)], to=kind), x.shape, narrow=x.narrow)
+    return Value(graph.add("Cast", [graph.broadcastable(x)], to=kind), x.shape, narrow=x.narrow)
 
 
 def _broadcast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
@@ -233,7 +235,9 @@ def _broadcast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
     # with, and the size of a batch in the shape is not known.
     if x.constant is not None:
         return Value("", shape, np.expand_dims(x.constant, new), narrow=True)
-    name = graph.add("Unsqueeze", [graph.read(x), graph.integers(*new)]) if new else graph.read(x)
+    name = graph.broadcastable(x)
+    if new:
+        name = graph.add("Unsqueeze", [name, graph.integers(*new)])
     grows = x.narrow or new or any(shape[to] != x.shape[i] for i, to in enumerate(places))
     return Value(name, shape, narrow=bool(grows))
 
@@ -241,12 +245,12 @@ def _broadcast(graph: Graph, equation: Any, inputs: list[Value]) -> Value:
 def _reshape(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     # -1 stands for the one size that depends on the batch.
     sizes = [size if isinstance(size, int) else -1 for size in equation.outvars[0].aval.shape]
-    return graph.add("Reshape", [graph.whole(inputs[0]), graph.integers(*sizes)])
+    return graph.add("Reshape", [graph.expanded(inputs[0]), graph.integers(*sizes)])
 
 
 def _squeeze(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     axes = graph.integers(*equation.params["dimensions"])
-    return graph.add("Squeeze", [graph.whole(inputs[0]), axes])
+    return graph.add("Squeeze", [graph.expanded(inputs[0]), axes])
 
 
 def _slice(graph: Graph, equation: Any, inputs: list[Value]) -> str:
@@ -259,25 +263,25 @@ def _slice(graph: Graph, equation: Any, inputs: list[Value]) -> str:
         graph.integers(*(values[axis] for axis in axes))
         for values in (params["start_indices"], params["limit_indices"], range(len(shape)), steps)
     )
-    return graph.add("Slice", [graph.whole(inputs[0]), *parts])
+    return graph.add("Slice", [graph.expanded(inputs[0]), *parts])
 
 
 def _reduce(operator: str) -> Callable:
-    def add(graph: Graph, equation: Any, inputs: list[Value]) -> str:
+    def add_reduction(graph: Graph, equation: Any, inputs: list[Value]) -> str:
         axes = graph.integers(*equation.params["axes"])
         # By default, ONNX keeps reduced axes as 1.
-        return graph.add(operator, [graph.whole(inputs[0]), axes], keepdims=0)
+        return graph.add(operator, [graph.expanded(inputs[0]), axes], keepdims=0)
 
-    return add
+    return add_reduction
 
 
 def _concatenate(graph: Graph, equation: Any, inputs: list[Value]) -> str:
-    return graph.add("Concat", map(graph.whole, inputs), axis=equation.params["dimension"])
+    return graph.add("Concat", map(graph.expanded, inputs), axis=equation.params["dimension"])
 
 
 def _stack(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     axis = equation.params["axis"]
-    parts = [graph.add("Unsqueeze", [graph.whole(x), graph.integers(axis)]) for x in inputs]
+    parts = [graph.add("Unsqueeze", [graph.expanded(x), graph.integers(axis)]) for x in inputs]
     return graph.add("Concat", parts, axis=axis)
 
 
@@ -289,7 +293,7 @@ def _matmul(graph: Graph, equation: Any, inputs: list[Value]) -> str:
         raise NotImplementedError(
             f"no ONNX for a product of {x.shape} and {kernel.shape} over {left}, {right}"
         )
-    return graph.add("MatMul", [graph.whole(x), graph.whole(kernel)])
+    return graph.add("MatMul", [graph.expanded(x), graph.expanded(kernel)])
 
 
 def _convolution(graph: Graph, equation: Any, inputs: list[Value]) -> str:
@@ -302,16 +306,16 @@ def _convolution(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     # The specs list JAX's axes in ONNX's order, [out, in, h, w] and [N, C, H, W]; argsort inverts
     # them. Kernels are transposed here, and maps in the graph.
     weights = graph.constant(np.transpose(kernel.constant, numbers.rhs_spec))
-    given = graph.add("Transpose", [graph.whole(x)], perm=numbers.lhs_spec)
-    made = graph.add(
+    nchw = graph.add("Transpose", [graph.expanded(x)], perm=numbers.lhs_spec)
+    result = graph.add(
         "Conv",
-        [given, weights],
+        [nchw, weights],
         strides=params["window_strides"],
         pads=_ends(params["padding"]),
         dilations=params["rhs_dilation"],
         group=params["feature_group_count"],
     )
-    return graph.add("Transpose", [made], perm=np.argsort(numbers.out_spec).tolist())
+    return graph.add("Transpose", [result], perm=np.argsort(numbers.out_spec).tolist())
 
 
 def _pool(graph: Graph, equation: Any, x: Value, operator: str, **attributes: Any) -> str:
@@ -322,9 +326,9 @@ def _pool(graph: Graph, equation: Any, x: Value, operator: str, **attributes: An
         "strides": params["window_strides"][1:3],
         "pads": _ends(params["padding"][1:3]),
     }
-    given = graph.add("Transpose", [graph.whole(x)], perm=[0, 3, 1, 2])
-    made = graph.add(operator, [given], **windows, **attributes)
-    return graph.add("Transpose", [made], perm=[0, 2, 3, 1])
+    nchw = graph.add("Transpose", [graph.expanded(x)], perm=[0, 3, 1, 2])
+    result = graph.add(operator, [nchw], **windows, **attributes)
+    return graph.add("Transpose", [result], perm=[0, 2, 3, 1])
 
 
 def _max_pool(graph: Graph, equation: Any, inputs: list[Value]) -> str:

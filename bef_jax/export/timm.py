@@ -33,12 +33,12 @@ def write(config: ConfigDict, variables: dict, folder: Path) -> dict:
     Raises:
         RunError: what is read back differs from what was written.
     """
-    if reason := why_not(config.model):
+    if reason := unsupported_reason(config.model):
         # Files of an earlier export would be of another network.
         for name in (FILE, timm_config.NAME):
             (folder / name).unlink(missing_ok=True)
-        none = dict.fromkeys(("architecture", "bytes", "sha256", "max_difference"))
-        return none | {"note": reason}
+        empty_entry = dict.fromkeys(("architecture", "bytes", "sha256", "max_difference"))
+        return empty_entry | {"note": reason}
     content = _content(config, variables)
     features = len(variables["params"]["classifier"]["kernel"])
     # Both are read back as a pair, because config.json says what the tensors mean.
@@ -58,7 +58,7 @@ def write(config: ConfigDict, variables: dict, folder: Path) -> dict:
     }
 
 
-def why_not(model: ConfigDict) -> str | None:
+def unsupported_reason(model: ConfigDict) -> str | None:
     """Returns the reason why timm has no place for the network; None if it has one."""
     source = of_timm(model.name)
     if source is None:
@@ -67,9 +67,9 @@ def why_not(model: ConfigDict) -> str | None:
     if any(boosts.values()):
         return f"timm has no place for {' and '.join(name for name, on in boosts.items() if on)}"
     # timm's EfficientNets take both kinds of padding, and any epsilon.
-    usual = (source.padding, source.bn_epsilon)
-    if source is not TIMM and (model.padding, model.bn_epsilon) != usual:
-        return f"timm's {model.name} has padding={usual[0]} and bn_epsilon={usual[1]:g} only"
+    padding, epsilon = source.padding, source.bn_epsilon
+    if source is not TIMM and (model.padding, model.bn_epsilon) != (padding, epsilon):
+        return f"timm's {model.name} has padding={padding} and bn_epsilon={epsilon:g} only"
     return None
 
 
@@ -123,12 +123,12 @@ def _describe(config: ConfigDict, features: int) -> dict:
 def _arguments(model: ConfigDict) -> dict:
     """Returns create_model's arguments where the architecture implies another batch norm."""
     source = of_timm(model.name)
-    usual = recognise([source.sign], _architecture(model), model.name)
+    implied = recognise([source.sign], _architecture(model), model.name)
     arguments = {}
-    if model.bn_epsilon != usual.bn_epsilon:
+    if model.bn_epsilon != implied.bn_epsilon:
         arguments["bn_eps"] = model.bn_epsilon
     # timm's other networks take neither argument.
-    if source is TIMM and model.bn_momentum != usual.bn_momentum:
+    if source is TIMM and model.bn_momentum != implied.bn_momentum:
         arguments["bn_momentum"] = round(1 - model.bn_momentum, 9)
     return arguments
 
