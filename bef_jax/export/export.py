@@ -13,14 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, export, lax
+from jax import Array, export
 from ml_collections import ConfigDict
 
 from bef_jax import __version__
-from bef_jax.data import augment, sources
+from bef_jax.data import sources
 from bef_jax.data.patch import PATCH, class_names
 from bef_jax.data.sources import synthetic
 from bef_jax.errors import RunError, UserError
@@ -29,6 +30,7 @@ from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.models.weights import timm_config
 from bef_jax.runtime import files, lock, sharding
+from bef_jax.scoring import scorer
 from bef_jax.training import checkpoint
 from bef_jax.training.outputs import summary_file
 
@@ -38,7 +40,8 @@ DESCRIPTION = "export.json"
 TOLERANCE = 1e-5  # of probabilities, compared with the network as it was trained
 _CHECKED = 16  # patches on which the files are compared
 
-Score = Callable[[Array], tuple[Array, Array]]
+# Takes uint8 [n, 96, 96, 3], and returns OUTPUTS, float32 [n] each.
+OutputsFn = Callable[[Array], tuple[Array, Array]]
 
 
 def export_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> dict:
@@ -133,16 +136,15 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
 
 def _write_files(config: ConfigDict, variables: dict, described: dict, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
-    score = folded_score(config, variables)
+    outputs_fn = folded_outputs_fn(config, variables)
     # Drawn tissue and not noise: a trained network is certain about noise, so that even files that
     # differ would agree on it.
     images = next(synthetic.generate("test", _CHECKED, seed=0)).images
-    scores = jax.jit(_plain_score(config, variables))(images)
-    if not np.isfinite(scores).all():
+    expected, log_odds = jax.jit(_outputs_fn(create(config.model), config, variables))(images)
+    if not np.isfinite(log_odds).all():
         raise RunError("the network's scores are not finite: export an earlier checkpoint")
-    expected = scores[0]
 
-    content = to_stablehlo(score)
+    content = to_stablehlo(outputs_fn)
     actual = jax.jit(export.deserialize(bytearray(content)).call)(images)[0]
     written = {"model.stablehlo": _place(folder / "model.stablehlo", content, actual, expected)}
     # Imported here, because these packages are an extra.
@@ -150,7 +152,7 @@ def _write_files(config: ConfigDict, variables: dict, described: dict, folder: P
 
     from bef_jax.export.onnx_graph import to_onnx
 
-    content = to_onnx(score, patches(), OUTPUTS, described)
+    content = to_onnx(outputs_fn, patches(), OUTPUTS, described)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     actual = session.run(None, {"image": images})[0]
     written["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
@@ -175,29 +177,21 @@ def patches() -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(export.symbolic_shape(f"n, {PATCH}, {PATCH}, 3"), jnp.uint8)
 
 
-def to_stablehlo(score: Score) -> bytes:
+def to_stablehlo(outputs_fn: OutputsFn) -> bytes:
     """Returns one file for all of PLATFORMS; `jax.export.deserialize` reads it."""
-    return bytes(export.export(jax.jit(score), platforms=PLATFORMS)(patches()).serialize())
+    return bytes(export.export(jax.jit(outputs_fn), platforms=PLATFORMS)(patches()).serialize())
 
 
-def folded_score(config: ConfigDict, variables: dict) -> Score:
-    """Returns eval's `score(images)`: uint8 [n, 96, 96, 3] -> probability and log-odds, [n]."""
+def folded_outputs_fn(config: ConfigDict, variables: dict) -> OutputsFn:
+    """Returns the function that is exported, with batch normalisation in the convolutions."""
     model = create(config.model, folded=True)
-    return _score(model, config, fold_batch_norm(variables, config.model.bn_epsilon))
+    return _outputs_fn(model, config, fold_batch_norm(variables, config.model.bn_epsilon))
 
 
-def _plain_score(config: ConfigDict, variables: dict) -> Score:
-    """Returns the same function for the network as it was trained."""
-    return _score(create(config.model), config, variables)
-
-
-def _score(model, config: ConfigDict, variables: dict) -> Score:
-    def score(images: Array) -> tuple[Array, Array]:
-        logits = model.apply(variables, augment.eval_view(images, config), train=False)
-        # logits[:, 1] would be a gather, because n is symbolic.
-        negative, positive = (lax.index_in_dim(logits, i, 1, keepdims=False) for i in (0, 1))
-        log_odds = positive - negative
+def _outputs_fn(model: nn.Module, config: ConfigDict, variables: dict) -> OutputsFn:
+    def outputs(images: Array) -> tuple[Array, Array]:
+        log_odds = scorer.view_log_odds(model, config, variables, images, view=0)
         # In float32 the most confident patches all have probability 1; their log-odds still differ.
         return jax.nn.sigmoid(log_odds), log_odds
 
-    return score
+    return outputs

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from scipy.special import expit
@@ -34,7 +34,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Scorer]:
     model = create(config.model, config.dtype, folded=True)
     # Log-odds go to every device, because each process computes figures of the whole split.
     log_odds = jax.jit(
-        functools.partial(_log_odds, model, config), out_shardings=sharding.replicated(mesh)
+        functools.partial(view_log_odds, model, config), out_shardings=sharding.replicated(mesh)
     )
     fold = _make_fold(config, mesh)
 
@@ -54,7 +54,7 @@ def _make_fold(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
     )
 
 
-def _log_odds(
+def view_log_odds(
     model: nn.Module, config: ConfigDict, variables: dict, images: Array, view: int
 ) -> Array:
     """Returns the log-odds of class 1 under one of the eight symmetries, [N], float32."""
@@ -63,8 +63,9 @@ def _log_odds(
     )
     logits = model.apply(variables, augment.eval_view(turned, config), train=False)
     # The softmax of two classes is the sigmoid of this difference. So only 4 bytes per patch and
-    # view leave the devices.
-    return logits[:, 1] - logits[:, 0]
+    # view leave the devices. logits[:, 1] would be a gather where N is symbolic, as in an export.
+    negative, positive = (lax.index_in_dim(logits, i, 1, keepdims=False) for i in (0, 1))
+    return positive - negative
 
 
 def make_predictor(
