@@ -21,6 +21,7 @@ from bef_jax.models import layers
 from bef_jax.models.ops import depthwise, norm
 from bef_jax.models.ops.depthwise import Padding
 from bef_jax.planning import hlo, plan, topology
+from bef_jax.runtime.compiled import memory_bytes
 from bef_jax.training.optim import make_schedule
 from bef_jax.training.state import abstract_state
 from bef_jax.training.step import compile_step
@@ -48,7 +49,7 @@ def main() -> None:
     print(f"{version}, per image: {costs['bytes accessed'] / IMAGES / 1e6:.1f} MB by XLA's count")
     print(f"to and from main memory: {hlo.hbm_bytes(text) / IMAGES / 1e6:.1f} MB")
     print(f"arithmetic: {costs['flops'] / IMAGES / 1e9:.2f} GFLOP")
-    print(f"memory per chip: {plan._memory(step) / 1e9:.2f} GB")
+    print(f"memory per chip: {memory_bytes(step) / 1e9:.2f} GB")
     print(f"XLA's estimate of a step: {cycles / 1e6:.1f} M cycles")
     print(f"share of depthwise convolutions: {depthwise_cycles / cycles:.0%}")
 

@@ -39,6 +39,7 @@ from bef_jax.data.store import Split
 from bef_jax.errors import UserError
 from bef_jax.planning import chips, records
 from bef_jax.runtime import devices, sharding
+from bef_jax.runtime.compiled import flops, memory_bytes
 from bef_jax.scoring.scorer import make_scorer
 from bef_jax.training.durations import compute_durations
 from bef_jax.training.optim import make_schedule
@@ -129,7 +130,7 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     peak = peak_bytes(ours.compiled)  # now: an accelerator reports the peak so far
     evaluation = _time("inference", config, ours.calls["eval"])
     augmentation = _time("augmentation", config, _augmentation(config, batch))
-    flops = flops_per_image(ours.compiled, config, mesh)
+    image_flops = flops_per_image(ours.compiled, config, mesh)
     rates = {"train": train, "eval": evaluation, "input": reading}
     rates = {f"{k}_images_per_second": batch_size / seconds for k, seconds in rates.items()}
     # The median, because a shared machine has some slow runs, which would move a mean.
@@ -140,10 +141,10 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
         # each of them.
         "step_ms": {f"p{p}": float(1e3 * np.percentile(train, p)) for p in (50, 90)},
         "compile_seconds": ours.compile_seconds,
-        "flops_per_image": flops,
+        "flops_per_image": image_flops,
         "peak_bytes": peak,
         "augment_ms": float(1e3 * np.median(augmentation)),
-        "mfu": mfu(flops, medians["train_images_per_second"], config.dtype),
+        "mfu": mfu(image_flops, medians["train_images_per_second"], config.dtype),
         "input": source,
         "spread": {name: [float(rate.min()), float(rate.max())] for name, rate in rates.items()},
         **({"compare": {compare: _compare(config, mesh, batch, ours, compare)}} if compare else {}),
@@ -302,9 +303,9 @@ def flops_per_image(compiled: jax.stages.Compiled, config: ConfigDict, mesh: Mes
 
     XLA counts them in one device's program. Of a loop, such as accumulation, it counts one turn.
     """
-    flops = (compiled.cost_analysis() or {}).get("flops", -1)
+    total = flops(compiled)
     images = config.batch_size // config.optim.accumulate // mesh.size
-    return flops / images if flops > 0 else None  # some backends say -1 for unknown
+    return None if total is None else total / images
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
@@ -312,19 +313,16 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(device["peak_bytes_in_use"] for device in stats)
-    plan = compiled.memory_analysis()
-    if plan is None:
-        return None
-    # Count a donated array once, because its output aliases its argument.
-    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return held + plan.temp_size_in_bytes
+    return memory_bytes(compiled)
 
 
-def mfu(flops: float | None, images_per_second: float, dtype: str) -> float | None:
+def mfu(image_flops: float | None, images_per_second: float, dtype: str) -> float | None:
     """Returns the share of the devices' published peak that training reaches; None if unknown.
 
-    `flops` are from `flops_per_image`. XLA counts more than a network's multiply-adds, so this is
-    higher than what others call MFU.
+    `image_flops` is from `flops_per_image`. XLA counts more than a network's multiply-adds, so this
+    is higher than what others call MFU.
     """
     peak = chips.peak_flops(jax.devices()[0].device_kind, dtype)
-    return flops * images_per_second / (peak * jax.device_count()) if flops and peak else None
+    if image_flops is None or peak is None:
+        return None
+    return image_flops * images_per_second / (peak * jax.device_count())

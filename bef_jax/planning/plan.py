@@ -29,6 +29,7 @@ from bef_jax.planning.chips import Chip
 from bef_jax.planning.flops import training_flops
 from bef_jax.planning.topology import Topology
 from bef_jax.runtime import sharding
+from bef_jax.runtime.compiled import bytes_accessed, flops, memory_bytes
 from bef_jax.training.optim import make_schedule
 from bef_jax.training.state import TrainState, abstract_state
 from bef_jax.training.step import compile_step
@@ -173,13 +174,13 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         seconds = time.perf_counter() - start
         return Figures(None, None, None, bytes_wanted(str(error)), None, seconds, refused=True)
     seconds = time.perf_counter() - start
-    memory = _memory(compiled)
+    memory = memory_bytes(compiled)
     LOG.info("compiled in %.0f s; memory per device: %s", seconds, _shown(memory, "GB", 1e9))
     # Accumulation is a loop. XLA counts one turn of it, so its figures are not those of a step.
-    costs = (compiled.cost_analysis() or {}) if config.optim.accumulate == 1 else {}
-    accessed, text = _positive(costs.get("bytes accessed")), compiled.as_text()
+    whole = config.optim.accumulate == 1
+    accessed, text = bytes_accessed(compiled) if whole else None, compiled.as_text()
     return Figures(
-        flops=_positive(costs.get("flops")),
+        flops=flops(compiled) if whole else None,
         bytes_accessed=accessed,
         # XLA's count is lower if an operation reads a part of an array, as a gather does.
         hbm_traffic=_known(accessed) and min(accessed, hlo.hbm_bytes(text)),
@@ -214,20 +215,6 @@ def placed_split(config: ConfigDict, mesh: Mesh, chip: Chip) -> Batch | None:
         jax.ShapeDtypeStruct(images, jnp.uint8, sharding=rows),
         jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=rows),
     )
-
-
-def _positive(value: float | None) -> float | None:
-    return value if value and value > 0 else None  # some compilers say -1 for unknown
-
-
-def _memory(compiled: jax.stages.Compiled) -> int | None:
-    """Returns the bytes that a device holds while the step runs, with those of its program."""
-    sizes = compiled.memory_analysis()
-    if sizes is None:
-        return None
-    # Count a donated array once, because its output aliases its argument.
-    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return held + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
 
 
 def bytes_wanted(message: str) -> int | None:

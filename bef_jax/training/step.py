@@ -19,6 +19,7 @@ from bef_jax.data.batches import Batch, Selection, gather
 from bef_jax.data.patch import PATCH
 from bef_jax.models import create, is_frozen
 from bef_jax.runtime import sharding
+from bef_jax.runtime.compiled import memory_bytes
 from bef_jax.training.optim import make_optimizer, stop_frozen
 from bef_jax.training.state import TrainState, count_params, update_ema
 
@@ -203,11 +204,9 @@ def describe(config: ConfigDict, state: TrainState, compiled: jax.stages.Compile
         LOG.info("%s", line)
     if config.optim.freeze:
         _log_frozen(state, config.optim.freeze)
-    memory = compiled.memory_analysis()
-    if memory is not None:
-        # Outputs are not counted: the state's are its arguments, donated.
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        LOG.info("the step needs %.0f MiB on each device", total / 2**20)
+    needed = memory_bytes(compiled)
+    if needed is not None:
+        LOG.info("the step needs %.0f MiB on each device", needed / 2**20)
 
 
 def _log_frozen(state: TrainState, pattern: str) -> None:

@@ -4,7 +4,6 @@ import json
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -230,15 +229,7 @@ def test_flops_are_per_image_whatever_the_program_covers(small_config):
         return benchmark.flops_per_image(compiled, config, mesh)
 
     assert flops({"flops": 1000.0}) == 250
-    assert flops({"flops": -1.0}) is flops({}) is flops(None) is None
-
-
-def test_peak_bytes_add_up_what_a_program_holds():
-    x = jnp.zeros((1000, 1000))
-    step = jax.jit(lambda x, y: x + y, donate_argnums=0)
-    planned = benchmark.peak_bytes(step.lower(x, x).compile())
-    if jax.default_backend() == "cpu":  # y, and x, whose memory the result takes
-        assert planned == pytest.approx(2 * x.nbytes, rel=0.01)
+    assert flops({"flops": -1.0}) is None
 
 
 def test_peak_bytes_of_an_accelerator_are_its_fullest_devices(monkeypatch):
