@@ -20,9 +20,10 @@ from bef_jax.configs.default import get_config
 from bef_jax.models import layers
 from bef_jax.models.ops import depthwise, norm
 from bef_jax.models.ops.depthwise import Padding
-from bef_jax.planning import hlo, plan, topology
-from bef_jax.runtime.compiled import memory_bytes
-from bef_jax.training.optim import make_schedule
+from bef_jax.planning import hlo, topology
+from bef_jax.runtime import sharding
+from bef_jax.runtime.compiled import bytes_accessed, flops, memory_bytes
+from bef_jax.training.optim import placeholder_schedule
 from bef_jax.training.state import abstract_state
 from bef_jax.training.step import compile_step
 
@@ -41,14 +42,14 @@ def main() -> None:
     place = topology.parse("v5e:2x2")
     mesh = topology.make_mesh(place)
     config = make_config(mesh.size, version, options.total_stride)
-    state = plan._place(abstract_state(config), mesh)
-    step = compile_step(config, make_schedule(config, 10_000, 1_000), mesh, state, None)
-    text, costs = step.as_text(), step.cost_analysis()
+    state = sharding.with_sharding(abstract_state(config), sharding.replicated(mesh))
+    step = compile_step(config, placeholder_schedule(config), mesh, state)
+    text = step.as_text()
     cycles = estimated_cycles(text)
     depthwise_cycles = estimated_cycles(text, "/depthwise_conv/")
-    print(f"{version}, per image: {costs['bytes accessed'] / IMAGES / 1e6:.1f} MB by XLA's count")
+    print(f"{version}, per image: {bytes_accessed(step) / IMAGES / 1e6:.1f} MB by XLA's count")
     print(f"to and from main memory: {hlo.hbm_bytes(text) / IMAGES / 1e6:.1f} MB")
-    print(f"arithmetic: {costs['flops'] / IMAGES / 1e9:.2f} GFLOP")
+    print(f"arithmetic: {flops(step) / IMAGES / 1e9:.2f} GFLOP")
     print(f"memory per chip: {memory_bytes(step) / 1e9:.2f} GB")
     print(f"XLA's estimate of a step: {cycles / 1e6:.1f} M cycles")
     print(f"share of depthwise convolutions: {depthwise_cycles / cycles:.0%}")

@@ -30,8 +30,8 @@ from bef_jax.planning.flops import training_flops
 from bef_jax.planning.topology import Topology
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import bytes_accessed, flops, memory_bytes
-from bef_jax.training.optim import make_schedule
-from bef_jax.training.state import TrainState, abstract_state
+from bef_jax.training.optim import placeholder_schedule
+from bef_jax.training.state import abstract_state
 from bef_jax.training.step import compile_step
 
 LOG = logging.getLogger(__name__)
@@ -160,9 +160,9 @@ def count_bytes(tree) -> int:
 
 def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
     """Compiles the step for `mesh`, and returns what the compiler reports of it."""
-    # Any schedule will do, because a schedule changes only constants of the program.
-    schedule = make_schedule(config, steps=1_000_000, steps_per_epoch=10_000)
-    state, placed = _place(abstract_state(config), mesh), placed_split(config, mesh, chip)
+    schedule = placeholder_schedule(config)
+    state = sharding.with_sharding(abstract_state(config), sharding.replicated(mesh))
+    placed = placed_split(config, mesh, chip)
     start = time.perf_counter()
     try:
         options = _OPTIONS.get(chip.platform)
@@ -187,13 +187,6 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         hbm_bytes=memory,
         collectives=hlo.collectives(text),
         seconds=seconds,
-    )
-
-
-def _place(state: TrainState, mesh: Mesh) -> TrainState:
-    everywhere = sharding.replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state
     )
 
 

@@ -4,10 +4,12 @@ The same code runs on one device and on many. A jitted function over a sharded b
 one device would compute, and XLA adds the collectives.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 # Every accelerator can hold the whole state of these networks, so only the batch is cut.
 AXIS = "data"
@@ -42,3 +44,8 @@ def put_everywhere(array: np.ndarray, mesh: Mesh) -> Array:
     """
     # Each process fills its own devices, and none asks the others.
     return jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])
+
+
+def with_sharding(tree: Any, sharding: Sharding) -> Any:
+    """Returns the shapes and dtypes of the tree's arrays, each with `sharding`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

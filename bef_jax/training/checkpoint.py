@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from ml_collections import ConfigDict
@@ -36,6 +35,7 @@ from bef_jax.runtime.files import (
     user_path,
     write_json,
 )
+from bef_jax.runtime.sharding import with_sharding
 from bef_jax.training.state import TrainState, abstract_state
 
 LOG = logging.getLogger(__name__)
@@ -248,9 +248,7 @@ def restore(path: Path, abstract: TrainState, sharding: Sharding) -> TrainState:
         UserError: it does not exist, is damaged, or has other shapes.
     """
     # Tell Orbax to put each array on the present devices, not on those that saved it.
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
-    )
+    placed = with_sharding(abstract, sharding)
     path = _checkpoint_folder(path)
     _check_sha256(path, ["state"])
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(placed))

@@ -42,6 +42,15 @@ def make_schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Calla
     )
 
 
+def placeholder_schedule(config: ConfigDict) -> Callable:
+    """Returns a schedule for a step that is compiled or timed, but trains nothing.
+
+    A schedule changes only constants of the program, so any length will do. This one has a long
+    warm-up, which keeps the weights nearly as they are where a step is timed on random labels.
+    """
+    return make_schedule(config, steps=1_000_000, steps_per_epoch=10_000)
+
+
 def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransformation:
     """Returns clipping, then adamw, rmsprop or sgd, then the factors of fine-tuning.
 

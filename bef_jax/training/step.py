@@ -182,7 +182,7 @@ def _abstract_input(
 
 def _abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(jax.random.key, 0)
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    return sharding.with_sharding(key, sharding.replicated(mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,11 @@ def test_schedule_of_a_run_shorter_than_its_warm_up_is_finite_and_moves(steps):
     assert max(rates) == pytest.approx(0.5)
 
 
+def test_placeholder_schedule_barely_moves_the_weights():
+    config = get_config("batch_size=256,optim.learning_rate=0.5")
+    assert optim.placeholder_schedule(config)(100) < 0.01 * 0.5
+
+
 # ---- optimisers ---------------------------------------------------------------------------------
 
 
