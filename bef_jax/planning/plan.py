@@ -24,7 +24,7 @@ from bef_jax.data.batches import Batch, fits_memory
 from bef_jax.data.patch import PATCH
 from bef_jax.errors import UserError
 from bef_jax.models.ops.mbconv.grid import LANES
-from bef_jax.planning import chips, hlo, topology
+from bef_jax.planning import hlo, topology
 from bef_jax.planning.chips import Chip
 from bef_jax.planning.flops import training_flops
 from bef_jax.planning.topology import Topology
@@ -232,7 +232,7 @@ def roofline(figures: Figures, chip: Chip, n: int) -> tuple[float | None, str | 
     Returns:
         Seconds, and compute, memory or interconnect; (None, None) if a figure is unknown.
     """
-    peak = chips.peak_flops(chip.kind, "bfloat16")  # no floating-point type has a higher one
+    peak = chip.peak_flops  # that of bfloat16: no floating-point type has a higher one
     if _known(peak, figures.flops, figures.hbm_traffic, figures.collectives) is None:
         return None, None
     times = {"compute": figures.flops / peak, "memory": figures.hbm_traffic / chip.hbm_bandwidth}

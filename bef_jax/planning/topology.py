@@ -17,7 +17,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from bef_jax.errors import UserError
-from bef_jax.planning.chips import CHIPS, Chip
+from bef_jax.planning import chips
+from bef_jax.planning.chips import Chip
 from bef_jax.runtime import sharding
 from bef_jax.runtime.devices import CUDA_PLUGINS
 
@@ -48,13 +49,14 @@ def parse(name: str) -> Topology:
     """
     # Refuse leading zeros and zero, because only the compiler would refuse 2x04 or 2x0.
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
-    if not match or match[1] not in CHIPS:
+    chip = chips.by_name(match[1]) if match else None
+    if chip is None:
         raise UserError(f"--topology={name!r} is unknown: write one like {_EXAMPLES}")
-    chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
+    shape = tuple(map(int, match[2].split("x")))
     # A slice is a grid, so it needs a shape; a node's GPUs are all alike, so a number is enough.
     if (len(shape) > 1) != (chip.platform == "tpu"):
         wanted = "a shape, such as 2x4" if chip.platform == "tpu" else "a number"
-        raise UserError(f"--topology={name}: {match[1]} takes {wanted}")
+        raise UserError(f"--topology={name}: {chip.name} takes {wanted}")
     if chip.platform == "cuda" and shape[0] > NODE:
         raise UserError(f"--topology={name}: a node has 1 to {NODE} GPUs")
     return Topology(name, chip, shape)
@@ -89,7 +91,7 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any value; it silences a warning
     # As on the hardware, one device is one chip, which has two cores in v4.
-    options = {"chip_config_name": "megacore"} if topology.chip.kind == "TPU v4" else {}
+    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     try:
         return topologies.get_topology_desc(topology.name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
@@ -100,10 +102,9 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
 def _cuda_devices(topology: Topology) -> list[jax.Device]:
     extras = [f"pip install -e .[{extra}]" for extra in CUDA_PLUGINS.values()]
     _require(CUDA_PLUGINS, " or ".join(extras), topology)
-    name = topology.name.partition(":")[0]
-    target = (
-        resources.files("bef_jax.planning").joinpath("gpu_targets", f"{name}.textproto").read_text()
-    )
+    name = topology.chip.name
+    folder = resources.files("bef_jax.planning") / "gpu_targets"
+    target = (folder / f"{name}.textproto").read_text()
     shape = f"1x1x{topology.shape[0]}"  # partitions x hosts of each x GPUs of a host
     return topologies.get_topology_desc(name, "cuda", target_config=target, topology=shape).devices
 

@@ -1,15 +1,29 @@
-from bef_jax.planning import chips
-from bef_jax.planning.chips import CHIPS
+import pytest
+
+from bef_jax.planning.chips import CHIPS, by_name, peak_flops
 
 
 def test_a_peak_is_never_a_guess():
-    assert chips.peak_flops("NVIDIA L4", "bfloat16") == 121e12
-    assert chips.peak_flops("NVIDIA L40S", "bfloat16") is None
-    assert chips.peak_flops("NVIDIA L4", "float32") is None
-    assert chips.peak_flops("cpu", "bfloat16") is None
+    assert peak_flops("NVIDIA L4", "bfloat16") == 121e12
+    assert peak_flops("NVIDIA L40S", "bfloat16") is None
+    assert peak_flops("NVIDIA L4", "float32") is None
+    assert peak_flops("cpu", "bfloat16") is None
 
 
-def test_every_chip_that_is_planned_for_has_a_peak():
-    peaks = {name: chips.peak_flops(chip.kind, "bfloat16") for name, chip in CHIPS.items()}
-    assert peaks.pop("cpu") is None
-    assert all(1e14 < peak < 1e15 for peak in peaks.values()), peaks
+def test_each_name_is_of_one_chip():
+    kinds = [kind for chip in CHIPS for kind in chip.kinds]
+    names = [chip.name for chip in CHIPS if chip.name]
+    assert len(set(kinds)) == len(kinds) and len(set(names)) == len(names)
+    assert by_name("v6e").kinds == ("TPU v6 lite", "TPU v6e")
+    assert by_name("h200") is None  # it has a peak, but no figures for a plan
+
+
+# Each kind of figure is of one magnitude. A slip of GB for GiB/s, or of bits for bytes, is another.
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.kind)
+def test_figures_have_the_magnitude_of_one_device(chip):
+    if chip.platform == "cpu":
+        return
+    assert 1e14 < chip.peak_flops < 1e15
+    if chip.name:
+        assert 1e9 < chip.hbm_bytes < 1e11 < chip.hbm_bandwidth < 1e13
+        assert 1e10 < chip.link_bandwidth < chip.hbm_bandwidth

@@ -15,7 +15,7 @@ from bef_jax.training import checkpoint
 from bef_jax.training.state import abstract_state
 from tests.conftest import SHRUNK
 
-V5E = chips.CHIPS["v5e"]
+V5E = chips.by_name("v5e")
 
 
 def figures(flops=0.0, hbm_traffic=0.0, collectives=None):
@@ -46,7 +46,7 @@ def test_roofline_is_the_slowest_of_three(seen, seconds, bound):
     [
         (figures(None, 1.0), V5E),
         (figures(1.0, None), V5E),
-        (figures(1.0, 1.0), chips.CHIPS["cpu"]),
+        (figures(1.0, 1.0), chips.by_name("cpu")),
     ],
 )
 def test_what_is_not_known_is_no_roofline(seen, chip):
@@ -104,8 +104,8 @@ def test_nothing_fits():
         ("host", V5E, False),
         ("device", V5E, True),
         ("auto", V5E, False),  # PCam's 7.2 GB take nearly half of one v5e's 16
-        ("auto", chips.CHIPS["h100"], True),
-        ("auto", chips.CHIPS["cpu"], False),
+        ("auto", chips.by_name("h100"), True),
+        ("auto", chips.by_name("cpu"), False),
     ],
 )
 def test_the_split_is_placed_as_training_would(placement, chip, placed):

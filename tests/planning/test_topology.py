@@ -27,6 +27,7 @@ def test_names_are_read(name, kind, shape):
     [
         ("v9:2x4", ["v9:2x4", "h100:8"]),
         ("v5e", ["unknown"]),
+        ("h200:8", ["unknown"]),
         ("v5e:0x4", ["unknown"]),  # libtpu would divide by it
         ("v5e:2x4x", ["unknown"]),
         ("v5e:8", ["v5e takes a shape", "2x4"]),
@@ -76,19 +77,10 @@ def test_what_libtpu_refuses_is_one_line(monkeypatch):
         topology.make_mesh(topology.parse("v5e:3x5"))
 
 
-@pytest.mark.parametrize("name", [name for name in chips.CHIPS if name != "cpu"])
-def test_every_chip_has_all_its_peaks(name):
-    chip = chips.CHIPS[name]
-    assert chips.peak_flops(chip.kind, "bfloat16") > 100e12
-    # Of one magnitude: a slip of GB for GiB/s, or of bits for bytes, is another.
-    assert 1e9 < chip.hbm_bytes < 1e11 < chip.hbm_bandwidth < 1e13
-    assert 1e10 < chip.link_bandwidth < chip.hbm_bandwidth
-
-
 @pytest.mark.parametrize("name", ["a100", "h100", "l4"])
 def test_the_target_of_a_gpu_is_shipped_and_names_it(name):
     file = topology.resources.files("bef_jax.planning") / "gpu_targets" / f"{name}.textproto"
-    text, chip = file.read_text(), chips.CHIPS[name]
+    text, chip = file.read_text(), chips.by_name(name)
     assert f'device_description_str: "{chip.kind}"' in text
     assert f"device_memory_size: {chip.hbm_bytes:.0f}" in text
     assert f"memory_bandwidth: {chip.hbm_bandwidth:.0f}" in text
