@@ -7,114 +7,22 @@ import sys
 import jax
 import pytest
 
-from bef_jax.configs.default import get_config
 from bef_jax.planning import chips, plan
-from bef_jax.planning.plan import Figures
+from bef_jax.planning.figures import Figures
 from bef_jax.runtime import sharding
 from bef_jax.training import checkpoint
 from bef_jax.training.state import abstract_state
 from tests.conftest import SHRUNK
 
-V5E = chips.by_name("v5e")
-
-
-def figures(flops=0.0, hbm_traffic=0.0, collectives=None):
-    return Figures(flops, hbm_traffic and 9 * hbm_traffic, hbm_traffic, 0, collectives or {}, 0.0)
-
-
-# ---- what it comes to ---------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
-    ("seen", "seconds", "bound"),
-    [
-        (figures(197e12, 819e9 / 2), 1.0, "compute"),
-        (figures(197e12 / 2, 2 * 819e9), 2.0, "memory"),
-        # A ring of 8 passes 7/8 of the bytes on to reduce them, and 7/8 to tell everyone.
-        (figures(1.0, 1.0, {"all-reduce": {"count": 1, "bytes": 200e9}}), 1.75, "interconnect"),
-        (figures(1.0, 1.0, {"reduce-scatter": {"count": 2, "bytes": 200e9}}), 7.0, "interconnect"),
-        (figures(1.0, 1.0, {"all-gather": {"count": 2, "bytes": 200e9}}), 0.875, "interconnect"),
-    ],
+    ("needed", "refused", "fits"),
+    [(16e9, False, True), (17e9, False, False), (None, False, None), (None, True, False)],
 )
-def test_roofline_is_the_slowest_of_three(seen, seconds, bound):
-    found, by = plan.roofline(seen, V5E, n=8)
-    assert (found, by) == (pytest.approx(seconds), bound)
-
-
-@pytest.mark.parametrize(
-    ("seen", "chip"),
-    [
-        (figures(None, 1.0), V5E),
-        (figures(1.0, None), V5E),
-        (figures(1.0, 1.0), chips.by_name("cpu")),
-    ],
-)
-def test_what_is_not_known_is_no_roofline(seen, chip):
-    assert plan.roofline(seen, chip, n=8) == (None, None)
-
-
-def test_libtpu_says_what_it_refuses():
-    message = "RESOURCE_EXHAUSTED: ... Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
-    assert plan.bytes_wanted(message) == 17.5 * 2**30
-    assert plan.bytes_wanted("RESOURCE_EXHAUSTED: no more") is None
-
-
-# ---- the largest batch --------------------------------------------------------------------------
-
-
-def search(memory, first, capacity=1000, unit=8):
-    """The batch found, and those that were measured for it."""
-    asked = []
-
-    def measure(batch):
-        asked.append(batch)
-        return memory(batch)
-
-    return plan.largest_batch(measure, {first: memory(first)}, capacity, unit), asked
-
-
-@pytest.mark.parametrize("first", [8, 12, 64, 192, 400])
-def test_a_line_is_found_by_two_measurements_and_a_check(first):
-    best, asked = search(lambda batch: 100 + 4 * batch, first)
-    assert best == 224  # 225 would fit, and 8 does not divide it
-    assert len(asked) <= 2 and best in asked
-
-
-def test_a_bend_takes_a_further_measurement():
-    best, asked = search(lambda batch: 100 + 4 * batch + max(0, batch - 128), 16)
-    assert best == 200 and len(asked) <= plan.ATTEMPTS
-    assert 100 + 4 * best + best - 128 <= 1000 < 100 + 4 * (best + 8) + best - 120
-
-
-def test_a_compiler_that_only_refuses_is_asked_for_less():
-    best, _ = search(lambda batch: 10 * batch if batch <= 64 else None, 256)
-    assert best == 64
-
-
-def test_nothing_fits():
-    assert search(lambda batch: 2000 + batch, 64) == (None, [32, 8])
-
-
-# ---- the figures of a configuration -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("placement", "chip", "placed"),
-    [
-        ("host", V5E, False),
-        ("device", V5E, True),
-        ("auto", V5E, False),  # PCam's 7.2 GB take nearly half of one v5e's 16
-        ("auto", chips.by_name("h100"), True),
-        ("auto", chips.by_name("cpu"), False),
-    ],
-)
-def test_the_split_is_placed_as_training_would(placement, chip, placed):
-    config = get_config(f"data.placement={placement}")
-    if chip is V5E and placement == "auto":
-        config.data.train_size = 300_000
-    split = plan.placed_split(config, sharding.make_mesh(), chip)
-    assert (split is not None) == placed
-    assert split is None or len(split.images.shape) == 4
+def test_a_refused_step_does_not_fit_and_an_unknown_size_is_no_answer(needed, refused, fits):
+    figures = Figures(hbm_bytes=needed, refused=refused, seconds=0.0)
+    assert plan._fits(figures, chips.by_name("v5e")) is fits
+    assert plan._fits(figures, chips.by_name("cpu")) is (False if refused else None)
 
 
 def test_parameter_bytes_are_the_checkpoints(small_config, tmp_path):

@@ -1,0 +1,36 @@
+import pytest
+
+from bef_jax.planning import largest_batch
+
+
+def search(memory, first, capacity=1000, unit=8):
+    """The batch found, and those that were measured for it."""
+    asked = []
+
+    def measure(batch):
+        asked.append(batch)
+        return memory(batch)
+
+    return largest_batch.search(measure, {first: memory(first)}, capacity, unit), asked
+
+
+@pytest.mark.parametrize("first", [8, 12, 64, 192, 400])
+def test_a_line_is_found_by_two_measurements_and_a_check(first):
+    best, asked = search(lambda batch: 100 + 4 * batch, first)
+    assert best == 224  # 225 would fit, and 8 does not divide it
+    assert len(asked) <= 2 and best in asked
+
+
+def test_a_bend_takes_a_further_measurement():
+    best, asked = search(lambda batch: 100 + 4 * batch + max(0, batch - 128), 16)
+    assert best == 200 and len(asked) <= largest_batch.ATTEMPTS
+    assert 100 + 4 * best + best - 128 <= 1000 < 100 + 4 * (best + 8) + best - 120
+
+
+def test_a_compiler_that_only_refuses_is_asked_for_less():
+    best, _ = search(lambda batch: 10 * batch if batch <= 64 else None, 256)
+    assert best == 64
+
+
+def test_nothing_fits():
+    assert search(lambda batch: 2000 + batch, 64) == (None, [32, 8])
