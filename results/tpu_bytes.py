@@ -39,8 +39,7 @@ def main() -> None:
     version = options.version
     if version == "plain":
         make_plain()
-    place = topology.parse("v5e:2x2")
-    mesh = topology.make_mesh(place)
+    mesh = topology.make_mesh(topology.parse("v5e:2x2"))
     config = make_config(mesh.size, version, options.total_stride)
     state = sharding.with_sharding(abstract_state(config), sharding.replicated(mesh))
     step = compile_step(config, placeholder_schedule(config), mesh, state)

@@ -94,14 +94,14 @@ def run_benchmark(
     # Name the file first, so that a folder that can't be written costs no minutes of measuring.
     file = records.results_file(folder, machine) if folder else None
     LOG.info("benchmark of %s on %s", config.model.name, machine)
-    summary = _setting(config, machine) | _measure_all(config, mesh, compare)
+    summary = _settings(config, machine) | _measure_all(config, mesh, compare)
     if file:
         records.append(file, summary, argv)
         LOG.info("summary added to %s", file)
     return summary
 
 
-def _setting(config: ConfigDict, machine: str) -> dict:
+def _settings(config: ConfigDict, machine: str) -> dict:
     """Returns what was measured, on which hardware and with which settings."""
     return {
         "mode": "benchmark",
@@ -191,9 +191,9 @@ def _seconds(call: Callable, count: int) -> float:
     # with waiting at once, the host's time would be added to the device's.
     previous = call()
     for _ in range(count - 1):
-        following = call()
+        result = call()
         jax.block_until_ready(previous)
-        previous = following
+        previous = result
     jax.block_until_ready(previous)
     return (time.perf_counter() - start) / count
 
@@ -238,11 +238,11 @@ def _compare(config: ConfigDict, mesh: Mesh, batch: Batch, ours: Programs, name:
     theirs = _build(other, mesh, batch)
     figures = {}
     for work, call in ours.calls.items():
-        mine, its = measure(config.benchmark.runs, call, theirs.calls[work])
-        figures[f"{work}_images_per_second"] = float(config.batch_size / np.median(its))
+        our_seconds, their_seconds = measure(config.benchmark.runs, call, theirs.calls[work])
+        figures[f"{work}_images_per_second"] = float(config.batch_size / np.median(their_seconds))
         # The median of the ratios of neighbouring runs, not a ratio of medians, so that a slow
         # moment of the machine cancels out.
-        figures[f"{work}_ratio"] = float(np.median(its / mine))
+        figures[f"{work}_ratio"] = float(np.median(their_seconds / our_seconds))
         LOG.info("%s: %.2f times as fast as with %s", work, figures[f"{work}_ratio"], name)
     return figures
 

@@ -40,12 +40,12 @@ def training_flops(config: ConfigDict) -> int:
 def _multiply_adds(jaxpr) -> int:
     """Returns the multiply-adds of all convolutions and products, also in called functions."""
     return sum(
-        _of_equation(equation) + sum(map(_multiply_adds, _called(equation)))
+        _multiply_adds_of(equation) + sum(map(_multiply_adds, _called(equation)))
         for equation in jaxpr.eqns
     )
 
 
-def _of_equation(equation) -> int:
+def _multiply_adds_of(equation) -> int:
     """Returns the multiply-adds of one equation: its outputs times the terms in each sum."""
     name, params = equation.primitive.name, equation.params
     if name not in ("conv_general_dilated", "dot_general"):

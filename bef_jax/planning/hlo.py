@@ -39,7 +39,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     """
     bodies, entry = _computations(text)
     found: dict[str, dict[str, int]] = {}
-    for line, _, times in _walk(bodies, entry, 1, fused=True):
+    for line, _, times in _walk(bodies, entry, fused=True):
         match = _COLLECTIVE.search(line)
         if match:
             sums = found.setdefault(match[1], {"count": 0, "bytes": 0})
@@ -62,7 +62,7 @@ def hbm_bytes(text: str) -> int:
     """
     bodies, entry = _computations(text)
     types = {name: _types(lines) for name, lines in bodies.items()}
-    lines = _walk(bodies, entry, 1, fused=False)
+    lines = _walk(bodies, entry, fused=False)
     return sum(times * _moved(line, types[name]) for line, name, times in lines)
 
 
@@ -110,7 +110,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _walk(
-    bodies: dict[str, list[str]], name: str, times: int, fused: bool
+    bodies: dict[str, list[str]], name: str, fused: bool, times: int = 1
 ) -> Iterator[tuple[str, str, int]]:
     """Yields (line, computation, how often it runs) for `name` and all that it calls.
 
@@ -126,7 +126,7 @@ def _walk(
         trips = _TRIPS.search(line)
         inner = times * int(trips[1]) if trips else times
         for called in _called(line):
-            yield from _walk(bodies, called, inner, fused)
+            yield from _walk(bodies, called, fused, inner)
 
 
 def _called(line: str) -> list[str]:

@@ -18,7 +18,7 @@ from bef_jax.runtime.files import check_outputs, read_json, write_json
 
 # Environment variables that change the speed. For example, a step on CPU clears gigabytes of fresh
 # memory, which is cheaper with huge pages.
-_DECIDING = ("GLIBC_TUNABLES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_SPEED_VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def results_file(folder: Path, hardware: str) -> Path:
@@ -34,7 +34,7 @@ def results_file(folder: Path, hardware: str) -> Path:
     file = folder / f"{slug}-{datetime.now():%Y-%m-%d}.json"
     check_outputs(folder, [file.name], fix="name another --results")
     folder.mkdir(parents=True, exist_ok=True)
-    _read(file)
+    read(file)
     return file
 
 
@@ -50,7 +50,7 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
     entry = {
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bef_jax.main", *argv]),
-        "environment": {name: os.environ[name] for name in _DECIDING if name in os.environ},
+        "environment": {name: os.environ[name] for name in _SPEED_VARIABLES if name in os.environ},
         "versions": versions(),
         "summary": summary,
     }
@@ -59,7 +59,7 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        write_json(file, [*_read(file), entry])
+        write_json(file, [*read(file), entry])
     finally:
         os.close(folder)
 
@@ -70,7 +70,12 @@ def versions() -> dict[str, str]:
     return packages | {"python": platform.python_version()}
 
 
-def _read(file: Path) -> list[dict]:
+def read(file: Path) -> list[dict]:
+    """Returns the entries of `file`; none if it does not exist.
+
+    Raises:
+        UserError: the file does not hold a list.
+    """
     # Do not replace a file that can't be read, because it may hold somebody's measurements.
     try:
         return read_json(file, _check, "move it away")

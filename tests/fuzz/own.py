@@ -91,7 +91,7 @@ def read(folder: Path) -> None:
         lambda: ablate._check_unchanged(run),
         lambda: _check_lines(history._read(folder / "metrics.jsonl")),
         lambda: near_duplicates._read(folder / "near_duplicates.json"),
-        lambda: records._read(folder / "records.json"),
+        lambda: records.read(folder / "records.json"),
         lambda: (exported.classes, exported.mpp),
         lambda: timm_config.read(folder / "weights" / "model.safetensors"),
         lambda: checkpoint.read_config(folder / "checkpoints" / "6"),

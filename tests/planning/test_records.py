@@ -32,8 +32,8 @@ def test_entries_add_up_in_one_file_a_day(tmp_path):
 
 def test_two_at_once_lose_no_entry(tmp_path, monkeypatch):
     """Reading takes a while here, in which the other one could write."""
-    read = records._read
-    monkeypatch.setattr(records, "_read", lambda file: [*read(file), *(time.sleep(0.05) or [])])
+    read = records.read
+    monkeypatch.setattr(records, "read", lambda file: [*read(file), *(time.sleep(0.05) or [])])
     file = records.results_file(tmp_path, "A CPU")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: records.append(file, {"number": n}, []), range(8)))

@@ -18,8 +18,8 @@ from bef_jax.planning import chips, topology
     ],
 )
 def test_names_are_read(name, kind, shape):
-    place = topology.parse(name)
-    assert (place.chip.kind, place.shape) == (kind, shape)
+    target = topology.parse(name)
+    assert (target.chip.kind, target.shape) == (kind, shape)
 
 
 @pytest.mark.parametrize(
