@@ -14,44 +14,46 @@ from bef_jax.training.state import abstract_state, count_params
 LOG = logging.getLogger(__name__)
 
 
-def estimate(runs: Sequence[Any], n_train: int) -> dict[str, Any]:
-    """Counts the images that the missing runs would train on, and estimates their time.
+def estimate(trials: Sequence[Any], n_train: int) -> dict[str, Any]:
+    """Counts the images that the missing trials would train on, and estimates their time.
 
     Args:
-        runs: `ablate.Run`s.
+        trials: `ablate.Trial`s.
         n_train: patches of the training split.
 
     Returns:
-        runs, finished, seconds and rows. Each row has runs, finished, params,
-        training_flops_per_image, images (that its missing runs train on) and seconds (that they
-        take, one at a time). The seconds come from the speed of the row's finished runs. A row
-        without any takes another row's speed, scaled by the arithmetic; without that, it has None.
+        runs (the number of trials), finished, seconds and rows. Each row has runs, finished,
+        params, training_flops_per_image, images (that its missing trials train on) and seconds
+        (that they take, one at a time). The seconds come from the speed of the row's finished
+        trials. A row without any takes another row's speed, scaled by the arithmetic; without that,
+        it has None.
     """
     by_row: dict[str, list] = {}
-    for run in runs:
-        by_row.setdefault(run.row, []).append(run)
-    # Collect all rows first, because a row without a finished run takes another's speed.
+    for trial in trials:
+        by_row.setdefault(trial.row, []).append(trial)
+    # Collect all rows first, because a row without a finished trial takes another's speed.
     rows = {name: _count(of_row, n_train) for name, of_row in by_row.items()}
     speeds = {name: _speed(of_row) for name, of_row in by_row.items()}
     for name, row in rows.items():
-        row["seconds"] = _seconds(row, speeds[name] or _scaled(row, rows, speeds))
+        speed = speeds[name] or _speed_of_other_row(row, rows, speeds)
+        row["seconds"] = _seconds(row, speed)
         LOG.info("%s", _line(name, row))
     seconds = [row["seconds"] for row in rows.values()]
     finished = sum(row["finished"] for row in rows.values())
     # The total is unknown if a row's time is: a partial sum would look like the total.
     total = None if None in seconds else sum(seconds)
-    return {"runs": len(runs), "finished": finished, "seconds": total, "rows": rows}
+    return {"runs": len(trials), "finished": finished, "seconds": total, "rows": rows}
 
 
-def _count(runs: list, n_train: int) -> dict[str, Any]:
+def _count(trials: list, n_train: int) -> dict[str, Any]:
     # A row costs the same with every seed.
-    config = runs[0].config
-    # A run that was stopped halfway counts as a whole one: only its final summary is read.
-    missing = [run for run in runs if not run.summary()]
+    config = trials[0].config
+    # A trial that was stopped halfway counts as a whole one: only its final summary is read.
+    missing = [trial for trial in trials if not trial.summary()]
     steps = compute_durations(config, n_train).steps
     return {
-        "runs": len(runs),
-        "finished": len(runs) - len(missing),
+        "runs": len(trials),
+        "finished": len(trials) - len(missing),
         # From shapes only, so that no parameters are allocated.
         "params": count_params(abstract_state(config).params),
         "training_flops_per_image": training_flops(config),
@@ -59,20 +61,21 @@ def _count(runs: list, n_train: int) -> dict[str, Any]:
     }
 
 
-def _speed(runs: list) -> float | None:
-    """Returns the images/s of whole runs, with compilation, evaluation and the report."""
+def _speed(trials: list) -> float | None:
+    """Returns the images/s of whole trials, with compilation, evaluation and the report."""
     speeds = [
-        summary["step"] * run.config.batch_size / summary["wall_seconds"]
-        for run in runs
-        if (summary := run.summary())
+        summary["step"] * trial.config.batch_size / summary["wall_seconds"]
+        for trial in trials
+        if (summary := trial.summary())
     ]
-    # The median, because one run on a busy machine would move a mean.
+    # The median, because one trial on a busy machine would move a mean.
     return float(np.median(speeds)) if speeds else None
 
 
-def _scaled(
+def _speed_of_other_row(
     row: dict, rows: Mapping[str, dict], speeds: Mapping[str, float | None]
 ) -> float | None:
+    """Returns the speed of a row with finished trials, scaled to the arithmetic of `row`."""
     known = [name for name, speed in speeds.items() if speed]
     if not known:
         return None

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 def draw(
     table: Mapping[str, Any], aucs: Mapping[str, list[float]], titles: Mapping[str, str]
 ) -> Figure:
-    """Draws the AUC of every run, and each row's mean with its standard deviation.
+    """Draws the AUC of every trial, and each row's mean with its standard deviation.
 
     Args:
         table: as `table.tabulate` returns it.
-        aucs: {row: AUCs of its runs}.
+        aucs: {row: AUCs of its trials}.
         titles: {row: its name for people}.
     """
     # Reverse the rows, because matplotlib counts upwards and the first row should be on top.

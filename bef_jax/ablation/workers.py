@@ -1,4 +1,4 @@
-"""Places where runs train at the same time: one accelerator each, or a share of the CPU."""
+"""The workers that train trials at the same time: one accelerator each, or a share of the CPU."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from bef_jax.errors import RunError
 
-# A process of its own asks JAX, because asking takes the accelerators' memory, which the runs need.
-_ASK = """
+# A process of its own runs this, because JAX takes the accelerators' memory, which trials need.
+_REPORT_DEVICES = """
 import jax
 from bef_jax.runtime import devices, logs
 logs.set_up()
@@ -20,8 +20,8 @@ _ONE_CHIP = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A place where one run trains.
+class Worker:
+    """A part of the machine, which trains one trial at a time.
 
     Attributes:
         variables: environment variables that show a process only its part of the machine.
@@ -32,17 +32,17 @@ class Slot:
     cores: tuple[int, ...] = ()
 
     def environment(self) -> dict[str, str]:
-        """Returns this process's environment, changed for a process in this place."""
+        """Returns this process's environment, changed for a process of this worker."""
         return {**os.environ, **dict(self.variables)}
 
     def pin(self, process: int) -> None:
-        """Keeps a process, by its id, on the place's cores; call it before it counts its cores."""
+        """Keeps a process, by its id, on the worker's cores; call it before it counts its cores."""
         if self.cores:
             os.sched_setaffinity(process, self.cores)
 
 
-def find(jobs: int | None) -> list[Slot]:
-    """Returns the places of this machine.
+def find_workers(jobs: int | None) -> list[Worker]:
+    """Returns the workers of this machine.
 
     Args:
         jobs: how many; by default one per accelerator, or one on CPU. There are never more than
@@ -51,7 +51,7 @@ def find(jobs: int | None) -> list[Slot]:
     Raises:
         RunError: JAX can't start, for example because a GPU's driver is broken.
     """
-    answer = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True)
+    answer = subprocess.run([sys.executable, "-c", _REPORT_DEVICES], capture_output=True, text=True)
     if answer.returncode:
         raise RunError(f"JAX finds no device: {answer.stderr.strip().splitlines()[-1]}")
     sys.stderr.write(answer.stderr)  # the devices, and JAX's warnings
@@ -61,19 +61,19 @@ def find(jobs: int | None) -> list[Slot]:
     return _accelerators(backend, int(count))[:jobs]
 
 
-def _accelerators(backend: str, count: int) -> list[Slot]:
+def _accelerators(backend: str, count: int) -> list[Worker]:
     if backend == "tpu":
         chips = [{"TPU_VISIBLE_CHIPS": str(chip)} | _ONE_CHIP for chip in range(count)]
-        return [Slot(tuple(chip.items())) for chip in chips]
+        return [Worker(tuple(chip.items())) for chip in chips]
     # Keep the given names, because this process may see only some of the machine's GPUs.
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(gpu) for gpu in range(count)]
-    return [Slot((("CUDA_VISIBLE_DEVICES", name),)) for name in names]
+    return [Worker((("CUDA_VISIBLE_DEVICES", name),)) for name in names]
 
 
-def _shares(jobs: int) -> list[Slot]:
+def _shares(jobs: int) -> list[Worker]:
     if jobs == 1 or not hasattr(os, "sched_getaffinity"):  # macOS has no way to choose cores
-        return [Slot()]
+        return [Worker()]
     cores = sorted(os.sched_getaffinity(0))
     jobs = min(jobs, len(cores))
-    return [Slot(cores=tuple(cores[share::jobs])) for share in range(jobs)]
+    return [Worker(cores=tuple(cores[share::jobs])) for share in range(jobs)]

@@ -99,7 +99,7 @@ def placed_split(config: ConfigDict, mesh: Mesh, chip: Chip) -> Batch | None:
     # Do not open a store, because the data need not be on this machine.
     patches = config.data.train_size or PCAM_TRAIN
     # `batches.place` pads the split in the same way.
-    images = (-(-patches // mesh.size) * mesh.size, PATCH, PATCH, 3)
+    images = (sharding.round_up(patches, mesh.size), PATCH, PATCH, 3)
     capacity = chip.hbm_bytes
     auto = capacity is not None and fits_memory(math.prod(images), capacity * mesh.size)
     if not {"host": False, "device": True, "auto": auto}[config.data.placement]:

@@ -51,9 +51,9 @@ def finished(tmp_path_factory, data_dir):
 
 def test_each_row_changes_what_it_says(small_config, tmp_path):
     config = small_config(**{"ablation.seeds": 1})
-    runs = {run.row: flatten(run.config) for run in ablate.plan_runs(config, tmp_path)}
-    assert list(runs) == list(ablation.ROWS)
-    baseline = runs.pop("baseline")
+    rows = {trial.row: flatten(trial.config) for trial in ablate.plan_trials(config, tmp_path)}
+    assert list(rows) == list(ablation.ROWS)
+    baseline = rows.pop("baseline")
     switches = {
         "rcc": {"rcc.enabled": True},
         "rds": {"model.total_stride": 16},
@@ -61,30 +61,31 @@ def test_each_row_changes_what_it_says(small_config, tmp_path):
         "fusion": {"model.fusion": True},
     }
     for name, switch in switches.items():
-        differing = {key for key, value in runs[name].items() if value != baseline[key]}
+        differing = {key for key, value in rows[name].items() if value != baseline[key]}
         assert differing == {*switch, "name"}
-        assert runs[name] | switch == runs[name]
-    assert all(runs["all"] | switch == runs["all"] for switch in switches.values())
+        assert rows[name] | switch == rows[name]
+    assert all(rows["all"] | switch == rows["all"] for switch in switches.values())
 
 
 @pytest.mark.parametrize("file", [resnet50, densenet121])
 def test_comparison_networks_are_those_of_their_files(file, small_config, tmp_path):
     name = file.get_config().model.name
     config = small_config(**{"ablation.seeds": 1, "ablation.rows": (name,)})
-    (run,) = ablate.plan_runs(config, tmp_path)
-    assert flatten(run.config.model) == flatten(file.get_config().model)
+    (trial,) = ablate.plan_trials(config, tmp_path)
+    assert flatten(trial.config.model) == flatten(file.get_config().model)
 
 
 def test_seeds_count_up_and_come_whole(small_config, tmp_path):
     fields = {"seed": 5, "ablation.seeds": 2, "ablation.rows": ("rds", "all")}
-    runs = ablate.plan_runs(small_config(**fields), tmp_path)
-    assert [(run.row, run.seed) for run in runs] == [("rds", 5), ("all", 5), ("rds", 6), ("all", 6)]
-    assert runs[3].workdir == tmp_path / "all" / "seed6"
+    trials = ablate.plan_trials(small_config(**fields), tmp_path)
+    planned = [(trial.row, trial.seed) for trial in trials]
+    assert planned == [("rds", 5), ("all", 5), ("rds", 6), ("all", 6)]
+    assert trials[3].workdir == tmp_path / "all" / "seed6"
 
 
 def test_an_unknown_row_is_refused(small_config, tmp_path):
     with pytest.raises(UserError, match=r"ablation\.rows.*'wings' is unknown: choose.*baseline"):
-        ablate.plan_runs(small_config(**{"ablation.rows": ("wings",)}), tmp_path)
+        ablate.plan_trials(small_config(**{"ablation.rows": ("wings",)}), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
@@ -116,14 +117,14 @@ def test_what_is_in_the_way_of_a_file_is_named_before_any_is_trained(
 
 
 def test_a_refusal_is_found_at_the_end_of_a_log_of_any_bytes(small_config, tmp_path):
-    (run,) = ablate.plan_runs(
+    (trial,) = ablate.plan_trials(
         small_config(**{"ablation.seeds": 1, "ablation.rows": ("rds",)}), tmp_path
     )
-    run.workdir.mkdir(parents=True)
+    trial.workdir.mkdir(parents=True)
     log = b"error: of an earlier start\n" + b"\xff" * (1 << 21) + b"\nerror: why\nmore\n"
-    (run.workdir / "log.txt").write_bytes(log)
+    (trial.workdir / "log.txt").write_bytes(log)
     with pytest.raises(UserError, match=r"^rds, seed 0: why$"):
-        ablate._result(run, 2)
+        ablate._result(trial, 2)
 
 
 @pytest.mark.slow
@@ -187,11 +188,11 @@ def test_a_dry_run_counts_what_is_missing_and_trains_nothing(finished, data_dir,
 
 
 def test_without_a_run_the_time_is_not_guessed(small_config, tmp_path):
-    runs = ablate.plan_runs(small_config(**{"ablation.rows": ("baseline", "rds")}), tmp_path)
-    found = estimate(runs, 40)
+    trials = ablate.plan_trials(small_config(**{"ablation.rows": ("baseline", "rds")}), tmp_path)
+    found = estimate(trials, 40)
     assert found["seconds"] is None and found["rows"]["rds"]["seconds"] is None
     flops = [row["training_flops_per_image"] for row in found["rows"].values()]
-    assert flops == [training_flops(run.config) for run in runs[:2]]
+    assert flops == [training_flops(trial.config) for trial in trials[:2]]
 
 
 @pytest.mark.slow

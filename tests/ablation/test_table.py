@@ -26,7 +26,7 @@ class Finished:
         return {"valid": self.block, "test": None, "best_step": 3} | figures
 
 
-def runs(folder, rows=("baseline", "all"), seeds=(0, 1, 2), n=200):
+def make_trials(folder, rows=("baseline", "all"), seeds=(0, 1, 2), n=200):
     labels = np.random.default_rng(0).integers(0, 2, n).astype(np.uint8)
     found = []
     for seed in seeds:
@@ -42,15 +42,17 @@ def runs(folder, rows=("baseline", "all"), seeds=(0, 1, 2), n=200):
     return found, labels
 
 
-def scores_of(run):
-    lines = list(csv.DictReader((run.workdir / "scores_valid.csv").open()))
+def scores_of(trial):
+    lines = list(csv.DictReader((trial.workdir / "scores_valid.csv").open()))
     return np.array([float(line["probability"]) for line in lines])
 
 
 def test_means_deviations_and_both_tests(tmp_path):
-    finished, labels = runs(tmp_path)
+    finished, labels = make_trials(tmp_path)
     table = tabulate(finished, 0.5)
-    scores = {row: [scores_of(run) for run in finished if run.row == row] for row in table["rows"]}
+    scores = {
+        row: [scores_of(trial) for trial in finished if trial.row == row] for row in table["rows"]
+    }
     aucs = {row: [roc_auc_score(labels, s) for s in of_row] for row, of_row in scores.items()}
     for row, values in aucs.items():
         assert table["rows"][row]["auc"] == pytest.approx(np.mean(values))
@@ -68,7 +70,7 @@ def test_means_deviations_and_both_tests(tmp_path):
 
 @pytest.mark.parametrize("change", [np.flip, lambda ids: np.char.add(ids, "x")])
 def test_runs_of_other_patches_or_of_another_order_are_refused(change, tmp_path):
-    finished, labels = runs(tmp_path)
+    finished, labels = make_trials(tmp_path)
     ids = change(np.arange(len(labels)).astype(str))
     scores = Evaluation("valid", ids, labels, scores_of(finished[-1]), {})
     write_probabilities(finished[-1].workdir / "scores_valid.csv", scores)
@@ -77,23 +79,23 @@ def test_runs_of_other_patches_or_of_another_order_are_refused(change, tmp_path)
 
 
 def test_one_seed_has_no_deviation(tmp_path):
-    finished, _ = runs(tmp_path, seeds=(0,))
+    finished, _ = make_trials(tmp_path, seeds=(0,))
     row = tabulate(finished, 0.5)["rows"]["all"]
     assert (row["auc_std"], row["against"]["seeds_p"]) == (None, None)
     assert row["against"]["delong_p"] is not None
 
 
 def test_without_a_baseline_there_is_nothing_to_differ_from(tmp_path):
-    finished, _ = runs(tmp_path, rows=("rds", "all"))
+    finished, _ = make_trials(tmp_path, rows=("rds", "all"))
     assert {row["against"] is None for row in tabulate(finished, 0.5)["rows"].values()} == {True}
 
 
 def test_only_seeds_that_both_have_are_compared(tmp_path):
-    finished, labels = runs(tmp_path)
-    short = [run for run in finished if (run.row, run.seed) != ("baseline", 2)]
+    finished, labels = make_trials(tmp_path)
+    short = [trial for trial in finished if (trial.row, trial.seed) != ("baseline", 2)]
     against = tabulate(short, 0.5)["rows"]["all"]["against"]
     averaged = [
-        np.mean([scores_of(run) for run in short if run.row == row and run.seed < 2], axis=0)
+        np.mean([scores_of(x) for x in short if x.row == row and x.seed < 2], axis=0)
         for row in ("all", "baseline")
     ]
     assert against["seeds"] == 2
@@ -101,7 +103,7 @@ def test_only_seeds_that_both_have_are_compared(tmp_path):
 
 
 def test_files_say_what_the_table_says(tmp_path):
-    finished, _ = runs(tmp_path)
+    finished, _ = make_trials(tmp_path)
     table = tabulate(finished, 0.5)
     write_table(tmp_path, table, finished)
     (line,) = [
@@ -109,6 +111,9 @@ def test_files_say_what_the_table_says(tmp_path):
     ]
     row = table["rows"]["all"]
     assert f"{row['auc']:.4f} +- {row['auc_std']:.4f}" in line
+    columns = (tmp_path / "ablation.csv").read_text().splitlines()[0].split(",")
+    assert columns[:2] == ["row", "seeds"]
+    assert columns[8:11] == ["auc_difference", "auc_difference_low", "auc_difference_high"]
     rows = {r["row"]: r for r in csv.DictReader((tmp_path / "ablation.csv").open(newline=""))}
     assert float(rows["all"]["auc"]) == row["auc"]
     assert float(rows["all"]["delong_p"]) == row["against"]["delong_p"]

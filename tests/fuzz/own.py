@@ -83,12 +83,12 @@ def _edit(content: dict | list, rng: random.Random) -> None:
 
 def read(folder: Path) -> None:
     """Reads every file, also after another one was refused."""
-    run = ablate.Run("baseline", 0, folder, quickstart.get_config(), {})
+    run = ablate.Trial("baseline", 0, folder, quickstart.get_config(), {})
     exported = ExportedModel(folder / "model.stablehlo")
     readers = [
         lambda: read_train_summary(folder),
         lambda: run.summary(),
-        lambda: ablate._check_unchanged(run),
+        lambda: ablate.check_unchanged(run),
         lambda: _check_lines(history._read(folder / "metrics.jsonl")),
         lambda: near_duplicates._read(folder / "near_duplicates.json"),
         lambda: records.read(folder / "records.json"),
