@@ -280,7 +280,7 @@ def test_checkpoints_in_the_workdir_win_over_init_from(undisturbed, small_config
 
 def test_missing_weights_are_an_error_before_data_are_read(small_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "open_splits", lambda _: pytest.fail("too late"))
-    with pytest.raises(UserError, match=r"config\.init_from=.*nowhere: not there; give"):
+    with pytest.raises(UserError, match=r"config\.init_from=.*nowhere: does not exist; give"):
         train.train_and_evaluate(small_config(init_from=str(tmp_path / "nowhere")), tmp_path)
 
 

