@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.configs.default import get_config
 from bef_jax.models import layers
-from bef_jax.models.ops import depthwise, norm
+from bef_jax.models.ops import norm
 from bef_jax.models.ops.depthwise import Padding
 from bef_jax.planning import hlo, topology
 from bef_jax.runtime import sharding
@@ -83,7 +83,8 @@ def batch_norm(
     x: Array, scale: Array, bias: Array, groups: int, epsilon: float, activation: str = "none"
 ) -> tuple[Array, Array, Array]:
     """Normalises with statistics from one pass, as `norm.batch_norm` does."""
-    parts, axes = norm._parts(x.astype(jnp.float32), groups)
+    parts = x.astype(jnp.float32).reshape(groups, -1, *x.shape[1:])
+    axes = tuple(range(1, x.ndim))
     mean = jnp.mean(parts, axes, keepdims=True)
     var = jnp.mean(parts * parts, axes, keepdims=True) - mean * mean
     y = (parts - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
@@ -101,15 +102,26 @@ def pointwise(x: Array, kernel: Array | None) -> Array:
     """Returns a 1 x 1 convolution of x; without a kernel, x itself."""
     if kernel is None:
         return x
-    layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel[None, None], (1, 1), "VALID", dimension_numbers=layout
-    )
+    return convolution(x, kernel[None, None], 1, "VALID")
 
 
 def depthwise_conv(x: Array, kernel: Array, stride: int, padding: Padding, form: str) -> Array:
-    """Returns the native form of the convolution, with the gradient that JAX derives."""
-    return depthwise._native(x, kernel, stride, padding)
+    """Returns a depthwise convolution of x, with the gradient that JAX derives."""
+    return convolution(x, kernel, stride, padding, groups=x.shape[-1])
+
+
+def convolution(
+    x: Array, kernel: Array, stride: int, padding: Padding | str, groups: int = 1
+) -> Array:
+    """Returns XLA's convolution of x [N, H, W, C]."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 if __name__ == "__main__":

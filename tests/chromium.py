@@ -50,7 +50,7 @@ class Tab:
             self.events.append(message)
         return message
 
-    def told(self, method: str) -> list[dict]:
+    def events_named(self, method: str) -> list[dict]:
         """Returns what the page reported under a name, such as Log.entryAdded."""
         return [event["params"] for event in self.events if event["method"] == method]
 
@@ -60,9 +60,9 @@ class Tab:
         self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
-        seen = len(self.told("Page.loadEventFired"))
+        seen = len(self.events_named("Page.loadEventFired"))
         self.call("Page.navigate", url=page.resolve().as_uri())
-        while len(self.told("Page.loadEventFired")) == seen:
+        while len(self.events_named("Page.loadEventFired")) == seen:
             self._read()
 
     def value(self, expression: str):

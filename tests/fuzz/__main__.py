@@ -23,7 +23,7 @@ def main() -> int:
     each = -(-arguments.count // len(names))  # at least as many as were asked for
     failures = sum(fuzz(name, each, arguments.seed) for name in names)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"{failures} failed; ru_maxrss of the last entry {most} MiB")
+    print(f"{failures} failed; ru_maxrss of the last input {most} MiB")
     return 1 if failures else 0
 
 

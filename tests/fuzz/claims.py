@@ -162,14 +162,14 @@ def _with_packed_storage(file: Path, dtype: Any) -> None:
     """Writes a tensor of zeros whose storage is packed, which torch itself never does."""
     import torch
 
-    mib, few = 3000, 123_457
-    count = (mib << 20) // dtype.itemsize
-    torch.save({"bn1.weight": torch.zeros(few, dtype=dtype)}, file)
+    mib, saved_elements = 3000, 123_457
+    claimed_elements = min((mib << 20) // dtype.itemsize, 2**31 - 1)
+    torch.save({"bn1.weight": torch.zeros(saved_elements, dtype=dtype)}, file)
     with zipfile.ZipFile(file) as archive:
         members = {name: (archive.read(name), None) for name in archive.namelist()}
     (pickled,) = (name for name in members if name.endswith("data.pkl"))
     # Pickle writes an integer like this. Replace both the storage's size and the tensor's shape.
-    few_packed, count_packed = (b"J" + struct.pack("<i", n) for n in (few, min(count, 2**31 - 1)))
-    members[pickled] = members[pickled][0].replace(few_packed, count_packed), None
+    saved, claimed = (b"J" + struct.pack("<i", n) for n in (saved_elements, claimed_elements))
+    members[pickled] = members[pickled][0].replace(saved, claimed), None
     (storage,) = (name for name in members if name.endswith("data/0"))
     write_zip(file, members | {storage: (deflated_zeros(mib), mib)})

@@ -49,7 +49,7 @@ def patches(rng: random.Random, n: int) -> tuple[np.ndarray, np.ndarray]:
     return images, noise.integers(0, 2, n, dtype=np.uint8)
 
 
-def odd(array: np.ndarray, rng: random.Random) -> np.ndarray:
+def maybe_odd(array: np.ndarray, rng: random.Random) -> np.ndarray:
     """Returns the array with another dtype, shape or content; in most calls it stays as it is."""
     # Text can't become numbers. An array of objects becomes a pickle in an npz.
     text = array.dtype.kind == "U"
@@ -100,7 +100,10 @@ def _npz(folder: Path, rng: random.Random) -> None:
         images, labels = patches(rng, n)
         ids = np.array([f"{split} {row}, \u00e4" for row in range(n)])
         arrays = {"images": images, "labels": labels, "ids": ids}
-        save(folder / f"{split}.npz", **{name: odd(array, rng) for name, array in arrays.items()})
+        save(
+            folder / f"{split}.npz",
+            **{name: maybe_odd(array, rng) for name, array in arrays.items()},
+        )
 
 
 def _hdf5(folder: Path, rng: random.Random) -> None:
@@ -108,7 +111,7 @@ def _hdf5(folder: Path, rng: random.Random) -> None:
         stem = f"camelyonpatch_level_2_split_{split}"
         images, labels = patches(rng, n)
         for name, array in (("x", images), ("y", labels.reshape(-1, 1, 1, 1))):
-            array = odd(array, rng)
+            array = maybe_odd(array, rng)
             array = array.astype("S9") if array.dtype.kind == "U" else array
             packing = {"compression": "gzip"} if array.size > 1 and rng.random() < 0.5 else {}
             with h5py.File(folder / f"{stem}_{name}.h5", "w") as file:
@@ -161,12 +164,12 @@ _FORMATS = [
 def _npz_to_score(folder: Path, rng: random.Random) -> None:
     images, _ = patches(rng, 5)
     ids = np.array([f"patch {row}" for row in range(len(images))])
-    named = {"ids": odd(ids, rng)} if rng.random() < 0.5 else {}
-    np.savez(folder / "patches.npz", images=odd(images, rng), **named)
+    named = {"ids": maybe_odd(ids, rng)} if rng.random() < 0.5 else {}
+    np.savez(folder / "patches.npz", images=maybe_odd(images, rng), **named)
 
 
 def _hdf5_to_score(folder: Path, rng: random.Random) -> None:
-    images = odd(patches(rng, 5)[0], rng)
+    images = maybe_odd(patches(rng, 5)[0], rng)
     with h5py.File(folder / "patches.h5", "w") as file:
         file["x"] = images.astype("S9") if images.dtype.kind == "U" else images
 
@@ -259,7 +262,7 @@ def _tensors(rng: random.Random) -> dict[str, np.ndarray]:
     names = reading._names(reading.of_timm("efficientnet_b0"), _model())
     kept = {ours: theirs for ours, theirs in names.items() if rng.random() < 0.99}
     noise = np.random.default_rng(rng.randrange(2**32))
-    return {theirs: odd(noise.normal(size=(2, 3)), rng) for theirs in kept.values()}
+    return {theirs: maybe_odd(noise.normal(size=(2, 3)), rng) for theirs in kept.values()}
 
 
 def _safetensors(folder: Path, rng: random.Random) -> None:

@@ -64,6 +64,14 @@ def _block(rng: random.Random) -> bytes:
 BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
     truncated, emptied, flipped, overwritten, inserted, repeated, replaced, with_a_number_changed,
 )  # fmt: skip
+# These are not regular files: reading them like one may wait without end, or never finish.
+SPECIAL: tuple[tuple[str, Callable[[Path], None]], ...] = (
+    ("a FIFO", os.mkfifo),
+    ("a socket", lambda file: os.mknod(file, stat.S_IFSOCK | 0o600)),
+    ("a device", lambda file: file.symlink_to("/dev/zero")),
+    ("a link to itself", lambda file: file.symlink_to(file.name)),
+    ("a link to nothing", lambda file: file.symlink_to("nothing")),
+)
 
 
 def damage(folder: Path, rng: random.Random) -> str:
@@ -73,38 +81,40 @@ def damage(folder: Path, rng: random.Random) -> str:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if not files:
             break
-        file = rng.choice(files)
-        kind = rng.randrange(14)
-        if kind < 9:
-            how = rng.choice(BYTES)
-            file.write_bytes(how(file.read_bytes(), rng))
-            done.append(f"{file.relative_to(folder)} {how.__name__}")
-            continue
-        done.append(f"{file.relative_to(folder)} {_displace(file, rng.choice(files), kind, rng)}")
+        file, how = rng.choice(files), rng.choice(_DAMAGES)
+        done.append(f"{file.relative_to(folder)} {how(file, files, rng)}")
     return ", ".join(done)
 
 
-def _displace(file: Path, other: Path, kind: int, rng: random.Random) -> str:
-    if kind == 9:
-        file.unlink()
-        return "deleted"
-    if kind == 10:
-        file.write_bytes(other.read_bytes())
-        return f"has the content of {other.name}"
+def _change_bytes(file: Path, files: list[Path], rng: random.Random) -> str:
+    change = rng.choice(BYTES)
+    file.write_bytes(change(file.read_bytes(), rng))
+    return change.__name__
+
+
+def _delete(file: Path, files: list[Path], rng: random.Random) -> str:
     file.unlink()
-    if kind == 11:
-        file.mkdir()
-        return "is a folder"
+    return "deleted"
+
+
+def _copy_another(file: Path, files: list[Path], rng: random.Random) -> str:
+    other = rng.choice(files)
+    file.write_bytes(other.read_bytes())
+    return f"has the content of {other.name}"
+
+
+def _make_folder(file: Path, files: list[Path], rng: random.Random) -> str:
+    file.unlink()
+    file.mkdir()
+    return "is a folder"
+
+
+def _make_special(file: Path, files: list[Path], rng: random.Random) -> str:
     name, make = rng.choice(SPECIAL)
+    file.unlink()
     make(file)
     return f"is {name}"
 
 
-# These are not regular files: reading them like one may wait without end, or never finish.
-SPECIAL: tuple[tuple[str, Callable[[Path], None]], ...] = (
-    ("a FIFO", os.mkfifo),
-    ("a socket", lambda file: os.mknod(file, stat.S_IFSOCK | 0o600)),
-    ("a device", lambda file: file.symlink_to("/dev/zero")),
-    ("a link to itself", lambda file: file.symlink_to(file.name)),
-    ("a link to nothing", lambda file: file.symlink_to("nothing")),
-)
+# Most of the damage is to bytes, because that gets furthest into a reader.
+_DAMAGES = (*[_change_bytes] * 9, _delete, _copy_another, _make_folder, *[_make_special] * 2)

@@ -38,13 +38,17 @@ def page(workdir, small_config):
 
 def complaints(tab):
     """What the browser or the page wrote to the console, policies violated included."""
-    logged = [event["entry"]["text"] for event in tab.told("Log.entryAdded")]
-    return logged + tab.told("Runtime.consoleAPICalled") + tab.told("Runtime.exceptionThrown")
+    logged = [event["entry"]["text"] for event in tab.events_named("Log.entryAdded")]
+    return (
+        logged
+        + tab.events_named("Runtime.consoleAPICalled")
+        + tab.events_named("Runtime.exceptionThrown")
+    )
 
 
 def requests(tab):
     """The addresses that were asked for; what the page carries inside itself is not asked for."""
-    urls = [event["request"]["url"] for event in tab.told("Network.requestWillBeSent")]
+    urls = [event["request"]["url"] for event in tab.events_named("Network.requestWillBeSent")]
     return {url for url in urls if not url.startswith("data:")}
 
 
