@@ -198,7 +198,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(data_dir, tmp_pat
     (line,) = first.splitlines()  # of all that is said, the summary alone is on stdout
     stopped = json.loads(line)
     assert not second
-    assert "all save at step" in errors
+    assert "all hosts save at step" in errors
     checkpoints = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert checkpoints[-1] == stopped["step"] < 2000
 

@@ -71,8 +71,8 @@ def test_what_may_be_a_lost_host_names_the_process_after_the_traceback(second_of
     )
 
 
-# A thread that is not a daemon sleeps for ten minutes. Right before the end another thread could
-# print one more line, which stands for what Orbax prints.
+# One thread, which is not a daemon, sleeps for ten minutes. `late` prints right before the process
+# ends, as a thread of Orbax may do.
 FULL_DISK = """
 import os, sys, threading, time
 from bef_jax.runtime import exit
