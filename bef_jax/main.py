@@ -29,7 +29,7 @@ from bef_jax import STARTED
 from bef_jax.cli import config_files, help
 from bef_jax.configs import default
 from bef_jax.errors import UserError, did_you_mean, one_line
-from bef_jax.runtime import memory
+from bef_jax.runtime import glibc
 from bef_jax.runtime.files import check_outputs, user_path
 
 FLAGS = flags.FLAGS
@@ -122,7 +122,7 @@ def _explain(error: Exception) -> Exception:
 def main(_: Sequence[str]) -> int:
     """Runs the mode that the flags name, prints its summary, and returns the exit status."""
     if _MEMORY_SETTINGS.value:
-        memory.restart()  # before JAX is imported, because the program starts once more
+        glibc.restart()  # before JAX is imported, because the program starts once more
     from bef_jax.runtime import distributed, exit, logs, versions
 
     logs.set_up()

@@ -33,7 +33,7 @@ import resource, sys
 from pathlib import Path
 from bef_jax.configs.default import get_config
 from bef_jax.data import sources, store
-from bef_jax.data.sources import fetch, hdf5, npz, pcam_hdf5, rpcam
+from bef_jax.data.sources import hdf5, npz, pcam_download, pcam_hdf5, rpcam
 from bef_jax.errors import UserError
 from bef_jax.runtime import files
 

@@ -7,33 +7,26 @@ from pathlib import Path
 import numpy as np
 
 from bef_jax.data.chunk import Begin, Chunk, check_ids, silent
+from bef_jax.data.duplicates import Duplicates
 from bef_jax.data.patch import IMAGE_SHAPE, SPLITS
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import sha256
 
 DIGEST_BYTES = 16  # two of PCam's 327,680 patches collide with a chance of 1e-28
-MAX_REPORTED = 100  # pairs of ids with conflicting labels that the manifest lists
 
 
 class StoreWriter:
     """Writes patches to the folders of their splits.
 
-    With `rectify`, a patch whose pixels came before, in any split, is dropped; the first one stays.
-    A pair of equal patches with different labels is always reported.
+    Exact duplicates are dropped, if this is asked for, and reported (`duplicates`).
     """
 
     def __init__(self, folder: Path, rectify: bool):
         """Starts an empty store in `folder`, which exists and is empty."""
         self.folder = folder
-        self.rectify = rectify
         self.read_counts: Counter[str] = Counter()
         self._writers: dict[str, _SplitWriter] = {}
-        # One entry per patch. With labels, ids and digests, each patch takes a few hundred bytes of
-        # memory.
-        self._first: dict[bytes, tuple[str, int, str]] = {}  # digest -> split, label, id
-        self._dropped_within: Counter[str] = Counter()
-        self._dropped_across: Counter[str] = Counter()
-        self._conflicts: list[list[str]] = []  # ids of the first patch and the later one
+        self._duplicates = Duplicates(rectify)
 
     def add(self, split: str, chunk: Chunk) -> None:
         """Writes those patches of `chunk` that are kept."""
@@ -42,21 +35,8 @@ class StoreWriter:
         self.read_counts[split] += len(chunk.labels)
         for image, label, name in zip(*chunk, strict=True):
             digest = hashlib.sha256(image).digest()[:DIGEST_BYTES]
-            if self._is_new(digest, split, int(label), str(name)) or not self.rectify:
+            if self._duplicates.keeps(digest, split, int(label), str(name)):
                 self._writers[split].add(image, int(label), str(name), digest)
-
-    def _is_new(self, digest: bytes, split: str, label: int, name: str) -> bool:
-        here = (split, label, name)
-        first = self._first.setdefault(digest, here)
-        if first is here:
-            return True
-        first_split, first_label, first_name = first
-        dropped = self._dropped_within if split == first_split else self._dropped_across
-        # Without rectify nothing is dropped, but contradicting labels are still reported.
-        dropped[split] += self.rectify
-        if label != first_label:
-            self._conflicts.append([first_name, name])
-        return False
 
     def close(self, begin: Begin = silent) -> dict:
         """Completes the files and returns the part of the manifest that describes them.
@@ -89,12 +69,7 @@ class StoreWriter:
             "class_counts": {
                 split: [labels[split].count(0), labels[split].count(1)] for split in SPLITS
             },
-            "duplicates": {
-                "dropped_within": {split: self._dropped_within[split] for split in SPLITS},
-                "dropped_across": {split: self._dropped_across[split] for split in SPLITS},
-                "conflicting_labels": len(self._conflicts),
-                "conflicts": self._conflicts[:MAX_REPORTED],
-            },
+            "duplicates": self._duplicates.summary(),
         }
 
     def _content(self) -> dict[str, str]:

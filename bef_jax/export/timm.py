@@ -13,7 +13,7 @@ from bef_jax.data.patch import PATCH
 from bef_jax.errors import RunError
 from bef_jax.models import REGISTRY, weights
 from bef_jax.models.weights import timm_config
-from bef_jax.models.weights.names import TIMM, of_timm, recognise
+from bef_jax.models.weights.parameter_names import TIMM, of_timm, recognise
 from bef_jax.runtime.files import write_bytes, write_json
 
 FILE = "model.safetensors"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bef_jax.models import boosted
+from bef_jax.models.attention import CBAM
 from bef_jax.models.layers import BatchNorm, Bias, dense_init, global_pool
 
 
@@ -100,7 +101,7 @@ class Network(nn.Module):
         if self.attention == "cbam":
             # The gate is on the trunk, not on a branch to the classifier, so the next stage also
             # sees the gated features. The paper's abstract does not say which.
-            x = boosted.CBAM(
+            x = CBAM(
                 reduction=self.attention_reduction,
                 kernel=self.attention_kernel,
                 name=f"attention_{number}",

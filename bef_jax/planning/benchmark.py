@@ -37,7 +37,7 @@ from bef_jax.data.batches import (
 from bef_jax.data.patch import PATCH
 from bef_jax.data.store import Split
 from bef_jax.errors import UserError
-from bef_jax.planning import chips, records
+from bef_jax.planning import benchmark_records, chips
 from bef_jax.runtime import devices, sharding
 from bef_jax.runtime.compiled import flops, memory_bytes
 from bef_jax.scoring.scorer import make_scorer
@@ -76,7 +76,7 @@ def run_benchmark(
     Args:
         config: the whole configuration.
         compare: "lax" also times the native depthwise convolution, in turn with ours.
-        folder: a folder that keeps the summary too (`planning.records`).
+        folder: a folder that keeps the summary too (`benchmark_records`).
         argv: the command line's flags, for the record.
 
     Returns:
@@ -92,11 +92,11 @@ def run_benchmark(
     mesh, machine = sharding.make_mesh(), devices.describe()
     check_devices(config, mesh)
     # Name the file first, so that a folder that can't be written costs no minutes of measuring.
-    file = records.results_file(folder, machine) if folder else None
+    file = benchmark_records.results_file(folder, machine) if folder else None
     LOG.info("benchmark of %s on %s", config.model.name, machine)
     summary = _settings(config, machine) | _measure_all(config, mesh, compare)
     if file:
-        records.append(file, summary, argv)
+        benchmark_records.append(file, summary, argv)
         LOG.info("summary added to %s", file)
     return summary
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.models.ops.mbconv.grid import LANES
 from bef_jax.planning.chips import Chip
-from bef_jax.planning.figures import Figures, measure
+from bef_jax.planning.compiled_step import Figures, measure
 
 LOG = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from bef_jax.config import check_devices
 from bef_jax.errors import UserError
 from bef_jax.planning import largest_batch, topology
 from bef_jax.planning.chips import Chip
-from bef_jax.planning.figures import Figures, format_figure, measure, placed_split
+from bef_jax.planning.compiled_step import Figures, format_figure, measure, placed_split
 from bef_jax.planning.flops import training_flops
 from bef_jax.planning.roofline import roofline
 from bef_jax.planning.topology import Topology

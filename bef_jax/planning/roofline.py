@@ -1,7 +1,7 @@
 """The least time that a step can take, from a chip's published peaks."""
 
 from bef_jax.planning.chips import Chip
-from bef_jax.planning.figures import Figures
+from bef_jax.planning.compiled_step import Figures
 
 # Bytes that cross a device's links per byte of a collective's result, at best: in a ring of n.
 _LINK_BYTES_PER_RESULT_BYTE = {

@@ -10,7 +10,7 @@ from bef_jax.config import flatten
 from bef_jax.data import store
 from bef_jax.data.card import data_card
 from bef_jax.data.store import Split
-from bef_jax.planning.records import versions
+from bef_jax.planning.benchmark_records import versions
 from bef_jax.report.write import Content, write_report
 from bef_jax.runtime import devices
 from bef_jax.scoring.gradcam import make_explainer

@@ -11,7 +11,7 @@ from bef_jax.configs import quickstart
 from bef_jax.data import near_duplicates
 from bef_jax.errors import UserError
 from bef_jax.models.weights import timm_config
-from bef_jax.planning import records
+from bef_jax.planning import benchmark_records
 from bef_jax.scoring.loaded import ExportedModel
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 from bef_jax.scoring.probabilities_csv import read_probabilities, write_probabilities
@@ -28,7 +28,7 @@ _CONTENTS = {
         "version": 1, "content": "a0",
         "found": {"train/valid": {"patches": 1, "pairs": [["a", "b"]]}},
     },
-    "records.json": [{"timestamp": "2026-11-30", "summary": {"mode": "benchmark"}}],
+    "benchmark_records.json": [{"timestamp": "2026-11-30", "summary": {"mode": "benchmark"}}],
     "export.json": {"classes": ["normal", "metastasis"], "mpp": 0.972, "files": {}},
     "weights/config.json": {
         "architecture": "efficientnet_b0", "model_args": {"bn_eps": 1e-3, "pad_type": "same"},
@@ -91,7 +91,7 @@ def read(folder: Path) -> None:
         lambda: ablate.check_unchanged(trial),
         lambda: _check_lines(history._read(folder / "metrics.jsonl")),
         lambda: near_duplicates._read(folder / "near_duplicates.json"),
-        lambda: records.read(folder / "records.json"),
+        lambda: benchmark_records.read(folder / "benchmark_records.json"),
         lambda: (exported.classes, exported.mpp),
         lambda: timm_config.read(folder / "weights" / "model.safetensors"),
         lambda: checkpoint.read_config(folder / "checkpoints" / "6"),

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from bef_jax.planning import chips, plan
-from bef_jax.planning.figures import Figures
+from bef_jax.planning.compiled_step import Figures
 from bef_jax.runtime import sharding
 from bef_jax.training import checkpoint
 from bef_jax.training.state import abstract_state

@@ -1,7 +1,7 @@
 import pytest
 
 from bef_jax.planning import chips
-from bef_jax.planning.figures import Figures
+from bef_jax.planning.compiled_step import Figures
 from bef_jax.planning.roofline import roofline
 
 V5E = chips.by_name("v5e")

@@ -1,5 +1,6 @@
 """What is in the way of a run's files is told at its start."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from bef_jax import train
 from bef_jax.errors import UserError
 from bef_jax.training import outputs
+from bef_jax.training.outputs import read_train_summary, write_summary
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
@@ -33,3 +35,52 @@ def test_what_is_in_the_way_of_a_folder_is_told_before_data_are_read(
         with pytest.raises(UserError, match=f"{name}: is in the way of an output folder; move it"):
             train.train_and_evaluate(small_config(), tmp_path)
         (tmp_path / name).unlink()
+
+
+# ---- the summary of a training run, read again -------------------------------------------------
+
+BLOCK = {"split": "valid", "n": 3, "auc": None, "accuracy": 1, "loss": 0.5, "brier": 0.1, "ece": 0}
+GOOD = {
+    "mode": "train", "step": 6, "params": 9, "images_per_second": 1.5, "wall_seconds": 3,
+    "best_step": 6, "valid": BLOCK, "test": None,
+}  # fmt: skip
+
+
+def without(name):
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+@pytest.mark.parametrize("summary", [GOOD, GOOD | {"valid": None, "best_step": None}])
+def test_what_was_written_is_read(summary, tmp_path):
+    assert read_train_summary(tmp_path) is None
+    write_summary(tmp_path, summary)
+    assert read_train_summary(tmp_path) == summary
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "{}", "[]", "3", "null", "\0", "[" * 100_000,
+        *(json.dumps(without(name)) for name in GOOD if name != "mode"),
+        *(
+            json.dumps(GOOD | change)
+            for change in (
+                {"step": "6"}, {"step": 6.5}, {"step": -1}, {"step": 2**31}, {"valid": 3},
+                {"valid": {}}, {"valid": BLOCK | {"auc": "high"}}, {"test": BLOCK},
+                {"valid": BLOCK | {"loss": float("nan")}}, {"wall_seconds": 0},
+                {"wall_seconds": 10**400}, {"images_per_second": float("inf")},
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_one_is_named_with_what_to_do(text, tmp_path):
+    (tmp_path / "train_summary.json").write_text(text)
+    expected = r"train_summary\.json: damaged \(.*\); delete it and run again$"
+    with pytest.raises(UserError, match=expected):
+        read_train_summary(tmp_path)
+
+
+def test_a_fifo_in_its_place_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "train_summary.json")
+    with pytest.raises(UserError, match=r"train_summary\.json: is a FIFO"):
+        read_train_summary(tmp_path)

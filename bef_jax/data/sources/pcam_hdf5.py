@@ -24,11 +24,11 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
     Raises:
         UserError: a file is missing, damaged, or holds something other than PCam's patches.
     """
-    from bef_jax.data.sources import fetch, hdf5
+    from bef_jax.data.sources import hdf5, pcam_download
 
     folder = user_path(data.dir)
     if data.download:
-        fetch.fetch_pcam(folder, begin=begin)
+        pcam_download.fetch_pcam(folder, begin=begin)
     # Look for all files first, so that a missing one is named before gigabytes are unpacked.
     paths = {split: _split_paths(folder, split) for split in READ_ORDER}
     for split, found in paths.items():

@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 from bef_jax.models import create, weights
-from bef_jax.models.weights import hub, names, reading
+from bef_jax.models.weights import hub, parameter_names, reading
 from bef_jax.runtime import sharding
 from bef_jax.training import checkpoint, import_weights, pretrained
 from bef_jax.training.state import abstract_state
@@ -158,7 +158,7 @@ def tiny(server):
         name: rng.normal(size=leaf.shape).astype(np.float32)
         for name, leaf in reading._shapes(model).items()
     }
-    keys = reading._names(names.TIMM, model)
+    keys = reading._names(parameter_names.TIMM, model)
     tensors = {keys[name]: reading._to_torch(leaf, name) for name, leaf in flat.items()}
     config = config_of_timm(
         "efficientnet_test", [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], model_args={"bn_eps": 2e-3}

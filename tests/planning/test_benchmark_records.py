@@ -9,14 +9,16 @@ import jax
 import pytest
 
 from bef_jax.errors import UserError
-from bef_jax.planning import records
+from bef_jax.planning import benchmark_records
 
 
 def test_entries_add_up_in_one_file_a_day(tmp_path):
     folder = tmp_path / "some" / "results"
     for number in (1, 2):
-        file = records.results_file(folder, "AMD EPYC, 2 cores")
-        records.append(file, {"number": number}, ["--config=configs/b2.py", "--config.name=a b"])
+        file = benchmark_records.results_file(folder, "AMD EPYC, 2 cores")
+        benchmark_records.append(
+            file, {"number": number}, ["--config=configs/b2.py", "--config.name=a b"]
+        )
     assert [entry.name for entry in folder.iterdir()] == [file.name]
     assert re.fullmatch(r"amd-epyc-2-cores-\d{4}-\d\d-\d\d\.json", file.name)
     entries = json.loads(file.read_text())
@@ -32,11 +34,13 @@ def test_entries_add_up_in_one_file_a_day(tmp_path):
 
 def test_two_at_once_lose_no_entry(tmp_path, monkeypatch):
     """Reading takes a while here, in which the other one could write."""
-    read = records.read
-    monkeypatch.setattr(records, "read", lambda file: [*read(file), *(time.sleep(0.05) or [])])
-    file = records.results_file(tmp_path, "A CPU")
+    read = benchmark_records.read
+    monkeypatch.setattr(
+        benchmark_records, "read", lambda file: [*read(file), *(time.sleep(0.05) or [])]
+    )
+    file = benchmark_records.results_file(tmp_path, "A CPU")
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda n: records.append(file, {"number": n}, []), range(8)))
+        list(pool.map(lambda n: benchmark_records.append(file, {"number": n}, []), range(8)))
     numbers = [entry["summary"]["number"] for entry in json.loads(file.read_text())]
     assert sorted(numbers) == list(range(8))
 
@@ -49,7 +53,7 @@ def test_two_at_once_lose_no_entry(tmp_path, monkeypatch):
     ],
 )
 def test_hardware_makes_a_plain_name(hardware, slug, tmp_path):
-    name = records.results_file(tmp_path, hardware).name
+    name = benchmark_records.results_file(tmp_path, hardware).name
     assert name == f"{slug}-{datetime.now():%Y-%m-%d}.json"
 
 
@@ -57,21 +61,21 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"{folder}: .*name another --results"):
-            records.results_file(folder, "cpu")
+            benchmark_records.results_file(folder, "cpu")
 
 
 @pytest.mark.parametrize("content", ["[{", "{}", "\x00", "", "3", "null", "[" * 100_000])
 def test_what_is_no_list_is_refused_and_kept(content, tmp_path):
-    file = records.results_file(tmp_path, "cpu")
+    file = benchmark_records.results_file(tmp_path, "cpu")
     file.write_text(content)
     with pytest.raises(UserError, match=f"{file}: damaged .*; move it away"):
-        records.results_file(tmp_path, "cpu")
+        benchmark_records.results_file(tmp_path, "cpu")
     with pytest.raises(UserError, match=f"{file}: damaged .*; move it away"):
-        records.append(file, {}, [])
+        benchmark_records.append(file, {}, [])
     assert file.read_text() == content
 
 
 def test_a_fifo_in_place_of_results_is_refused_at_once(tmp_path):
-    os.mkfifo(records.results_file(tmp_path, "cpu"))
+    os.mkfifo(benchmark_records.results_file(tmp_path, "cpu"))
     with pytest.raises(UserError, match=r"cpu-.*\.json: is in the way of an output file"):
-        records.results_file(tmp_path, "cpu")
+        benchmark_records.results_file(tmp_path, "cpu")

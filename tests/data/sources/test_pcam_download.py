@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bef_jax.data.sources import fetch, pcam_hdf5
+from bef_jax.data.sources import pcam_download, pcam_hdf5
 from bef_jax.errors import UserError
 
 
@@ -40,15 +40,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(fetch, "RETRIES", 0)
-    monkeypatch.setattr(fetch, "BLOCK_BYTES", 1000)  # what a broken connection loses at most
+    monkeypatch.setattr(pcam_download, "RETRIES", 0)
+    monkeypatch.setattr(
+        pcam_download, "BLOCK_BYTES", 1000
+    )  # what a broken connection loses at most
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         body = np.random.default_rng(0).bytes(300_000)
         server.files = {"a.h5.gz": body, "b.h5.gz": b"small"}
         server.requests, server.hang_ups, server.ranges = [], 0, True
         server.url = f"http://127.0.0.1:{server.server_address[1]}/files/"
         server.registry = {
-            name: fetch.RemoteFile(len(content), hashlib.sha256(content).hexdigest())
+            name: pcam_download.RemoteFile(len(content), hashlib.sha256(content).hexdigest())
             for name, content in server.files.items()
         }
         thread = threading.Thread(target=server.serve_forever)
@@ -59,7 +61,7 @@ def server(monkeypatch):
 
 
 def fetch_all(server, folder):
-    fetch.fetch_pcam(folder, server.url, server.registry)
+    pcam_download.fetch_pcam(folder, server.url, server.registry)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == server.files
 
 
@@ -72,7 +74,7 @@ def test_fetches_what_is_missing_once(server, tmp_path):
 
 def test_unpacked_file_is_not_fetched(server, tmp_path):
     (tmp_path / "a.h5").touch()
-    fetch.fetch_pcam(tmp_path, server.url, server.registry)
+    pcam_download.fetch_pcam(tmp_path, server.url, server.registry)
     assert server.requests == [("b.h5.gz", "")]
 
 
@@ -87,7 +89,7 @@ def test_interrupted_file_is_resumed_where_it_stopped(server, tmp_path):
 
 
 def test_broken_connection_is_tried_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "RETRIES", 1)
+    monkeypatch.setattr(pcam_download, "RETRIES", 1)
     server.hang_ups = 1
     fetch_all(server, tmp_path)
     assert server.requests[1] == ("a.h5.gz", "bytes=150000-")
@@ -117,7 +119,7 @@ def test_what_is_fetched_is_told(server, tmp_path):
 
     for _ in range(2):
         with contextlib.suppress(UserError):
-            fetch.fetch_pcam(tmp_path, server.url, server.registry, begin)
+            pcam_download.fetch_pcam(tmp_path, server.url, server.registry, begin)
     first, again, small = told
     assert first[0] == again[0] == ("fetching a.h5.gz", 300_000, "bytes")
     assert sum(first[1:]) == 150_000
@@ -129,8 +131,8 @@ def test_what_is_fetched_is_told(server, tmp_path):
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
 def test_no_regular_file_in_the_place_of_one(kind, name, tmp_path, special, say):
     special(kind, tmp_path / name)
-    files = "{'a.h5.gz': fetch.RemoteFile(1, '0' * 64)}"
-    told = say(f"fetch.fetch_pcam(Path({str(tmp_path)!r}), 'http://127.0.0.1:9/', {files})")
+    files = "{'a.h5.gz': pcam_download.RemoteFile(1, '0' * 64)}"
+    told = say(f"pcam_download.fetch_pcam(Path({str(tmp_path)!r}), 'http://127.0.0.1:9/', {files})")
     assert told == [f"{tmp_path / name}: is {kind}; name a regular file"]
 
 
@@ -156,22 +158,22 @@ def test_wrong_size_and_missing_file(server, tmp_path):
 
 
 def test_no_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "RETRIES", 0)
-    files = {"a.h5.gz": fetch.RemoteFile(1, "0" * 64)}
+    monkeypatch.setattr(pcam_download, "RETRIES", 0)
+    files = {"a.h5.gz": pcam_download.RemoteFile(1, "0" * 64)}
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/a\.h5\.gz: cannot be fetched"):
-        fetch.fetch_pcam(tmp_path, "http://127.0.0.1:9/", files)
+        pcam_download.fetch_pcam(tmp_path, "http://127.0.0.1:9/", files)
 
 
 def test_source_fetches_only_when_asked(server, tmp_path, patches, write, make_data, monkeypatch):
     raw = write("pcam_hdf5_gz", tmp_path / "raw", patches)
     server.files = {file.name: file.read_bytes() for file in raw.iterdir()}
     files = {
-        name: fetch.RemoteFile(len(content), hashlib.sha256(content).hexdigest())
+        name: pcam_download.RemoteFile(len(content), hashlib.sha256(content).hexdigest())
         for name, content in server.files.items()
     }
-    assert files.keys() == fetch.PCAM_FILES.keys()
-    local = functools.partial(fetch.fetch_pcam, base_url=server.url, files=files)
-    monkeypatch.setattr(fetch, "fetch_pcam", local)
+    assert files.keys() == pcam_download.PCAM_FILES.keys()
+    local = functools.partial(pcam_download.fetch_pcam, base_url=server.url, files=files)
+    monkeypatch.setattr(pcam_download, "fetch_pcam", local)
     data = make_data("pcam_hdf5", tmp_path / "empty")
     with pytest.raises(UserError, match="no such file"):
         list(pcam_hdf5.read(data))
@@ -186,4 +188,4 @@ def test_registry_is_that_of_tfds():
     table = (folder / "datasets" / "patch_camelyon" / "checksums.tsv").read_text()
     rows = (line.split("\t") for line in table.splitlines())
     known = {name: (int(size), checksum) for _, size, checksum, name in rows}
-    assert {name: tuple(file) for name, file in fetch.PCAM_FILES.items()} == known
+    assert {name: tuple(file) for name, file in pcam_download.PCAM_FILES.items()} == known

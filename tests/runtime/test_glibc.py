@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bef_jax.runtime import memory
+from bef_jax.runtime import glibc
 
 PROGRAM = """
 import os, sys
-from bef_jax.runtime import memory
-memory.restart()
+from bef_jax.runtime import glibc
+glibc.restart()
 print(os.getpid(), sys.flags.safe_path, sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
 """
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this
 
 def without_settings(**variables):
     """The environment of a user who has set nothing."""
-    inherited = {key: value for key, value in os.environ.items() if key != memory.VARIABLE}
+    inherited = {key: value for key, value in os.environ.items() if key != glibc.VARIABLE}
     return inherited | {"PYTHONPATH": str(ROOT)} | variables
 
 
@@ -46,7 +46,7 @@ def start(tmp_path, *flags, **variables):
 def test_starts_again_as_the_same_process_with_the_same_arguments(tmp_path):
     pid, printed = start(tmp_path, "--config=a b")
     cores = len(os.sched_getaffinity(0))
-    assert printed == f"{pid} True ['--config=a b'] {memory.settings(cores)}"
+    assert printed == f"{pid} True ['--config=a b'] {glibc.settings(cores)}"
 
 
 @pytest.mark.parametrize("value", ["glibc.malloc.arena_max=1", ""])
@@ -61,10 +61,10 @@ def missing(name):
 
 @pytest.mark.parametrize("confstr", [lambda name: None, missing])  # musl, macOS
 def test_another_c_library_is_left_alone(confstr, monkeypatch):
-    monkeypatch.delenv(memory.VARIABLE, raising=False)
+    monkeypatch.delenv(glibc.VARIABLE, raising=False)
     monkeypatch.setattr(os, "confstr", confstr)
     monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again"))
-    memory.restart()
+    glibc.restart()
 
 
 @needs_glibc
@@ -72,7 +72,7 @@ def test_another_c_library_is_left_alone(confstr, monkeypatch):
 def test_glibc_knows_every_setting():
     shown = subprocess.run(
         [LINKER, "--list-tunables"],
-        env={memory.VARIABLE: memory.settings(2)},
+        env={glibc.VARIABLE: glibc.settings(2)},
         capture_output=True,
         text=True,
         check=True,
