@@ -63,15 +63,18 @@ def _check_fields(fields: dict, known: dict) -> None:
         _check_type(name, fields[name], known[name])
 
 
-def _check_type(name: str, value, example) -> None:
-    """Raises `UserError` at a wrong type; an int fits a float, and None an empty default."""
+def _check_type(name: str, value, default_value) -> None:
+    """Raises `UserError` at a wrong type.
+
+    A float accepts an int, and a default of None accepts None or an int.
+    """
     # Accept lists for tuples: a saved configuration comes from JSON, which has no tuples.
     kinds = {float: (int, float), tuple: (tuple, list), type(None): (int, type(None))}
-    allowed = kinds.get(type(example), (type(example),))
+    allowed = kinds.get(type(default_value), (type(default_value),))
     # In Python True is an int, so it would be accepted as 1.
-    is_flag = isinstance(value, bool) and not isinstance(example, bool)
+    is_flag = isinstance(value, bool) and not isinstance(default_value, bool)
     if is_flag or not isinstance(value, allowed):
-        wanted = "int" if example is None else type(example).__name__
+        wanted = "int" if default_value is None else type(default_value).__name__
         raise UserError(f"config.{name}={value!r} has the wrong type: it takes {wanted}")
 
 
@@ -175,9 +178,10 @@ def check_devices(config: ConfigDict, mesh: Mesh) -> None:
     Kernels are only for some chips, and take whole groups. Too few images for batch statistics
     only cause a warning.
     """
-    batch = config.batch_size // config.optim.accumulate
-    _check_divisible("batch_size", batch, mesh)
-    _warn_of_small_groups(batch // config.bn_groups)
+    micro_batch = config.batch_size // config.optim.accumulate
+    field = "batch_size" if config.optim.accumulate == 1 else "batch_size / optim.accumulate"
+    _check_divisible(field, micro_batch, mesh)
+    _warn_of_small_groups(micro_batch // config.bn_groups)
     if config.model.mbconv == "pallas":
         _check_kernel_devices(config, mesh)
 
@@ -207,5 +211,5 @@ def _check_divisible(field: str, value: int, mesh: Mesh) -> None:
     if value % mesh.size:
         raise UserError(
             f"config.{field}={value} can't be split over {mesh.size} devices: "
-            f"choose a multiple of {mesh.size}"
+            f"make it a multiple of {mesh.size}"
         )

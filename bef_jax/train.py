@@ -11,15 +11,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from bef_jax.config import as_json, check_devices, validate
-from bef_jax.data import store
-from bef_jax.data.batches import (
-    Batch,
-    Selection,
-    host_batches,
-    is_placed,
-    place_split,
-    selections,
-)
+from bef_jax.data import batches, store
+from bef_jax.data.batches import Batch, Selection
 from bef_jax.data.splits import open_splits
 from bef_jax.data.store import Split
 from bef_jax.errors import DivergedError, RunError, UserError
@@ -34,7 +27,6 @@ from bef_jax.scoring.probabilities_csv import write_probabilities
 from bef_jax.training import checkpoint, outputs, pretrained
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.clock import Clock, Laps
-from bef_jax.training.durations import Durations, call_sizes, check_placement, compute_durations
 from bef_jax.training.history import History
 from bef_jax.training.optim import make_schedule
 from bef_jax.training.outputs import read_train_summary, write_summary
@@ -46,6 +38,7 @@ from bef_jax.training.state import (
     params_digest,
 )
 from bef_jax.training.step import compile_step, describe
+from bef_jax.training.step_counts import StepCounts, call_sizes, check_placement, count_steps
 from bef_jax.training.steplog import StepLog
 
 LOG = logging.getLogger(__name__)
@@ -88,18 +81,18 @@ class Run:
     mesh: Mesh
     splits: dict[str, Split]
     manifest: dict  # of the store
-    durations: Durations
+    counts: StepCounts
     evaluate: Callable[[dict, Split], Evaluation]
     checkpoints: Checkpoints
     history: History
-    clock: Clock
-    laps: Laps
+    clock: Clock  # seconds by what they were spent on, over all restarts
+    laps: Laps  # how the time to the first step divides
 
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
     # ---- Check everything that can be checked before the data are read. ----
     if distributed.is_first():
-        outputs.check(workdir)
+        outputs.check_writable(workdir)
     mesh = sharding.make_mesh()
     check_devices(config, mesh)
     if config.init_from and not checkpoint.saved_steps(workdir):
@@ -107,10 +100,10 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 
     # ---- Open the data. ----
     splits = open_splits(config.data)
-    check_placement(config, is_placed(splits["train"], config.data.placement))
-    durations = compute_durations(config, len(splits["train"]))
-    if done := _finished_summary(config, workdir, durations.steps):
-        LOG.info("%s is done at step %d; this is its summary", workdir, durations.steps)
+    check_placement(config, batches.should_place(splits["train"], config.data.placement))
+    counts = count_steps(config, len(splits["train"]))
+    if done := _finished_summary(config, workdir, counts.steps):
+        LOG.info("%s is done at step %d; this is its summary", workdir, counts.steps)
         return done
     laps.mark("data")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -120,7 +113,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
         mesh=mesh,
         splits=splits,
         manifest=store.read_manifest(store.store_path(config.data)),
-        durations=durations,
+        counts=counts,
         evaluate=make_evaluator(config, mesh),
         checkpoints=Checkpoints(workdir, config.checkpoint.keep),
         history=History(workdir),
@@ -133,7 +126,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
         state = _train(run)
         run.checkpoints.wait()  # the best is read from disk
         summary = _summary(run, state)
-        if summary["step"] >= durations.steps:  # a signal may have stopped the run before its end
+        if summary["step"] >= counts.steps:  # a signal may have stopped the run before its end
             _evaluate_best(run, summary)
         return summary
     except DivergedError as error:
@@ -149,7 +142,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
     """Returns the summary of a run that has already reached `steps`; otherwise None."""
     summary = read_train_summary(workdir)
-    # Without figures, the run was stopped. With fewer steps, it is now meant to be longer.
+    # Without valid figures the run was stopped early. With fewer steps, the user has raised them.
     if summary is None or summary["step"] < steps or summary["valid"] is None:
         return None
     newest = workdir / "checkpoints" / str(summary["step"])
@@ -163,23 +156,27 @@ def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | N
 def _train(run: Run) -> TrainState:
     """Trains and returns the last state; a signal may have stopped the run before its end."""
     config, train = run.config, run.splits["train"]
-    with Interrupt() as interrupt:  # from here on, a signal while compiling also saves
+    with Interrupt() as interrupt:  # from here on, a signal ends the run after a save
         state = _initial_state(run)
         first = int(state.step)
         run.history.truncate(first)  # a kill may have left lines of later steps
         _write_config(run)
         run.laps.mark("state")
 
-        placed = place_split(train, run.mesh) if is_placed(train, config.data.placement) else None
+        placed = (
+            batches.place_split(train, run.mesh)
+            if batches.should_place(train, config.data.placement)
+            else None
+        )
         with run.clock.measure("compile"):
             programs = _compile(run, state, placed)
         run.laps.mark("compile")
-        distributed.wait_for_all("compiled")  # because a collective of Gloo fails after 30 s
+        distributed.wait_for_all("compiled")  # some compile longer, and Gloo waits for 30 s only
 
-        batches = _batches(run, placed, first)
+        inputs = _inputs(run, placed, first)
         console = Console(stderr=True, quiet=not distributed.is_first())
-        with Progress(run.durations.steps, first, console) as bar, run.clock.measure("loop"):
-            return _loop(run, programs, batches, state, bar, interrupt)
+        with Progress(run.counts.steps, first, console) as bar, run.clock.measure("loop"):
+            return _loop(run, programs, inputs, state, bar, interrupt)
 
 
 def _initial_state(run: Run) -> TrainState:
@@ -203,8 +200,8 @@ def _initial_state(run: Run) -> TrainState:
 def _resume(run: Run, newest: Path) -> TrainState:
     try:
         saved = checkpoint.read_metadata(newest)
-        # Use the shapes of its own config. Then an error about a difference names the field, and
-        # not Orbax's arrays.
+        # Restore in the shapes of the checkpoint's own config, so that check_fits, and not Orbax,
+        # reports a field that differs.
         abstract = abstract_state(checkpoint.read_config(newest))
         state = checkpoint.restore(newest, abstract, sharding.replicated(run.mesh))
     except UserError as error:
@@ -212,17 +209,13 @@ def _resume(run: Run, newest: Path) -> TrainState:
         fix = f"; to go on from {older.name}, move it away" if older else ""
         raise UserError(f"{error}{fix}") from error
     checkpoint.check_fits(saved["config"], run.config, newest)
-    # Imported checkpoints have no content, and older ones may lack content and clock.
-    if saved.get("content", _content(run)) != _content(run):
+    # Imported checkpoints lack `content`; older ones may lack `content` and `clock`.
+    content = run.manifest["content"]["total"]
+    if saved.get("content", content) != content:
         LOG.warning("the store holds other patches than when %s was saved", newest)
     run.clock.restore(saved.get("clock", {}))
     LOG.info("resuming %s at step %d", run.workdir, int(state.step))
     return state
-
-
-def _content(run: Run) -> str:
-    """Returns the sha256 of the store's patches and labels; it does not depend on their order."""
-    return run.manifest["content"]["total"]
 
 
 def _write_config(run: Run) -> None:
@@ -236,32 +229,35 @@ def _write_config(run: Run) -> None:
 
 
 def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Callable]:
-    """Returns the programs for the remaining calls, by how many steps they take."""
-    config, durations = run.config, run.durations
-    schedule = make_schedule(config, durations.steps, durations.steps_per_epoch)
+    """Returns the programs for the remaining calls, by how many steps each takes.
+
+    A call runs one compiled program, which takes one or more steps.
+    """
+    config, counts = run.config, run.counts
+    schedule = make_schedule(config, counts.steps, counts.steps_per_epoch)
     programs = {
         size: compile_step(config, schedule, run.mesh, state, placed, size)
-        for size in set(call_sizes(config, durations, int(state.step)))
+        for size in set(call_sizes(config, counts, int(state.step)))
     }
     if programs:  # there are none if only the report of a run was missing
         describe(config, state, programs[max(programs)])
     return programs
 
 
-def _batches(run: Run, placed: Batch | None, first: int) -> Iterator[Batch | Selection]:
+def _inputs(run: Run, placed: Batch | None, first: int) -> Iterator[Batch | Selection]:
     """Returns the inputs of all calls from step `first` on."""
     config, split = run.config, run.splits["train"]
     order = {"seed": config.seed, "batch_size": config.batch_size, "start": first}
     if placed is None:
-        return host_batches(split, run.mesh, **order)
-    sizes = call_sizes(config, run.durations, first)
-    return selections(split, placed, run.mesh, **order, sizes=sizes)
+        return batches.host_batches(split, run.mesh, **order)
+    sizes = call_sizes(config, run.counts, first)
+    return batches.selections(split, placed, run.mesh, **order, sizes=sizes)
 
 
 def _loop(
     run: Run,
     programs: dict[int, Callable],
-    batches: Iterator[Batch | Selection],
+    inputs: Iterator[Batch | Selection],
     state: TrainState,
     bar: Progress,
     interrupt: Interrupt,
@@ -271,15 +267,16 @@ def _loop(
     The order must not change: the saved step decides the next batch, and the losses before a save
     have been found finite.
     """
-    config, durations, train = run.config, run.durations, run.splits["train"]
+    config, counts, train = run.config, run.counts, run.splits["train"]
     first = step = int(state.step)
-    sizes = call_sizes(config, durations, first)  # steps of each call
+    # Steps of each call. No call goes past an evaluation or a save.
+    sizes = call_sizes(config, counts, first)
     key = jax.random.key(config.seed)  # each step folds its number in
-    log = StepLog(config, durations, train, run.history, run.clock, bar)
+    log = StepLog(config, counts, train, run.history, run.clock, bar)
     while True:
-        last = step >= durations.steps
+        last = step >= counts.steps
         ended = last or interrupt.should_stop_at(step)
-        evaluates = step > first and (last or step % durations.eval_steps == 0)
+        evaluates = step > first and (last or step % counts.eval_steps == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)  # raises before a save if a loss is not finite
         valid = _evaluate(run, state, step, bar) if evaluates else None
@@ -287,9 +284,9 @@ def _loop(
             _save(run, state, step, valid)
         if ended:
             return state
-        with run.clock.measure("wait"):  # only the time that the step before did not hide
-            size, batch = next(sizes), next(batches)
-        state, metrics = programs[size](state, batch, key)
+        with run.clock.measure("wait"):  # input that did not overlap with the previous step
+            size, call_input = next(sizes), next(inputs)
+        state, metrics = programs[size](state, call_input, key)
         if step == first:
             jax.block_until_ready(metrics)  # only here: later metrics are read a step late
             run.laps.mark("step")
@@ -306,7 +303,7 @@ def _evaluate(run: Run, state: TrainState, step: int, bar: Progress) -> Evaluati
     figures = {f"valid_{name}": metrics[name] for name in ("loss", "auc", "accuracy")}
     # A valid split of one class has no AUC; its loss and accuracy still say something.
     figures = {name: value for name, value in figures.items() if value is not None}
-    epoch = step / run.durations.steps_per_epoch
+    epoch = step / run.counts.steps_per_epoch
     run.history.write(step, epoch=epoch, **figures)
     bar.update(step, **figures)
     bar.log(f"epoch {epoch:.2f}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
@@ -327,12 +324,12 @@ def _evaluate_split(run: Run, variables: dict, split: str, step: int) -> Evaluat
 
 
 def _save(run: Run, state: TrainState, step: int, valid: Evaluation | None) -> None:
-    """Saves the state. If it was evaluated, its AUC and what was chosen on valid go with it."""
+    """Saves the state; after an evaluation also its AUC, temperature and threshold."""
     with run.clock.measure("save"):
         metadata = {
             "config": as_json(run.config),
             "clock": run.clock.snapshot(),
-            "content": _content(run),
+            "content": run.manifest["content"]["total"],  # sha256 of the patches and labels
         }
         if valid:
             metadata["operating_point"] = choose_operating_point(valid)
@@ -349,7 +346,7 @@ def _summary(run: Run, state: TrainState) -> dict:
     return {
         "mode": "train",
         "step": step,
-        "epoch": step / run.durations.steps_per_epoch,
+        "epoch": step / run.counts.steps_per_epoch,
         "wall_seconds": clock.seconds("wall"),
         "compile_seconds": clock.seconds("compile"),
         "images_per_second": step * run.config.batch_size / trained,
@@ -365,7 +362,7 @@ def _summary(run: Run, state: TrainState) -> dict:
 def _evaluate_best(run: Run, summary: dict) -> None:
     """Evaluates the best checkpoint, adds its figures to the summary, and writes the report."""
     # Load it even if the last state is the best, so that the figures are of what others load.
-    path = checkpoint.best(run.workdir)
+    path = checkpoint.best(run.workdir)  # by valid AUC
     step, everywhere = int(path.name), sharding.replicated(run.mesh)
     variables = checkpoint.restore_variables(path, run.config, everywhere)
     evaluations = {
@@ -385,8 +382,16 @@ def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Eva
     # wait for.
     from bef_jax.report import report_run
 
-    found = run.history.lines, evaluations, variables, summary
-    page = report_run(run.workdir, run.config, run.splits, run.manifest, *found)
+    page = report_run(
+        workdir=run.workdir,
+        config=run.config,
+        splits=run.splits,
+        manifest=run.manifest,
+        history=run.history.lines,
+        evaluations=evaluations,
+        variables=variables,
+        summary=summary,
+    )
     LOG.info("open %s in a browser: figures, curves, the most confident patches, the data", page)
     for name, evaluation in evaluations.items():
         write_probabilities(run.workdir / f"scores_{name}.csv", evaluation)

@@ -12,17 +12,17 @@ from bef_jax.data.patch import CENTER_SIDE, PATCH
 # What a field affects:
 NETWORK = "network"  # the weights, or what they mean: another value needs another checkpoint
 OPTIMIZER = "optimizer"  # the state of training: another value cannot resume it
-INPUT = "input"  # how a patch becomes the input of the network
+INPUT = "input"  # the input and the precision of the network; the same weights fit
 SCORE = "score"  # how logits become probabilities and decisions
 TRAINING = "training"  # the result of a run
 DATA = "data"  # which patches a run has
 SPEED = "speed"  # time and memory; results differ by rounding at most
-ENVIRONMENT = "environment"  # where and how a run works, not its result
+ENVIRONMENT = "environment"  # where and how a run works; not the weights or a patch's score
 
 # The state counts steps in an int32. JAX keeps 32 bits of a seed, so 2**32 would be 0 again.
 MOST_INT = 2**31 - 1
 MOST_FLOAT = 3.4028234663852886e38  # the largest float32; larger numbers are infinite in JAX
-MOST_IMAGES = 65_536  # per batch; these are 1.8 GB of pixels
+MOST_IMAGES = 65_536  # of a batch: 1.8 GB of pixels; also the most steps of a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ FIELDS = {
     "data.test_size": Field(DATA, 1, MOST_INT),
     "data.split_ratio": Field(DATA),
     "data.seed": Field(DATA, 0, MOST_INT),
-    "data.placement": Field(DATA, choices=("auto", "device", "host")),
+    "data.placement": Field(SPEED, choices=("auto", "device", "host")),
     "optim.name": Field(OPTIMIZER, choices=("adamw", "rmsprop", "sgd")),
     "optim.learning_rate": Field(TRAINING, 0, MOST_FLOAT),
     "optim.warmup_epochs": Field(TRAINING, 0, MOST_FLOAT),

@@ -392,7 +392,9 @@ def test_micro_batches_are_shared_evenly():
     check_on("cpu")
     with pytest.raises(UserError, match=r"config.batch_size=20 can't be split over 8 devices"):
         check_on("cpu", **{"batch_size": 20})
-    with pytest.raises(UserError, match=r"config.batch_size=8 can't be split over 16 devices"):
+    with pytest.raises(
+        UserError, match=r"config.batch_size / optim.accumulate=8 can't be split over 16 devices"
+    ):
         check_on("cpu", devices=16, **{"batch_size": 32, "optim.accumulate": 4})
 
 

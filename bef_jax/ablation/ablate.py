@@ -83,7 +83,7 @@ def run_ablation(
     # Check everything before the first trial, so that an error costs no training time.
     check_outputs(workdir, FILES)
     for trial in trials:
-        outputs.check(trial.workdir, also=[_LOG_FILE])
+        outputs.check_writable(trial.workdir, also=[_LOG_FILE])
         check_unchanged(trial)
         trial.summary()  # raises if the file is damaged
     if dry_run:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from bef_jax.planning.flops import training_flops
-from bef_jax.training.durations import compute_durations
 from bef_jax.training.state import abstract_state, count_params
+from bef_jax.training.step_counts import count_steps
 
 LOG = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def _count(trials: list, n_train: int) -> dict[str, Any]:
     config = trials[0].config
     # A trial that was stopped halfway counts as a whole one: only its final summary is read.
     missing = [trial for trial in trials if not trial.summary()]
-    steps = compute_durations(config, n_train).steps
+    steps = count_steps(config, n_train).steps
     return {
         "runs": len(trials),
         "finished": len(trials) - len(missing),

@@ -2,7 +2,7 @@
 
 Nothing is carried from step to step, so a resumed run needs only the step, on any number of devices
 or hosts. A split may be spread over the memory of the devices; then they gather inside the step.
-Otherwise a host thread gathers, two batches ahead.
+Otherwise a host thread gathers ahead of the devices.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def host_batches(
     return _prefetch(make, start)
 
 
-def is_placed(split: Split, placement: str) -> bool:
+def should_place(split: Split, placement: str) -> bool:
     """Returns whether `config.data.placement` puts the split on the devices; auto: if it fits."""
     return placement == "device" or (placement == "auto" and fits_devices(split))
 
@@ -117,8 +117,8 @@ def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:
 
 
 def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
-    """Yields make(start), make(start + 1), ...; a thread makes two ahead."""
-    # Limit the queue, or the thread would fill the memory with batches that nobody needs yet.
+    """Yields make(start), make(start + 1), ...; a thread works ahead."""
+    # Two batches wait, and the thread may hold a third. Without a limit it would fill the memory.
     ready: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
 

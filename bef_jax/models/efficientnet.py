@@ -18,7 +18,8 @@ from bef_jax.models.layers import (
     pointwise_conv_norm,
 )
 from bef_jax.models.network import Network
-from bef_jax.models.ops.mbconv.block import mbconv, plan_kernels
+from bef_jax.models.ops.mbconv.block import mbconv as mbconv_kernels
+from bef_jax.models.ops.mbconv.block import plan_kernels
 from bef_jax.models.ops.mbconv.grid import Window
 
 
@@ -44,7 +45,7 @@ class Architecture:
     squeeze_excite: bool = True
 
 
-# The paper's Table 1.
+# Table 1 of Tan & Le 2019.
 B0 = Architecture(
     stem=32,
     stages=(
@@ -116,8 +117,7 @@ def lite(variant: str) -> Architecture:
     last stage keep B0's repeats.
     Source: the efficientnet/lite README of tensorflow/tpu, 2020; there is no paper.
     """
-    network = _scale(*LITE_SCALING[variant])
-    first, *middle, last = network.stages
+    first, *middle, last = _scale(*LITE_SCALING[variant]).stages
     # B0's first and last stage have one block each, and Lite does not scale this number.
     stages = (
         dataclasses.replace(first, repeats=B0.stages[0].repeats),
@@ -168,7 +168,8 @@ class MBConv(nn.Module):
         # No activation follows. With few channels, the values that it sets to 0 would lose
         # information (Sandler et al. 2018, section 3.2).
         x = self.norm(name="project_norm")(x, train)
-        # Every block of stride 2 changes the number of channels, so equal shapes mean a residual.
+        # A residual needs equal shapes. Every block of stride 2 changes the number of channels, so
+        # equal shapes also mean stride 1, even on a map of one position.
         if x.shape != inputs.shape:
             return x
         return DropPath(self.drop_path)(x, train) + inputs
@@ -201,7 +202,7 @@ class MBConv(nn.Module):
         plan = plan_kernels(window, x, stage.expand, stage.channels, groups, epsilon, activation)
         params = self.variables["params"]
         names = [name for name in params if name != "project_norm"]
-        x, statistics = mbconv(x, {name: params[name] for name in names}, plan)
+        x, statistics = mbconv_kernels(x, {name: params[name] for name in names}, plan)
         for name, moments in statistics.items():
             self.norm(name=name).record(*moments)
         return x

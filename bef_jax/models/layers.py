@@ -19,9 +19,6 @@ from bef_jax.models.ops.pointwise import pointwise
 # kernel is k * k, which is what Flax computes as its fan_in.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 depthwise_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-# With at least this many positions per input channel, the covariance of the K input channels is
-# cheaper than statistics of the C output channels.
-_POSITIONS_PER_CHANNEL = 8
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's own
 
 
@@ -81,6 +78,11 @@ class DepthwiseConv(nn.Module):
         return depthwise_conv(x.astype(self.dtype), kernel, self.stride, pads, self.form)
 
 
+# From this many positions per input channel on, a covariance of the K input channels is cheaper
+# than statistics of the C output channels (`norm.pointwise_batch_norm`).
+_POSITIONS_PER_CHANNEL = 8
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) over every axis but the last.
 
@@ -89,8 +91,8 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         groups: number of consecutive parts of the batch that have their own statistics. One part
             per device needs no collective. The running statistics get the mean over the parts.
-        activation: a name in `norm.ACTIVATIONS`, applied to the result. One gradient for both keeps
-            only x. Two would also keep the map between them, and pass over it once more.
+        activation: a name in `norm.ACTIVATIONS`, applied to the result. One gradient rule
+            for both keeps only x. Two rules would also keep the normalised map.
     """
 
     momentum: float = 0.9
@@ -105,7 +107,7 @@ class BatchNorm(nn.Module):
 
         The kernel comes from `pointwise_conv_norm`.
         """
-        # (C,). With a kernel, x has K channels.
+        # (C,). With a kernel, x has K channels. Without one, `pointwise` returns x.
         channels = (x if kernel is None else kernel).shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
@@ -135,8 +137,8 @@ class BatchNorm(nn.Module):
 
     def _normalise(self, x: Array, kernel: Array | None, scale: Array, bias: Array):
         options = (self.groups, self.epsilon, self.activation)
-        # A group has N H W / groups positions. Late maps have few positions and a large K, so a
-        # [K, K] covariance would cost more than the passes that it saves.
+        # N H W / groups. With few positions and a large K, as in late maps, the [K, K] covariance
+        # would cost more than the passes that it saves.
         positions = x.size // (x.shape[-1] * self.groups)
         if kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
             return pointwise_batch_norm(x, kernel, scale, bias, *options)

@@ -1,4 +1,4 @@
-"""The parts that all networks here share: the switches, the boosts, and the classifier."""
+"""The parts that all networks share: their options, attention and fusion, and the classifier."""
 
 import functools
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ class Network(nn.Module):
         total_stride: 32, 16 or 8 (`boosted.reduce_downsampling`).
         attention: `cbam` gates the output of every fused stage, on the trunk; or `none`.
         fusion: concatenates the pooled output of every fused stage to the head's features.
-        fusion_stages: counted from 1; empty: the last stage of every resolution below the stem's.
+        fusion_stages: the fused stages, after which attention and fusion act; counted from 1.
+            Empty: the last stage of every resolution below the stem's.
         dropout: rate before the classifier.
         drop_path: rate of stochastic depth. Block i of n, counted from 0, has i / n of it. DenseNet
             has none.
@@ -36,7 +37,8 @@ class Network(nn.Module):
         folded: for inference, with the variables that `fold.fold_batch_norm` makes.
     """
 
-    # The fields have the names of `config.model`, because `models.create` passes them on unchanged.
+    # The fields of `config.model` keep their names, because `models.create` passes them on
+    # unchanged. It adds architecture, bn_groups, folded and dtype.
     architecture: Any
     num_classes: int = 1000
     total_stride: int = 32
@@ -66,7 +68,8 @@ class Network(nn.Module):
 
         Args:
             activation: applied to the result.
-            folded: False for a norm before its convolution, which can not be folded.
+            folded: None: as the network. False: never, because the norm stands before its
+                convolution, and only a norm after a convolution can be folded into it.
         """
         if self.folded if folded is None else folded:
             return functools.partial(Bias, dtype=self.dtype, activation=activation)
@@ -80,7 +83,7 @@ class Network(nn.Module):
         )
 
     def fused_stages(self) -> tuple[int, ...]:
-        """Returns the stages that have attention and fusion, counted from 1."""
+        """Returns the stages after which attention and fusion act, counted from 1."""
         # These are the strides before reduced downsampling, so that the choice does not depend on
         # it.
         strides = [stage.stride for stage in self.architecture.stages]
@@ -100,7 +103,7 @@ class Network(nn.Module):
             return x
         if self.attention == "cbam":
             # The gate is on the trunk, not on a branch to the classifier, so the next stage also
-            # sees the gated features. The paper's abstract does not say which.
+            # sees the gated features. The abstract of Wang et al. does not say which.
             x = CBAM(
                 reduction=self.attention_reduction,
                 kernel=self.attention_kernel,

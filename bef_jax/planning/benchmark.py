@@ -29,10 +29,10 @@ from bef_jax.data.batches import (
     Batch,
     gather,
     host_batches,
-    is_placed,
     place_split,
     put_batch,
     selections,
+    should_place,
 )
 from bef_jax.data.patch import PATCH
 from bef_jax.data.store import Split
@@ -41,10 +41,10 @@ from bef_jax.planning import benchmark_records, chips
 from bef_jax.runtime import devices, sharding
 from bef_jax.runtime.compiled import flops, memory_bytes
 from bef_jax.scoring.scorer import make_scorer
-from bef_jax.training.durations import compute_durations
 from bef_jax.training.optim import placeholder_schedule
 from bef_jax.training.state import create_state
 from bef_jax.training.step import compile_step
+from bef_jax.training.step_counts import count_steps
 
 LOG = logging.getLogger(__name__)
 
@@ -254,14 +254,14 @@ def _compare(config: ConfigDict, mesh: Mesh, batch: Batch, ours: Programs, name:
 def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[tuple[Iterator[Batch], dict]]:
     """Yields the batches that training would get, and where their patches come from."""
     with _input_split(config) as (split, folder):
-        compute_durations(config, len(split))  # raises if the split does not fill a batch
+        count_steps(config, len(split))  # raises if the split does not fill a batch
         with contextlib.closing(_gathered(split, config, mesh)) as batches:
             yield batches, {"store": folder and str(folder), "patches": len(split)}
 
 
 def _gathered(split: Split, config: ConfigDict, mesh: Mesh) -> Iterator[Batch]:
     order = {"seed": config.seed, "batch_size": config.batch_size, "start": 0}
-    if not is_placed(split, config.data.placement):
+    if not should_place(split, config.data.placement):
         return host_batches(split, mesh, **order)
     # In training the step itself gathers; here gathering is a program of its own.
     program = jax.jit(lambda selection: gather(selection.split, selection.indices[0], mesh))

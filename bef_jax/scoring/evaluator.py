@@ -22,9 +22,10 @@ from bef_jax.scoring.scorer import (
 
 
 def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
-    """Returns `evaluate(variables, split) -> Evaluation`; its one program compiles once.
+    """Returns `evaluate(variables, split) -> Evaluation`.
 
-    `evaluate` raises RunError where the log-odds of a patch are not finite.
+    It compiles once for all splits and checkpoints. It raises RunError where the log-odds of a
+    patch are not finite.
     """
     bind = make_scorer(config, mesh)
     size = batch_size(config, mesh)
@@ -48,9 +49,9 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
 def summarise(evaluation: Evaluation, config: ConfigDict, valid: Evaluation) -> dict:
     """Returns the block of a summary that describes one evaluation.
 
-    It has the network's own figures, and in `ci95` the intervals that they lack. It also has
-    figures with a temperature and at a threshold that were chosen on `valid`. Where `tta` views
-    were averaged, `plain` has the figures of each patch as it is.
+    It has the network's own figures. `ci95` has the intervals of those that have none beside them.
+    `calibrated` and `operating_point` have figures with a temperature and at a threshold that were
+    chosen on `valid`. Where `tta` views were averaged, `plain` has the figures of one view.
     """
     block = {"split": evaluation.split, **evaluation.metrics, "tta": config.eval.tta}
     block |= {"ci95": intervals(evaluation), **tuned(valid, evaluation)}

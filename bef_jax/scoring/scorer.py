@@ -1,4 +1,4 @@
-"""Scorers: functions that compute log-odds, and from them probabilities, of uint8 patches."""
+"""Scorers (patches -> log-odds of each view) and predictors (patches -> probabilities)."""
 
 import functools
 import itertools

@@ -15,7 +15,7 @@ REPORT = ("index.html", *(f"{name}.png" for name in _PLOTS))
 _FIGURES = ("auc", "accuracy", "loss", "brier", "ece")  # None if not defined
 
 
-def check(workdir: Path, also: Iterable[str] = ()) -> None:
+def check_writable(workdir: Path, also: Iterable[str] = ()) -> None:
     """Raises `UserError` if a run, or the program that starts it, could not write its files.
 
     Args:

@@ -1,4 +1,4 @@
-"""The training step: one jitted function of (state, batch, key), on any number of devices."""
+"""The training step, and the compiled programs that take one or more steps on all devices."""
 
 import dataclasses
 import logging
@@ -47,12 +47,12 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         variables, ema = {"params": params, "batch_stats": batch_stats}, state.ema
-        # Use Python's if, so that without the average the program lacks its arrays and arithmetic.
+        # Use Python's if, so that without EMA the program has no arrays and no arithmetic for it.
         if config.ema_decay:
             ema = update_ema(ema, variables, state.step, config.ema_decay)
         # Log the norm before clipping, because it should show the data, not the optimiser.
         metrics["grad_norm"] = optax.tree.norm(grads)
-        # Log the rate that this update used: optax counts afterwards.
+        # Log the rate that this update used: optax increases its own count afterwards.
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         state = state.replace(step=state.step + 1, ema=ema, opt_state=opt_state, **variables)
         return state, metrics
@@ -105,7 +105,11 @@ def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch:
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
-    """Returns the mean cross-entropy in nats of logits [N, classes] and smoothed labels [N]."""
+    """Returns the mean cross-entropy, in nats, of logits [N, classes] against labels [N].
+
+    Args:
+        labels: integers; `smoothing` takes a share of each from its class, and spreads it over all.
+    """
     # [N, classes] in float32, like the logits, which are float32 for any config.dtype.
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))

@@ -12,8 +12,8 @@ from bef_jax.data.store import Split
 from bef_jax.errors import DivergedError
 from bef_jax.runtime.progress import Progress
 from bef_jax.training.clock import Clock
-from bef_jax.training.durations import Durations
 from bef_jax.training.history import History
+from bef_jax.training.step_counts import StepCounts
 
 
 class StepLog:
@@ -25,14 +25,14 @@ class StepLog:
     def __init__(
         self,
         config: ConfigDict,
-        durations: Durations,
+        counts: StepCounts,
         train: Split,
         history: History,
         clock: Clock,
         bar: Progress,
     ):
         """Begins with an empty log; rates are measured from now on."""
-        self._config, self._durations, self._train = config, durations, train
+        self._config, self._counts, self._train = config, counts, train
         self._history, self._clock, self._bar = history, clock, bar
         self._pending: list[tuple[int, dict, int]] = []  # step, its call's metrics, place in them
         self._in_flight = 0  # how many steps the last call took
@@ -85,7 +85,7 @@ class StepLog:
         figures = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
         # Log the last value, not the mean, because it is exact for the step that the line names.
         figures["learning_rate"] = float(values[-1]["learning_rate"])
-        epoch = steps[-1] / self._durations.steps_per_epoch
+        epoch = steps[-1] / self._counts.steps_per_epoch
         self._history.write(steps[-1], epoch=epoch, **figures, **rates)
         self._bar.update(steps[-1], **figures, **rates)
 

@@ -130,8 +130,8 @@ def test_a_selection_holds_the_batches_of_its_steps(split, mesh):
 @pytest.mark.parametrize(("placement", "placed"), [("host", False), ("device", True)])
 def test_a_placement_decides_for_itself(placement, placed, split, monkeypatch):
     monkeypatch.setattr(batches, "fits_devices", lambda asked: asked is split and not placed)
-    assert batches.is_placed(split, placement) == placed
-    assert batches.is_placed(split, "auto") == (not placed)
+    assert batches.should_place(split, placement) == placed
+    assert batches.should_place(split, "auto") == (not placed)
 
 
 def test_a_split_on_cpu_stays_where_it_is(split):

@@ -4,7 +4,7 @@ import pytest
 
 from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
-from bef_jax.training.durations import Durations, call_sizes, check_placement, compute_durations
+from bef_jax.training.step_counts import StepCounts, call_sizes, check_placement, count_steps
 
 
 def make_config(steps_per_call=1, every_steps=500, placement="auto"):
@@ -18,7 +18,7 @@ def make_config(steps_per_call=1, every_steps=500, placement="auto"):
 @pytest.mark.parametrize("steps_per_call", [1, 2, 4, 7])
 @pytest.mark.parametrize(("eval_steps", "every_steps"), [(5, 8), (8, 4), (1, 3), (100, 100)])
 def test_calls_end_at_every_evaluation_and_save(start, steps_per_call, eval_steps, every_steps):
-    spans = Durations(steps=30, steps_per_epoch=10, eval_steps=eval_steps)
+    spans = StepCounts(steps=30, steps_per_epoch=10, eval_steps=eval_steps)
     sizes = list(call_sizes(make_config(steps_per_call, every_steps), spans, start))
     ends = set(itertools.accumulate(sizes, initial=start))
     events = {step for step in range(start, 31) if not (step % eval_steps and step % every_steps)}
@@ -28,13 +28,13 @@ def test_calls_end_at_every_evaluation_and_save(start, steps_per_call, eval_step
 
 
 def test_calls_are_as_long_as_they_may():
-    spans = Durations(steps=23, steps_per_epoch=10, eval_steps=10)
+    spans = StepCounts(steps=23, steps_per_epoch=10, eval_steps=10)
     sizes = list(call_sizes(make_config(4), spans, 0))
     assert sizes == [4, 4, 1, 1, 4, 4, 1, 1, 1, 1, 1]
 
 
 def test_a_run_at_its_end_makes_no_call():
-    spans = Durations(steps=30, steps_per_epoch=10, eval_steps=10)
+    spans = StepCounts(steps=30, steps_per_epoch=10, eval_steps=10)
     assert list(call_sizes(make_config(4), spans, 30)) == []
 
 
@@ -61,20 +61,20 @@ def changed(**fields):
         ({"batch_size": 1000}, (10, 1, 1)),
     ],
 )
-def test_durations(fields, expected):
-    derived = compute_durations(changed(**fields), 1000)
+def test_steps_are_counted(fields, expected):
+    derived = count_steps(changed(**fields), 1000)
     assert (derived.steps, derived.steps_per_epoch, derived.eval_steps) == expected
 
 
 def test_a_split_smaller_than_a_batch_is_refused():
     with pytest.raises(UserError, match=r"config\.batch_size=64 exceeds the 63 training patches"):
-        compute_durations(get_config(), 63)
-    assert compute_durations(get_config(), 64).steps_per_epoch == 1
+        count_steps(get_config(), 63)
+    assert count_steps(get_config(), 64).steps_per_epoch == 1
 
 
 def test_more_epochs_than_the_state_can_count_steps_are_refused():
     with pytest.raises(UserError, match=r"config\.epochs=1e\+09 are 1\.5e\+10 steps: lower it"):
-        compute_durations(changed(epochs=1e9), 1000)
-    assert compute_durations(changed(epochs=1e9, steps=7), 1000).steps == 7
-    never = compute_durations(changed(**{"eval.every_epochs": 1e30}), 1000)
+        count_steps(changed(epochs=1e9), 1000)
+    assert count_steps(changed(epochs=1e9, steps=7), 1000).steps == 7
+    never = count_steps(changed(**{"eval.every_epochs": 1e30}), 1000)
     assert never.eval_steps > never.steps

@@ -10,7 +10,7 @@ from bef_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Durations:
+class StepCounts:
     """Numbers of steps, from the configuration and the size of the training split."""
 
     steps: int
@@ -18,7 +18,7 @@ class Durations:
     eval_steps: int
 
 
-def compute_durations(config: ConfigDict, n_train: int) -> Durations:
+def count_steps(config: ConfigDict, n_train: int) -> StepCounts:
     """Turns epochs into steps; `config.steps` overrides `config.epochs` if it is set.
 
     Raises:
@@ -40,20 +40,20 @@ def compute_durations(config: ConfigDict, n_train: int) -> Durations:
             f"at most {MOST_INT}"
         )
     eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
-    return Durations(steps, steps_per_epoch, eval_steps)
+    return StepCounts(steps, steps_per_epoch, eval_steps)
 
 
-def call_sizes(config: ConfigDict, durations: Durations, start: int) -> Iterator[int]:
+def call_sizes(config: ConfigDict, counts: StepCounts, start: int) -> Iterator[int]:
     """Yields how many steps each call takes, from step `start` to the end.
 
     No call goes past an evaluation, a save or the end. Where `config.steps_per_call` steps would,
     the calls take single steps. So two programs are enough for all calls.
     """
     step, most = start, config.steps_per_call
-    periods = durations.eval_steps, config.checkpoint.every_steps
-    while step < durations.steps:
+    periods = counts.eval_steps, config.checkpoint.every_steps
+    while step < counts.steps:
         # Count the steps to what comes first: the end, an evaluation or a save.
-        ahead = min(durations.steps - step, *(period - step % period for period in periods))
+        ahead = min(counts.steps - step, *(period - step % period for period in periods))
         # Take 1, not `ahead`, because each size is another program to compile.
         size = most if most <= ahead else 1
         yield size
