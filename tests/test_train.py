@@ -53,10 +53,12 @@ def stop_before(monkeypatch, step, sign=signal.SIGTERM):
     def compile_step(*args):
         compiled = original(*args)
 
-        def step_fn(state, batch, key):
-            if int(state.step) < step <= int(state.step) + batch.steps:
+        def step_fn(state, call_input, key):
+            # A batch is the input of one step, a selection of as many as it has batches.
+            steps = len(call_input.indices) if hasattr(call_input, "indices") else 1
+            if int(state.step) < step <= int(state.step) + steps:
                 os.kill(os.getpid(), sign)
-            return compiled(state, batch, key)
+            return compiled(state, call_input, key)
 
         step_fn.memory_analysis = compiled.memory_analysis
         return step_fn
@@ -161,6 +163,7 @@ def test_a_process_stopped_by_a_signal_exits_0_and_resumes(undisturbed, data_dir
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.returncode
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     stopped = json.loads(process.communicate()[0].splitlines()[-1])
