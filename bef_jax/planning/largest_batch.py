@@ -26,19 +26,31 @@ def find(config: ConfigDict, mesh: Mesh, chip: Chip, figures: Figures) -> int | 
     rows = config.optim.accumulate * math.lcm(group * config.bn_groups, mesh.size)
     unit = math.lcm(rows // mesh.size, BATCH_UNIT)
 
-    def memory(batch: int) -> int | None:
+    def memory(batch: int) -> float | None:
         # Change a copy, because the caller's configuration must keep its batch size.
         larger = config.copy_and_resolve_references()
         larger.batch_size = batch * mesh.size
         LOG.info("does a batch of %d per device fit?", batch)
-        return measure(larger, mesh, chip).hbm_bytes
+        return _bytes_needed(measure(larger, mesh, chip), chip.hbm_bytes)
 
-    known = {config.batch_size // mesh.size: figures.hbm_bytes}
+    known = {config.batch_size // mesh.size: _bytes_needed(figures, chip.hbm_bytes)}
     return search(memory, known, chip.hbm_bytes, unit)
 
 
+def _bytes_needed(figures: Figures, capacity: float) -> float | None:
+    """Returns the bytes that a step needs: more than `capacity` if its compiler refused it."""
+    # A compiler has less than the chip's whole memory, such as 31 of v4's 32 GiB. So it can refuse
+    # a step that wants less than `capacity`.
+    if not figures.refused or figures.hbm_bytes is None:
+        return figures.hbm_bytes
+    return max(figures.hbm_bytes, capacity + 1)
+
+
 def search(
-    memory: Callable[[int], int | None], known: dict[int, int | None], capacity: float, unit: int
+    memory: Callable[[int], float | None],
+    known: dict[int, float | None],
+    capacity: float,
+    unit: int,
 ) -> int | None:
     """Returns the largest batch that fits `capacity`: a multiple of `unit`, or the known batch.
 
@@ -74,11 +86,11 @@ def _round_down(batch: int, unit: int) -> int:
     return batch // unit * unit
 
 
-def _fits(size: int | None, capacity: float) -> bool:
+def _fits(size: float | None, capacity: float) -> bool:
     return size is not None and size <= capacity
 
 
-def _predicted_batch(known: dict[int, int | None], capacity: float) -> int:
+def _predicted_batch(known: dict[int, float | None], capacity: float) -> int:
     """Predicts the batch that just fits, by a line through the two sizes nearest to `capacity`."""
     sized = {batch: size for batch, size in known.items() if size is not None}
     # A refusal that names no size gives no point for a line.
