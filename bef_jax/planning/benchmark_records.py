@@ -5,16 +5,15 @@ Each hardware and day has one file, such as amd-epyc-2-cores-2026-11-23.json, wi
 
 import fcntl
 import os
-import platform
 import re
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bef_jax.runtime.files import check_outputs, read_json, write_json
+from bef_jax.runtime.versions import installed_versions
 
 # Environment variables that change the speed. For example, a step on CPU clears gigabytes of fresh
 # memory, which is cheaper with huge pages.
@@ -51,7 +50,7 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
         "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bef_jax.main", *argv]),
         "environment": {name: os.environ[name] for name in _SPEED_VARIABLES if name in os.environ},
-        "versions": versions(),
+        "versions": installed_versions(),
         "summary": summary,
     }
     # Read the file again, because another benchmark may have added an entry in the meantime. Lock
@@ -62,12 +61,6 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
         write_json(file, [*read(file), entry])
     finally:
         os.close(folder)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of the software that decides the speed."""
-    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return packages | {"python": platform.python_version()}
 
 
 def read(file: Path) -> list[dict]:

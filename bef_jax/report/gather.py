@@ -10,9 +10,9 @@ from bef_jax.config import flatten
 from bef_jax.data import store
 from bef_jax.data.card import data_card
 from bef_jax.data.store import Split
-from bef_jax.planning.benchmark_records import versions
 from bef_jax.report.write import Content, write_report
 from bef_jax.runtime import devices
+from bef_jax.runtime.versions import installed_versions
 from bef_jax.scoring.gradcam import make_explainer
 from bef_jax.scoring.metrics import Evaluation
 
@@ -37,7 +37,7 @@ def report_run(
         variables: {params, batch_stats} of the best checkpoint.
         summary: the summary of the run.
     """
-    environment = [*versions().items(), ("device", devices.describe())]
+    environment = [*installed_versions().items(), ("device", devices.describe())]
     content = Content(
         history=history,
         evaluations=evaluations,

@@ -1,12 +1,15 @@
-"""The versions of JAX that were tested; .ci/run has one Python for each minor version."""
+"""The versions of the software that runs, and those of JAX that were tested."""
 
 import logging
+import platform
+from importlib import metadata
 
 import jax
 
 LOG = logging.getLogger(__name__)
 
-# The first minor version that was tested, and the first that was not; as in pyproject.toml.
+# The first minor version that was tested, and the first that was not; as in pyproject.toml. .ci/run
+# has one Python for each minor version.
 TESTED = ((0, 10), (0, 13))
 
 
@@ -19,3 +22,9 @@ def warn_if_untested(version: str = jax.__version__) -> None:
     if not first <= tuple(map(int, version.split(".")[:2])) < end:
         shown = f">={first[0]}.{first[1]},<{end[0]}.{end[1]}"
         LOG.warning("jax %s is untested; if it fails, install jax%s", version, shown)
+
+
+def installed_versions() -> dict[str, str]:
+    """Returns the versions of the software that decides the speed."""
+    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return packages | {"python": platform.python_version()}

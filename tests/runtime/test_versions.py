@@ -1,13 +1,15 @@
-"""The tested range, against what pip is told of it."""
+"""The installed versions, and the tested range against what pip is told of it."""
 
 import logging
+import platform
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 from packaging.requirements import Requirement
 
-from bef_jax.runtime.versions import warn_if_untested
+from bef_jax.runtime.versions import installed_versions, warn_if_untested
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -16,15 +18,24 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
     "version", ["0.9.9", "0.10.0", "0.12.0.1", "0.13.0", "0.13.0.dev1", "1.0.0"]
 )
 def test_it_warns_where_pip_would_refuse(version, caplog):
-    (jax,) = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "jax"]
+    (package,) = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "jax"]
     with caplog.at_level(logging.WARNING, logger="bef_jax"):
         warn_if_untested(version)
-    refused = not jax.specifier.contains(version, prereleases=True)
+    refused = not package.specifier.contains(version, prereleases=True)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == refused
-    assert all(version in line and str(bound) in line for line in lines for bound in jax.specifier)
+    assert all(
+        version in line and str(bound) in line for line in lines for bound in package.specifier
+    )
 
 
 def test_the_installed_jax_is_tested(caplog):
     warn_if_untested()
     assert not caplog.records
+
+
+def test_versions_are_those_of_what_runs():
+    versions = installed_versions()
+    assert versions.keys() == {"jax", "jaxlib", "flax", "python"}
+    assert versions["jax"] == jax.__version__
+    assert versions["python"] == platform.python_version()
