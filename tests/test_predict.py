@@ -290,5 +290,5 @@ def test_the_command_line(trained, workdir, small_config, tmp_path):
     assert result.returncode == 1
     assert json.loads(result.stdout)["n"] == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("failed: pictures without a prediction, since they can't be read: 1;")
+    assert last.startswith("failed: 1 of the pictures can't be read and got no prediction;")
     assert r"two\nlines \x1b[31m.png: cannot be read" in last

@@ -15,7 +15,7 @@ import jax
 
 from bef_jax.errors import RunError, UserError, one_line, printable
 
-RESUME_HINT = "the same command on all hosts goes on from the last checkpoint"
+RESUME_HINT = "run the same command on all hosts to continue from the last checkpoint"
 _FREE_SPACE = "free some space, and the same command goes on from the last checkpoint"
 # Look for these in the text, because what Orbax's threads raise in C++ carries no errno.
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
@@ -33,7 +33,7 @@ def status_of(summary: dict) -> int:
         return 0
     first = printable("{file}: {reason}".format(**unreadable[0]))
     print(
-        f"failed: pictures without a prediction, since they can't be read: {len(unreadable)}; "
+        f"failed: {len(unreadable)} of the pictures can't be read and got no prediction; "
         f"predict_summary.json lists them; the first is {first}",
         file=sys.stderr,
     )
@@ -57,7 +57,7 @@ def status_after(error: Exception) -> int:
     if not jax.distributed.is_initialized():
         raise error
     traceback.print_exc()
-    hint = f"if another one is lost, {RESUME_HINT}"
+    hint = f"if the cause is that another process was lost, {RESUME_HINT}"
     return _exit_or_return(1, f"failed: {process_name()}: {one_line(error)}; {hint}")
 
 

@@ -231,7 +231,7 @@ def test_a_killed_process_ends_the_other_with_one_clear_line(victim, data_dir, t
         _, errors = survivor.communicate(timeout=60)
         assert time.monotonic() - killed < 60
     assert survivor.returncode not in (0, None)
-    assert "goes on from the last checkpoint" in errors.splitlines()[-1]
+    assert "to continue from the last checkpoint" in errors.splitlines()[-1]
 
 
 @pytest.mark.long

@@ -66,8 +66,8 @@ def test_what_may_be_a_lost_host_names_the_process_after_the_traceback(second_of
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first.startswith("Traceback")
     assert last == (
-        "failed: process 1 of 2: Gloo: connection closed; if another one is lost, "
-        "the same command on all hosts goes on from the last checkpoint"
+        "failed: process 1 of 2: Gloo: connection closed; if the cause is that another process was "
+        "lost, run the same command on all hosts to continue from the last checkpoint"
     )
 
 
@@ -102,7 +102,7 @@ def test_a_summary_with_pictures_that_cannot_be_read_is_a_failure(capsys):
     unreadable = [{"file": "a\nb.png", "reason": "cut"}, {"file": "c.png", "reason": "empty"}]
     assert exit.status_of({"unreadable": unreadable}) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("failed: pictures without a prediction") and ": 2; " in line
+    assert line.startswith("failed: 2 of the pictures can't be read and got no prediction; ")
     assert line.endswith("the first is a\\nb.png: cut")
 
 
