@@ -3,8 +3,9 @@
     <workdir>/checkpoints/<step>/{state,run,metrics,checksums.json}
 
 `state` is a `TrainState`. `run` is JSON: the configuration, the clock, the sha256 of the data and
-the operating point. `checksums.json` has the sha256 of each file. Saving is asynchronous and
-atomic. The newest few checkpoints and the best one by valid AUC are kept.
+the operating point. `checksums.json` has the sha256 of each file of state, run and metrics. Saving
+is asynchronous and atomic. The newest few checkpoints and the best one by AUC on the valid split
+are kept.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from bef_jax.runtime.sharding import with_sharding
 from bef_jax.training.state import TrainState, abstract_state
 
 LOG = logging.getLogger(__name__)
-_BEST = "valid_auc"
+_AUC = "valid_auc"
 CHECKSUMS = "checksums.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax is still writing
 _STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder that Orbax has finished
@@ -79,34 +80,41 @@ class Checkpoints:
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        # Orbax parses these files here. They have no checksum, so damage raises any of these.
+        # Orbax parses each step's _CHECKPOINT_METADATA here. It has no checksum, so damage raises
+        # any of these.
         except _ERRORS_OF_DAMAGE as error:
-            damaged = f"{self.directory}: a _CHECKPOINT_METADATA in it is damaged"
-            raise UserError(f"{damaged} ({reason_of(error)}); delete that file") from error
+            files = f"{self.directory}/*/_CHECKPOINT_METADATA"
+            raise UserError(
+                f"{files}: one of these is damaged ({reason_of(error)}); delete these files, "
+                "because no checkpoint needs them"
+            ) from error
 
     def _check_what_is_there(self) -> None:
         """Checks what Orbax will read, because it would wait for a FIFO and fail at damage."""
         for step in saved_steps(self.directory.parent):
-            _files_below(self.directory / str(step))
-            _valid_auc(self.directory / str(step))
+            _files_below(self.directory / str(step))  # raises if damaged
+            _valid_auc(self.directory / str(step))  # raises if damaged
         # Orbax takes digits of other scripts for a step number, but does not find its folder.
         for file in self.directory.glob("*"):
             if file.name.isdecimal() and not file.name.isascii():
                 raise UserError(f"{file}: is not a checkpoint of a run; move it away")
 
     def save(self, step: int, state: TrainState, metadata: dict, auc: float | None) -> None:
-        """Starts to save `state` and the JSON `metadata`; returns when both are copied."""
+        """Starts to save `state` and the JSON `metadata`; returns when both are copied.
+
+        It skips a step that is saved already.
+        """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(metadata)
         )
-        metrics = None if auc is None else {_BEST: auc}
+        metrics = None if auc is None else {_AUC: auc}
         if step == self._manager.latest_step():  # the run was stopped again before its first step
             return
         self._manager.save(step, args=items, metrics=metrics)
 
     def _write_checksums(self) -> None:
         """Writes checksums.json. Orbax calls this when the files are complete but not renamed."""
-        # This reads each file again in Orbax's thread. The next save waits for it, but no step.
+        # This reads each file again, in Orbax's thread: the next save waits, training does not.
         for folder in self.directory.glob(f"*{_UNFINISHED}*") if distributed.is_first() else ():
             # Hash only the items, because Orbax still adds its commit time to the file beside them.
             files = [file for item in folder.glob("*/") for file in item.rglob("*")]
@@ -129,7 +137,7 @@ class Checkpoints:
 
 
 def _auc(metrics: dict) -> float:
-    return metrics[_BEST]
+    return metrics[_AUC]
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -141,7 +149,9 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def best(workdir: Path) -> Path:
-    """Returns the folder of the best checkpoint by valid AUC, or of the newest if none has an AUC.
+    """Returns the folder of the best checkpoint by AUC on the valid split.
+
+    If no checkpoint has an AUC, it is the newest.
 
     Raises:
         UserError: there is no checkpoint, or a score is damaged.
@@ -156,15 +166,15 @@ def best(workdir: Path) -> Path:
 
 def _valid_auc(path: Path) -> float:
     try:
-        return read_json(path / "metrics" / "metrics", _check_auc, _HOW_TO_FIX)[_BEST]
+        return read_json(path / "metrics" / "metrics", _check_auc, _HOW_TO_FIX)[_AUC]
     except FileNotFoundError:  # saved between evaluations
         return -1.0
 
 
 def _check_auc(found: Any) -> None:
-    check_types(found, **{_BEST: float})
-    if not 0 <= found[_BEST] <= 1:
-        raise ValueError(f"{_BEST} is {found[_BEST]}")
+    check_types(found, **{_AUC: float})
+    if not 0 <= found[_AUC] <= 1:
+        raise ValueError(f"{_AUC} is {found[_AUC]}")
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -173,7 +183,7 @@ def _check_auc(found: Any) -> None:
 def read_metadata(path: Path) -> dict:
     """Returns `run` of a checkpoint: `config`, `clock`, `content` and `operating_point`.
 
-    Older versions wrote fewer of these, but all wrote `config`. `complete` checks its fields.
+    Older versions wrote fewer of these, but all wrote `config`. `with_defaults` checks its fields.
 
     Raises:
         UserError: it does not exist, or is damaged.
@@ -194,7 +204,7 @@ def _check_metadata(found: Any) -> None:
     check_types(found["clock"], **dict.fromkeys(found["clock"], float))
     figures, point = [*found["clock"].values()], found["operating_point"]
     if point is not None:
-        figure = int | float | None  # None if nothing could be chosen on valid
+        figure = int | float | None  # None if nothing could be chosen on the valid split
         check_types(point, chosen_on=str, temperature=figure, threshold=figure)
         figures += [point[name] or 0 for name in ("temperature", "threshold")]
     if not all(map(math.isfinite, figures)):
@@ -209,10 +219,10 @@ def read_config(path: Path) -> ConfigDict:
     """
     saved = read_metadata(path)["config"]
     with error_context(path):
-        return complete(saved)
+        return with_defaults(saved)
 
 
-def complete(saved: dict) -> ConfigDict:
+def with_defaults(saved: dict) -> ConfigDict:
     """Returns a saved configuration, with defaults for fields that are newer than it.
 
     Raises:
@@ -266,7 +276,7 @@ def restore_variables(path: Path, config: ConfigDict, sharding: Sharding) -> dic
     """Returns the {params, batch_stats} to score with: the checkpoint's average, if it has one.
 
     Args:
-        config: the configuration of the checkpoint, completed (`read_config`).
+        config: the configuration of the checkpoint (`read_config`).
         sharding: of every array.
 
     Raises:
@@ -348,7 +358,7 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
         UserError: the state can't be loaded (it names the fields), or a field is not valid.
     """
     with error_context(path):
-        old = flatten(complete(saved))
+        old = flatten(with_defaults(saved))
     new = flatten(ConfigDict(as_json(config)))
     # Processes may meet at another address at every start.
     lasting = [name for name in new if not name.startswith("distributed.")]

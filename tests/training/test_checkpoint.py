@@ -205,7 +205,7 @@ def test_what_is_the_same_or_of_the_machines_is_not_told(field, caplog):
 def test_fields_newer_than_a_checkpoint_have_their_defaults():
     saved = json.loads(get_config("seed=5,model.fusion=False").to_json_best_effort())
     del saved["batch_size"], saved["model"]["attention"]
-    config, default = checkpoint.complete(saved), get_config()
+    config, default = checkpoint.with_defaults(saved), get_config()
     assert (config.seed, config.model.fusion) == (5, False)
     assert config.batch_size == default.batch_size
     assert config.model.attention == default.model.attention

@@ -20,7 +20,7 @@ def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
     config = get_config("model.name=efficientnet_lite0,model.padding=symmetric,ema_decay=0.9")
     summary = import_weights.import_as_checkpoint(config, tmp_path, LITE0)
     assert (summary["source"], summary["fresh"]) == ("efficientnet-pytorch", ["classifier"])
-    saved = checkpoint.complete(checkpoint.read_metadata(checkpoint.best(tmp_path))["config"])
+    saved = checkpoint.with_defaults(checkpoint.read_metadata(checkpoint.best(tmp_path))["config"])
     trained_with = saved.model.padding, saved.model.bn_epsilon, saved.model.bn_momentum
     assert trained_with == ("same", 1e-3, 0.99)
     assert config.model.padding == "symmetric"  # the caller's own

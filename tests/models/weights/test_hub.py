@@ -174,7 +174,7 @@ def test_a_hub_s_weights_become_a_checkpoint_that_knows_their_inputs(tiny, tmp_p
     config = get_config("model.name=efficientnet_test,ema_decay=0.0")
     summary = import_weights.import_as_checkpoint(config, tmp_path, name)
     assert summary["normalisation"] == {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    saved = checkpoint.complete(checkpoint.read_metadata(checkpoint.best(tmp_path))["config"])
+    saved = checkpoint.with_defaults(checkpoint.read_metadata(checkpoint.best(tmp_path))["config"])
     assert (saved.model.padding, saved.model.bn_epsilon) == ("symmetric", 2e-3)
     assert tuple(saved.augment.mean) == (0.1, 0.2, 0.3)
     assert tuple(saved.augment.std) == (0.4, 0.5, 0.6)
