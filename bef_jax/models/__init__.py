@@ -4,9 +4,9 @@ from bef_jax.models.registry import (
     REGISTRY,
     create,
     is_frozen,
-    is_untrained_part,
+    lacks_pretrained,
     num_stages,
     parameter_paths,
 )
 
-__all__ = ["REGISTRY", "create", "is_frozen", "is_untrained_part", "num_stages", "parameter_paths"]
+__all__ = ["REGISTRY", "create", "is_frozen", "lacks_pretrained", "num_stages", "parameter_paths"]

@@ -78,8 +78,8 @@ def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def is_untrained_part(path: str) -> bool:
-    """Returns whether a parameter is of the classifier or attention, which pretraining lacks."""
+def lacks_pretrained(path: str) -> bool:
+    """Returns whether pretrained weights lack a parameter: that of the classifier or attention."""
     # All networks give these two parts the same top-level names, so no family needs a list.
     part = path.split("/")[0]
     return part == "classifier" or part.startswith("attention_")

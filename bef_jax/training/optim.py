@@ -7,7 +7,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from bef_jax.models import is_frozen, is_untrained_part, parameter_paths
+from bef_jax.models import is_frozen, lacks_pretrained, parameter_paths
 
 # Decide by name, because a rule by rank would silently decide about a new kind of parameter.
 _DECAYED = {"kernel": True, "bias": False, "scale": False}
@@ -55,8 +55,8 @@ def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTran
     """Returns clipping, then adamw, rmsprop or sgd, then the factors of fine-tuning.
 
     Layer-wise decay and head_only_steps multiply the finished update. This is the same as
-    multiplying the learning rate, and moments are still gathered. Frozen parameters have none, and
-    their gradient does not count for clipping.
+    multiplying the learning rate, and moments are still gathered. Parameters frozen by optim.freeze
+    have no moments, and their gradient does not count for clipping.
     """
     # The factors come last, so that they scale the whole update, with decay and momentum.
     tx = optax.chain(*_base_optimizer(config.optim, schedule), *_fine_tuning(config))
@@ -98,7 +98,8 @@ def _fine_tuning(config: ConfigDict) -> list[optax.GradientTransformation]:
     if optim.layer_decay != 1:
         transforms.append(optax.stateless(functools.partial(_scale_by_layer, config)))
     if optim.head_only_steps:
-        # The factor is 0 and later 1, so that one compiled step serves both phases.
+        # The head here is the classifier and attention, not the networks' layer `head`. The factor
+        # of all other parameters is 0 and later 1, so that one compiled step serves both phases.
         gate = optax.scale_by_schedule(lambda count: count >= optim.head_only_steps)
         transforms.append(optax.masked(gate, _pretrained_mask))
     return transforms
@@ -114,15 +115,15 @@ def _scale_by_layer(config: ConfigDict, updates, params=None):
 def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
     """Returns a factor of the learning rate per parameter (layer-wise decay; BEiT, ELECTRA).
 
-    The classifier and attention have 1, the head `decay`, the last block decay^2, and so on down to
-    the stem. A layer is a top-level module together with its batch normalisation.
+    The classifier and attention have 1, the layer `head` has `decay`, the last block decay^2, and
+    so on down to the stem. A layer is a top-level module together with its batch normalisation.
 
     Args:
         paths: the parameters in the order in which the network uses them
             (`models.parameter_paths`). The order gives their depth, for any names of modules.
     """
     # Use a dict, because it keeps the order of first use, and a set does not.
-    layers = list(dict.fromkeys(_layer(path) for path in paths if not is_untrained_part(path)))
+    layers = list(dict.fromkeys(_layer(path) for path in paths if not lacks_pretrained(path)))
     depth = {layer: len(layers) - i for i, layer in enumerate(layers)}
     # The classifier and attention have no depth here, so their factor is decay^0.
     return {path: decay ** depth.get(_layer(path), 0) for path in paths}
@@ -133,7 +134,7 @@ def _layer(path: str) -> str:
 
 
 def _pretrained_mask(tree):
-    return _map_named(lambda name, _: not is_untrained_part(name), tree)
+    return _map_named(lambda name, _: not lacks_pretrained(name), tree)
 
 
 def stop_frozen(params, pattern: str):

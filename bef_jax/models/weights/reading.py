@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from bef_jax.errors import UserError, listed
-from bef_jax.models import REGISTRY, create, is_untrained_part
+from bef_jax.models import REGISTRY, create, lacks_pretrained
 from bef_jax.models.weights import hub, timm_config
 from bef_jax.models.weights.names_torchvision import densenet_key
 from bef_jax.models.weights.parameter_names import Source, of_timm, recognise
@@ -248,7 +248,7 @@ def _unused_classifier(tensors: dict, names: dict[str, str], shapes: dict[str, t
 
 
 def _is_attention(name: str) -> bool:
-    return is_untrained_part(_inner(name)) and not _is_classifier(name)
+    return lacks_pretrained(_inner(name)) and not _is_classifier(name)
 
 
 def _is_classifier(name: str) -> bool:
