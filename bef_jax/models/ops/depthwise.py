@@ -16,7 +16,8 @@ from jax import Array, lax
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
-# Images that are added up elementwise before positions are. 16 is slower on small maps.
+# Number of images whose products `_kernel_gradient` adds elementwise first. 16 is slower on small
+# maps.
 _GROUP = 8
 
 
@@ -94,23 +95,23 @@ def _native_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: P
 def _shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     k = kernel.shape[0]
     phases = lax.optimization_barrier(_padded_phases(x, stride, padding))
-    taps = _taps(phases, output_size(x.shape[1:3], k, stride, padding))
+    view = _views(phases, output_size(x.shape[1:3], k, stride, padding))
     # There are k * k views of the phases, each [N, H', W', C].
-    return sum(taps(i, j) * kernel[i, j, 0] for i in range(k) for j in range(k))
+    return sum(view(i, j) * kernel[i, j, 0] for i in range(k) for j in range(k))
 
 
 def _padded_phases(x: Array, stride: int, padding: Padding) -> list[list[Array]]:
     """Returns the padded input, split into its stride * stride phases.
 
-    The caller puts a barrier after it. Otherwise XLA would fuse the padding into every tap, and
+    The caller puts a barrier after it. Otherwise XLA would fuse the padding into every view, and
     test each element for the border instead of loading vectors. A strided load is as bad.
     """
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     return [[padded[:, p::stride, q::stride] for q in range(stride)] for p in range(stride)]
 
 
-def _taps(phases: list[list[Array]], size: tuple[int, int]) -> Callable[[int, int], Array]:
-    """Returns a function tap(i, j) -> [N, *size, C], the values that kernel[i, j] multiplies."""
+def _views(phases: list[list[Array]], size: tuple[int, int]) -> Callable[[int, int], Array]:
+    """Returns a function view(i, j) -> [N, *size, C], the values that kernel[i, j] multiplies."""
     stride = len(phases)
     return lambda i, j: _crop(phases[i % stride][j % stride], (i // stride, j // stride), size)
 
@@ -125,9 +126,8 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
 
     g is the gradient of the output; x is [N, H, W, C], and kernel is [k, k, 1, C].
 
-    Both results read one padded copy of g, which is kept in memory. Without it, XLA would fuse the
-    elementwise code that makes g into every tap. Then it would compute the gradients of batch
-    normalisation and SiLU k * k times.
+    Both results read one padded copy of g, which is kept in memory. Without it, XLA would repeat,
+    in every tap, the code that computes g: the gradients of batch normalisation and SiLU.
     """
     k, size = kernel.shape[0], g.shape[1:3]
     spans = [_span(k, stride, *axis) for axis in zip(x.shape[1:3], size, padding, strict=True)]
@@ -135,7 +135,8 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
     padded_g = jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
     phases = _padded_phases(x, stride, padding)
     # The phases and g share one barrier. A barrier for the phases alone would equal that of the
-    # forward pass, so XLA would merge the two. Every tap would have two users and be copied out.
+    # forward pass, so XLA would merge the two. Every view would have two users and be written to
+    # memory.
     phases, padded_g = lax.optimization_barrier((phases, padded_g))
     dx = _input_gradient(padded_g, kernel, stride, spans)
     return dx, _kernel_gradient(phases, kernel, _crop(padded_g, corner, size))
@@ -145,7 +146,8 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
 class _Span:
     """The part of the padded input's gradient that is needed, along height or width.
 
-    Output a - i read position stride * a + phase of the padded input, by tap stride * i + phase.
+    Output a - i read position stride * a + phase of the padded input, by tap stride * i + phase. So
+    a = position // stride and i = tap // stride.
     """
 
     before: int  # zeros before g
@@ -164,11 +166,11 @@ def _span(k: int, stride: int, side: int, outputs: int, pad: tuple[int, int]) ->
 
 
 def _input_gradient(padded_g: Array, kernel: Array, stride: int, spans: list[_Span]) -> Array:
-    """Returns dx [N, H, W, C]: each input gets the sum of g * tap over the outputs that read it.
+    """Returns dx [N, H, W, C]: each input gets the sum of g * weight over the outputs that read it.
 
-    `padded_g` is g with the zeros that `spans` names. Each phase of dx is a correlation of g with
-    the taps of that phase. Dilating g with zeros instead would need stride^2 times as many
-    products, most of them with zero.
+    `padded_g` is g with the zeros that `spans` names. Each phase of dx is a convolution (the taps
+    run backwards over g). Dilating g with zeros instead would need stride^2 times as many products,
+    most of them with zero.
 
     One loop over [N, a, phase, b, phase, C] computes all phases by broadcasting g. If dx were put
     together from stride^2 arrays, every element would have to look up its array.
@@ -177,12 +179,12 @@ def _input_gradient(padded_g: Array, kernel: Array, stride: int, spans: list[_Sp
     reach = -(-k // stride)  # taps per axis of the phase that has the most
     # [i, phase, j, phase, C], with zeros where a phase has one tap less.
     rest = (0, reach * stride - k)
-    taps = jnp.pad(kernel[:, :, 0], (rest, rest, (0, 0)))
-    taps = taps.reshape(reach, stride, reach, stride, channels)
+    weights = jnp.pad(kernel[:, :, 0], (rest, rest, (0, 0)))
+    weights = weights.reshape(reach, stride, reach, stride, channels)
     size = tuple(span.length for span in spans)
     whole = sum(
         _crop(padded_g, (reach - 1 - i, reach - 1 - j), size)[:, :, None, :, None]
-        * taps[i, :, None, j]
+        * weights[i, :, None, j]
         for i in range(reach)
         for j in range(reach)
     )
@@ -202,18 +204,18 @@ def _kernel_gradient(phases: list[list[Array]], kernel: Array, g: Array) -> Arra
     k, channels, n = kernel.shape[0], kernel.shape[-1], len(g)
     # The largest divisor of n up to _GROUP; it is 1 if n is a prime number above _GROUP.
     group = next(size for size in range(min(_GROUP, n), 0, -1) if n % size == 0)
-    taps = _taps(phases, g.shape[1:3])
+    view = _views(phases, g.shape[1:3])
     grouped = functools.partial(_split, group=group)
     g_parts = grouped(g)
 
-    def reduce(tap: Array) -> Array:
+    def reduce(x: Array) -> Array:
         # [N / group, H', W', C], then [N / group * H' * W', C].
-        products = sum(a * b for a, b in zip(grouped(tap), g_parts, strict=True))
+        products = sum(a * b for a, b in zip(grouped(x), g_parts, strict=True))
         products = lax.optimization_barrier(products.reshape(-1, channels))
         ones = jnp.ones((1, len(products)), products.dtype)
         return jnp.matmul(ones, products, preferred_element_type=jnp.float32)
 
-    sums = [reduce(taps(i, j)) for i in range(k) for j in range(k)]
+    sums = [reduce(view(i, j)) for i in range(k) for j in range(k)]
     return jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
 
 

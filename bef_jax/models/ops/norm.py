@@ -1,8 +1,9 @@
 """Batch normalisation (Ioffe & Szegedy 2015), with gradients that need few passes over memory.
 
-A training step moves more bytes than it multiplies numbers, on CPU and on accelerators. Batch
-normalisation moves most of these bytes. So the backward pass computes cheap values again instead of
-reading them. If a 1 x 1 convolution widens many positions, the statistics come from its input.
+A training step spends more time on moving bytes than on arithmetic, on CPU and on accelerators.
+Batch normalisation moves most of these bytes. So the backward pass computes cheap values again
+instead of reading them. If a 1 x 1 convolution has many positions per input channel, the statistics
+come from its input.
 
 Symbols: x is the input, mean and var are its statistics per channel over n positions, and
 
@@ -21,8 +22,9 @@ from jax import Array, lax
 
 from bef_jax.models.ops.pointwise import grouped_moments, grouped_pointwise
 
-# By name, because the static arguments of a custom gradient must be hashable and the same object
-# in every trace: a lambda made in a layer would be compiled again each time.
+# Layers pass an activation by its name, because the static arguments of a custom gradient must be
+# hashable and the same object in every trace: a lambda made in a layer would be compiled again each
+# time.
 ACTIVATIONS = {"none": lambda x: x, "silu": nn.silu, "relu": nn.relu, "relu6": nn.relu6}
 
 
@@ -48,7 +50,8 @@ def batch_norm(
     """Normalises each of `groups` parts of the batch by its own statistics, then activates.
 
     The statistics come from one pass over x, with the variance as E[x^2] - E[x]^2. The gradient is
-    the closed form. It is computed from x again, because that costs less than memory everywhere.
+    the closed form. The backward pass recomputes z and normalised from x; on every platform this is
+    cheaper than storing them.
 
     Args:
         x: [N, ..., C]; N a multiple of `groups`.
@@ -63,9 +66,9 @@ def batch_norm(
 
 def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation: str):
     parts, axes = _parts(x.astype(jnp.float32), groups)  # XLA fuses the cast into what reads x
-    # mean, square and var are [groups, 1, 1, 1, C], or [1, 1, 1, C] for one group. Both sums take
-    # one pass together; deviations from the mean would need a second one. The difference below
-    # loses about mean^2 / 2^24, which is little if means are about as large as deviations.
+    # mean, square and var are [groups, 1, ..., 1, C], or [1, ..., 1, C] for one group. Both sums
+    # take one pass together; sums of x - mean would need a second one. The difference below loses
+    # about mean^2 / 2^24, which is little if means are about as large as standard deviations.
     mean = jnp.mean(parts, axes, keepdims=True)
     square = jnp.mean(parts * parts, axes, keepdims=True)
     # Rounding can make the difference of a constant channel negative, and its root NaN.
@@ -91,8 +94,9 @@ def _batch_norm_backward(groups: int, epsilon: float, activation: str, residuals
     dscale and dbias are sums over the groups.
     """
     x, scale, bias, mean, var = residuals
-    g, _, _ = cotangents  # the loss does not depend on running statistics
-    x = lax.optimization_barrier(x)  # otherwise XLA keeps the sigmoid of the forward pass in memory
+    g, _, _ = cotangents  # mean and var only feed the running statistics, not the loss
+    # This keeps XLA from reusing values of the forward pass, which it would have to keep in memory.
+    x = lax.optimization_barrier(x)
     parts, axes = _parts(x.astype(jnp.float32), groups)
     g = g.reshape(parts.shape).astype(jnp.float32)
     inverse_std = lax.rsqrt(var + epsilon)
@@ -125,10 +129,11 @@ def pointwise_batch_norm(
     """Returns activation(batch_norm(x @ kernel)) without a pass over x @ kernel for its statistics.
 
     The product is linear, so its mean is mean(x) @ kernel, and its variance is the diagonal of
-    kernel^T cov(x) kernel. Both are known before the product, so they go into the kernel. The
-    gradient is similar: batch normalisation adds a linear map of x to dx. The cost is two more
-    products over all positions: centered^T @ centered forwards, and centered @ correction
-    backwards. This saves five passes over [N, H, W, C], where C is 6 K in EfficientNet.
+    kernel^T cov(x) kernel. Both are known before the product, so 1/std goes into the kernel, and
+    the mean into the shift. The gradient is similar: batch normalisation adds a linear map of x to
+    dx. The cost is two more products over all positions: centered^T @ centered forwards, and
+    centered @ correction backwards. This saves five passes over [N, H, W, C], where C = 6 * K in
+    EfficientNet.
 
     Args:
         x: [N, H, W, K]; N a multiple of `groups`.
@@ -145,7 +150,8 @@ def pointwise_batch_norm(
 def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, activation: str):
     parts = x.reshape(groups, -1, *x.shape[1:])
     # x is centered first, unlike in `batch_norm`. kernel^T cov(x) kernel sums K^2 terms that
-    # cancel, and would keep the error of E[x y] - E[x] E[y]. x is narrow, so its copy is cheap.
+    # cancel, and would keep the error of E[x_k x_l] - E[x_k] E[x_l]. x is narrow, so its copy is
+    # cheap.
     center, centered = _centered(parts)
     covariance = grouped_moments(centered, centered) / _positions(parts)
     # mean and var are [groups, C]. cov_kernel [groups, K, C] is kept for the gradient.
@@ -153,10 +159,10 @@ def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, acti
     cov_kernel = _exact("gkl,lc->gkc", covariance, kernel)
     var = jnp.maximum(jnp.sum(kernel * cov_kernel, 1), 0.0)
     multiplier = scale * lax.rsqrt(var + epsilon)
-    # [groups, K, C]: a kernel for each group, because each has its own deviations.
+    # [groups, K, C]: a kernel for each group, because each has its own standard deviations.
     weights = (kernel * multiplier[:, None]).astype(x.dtype)
     scaled_product = grouped_pointwise(parts, weights)
-    # The shift uses the rounded weights, because in bfloat16 the exact mean would be a little off.
+    # The rounded weights make scaled_product, so the shift uses their mean, too.
     shift = _per_group(bias - _exact("gk,gkc->gc", center, weights))
     z = scaled_product + shift
     y = ACTIVATIONS[activation](z).astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -167,15 +173,16 @@ def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, acti
 def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals, cotangents):
     """Returns dx, dkernel, dscale and dbias, given g, the gradient of y.
 
-    With centered = x - mean(x) and normalised = inverse_std * centered @ kernel,
+    With centered = x - mean(x) and normalised = inverse_std * (centered @ kernel),
 
     dz = g * activation'(z)
     dbias = sum(dz)
     moments = centered^T @ dz
     dscale = sum(dz * normalised) = inverse_std * sum_k(kernel * moments)
-    dkernel = scale * inverse_std * (moments - cov(x) @ kernel * inverse_std * dscale)
+    dkernel = scale * inverse_std * (moments - (cov(x) @ kernel) * inverse_std * dscale)
 
-    for each group. dx is the gradient of x @ kernel, as in `_batch_norm_backward`, times kernel^T:
+    for each group. dkernel has no term of dbias, because centered sums to 0. dx is the gradient of
+    x @ kernel, as in `_batch_norm_backward`, times kernel^T:
 
     dx = scale * inverse_std * (dz - (dbias + normalised * dscale) / n) @ kernel^T
        = dz @ scaled^T - centered @ correction - constant, with
@@ -187,7 +194,7 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     dkernel, dscale and dbias are sums over the groups.
     """
     x, kernel, scale, scaled_product, shift, cov_kernel, var = residuals
-    g, _, _ = cotangents  # the loss does not depend on running statistics
+    g, _, _ = cotangents  # mean and var only feed the running statistics, not the loss
     parts = x.reshape(groups, -1, *x.shape[1:])
     scaled_product = lax.optimization_barrier(scaled_product)  # as in _batch_norm_backward
     dz = g.reshape(scaled_product.shape) * DERIVATIVES[activation](scaled_product + shift)
@@ -201,7 +208,8 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     factor, dscale_over_std = (scale * inverse_std)[:, None], (inverse_std * dscale)[:, None]
     dkernel = jnp.sum(factor * (moments - cov_kernel * dscale_over_std), 0)
     scaled = kernel * factor
-    # "glk" is the transpose of "gkl", but the matrix is symmetric.
+    # The matrix is symmetric, so "gkl" would be the same. The tests on CPU know the rounding of
+    # "glk"; the other order changes dx by 1e-7.
     correction = _product("gkc,lc->glk", scaled * dscale_over_std, kernel) / _positions(parts)
     constant = _product("gc,gkc->gk", dbias, scaled) / _positions(parts)
     # [groups, N / groups, H, W, K].
@@ -221,8 +229,8 @@ _exact = functools.partial(_product, precision=lax.Precision.HIGHEST)
 def _parts(x: Array, groups: int) -> tuple[Array, tuple[int, ...]]:
     """Returns [groups, N / groups, ..., C], and the axes that statistics are taken over.
 
-    With one group, it returns x itself. A reshape to [1, N, ..., C] would move nothing. But XLA's
-    CPU compiler would compute x again for each reader, with all taps of a depthwise convolution.
+    With one group, it returns x itself. A reshape would be free, but after it XLA's CPU compiler
+    would compute x (say, a depthwise convolution) once per reader.
     """
     if groups > 1:
         x = x.reshape(groups, -1, *x.shape[1:])
