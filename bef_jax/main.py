@@ -41,7 +41,8 @@ _MODE = flags.DEFINE_string("mode", "train", "one of the modes")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where the run writes; default: runs/<name of --config>"
 )
-# A line of a help text begins with the modes that read the flag, if not all do (see help.py).
+# A line of a help text begins with the modes that read the flag, if not all do (see help.py). Help
+# shows a flag whose default is True as --noX, so its text says what --noX does.
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "eval, predict, export: a checkpoint, or a run's best"
 )
@@ -63,10 +64,10 @@ _MEMORY_SETTINGS = flags.DEFINE_bool(
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost; trains nothing")
 
 # These modes take from the checkpoint what --config would say.
-_SCORING = ("eval", "predict", "export")
+_FROM_CHECKPOINT = ("eval", "predict", "export")
 # These modes leave JAX's devices alone: `plan` compiles for others, `prepare` only reads files, and
 # the processes that `ablate` starts want the devices for themselves.
-_HOST_ALONE = ("plan", "prepare", "ablate")
+_WITHOUT_DEVICES = ("plan", "prepare", "ablate")
 _NO_CONFIG = "--config is missing: give a name or a file, such as --config=b2; --help lists them"
 
 
@@ -87,8 +88,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if answer := help.answer(argv, FLAGS.get_flags_for_module(__name__)):
             _print_and_exit(answer)
         config_files.check_fields(argv)
-        # A mode that needs no --config still takes single fields. Set the default only now, because
-        # this reads the fields.
+        # A mode that needs no --config still takes single fields. set_default loads the config file
+        # and makes a flag of each --config.X=..., so those are checked first.
         flags.set_default(_CONFIG, default.__file__)
         program, *words = FLAGS(list(argv))
         help.check_mode(_MODE.value)
@@ -122,7 +123,9 @@ def _explain(error: Exception) -> Exception:
 def main(_: Sequence[str]) -> int:
     """Runs the mode that the flags name, prints its summary, and returns the exit status."""
     if _MEMORY_SETTINGS.value:
-        glibc.restart()  # before JAX is imported, because the program starts once more
+        # This restarts the process with other glibc settings; before JAX, so that it is not
+        # imported twice.
+        glibc.restart()
     from bef_jax.runtime import distributed, exit, logs, versions
 
     logs.set_up()
@@ -149,7 +152,7 @@ def _run_mode() -> dict:
     # Without --config the flag has a default, for single fields alone; see parse_flags.
     given = _CONFIG.value if FLAGS["config"].present else None
     workdir = _workdir(mode, given)
-    config = _scoring_config(workdir, given) if mode in _SCORING else given
+    config = _scoring_config(workdir, given) if mode in _FROM_CHECKPOINT else given
     # Check before other hosts are waited for, so that a mistake is told at once.
     validate(config)
     check_outputs(workdir, [summary_file(workdir, mode).name])
@@ -158,7 +161,7 @@ def _run_mode() -> dict:
         if not distributed.is_first():
             # All say the same, so one is enough; but a warning may be about this host alone.
             logging.getLogger("bef_jax").setLevel(logging.WARNING)
-        devices.report(initialize=mode not in _HOST_ALONE)
+        devices.report(initialize=mode not in _WITHOUT_DEVICES)
         summary = MODES[mode](config, workdir)
     # A summary that was written by an earlier run has its own time.
     summary.setdefault("seconds", time.perf_counter() - STARTED)
@@ -169,7 +172,7 @@ def _run_mode() -> dict:
 
 def _workdir(mode: str, given: ConfigDict | None) -> Path:
     """Returns --workdir; or runs/<name of --config>; or the run of --checkpoint."""
-    if given is None and mode not in _SCORING:
+    if given is None and mode not in _FROM_CHECKPOINT:
         raise UserError(_NO_CONFIG)
     if _WORKDIR.value:
         return user_path(_WORKDIR.value).resolve()

@@ -57,7 +57,8 @@ def predict_files(
     Returns:
         The summary: mode, checkpoint, input, n, positives, unreadable (file and reason of each
         picture that can't be read), threshold, temperature, tta, operating_point, predictions,
-        heatmaps, images_per_second. `operating_point` is what the run chose on valid, or None.
+        heatmaps, images_per_second. `operating_point` is what the run chose on the valid split, or
+        None.
 
     Raises:
         UserError: the input or the checkpoint can't be used, or no output can be written.
@@ -68,12 +69,12 @@ def predict_files(
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
     inputs.check(path, split, sources.describe(config.data.source).mpp, lenient=True)
     start = time.perf_counter()
-    unreadable: dict[str, str] = {}
+    unreadable: dict[str, str] = {}  # filled while patches are consumed
     patches = _shown(inputs.read(path, split, config.predict.stride, unreadable))
     with lock.held(workdir, ".predict.lock"), _stage(workdir) as stage:
         found = _write(stage, _predict(checkpoint_path, config, patches), config.eval.threshold)
         if not found["n"]:
-            raise UserError(f"--input={path}: {_first(unreadable)}")
+            raise UserError(f"--input={path}: {_none_readable(unreadable)}")
         _publish(stage, workdir)
     return {
         "mode": "predict",
@@ -82,7 +83,7 @@ def predict_files(
         **found,
         "unreadable": [{"file": name, "reason": reason} for name, reason in unreadable.items()],
         "threshold": config.eval.threshold,
-        "temperature": 1.0,
+        "temperature": 1.0,  # the probabilities are the network's own; none is applied
         "tta": config.eval.tta,
         "operating_point": checkpoint.read_metadata(checkpoint_path).get("operating_point"),
         "predictions": str(workdir / _FILE),
@@ -92,7 +93,7 @@ def predict_files(
     }
 
 
-def _first(unreadable: dict[str, str]) -> str:
+def _none_readable(unreadable: dict[str, str]) -> str:
     name, reason = next(iter(unreadable.items()))
     return f"none of its {len(unreadable)} pictures can be read; the first is {name}: {reason}"
 
@@ -188,6 +189,7 @@ def _write_rows(
             if picture:
                 tiles.add(patch.y, patch.x, probability)
         if picture:
+            # The id of a tile is <name of the picture>:x=<x>:y=<y>.
             name = _new_name(patch.id.rsplit(":x=", 1)[0], maps)
             write_heatmap(folder / name, picture, tiles, threshold)
             maps[name] = None

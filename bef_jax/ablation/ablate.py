@@ -44,7 +44,7 @@ class Trial:
 
     Attributes:
         config: the trial's whole configuration.
-        changes: fields that differ from the command's: {dotted name: value, as a flag takes it}.
+        changes: fields that the row and seed set: {dotted name: value, as a flag takes it}.
     """
 
     row: str

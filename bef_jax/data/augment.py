@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.patch import CENTER, PATCH
 
-# Optical densities of haematoxylin, eosin and a residual (Ruifrok & Johnston 2001), one per row.
+# Optical densities of haematoxylin, eosin and DAB (Ruifrok & Johnston 2001), one per row. The last
+# is taken as the residual.
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], np.float32)
 
 
@@ -72,7 +73,8 @@ def symmetry(images: Array, which: Array) -> Array:
 
     Args:
         images: [N, S, S, C].
-        which: [N], integers in 0 .. 7; bit 0 mirrors rows, bit 1 columns, bit 2 transposes.
+        which: [N], integers in 0 .. 7; bit 0 flips top-bottom, bit 1 left-right, then bit 2
+            transposes.
     """
     # Three selects cost less than a switch, which under vmap would compute all eight symmetries.
     bits = [(which >> bit & 1).astype(bool)[:, None, None, None] for bit in range(3)]
@@ -128,7 +130,7 @@ def offset_bounds(size):
 
 
 def crop_windows(images: Array, sizes: Array, offsets: Array, canvas: int) -> tuple[Array, Array]:
-    """Cuts canvases of one side around windows of any size; see `random_center_crop`."""
+    """Cuts canvases of equal size around windows of any size; see `random_center_crop`."""
     # All canvases have one shape, so that one program handles windows of every size. The pixels
     # around a window are the patch's own and are masked later. Resampling the window to one shape
     # instead would change how large nuclei are.

@@ -50,7 +50,7 @@ from bef_jax.runtime.files import (
 
 LOG = logging.getLogger(__name__)
 
-_ELSEWHERE = "set config.data.store, which by default lies in config.data.dir"
+_ELSEWHERE = "set config.data.store (by default the store lies in config.data.dir)"
 FORMAT_VERSION = 1  # a store of another version is refused
 MANIFEST = "manifest.json"
 
@@ -184,14 +184,14 @@ def _map(split: str, count: int, images: Path, labels: Path, ids: Path) -> Split
     check_images(header.shape, header.dtype, "images")
     if len(pixels) != count or header.fortran_order:
         raise ValueError(f"images are not the {count} of the manifest, in C order")
-    header, flags = _mapped(labels)
+    header, classes = _mapped(labels)
     check_label_array(header.shape, header.dtype, count, "labels")
     header, names = _mapped(ids)
     check_id_array(header.shape, header.dtype, count, pixels.nbytes, "ids")
     if header.dtype.kind != "U":
         raise ValueError(f"ids are {header.dtype}, not text")
     check_ids(names := np.array(names), "ids")
-    return Split(split, pixels, check_labels(np.array(flags), count, "labels"), names)
+    return Split(split, pixels, check_labels(np.array(classes), count, "labels"), names)
 
 
 def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
@@ -242,7 +242,7 @@ def verify(path: Path, begin: Begin = silent) -> None:
     """Reads every file of the store at `path`, and compares its content with the manifest's sha256.
 
     This takes as long as the disk takes to read the store, which is 8.4 GiB for PCam. So training
-    does not do it; it checks only the sizes.
+    does not do it; opening a split checks sizes, labels and ids, but does not read the images.
 
     Args:
         path: of the store.
@@ -341,7 +341,10 @@ def _remove_stale(path: Path) -> None:
     prefix = _prefix(path)
     for stale in path.parent.glob(f"{glob.escape(prefix)}*"):
         if _is_dead(stale.name.removeprefix(prefix)):
-            LOG.info("%s: removed, because its prepare was killed; this one starts at 0", stale)
+            LOG.info(
+                "%s: removed, because its prepare was killed; this one starts from the beginning",
+                stale,
+            )
             shutil.rmtree(stale, ignore_errors=True)
 
 

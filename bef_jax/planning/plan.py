@@ -26,13 +26,13 @@ from bef_jax.training.state import abstract_state
 LOG = logging.getLogger(__name__)
 
 
-def plan_training(config: ConfigDict, name: str | None, largest: bool = True) -> dict:
+def plan_training(config: ConfigDict, name: str | None, find_largest: bool = True) -> dict:
     """Plans the training of `config` on the topology `name`, such as v5e:2x4.
 
     Args:
         config: the whole configuration.
         name: the name of a topology (`topology.parse`).
-        largest: whether to look for the largest batch, by up to `largest_batch.ATTEMPTS` more
+        find_largest: whether to look for the largest batch, by up to `largest_batch.ATTEMPTS` more
             compilations.
 
     Returns:
@@ -43,14 +43,14 @@ def plan_training(config: ConfigDict, name: str | None, largest: bool = True) ->
     """
     if not name:
         raise UserError("--topology is missing: write one like --topology=v5e:2x4")
-    # Do this before anything asks JAX for devices, because a plan uses only the CPU.
     target = topology.parse(name)
+    # Do this before anything asks JAX for devices, because a plan uses only the CPU.
     mesh = topology.make_mesh(target)
     check_devices(config, mesh)
     LOG.info("compiling %s for %d x %s", config.model.name, mesh.size, target.chip.kind)
     figures = measure(config, mesh, target.chip)
-    batch = largest_batch.find(config, mesh, target.chip, figures) if largest else None
-    summary = summarise(config, mesh, target, figures, batch)
+    largest = largest_batch.find(config, mesh, target.chip, figures) if find_largest else None
+    summary = summarise(config, mesh, target, figures, largest)
     _print_table(summary)
     return summary
 
@@ -103,7 +103,7 @@ def _fits(figures: Figures, chip: Chip) -> bool | None:
 
 
 def count_bytes(tree) -> int:
-    """Returns the bytes of all arrays of a tree, or of leaves that have their shapes and dtypes."""
+    """Returns the bytes of all leaves of a tree, of arrays or ShapeDtypeStructs."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

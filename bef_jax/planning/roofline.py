@@ -3,7 +3,7 @@
 from bef_jax.planning.chips import Chip
 from bef_jax.planning.compiled_step import Figures
 
-# Bytes that cross a device's links per byte of a collective's result, at best: in a ring of n.
+# Bytes sent per device over bytes of the result, for the best algorithm on n devices.
 _LINK_BYTES_PER_RESULT_BYTE = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -24,8 +24,9 @@ def roofline(figures: Figures, chip: Chip, n: int) -> tuple[float | None, str | 
 
     Returns:
         Seconds, and compute, memory or interconnect; (None, None) if a figure is unknown.
+        An unknown link_bandwidth only leaves interconnect out.
     """
-    peak = chip.peak_flops  # that of bfloat16: no floating-point type has a higher one
+    peak = chip.peak_flops  # that of bfloat16: no type that training uses has a higher one
     if None in (peak, figures.flops, figures.hbm_traffic, figures.collectives):
         return None, None
     times = {"compute": figures.flops / peak, "memory": figures.hbm_traffic / chip.hbm_bandwidth}

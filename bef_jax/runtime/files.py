@@ -116,8 +116,8 @@ def check_types(content: Any, /, **types: Any) -> None:
     """Raises TypeError or KeyError unless `content` is a dict with values of these types.
 
     Args:
-        types: for each key, a type or several, such as `dict | None`. An int is accepted as a
-            float; a bool is not accepted as a number.
+        types: for each key, a type or several, such as `dict | None`. An int is accepted
+            only for a plain `float`, and a bool only for a plain `bool`.
     """
     if not isinstance(content, dict):
         raise TypeError(f"{type(content).__name__} where a dict is expected")
@@ -172,7 +172,7 @@ def check_outputs(
     output_folders: Iterable[str] = (),
     fix: str = "give another --workdir",
 ) -> None:
-    """Checks that outputs can be written, before the work that makes them; changes nothing.
+    """Checks that outputs can be written, before the work that makes them; leaves nothing behind.
 
     Args:
         folder: the folder of the outputs; it need not exist yet.
@@ -217,9 +217,9 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_name_lengths(place: Path, names: Iterable[str]) -> None:
-    """Raises OSError if the file system of `place`, a folder that exists, takes no such name."""
+    """Raises OSError if a name is too long there; `place` is a folder that exists."""
     for name in names:
-        # Look right below it, because only in a folder that exists stat rejects a too long name.
+        # Look right below it, because stat finds a too long name only if its parent exists.
         with contextlib.suppress(FileNotFoundError):
             (place / name).stat()
 

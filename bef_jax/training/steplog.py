@@ -19,7 +19,8 @@ from bef_jax.training.step_counts import StepCounts
 class StepLog:
     """Holds the metrics of steps on the device until the next line is due.
 
-    A line is written while the next step runs, so that the devices never wait for the host.
+    A line is written while the next step runs, so that the devices never wait for the host. One
+    call of the compiled function runs n steps.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class StepLog:
             {name: np.ravel(value)[place] for name, value in metrics.items()}
             for metrics, (_, _, place) in zip(fetched, ready, strict=True)
         ]
-        # Check before a line is written or a state is saved, so that both have finite losses.
+        # Check before a line is written or a state is saved, so that a loss that is not finite is
+        # neither logged nor followed by a save.
         self._check_finite(steps, values)
         rates = self._rates(len(steps))
         lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)
