@@ -245,7 +245,7 @@ def test_kill_while_writing_leaves_no_store(npz_data, caplog):
     with caplog.at_level("INFO", logger="bef_jax"):
         store.prepare(npz_data)
     assert not left.exists()
-    assert f"{left}: removed" in caplog.text and "starts at 0" in caplog.text
+    assert f"{left}: removed" in caplog.text and "starts from the beginning" in caplog.text
 
 
 def test_store_made_meanwhile_by_another_process_is_taken(npz_data, monkeypatch):
