@@ -91,7 +91,7 @@ def test_medians_lie_in_their_spread_and_agree_with_the_step(measured):
 def test_flops_are_those_of_the_convolutions_and_somewhat_more(measured):
     stem = 24**2 * 16 * 9 * 3  # positions, channels, taps, channels of the input
     first = 24**2 * 16 * (9 + 16)  # depthwise, then projection
-    second = 24**2 * 16 * 64 + 12**2 * 64 * (25 + 24)  # expansion besides
+    second = 24**2 * 16 * 64 + 12**2 * 64 * (25 + 24)  # and the expansion
     head = 12**2 * 24 * 64
     # A multiplication and an addition; forward, by inputs and by weights.
     by_hand = 2 * 3 * (stem + first + second + head)

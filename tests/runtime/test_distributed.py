@@ -146,7 +146,7 @@ def start(workdir, data_dir, processes, devices, only=None, flags=(), **fields):
 
 @contextlib.contextmanager
 def running(*args, **fields):
-    """Likewise; what still runs in the end is killed."""
+    """Starts processes as `start` does, and kills those that still run at the end."""
     processes = start(*args, **fields)
     try:
         yield processes

@@ -85,7 +85,7 @@ def test_calibration_error_by_bins():
 
 
 def test_the_last_bin_of_calibration_holds_one():
-    # Both lie in [14/15, 1], where 1.95 positives are foretold and one is found.
+    # Both lie in [14/15, 1], where 1.95 positives are predicted and one is found.
     assert binary_metrics([0.95, 1.0], [1, 0])["ece"] == pytest.approx(0.95 / 2)
 
 
