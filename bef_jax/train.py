@@ -74,7 +74,7 @@ def train_and_evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run that stay the same from the first step to the last."""
+    """What the functions of a run share. The training state is passed separately."""
 
     config: ConfigDict
     workdir: Path
@@ -85,7 +85,7 @@ class Run:
     evaluate: Callable[[dict, Split], Evaluation]
     checkpoints: Checkpoints
     history: History
-    clock: Clock  # seconds by what they were spent on, over all restarts
+    clock: Clock  # seconds per activity, over all restarts
     laps: Laps  # how the time to the first step divides
 
 
@@ -142,7 +142,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
     """Returns the summary of a run that has already reached `steps`; otherwise None."""
     summary = read_train_summary(workdir)
-    # Without valid figures the run was stopped early. With fewer steps, the user has raised them.
+    # Without an evaluation the run was stopped early. With fewer steps, the user has raised them.
     if summary is None or summary["step"] < steps or summary["valid"] is None:
         return None
     newest = workdir / "checkpoints" / str(summary["step"])
@@ -171,7 +171,7 @@ def _train(run: Run) -> TrainState:
         with run.clock.measure("compile"):
             programs = _compile(run, state, placed)
         run.laps.mark("compile")
-        distributed.wait_for_all("compiled")  # some compile longer, and Gloo waits for 30 s only
+        distributed.wait_for_all("compiled")  # compile times differ, and Gloo waits for 30 s only
 
         inputs = _inputs(run, placed, first)
         console = Console(stderr=True, quiet=not distributed.is_first())
@@ -219,7 +219,7 @@ def _resume(run: Run, newest: Path) -> TrainState:
 
 
 def _write_config(run: Run) -> None:
-    """Writes config.json once; every process must see it, because they share the workdir."""
+    """Writes config.json by the first process; the others check that they see it."""
     file = run.workdir / "config.json"
     with distributed.first_alone("config.json"):
         if distributed.is_first():
@@ -285,13 +285,13 @@ def _loop(
         if ended:
             return state
         with run.clock.measure("wait"):  # input that did not overlap with the previous step
-            size, call_input = next(sizes), next(inputs)
-        state, metrics = programs[size](state, call_input, key)
+            call_steps, call_input = next(sizes), next(inputs)
+        state, metrics = programs[call_steps](state, call_input, key)
         if step == first:
             jax.block_until_ready(metrics)  # only here: later metrics are read a step late
             run.laps.mark("step")
             bar.log(f"first step {run.laps}")
-        step += size
+        step += call_steps
         log.add(step, metrics)
 
 
@@ -319,7 +319,7 @@ def _evaluate_split(run: Run, variables: dict, split: str, step: int) -> Evaluat
     try:
         return run.evaluate(variables, run.splits[split])
     except RunError as error:
-        # The loss of this step was finite, but it is the loss of the state before.
+        # The loss of this step was finite, but it was computed before the update of this state.
         raise DivergedError(f"step {step}: {error}", last_good=step - 1) from error
 
 
@@ -392,7 +392,7 @@ def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Eva
         variables=variables,
         summary=summary,
     )
-    LOG.info("open %s in a browser: figures, curves, the most confident patches, the data", page)
+    LOG.info("open %s in a browser: metrics, curves, the most confident patches, the data", page)
     for name, evaluation in evaluations.items():
         write_probabilities(run.workdir / f"scores_{name}.csv", evaluation)
     write_summary(run.workdir, summary)  # main does this, too, but not for callers from Python

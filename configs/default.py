@@ -112,7 +112,7 @@ def _model() -> ConfigDict:
     model.bn_momentum = 0.9  # share of the running statistics that each step keeps
     model.bn_epsilon = 1e-3  # added to the variance
     model.depthwise = "auto"  # auto (by platform) | native | shift: form of the convolution
-    model.mbconv = "layers"  # layers | pallas (experimental): kernels that train blocks, on TPU v5e, v5p, v6e
+    model.mbconv = "layers"  # layers | pallas (experimental): kernels for TPU v5e, v5p, v6e
     model.remat = "none"  # none | block: backward pass computes blocks again, to save memory
     model.padding = "same"  # same (TensorFlow) | symmetric (torch): padding at stride 2
     return model

@@ -27,7 +27,7 @@ _MAX_MEMORY_SHARE = 0.5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A batch, with its rows spread over devices.
+    """Images and labels, with rows spread over devices: a batch, or a whole placed split.
 
     Attributes:
         images: [B, 96, 96, 3], uint8.
@@ -191,7 +191,7 @@ def gather(split: Batch, indices: Array, mesh: Mesh) -> Batch:
 
 
 def place(rows: np.ndarray, mesh: Mesh) -> Array:
-    """Spreads rows over the devices in consecutive parts; the last is padded with zeros."""
+    """Spreads rows over the devices in consecutive equal parts, with zeros at the end."""
     # Devices need equal parts. No index points to the padding.
     total = sharding.round_up(len(rows), mesh.size)
 
@@ -227,8 +227,8 @@ def gather_rows(rows: Array, indices: Array, mesh: Mesh) -> Array:
         # [B, ...] on every device: a global batch of uint8 is much less than the activations.
         picked = held[jnp.where(mine, local, 0)]
         picked = jnp.where(mine.reshape(-1, *[1] * (held.ndim - 1)), picked, 0)
-        # Sum in uint8. Only one addend of each row is not 0, so nothing overflows, and float32
-        # would send four times as many bytes.
+        # Sum in the dtype of the rows. Only one addend of each row is not 0, so uint8 does not
+        # overflow, and float32 would send four times as many bytes.
         return lax.psum_scatter(picked, sharding.AXIS, scatter_dimension=0, tiled=True)
 
     by_rows, everywhere = PartitionSpec(sharding.AXIS), PartitionSpec()

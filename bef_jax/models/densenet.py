@@ -99,7 +99,7 @@ class DenseNet(Network):
         # convolutions that made them.
         input_norm = self.make_norm(activation="relu", folded=False)
         norm, pooled = self.make_norm(activation="relu"), []
-        stem_stride, stages = self.downsampled()
+        stem_stride, stages = self.stem_stride_and_stages()
         x = Conv(
             features=self.architecture.stem,
             kernel=7,
@@ -129,7 +129,7 @@ class DenseNet(Network):
                     name=f"block_{index:02d}",
                 )
                 x = layer(x, train)
-            x = self.boost(x, number, pooled)
+            x = self.attend_and_fuse(x, number, pooled)
         # Fusion pools a stage's features before any norm, as the next stage gets them.
         x = input_norm(name="head_norm")(x, train)
         return self.classify([*pooled, global_pool(x)], train)

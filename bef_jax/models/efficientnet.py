@@ -142,7 +142,7 @@ class MBConv(nn.Module):
         norm: norm(name=...) makes a norm without activation.
         active_norm: active_norm(name=...) makes a norm with the activation after it.
         padding, depthwise, mbconv: as in `Network`.
-        kernel_options: (bn_groups, bn_epsilon, activation), the norms' options for the kernels.
+        pallas_options: (bn_groups, bn_epsilon, activation), the norms' options for the kernels.
     """
 
     stage: Stage
@@ -154,7 +154,7 @@ class MBConv(nn.Module):
     padding: str
     depthwise: str
     mbconv: str
-    kernel_options: tuple[int, float, str]
+    pallas_options: tuple[int, float, str]
     dtype: jnp.dtype
 
     @nn.compact
@@ -165,8 +165,8 @@ class MBConv(nn.Module):
             x = self._by_kernels(x)
         else:
             x = self._by_layers(x, train)
-        # No activation follows. With few channels, the values that it sets to 0 would lose
-        # information (Sandler et al. 2018, section 3.2).
+        # No activation follows: with few channels it would lose information (Sandler et al. 2018,
+        # section 3.2, shown for ReLU).
         x = self.norm(name="project_norm")(x, train)
         # A residual needs equal shapes. Every block of stride 2 changes the number of channels, so
         # equal shapes also mean stride 1, even on a map of one position.
@@ -196,7 +196,7 @@ class MBConv(nn.Module):
 
     def _by_kernels(self, x: Array) -> Array:
         """Computes the same as `_by_layers` in training, by experimental Pallas kernels for TPU."""
-        stage, (groups, epsilon, activation) = self.stage, self.kernel_options
+        stage, (groups, epsilon, activation) = self.stage, self.pallas_options
         padding = padding_of(stage.kernel, self.stride, x.shape[1:3], self.padding)
         window = Window(x.shape[1:3], stage.kernel, self.stride, padding)
         plan = plan_kernels(window, x, stage.expand, stage.channels, groups, epsilon, activation)
@@ -216,7 +216,7 @@ class EfficientNet(Network):
         """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
         architecture, pooled = self.architecture, []
         norm, active_norm = self.make_norm(), self.make_norm(activation=architecture.activation)
-        stem_stride, stages = self.downsampled()
+        stem_stride, stages = self.stem_stride_and_stages()
         x = Conv(
             features=architecture.stem,
             kernel=3,
@@ -238,13 +238,13 @@ class EfficientNet(Network):
                     padding=self.padding,
                     depthwise=self.depthwise,
                     mbconv=self.mbconv,
-                    kernel_options=(self.bn_groups, self.bn_epsilon, architecture.activation),
+                    pallas_options=(self.bn_groups, self.bn_epsilon, architecture.activation),
                     dtype=self.dtype,
-                    # The name does not hold the stride, so weights of total stride 32 fit 16 and 8.
+                    # No stride in the name, so weights of total stride 32 also fit 16 and 8.
                     name=f"block_{index:02d}",
                 )
                 x = block(x, train)
-            x = self.boost(x, number, pooled)
+            x = self.attend_and_fuse(x, number, pooled)
         # [N, H', W', C] -> [N, H', W', head]. A 96 px patch has 3x3, 6x6 or 12x12 positions here.
         x = Conv(architecture.head, kernel=1, dtype=self.dtype, name="head")(x)
         x = active_norm(name="head_norm")(x, train)

@@ -59,7 +59,7 @@ class Network(nn.Module):
     folded: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    def downsampled(self) -> tuple[int, tuple]:
+    def stem_stride_and_stages(self) -> tuple[int, tuple]:
         """Returns the stem's stride and the stages after reduced downsampling."""
         return boosted.reduce_downsampling(2, self.architecture.stages, self.total_stride)
 
@@ -89,7 +89,7 @@ class Network(nn.Module):
         strides = [stage.stride for stage in self.architecture.stages]
         return tuple(self.fusion_stages) or boosted.fused_stages(strides)
 
-    def boost(self, x: Array, number: int, pooled: list[Array]) -> Array:
+    def attend_and_fuse(self, x: Array, number: int, pooled: list[Array]) -> Array:
         """Applies attention and fusion after stage `number`, if they are switched on.
 
         Args:

@@ -85,7 +85,7 @@ class ResNet(Network):
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
         norm, active_norm, pooled = self.make_norm(), self.make_norm(activation="relu"), []
-        stem_stride, stages = self.downsampled()
+        stem_stride, stages = self.stem_stride_and_stages()
         x = Conv(
             features=self.architecture.stem,
             kernel=7,
@@ -112,7 +112,7 @@ class ResNet(Network):
                     name=f"block_{index:02d}",
                 )
                 x = block(x, train)
-            x = self.boost(x, number, pooled)
+            x = self.attend_and_fuse(x, number, pooled)
         # If the last stage is fused, its pooled features are already those of the head.
         head = [] if pooled and len(stages) in self.fused_stages() else [global_pool(x)]
         return self.classify([*pooled, *head], train)

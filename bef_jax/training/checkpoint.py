@@ -305,8 +305,8 @@ def _check_sha256(path: Path, items: Iterable[str]) -> None:
     chosen = {name: value for name, value in expected.items() if name.split("/")[0] in items}
     # Do not open names that `_files_below` did not find, because they may lead out of the folder.
     # A list without any file of the items is damaged too, because everything would pass.
-    missing = sorted(chosen.keys() - there) if chosen else [CHECKSUMS]
-    damaged = path / missing[0] if missing else first_damaged(path, chosen)
+    wrong = sorted(chosen.keys() - there) if chosen else [CHECKSUMS]
+    damaged = path / wrong[0] if wrong else first_damaged(path, chosen)
     if damaged:
         raise UserError(f"checkpoint {path} is damaged: {damaged} is not what was saved")
 
@@ -320,7 +320,7 @@ def _files_below(folder: Path) -> set[str]:
     """Returns the names of all files of a checkpoint, with forward slashes.
 
     Raises:
-        UserError: Orbax must not open one of them, or the folder can't be read.
+        UserError: one of them is not a regular file or is too large, or the folder can't be read.
     """
     names, folders = set(), [folder]
     try:
@@ -360,7 +360,7 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     with error_context(path):
         old = flatten(with_defaults(saved))
     new = flatten(ConfigDict(as_json(config)))
-    # Processes may meet at another address at every start.
+    # Ignore distributed.*, because the address of the coordinator may differ at every start.
     lasting = [name for name in new if not name.startswith("distributed.")]
     changed = [name for name in lasting if old[name] != new[name]]
     fatal = [name for name in changed if _decides_state(name, old, new)]

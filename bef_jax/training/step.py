@@ -52,7 +52,7 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
             ema = update_ema(ema, variables, state.step, config.ema_decay)
         # Log the norm before clipping, because it should show the data, not the optimiser.
         metrics["grad_norm"] = optax.tree.norm(grads)
-        # Log the rate that this update used: optax increases its own count afterwards.
+        # state.step is not increased yet, so this is the rate that the update above used.
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         state = state.replace(step=state.step + 1, ema=ema, opt_state=opt_state, **variables)
         return state, metrics
@@ -108,7 +108,8 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
     """Returns the mean cross-entropy, in nats, of logits [N, classes] against labels [N].
 
     Args:
-        labels: integers; `smoothing` takes a share of each from its class, and spreads it over all.
+        labels: integers.
+        smoothing: the share of the target that is spread evenly over all classes.
     """
     # [N, classes] in float32, like the logits, which are float32 for any config.dtype.
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
@@ -127,7 +128,7 @@ def compile_step(
     steps: int = 1,
     options: dict | None = None,
 ) -> jax.stages.Compiled:
-    """Compiles `call(state, batch, key) -> (state, metrics)` ahead of time.
+    """Compiles `call(state, inputs, key) -> (state, metrics)` ahead of time.
 
     The state is donated: its memory becomes the next state's.
 
@@ -210,13 +211,13 @@ def describe(config: ConfigDict, state: TrainState, compiled: jax.stages.Compile
         _log_frozen(state, config.optim.freeze)
     needed = memory_bytes(compiled)
     if needed is not None:
-        LOG.info("the step needs %.0f MiB on each device", needed / 2**20)
+        LOG.info("a call of the step needs %.0f MiB on each device", needed / 2**20)
 
 
 def _log_frozen(state: TrainState, pattern: str) -> None:
     params = flatten_dict(state.params, sep="/")
     frozen = {path: leaf for path, leaf in params.items() if is_frozen(path, pattern)}
     LOG.info(
-        "frozen: %d of %d tensors, %s parameters; batch statistics follow the data all the same",
+        "frozen: %d of %d tensors, %s parameters; their batch statistics are still updated",
         len(frozen), len(params), f"{count_params(frozen):,}",
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 The shift form multiplies shifted views of the input and adds them up. On CPU, XLA's grouped
 convolution is 15 to 25 times slower. JAX's own gradient of the shift form costs 20 times its
-forward pass, so the shift form has a custom gradient. GPU and TPU get the native convolution. The
-form is chosen when a program is lowered (`jax.lax.platform_dependent`), not by the caller.
+forward pass, so the shift form has a custom gradient. GPU and TPU get the native convolution. By
+default the form is chosen when a program is lowered (`jax.lax.platform_dependent`).
 """
 
 import dataclasses
@@ -146,19 +146,19 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
 class _Span:
     """The part of the padded input's gradient that is needed, along height or width.
 
-    Output a - i read position stride * a + phase of the padded input, by tap stride * i + phase. So
-    a = position // stride and i = tap // stride.
+    For position p of the padded input and a tap t that reads it, a = p // stride, i = t // stride
+    and phase = p % stride = t % stride. Then tap t reads p for output a - i.
     """
 
     before: int  # zeros before g
     after: int  # zeros after g
-    length: int  # positions a of every phase
+    length: int  # number of values of a
     start: int  # where the input begins after the phases are interleaved
     side: int  # of the input
 
 
 def _span(k: int, stride: int, side: int, outputs: int, pad: tuple[int, int]) -> _Span:
-    # The positions a of the first and of the last input.
+    # The values of a at the first and the last element of the unpadded input.
     first, last = pad[0] // stride, (pad[0] + side - 1) // stride
     start = pad[0] - stride * first
     before = -(-k // stride) - 1 - first
@@ -172,8 +172,9 @@ def _input_gradient(padded_g: Array, kernel: Array, stride: int, spans: list[_Sp
     run backwards over g). Dilating g with zeros instead would need stride^2 times as many products,
     most of them with zero.
 
-    One loop over [N, a, phase, b, phase, C] computes all phases by broadcasting g. If dx were put
-    together from stride^2 arrays, every element would have to look up its array.
+    XLA fuses this into one loop over [N, a, phase, b, phase, C] (a along height, b along width),
+    which broadcasts g. If dx were put together from stride^2 arrays, every element would have to
+    look up its array.
     """
     k, channels = kernel.shape[0], kernel.shape[-1]
     reach = -(-k // stride)  # taps per axis of the phase that has the most

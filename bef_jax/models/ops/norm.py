@@ -23,7 +23,7 @@ from jax import Array, lax
 from bef_jax.models.ops.pointwise import grouped_moments, grouped_pointwise
 
 # Layers pass an activation by its name, because the static arguments of a custom gradient must be
-# hashable and the same object in every trace: a lambda made in a layer would be compiled again each
+# hashable and compare equal in every trace: a lambda made in a layer would be compiled again each
 # time.
 ACTIVATIONS = {"none": lambda x: x, "silu": nn.silu, "relu": nn.relu, "relu6": nn.relu6}
 
@@ -150,8 +150,8 @@ def pointwise_batch_norm(
 def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, activation: str):
     parts = x.reshape(groups, -1, *x.shape[1:])
     # x is centered first, unlike in `batch_norm`. kernel^T cov(x) kernel sums K^2 terms that
-    # cancel, and would keep the error of E[x_k x_l] - E[x_k] E[x_l]. x is narrow, so its copy is
-    # cheap.
+    # cancel. The rounding errors of E[x_k x_l] - E[x_k] E[x_l] would not cancel, and would count
+    # most. x is narrow, so its copy is cheap.
     center, centered = _centered(parts)
     covariance = grouped_moments(centered, centered) / _positions(parts)
     # mean and var are [groups, C]. cov_kernel [groups, K, C] is kept for the gradient.
@@ -162,7 +162,7 @@ def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, acti
     # [groups, K, C]: a kernel for each group, because each has its own standard deviations.
     weights = (kernel * multiplier[:, None]).astype(x.dtype)
     scaled_product = grouped_pointwise(parts, weights)
-    # The rounded weights make scaled_product, so the shift uses their mean, too.
+    # scaled_product is made with the rounded weights, so its mean in the shift uses them, too.
     shift = _per_group(bias - _exact("gk,gkc->gc", center, weights))
     z = scaled_product + shift
     y = ACTIVATIONS[activation](z).astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -208,8 +208,7 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     factor, dscale_over_std = (scale * inverse_std)[:, None], (inverse_std * dscale)[:, None]
     dkernel = jnp.sum(factor * (moments - cov_kernel * dscale_over_std), 0)
     scaled = kernel * factor
-    # The matrix is symmetric, so "gkl" would be the same. The tests on CPU know the rounding of
-    # "glk"; the other order changes dx by 1e-7.
+    # The matrix is symmetric, so "gkl" would be the same but for rounding: dx would change by 1e-7.
     correction = _product("gkc,lc->glk", scaled * dscale_over_std, kernel) / _positions(parts)
     constant = _product("gc,gkc->gk", dbias, scaled) / _positions(parts)
     # [groups, N / groups, H, W, K].
@@ -248,5 +247,5 @@ def _per_group(x: Array) -> Array:
 def _centered(parts: Array) -> tuple[Array, Array]:
     """Returns the mean of each part, [groups, K] in float32, and the parts minus that mean."""
     center = jnp.mean(parts, (1, 2, 3), dtype=jnp.float32)
-    # The result keeps the dtype of `parts`, so that in bfloat16 both products read half the bytes.
+    # The result keeps the dtype of `parts`, so in bfloat16 the products read half the bytes.
     return center, (parts - _per_group(center)).astype(parts.dtype)
