@@ -32,29 +32,31 @@ EVAL_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, request):
-    """(workdir, summary) of a run that nothing disturbed."""
+def finished_folder(tmp_path_factory):
+    """An empty folder for the run of `undisturbed`."""
     return tmp_path_factory.mktemp("finished")
 
 
 @pytest.fixture
-def undisturbed(finished, small_config):
+def undisturbed(finished_folder, small_config):
     """The workdir of a finished run, and its summary; trained once for all tests."""
-    summary = finished / "summary.json"
+    summary = finished_folder / "summary.json"
     if not summary.exists():
-        summary.write_text(json.dumps(train.train_and_evaluate(small_config(), finished / "run")))
-    return finished / "run", json.loads(summary.read_text())
+        summary.write_text(
+            json.dumps(train.train_and_evaluate(small_config(), finished_folder / "run"))
+        )
+    return finished_folder / "run", json.loads(summary.read_text())
 
 
 def stop_before(monkeypatch, step, sign=signal.SIGTERM):
-    """Sends a real signal to this process in place of waiting: after `step` steps are done."""
+    """Sends this process a real signal just before the call that takes step `step`."""
     original = train.compile_step
 
     def compile_step(*args):
         compiled = original(*args)
 
         def step_fn(state, call_input, key):
-            # A batch is the input of one step, a selection of as many as it has batches.
+            # A Batch is the input of one step, a Selection that of len(indices) steps.
             steps = len(call_input.indices) if hasattr(call_input, "indices") else 1
             if int(state.step) < step <= int(state.step) + steps:
                 os.kill(os.getpid(), sign)
@@ -75,7 +77,7 @@ def test_summary_and_files(undisturbed):
     for name in ("config.json", "metrics.jsonl", "report/index.html", "report/loss.png"):
         assert (workdir / name).stat().st_size > 0
     assert list((workdir / "tensorboard").iterdir())
-    # What is looked at before a run is what it writes.
+    # The outputs that are checked before a run are exactly those that it writes.
     names = {path.name for path in workdir.iterdir()} - {".lock"}
     assert names | {"train_summary.json"} == {*outputs.FILES, *outputs.FOLDERS}
     assert {path.name for path in (workdir / "report").iterdir()} == {*outputs.REPORT}
@@ -144,7 +146,7 @@ def test_killed_run_goes_on_from_the_last_save(undisturbed, small_config, tmp_pa
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(signal, "Signals", kill)  # what the handler does first: it never returns
+        patch.setattr(signal, "Signals", kill)  # the handler calls it for its log line
         stop_before(patch, 5)
         with pytest.raises(Killed):
             train.train_and_evaluate(small_config(), tmp_path)
@@ -197,7 +199,7 @@ def test_another_network_is_refused_on_resume(undisturbed, small_config):
 
 
 def copy_run(workdir, folder, change):
-    """Copies a run whose newest checkpoint has no checksums, and changes what that says of it."""
+    """Copies a run without the checksums of its newest checkpoint, whose metadata it changes."""
     shutil.copytree(workdir, folder)
     newest = folder / "checkpoints" / "6"
     (newest / checkpoint.CHECKSUMS).unlink()
@@ -206,7 +208,7 @@ def copy_run(workdir, folder, change):
 
 
 def test_more_steps_go_on_from_an_older_versions_checkpoint(undisturbed, small_config, tmp_path):
-    """It has a configuration alone; and a power cut left what is no line of the history."""
+    """Its metadata has only `config`, and a power cut left invalid lines in metrics.jsonl."""
     workdir, _ = undisturbed
     run = tmp_path / "run"
     copy_run(workdir, run, lambda saved: {"config": saved["config"]})
@@ -262,7 +264,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_a_fresh_history(smal
 def test_an_empty_workdir_starts_from_the_weights_of_another_run(
     undisturbed, small_config, tmp_path
 ):
-    """With neither learning nor moving statistics, valid says what it said of the source."""
+    """If nothing learns and no statistics move, valid has the results of the source run."""
     workdir, source = undisturbed
     still = {"optim.learning_rate": 0.0, "model.bn_momentum": 1.0}
     config = small_config(init_from=str(checkpoint.best(workdir)), steps=1, **still)
@@ -272,7 +274,7 @@ def test_an_empty_workdir_starts_from_the_weights_of_another_run(
 
 
 def test_checkpoints_in_the_workdir_win_over_init_from(undisturbed, small_config, tmp_path):
-    """Even over one that is gone: where a run began does not matter once it is on its way."""
+    """Even if init_from no longer exists, because a run on its way does not need it."""
     workdir, expected = undisturbed
     shutil.copytree(workdir, tmp_path / "run")
     (tmp_path / "run" / "train_summary.json").unlink(missing_ok=True)
@@ -299,7 +301,7 @@ def test_fine_tuning_holds_back_and_resumes(small_config, tmp_path):
         state = checkpoint.restore(path, train.abstract_state(config), _one_device())
         same = jax.tree.map(np.array_equal, state.params, fresh)
         for name, is_same in flatten_dict(same, sep="/").items():
-            # Of the others kernels, which weight decay moves where a gradient is 0.
+            # Of the others, look at kernels only: weight decay moves them even at a gradient of 0.
             if name.startswith(held) or name.endswith("kernel"):
                 assert is_same == name.startswith(held), (step, name)
     shutil.rmtree(tmp_path / "checkpoints" / "4")
@@ -348,7 +350,7 @@ def test_several_steps_in_a_call_need_the_data_on_the_devices(small_config, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields",  # two changes at a time: each combination is a program to compile
+    "fields",  # several changes at a time, because each combination is another program
     [
         {"rcc.enabled": False, "model.attention": "none"},
         {"model.total_stride": 32, "model.fusion": False, "dtype": "bfloat16"},

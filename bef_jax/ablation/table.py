@@ -48,7 +48,7 @@ def tabulate(trials: Sequence[Finished], threshold: float) -> dict[str, Any]:
 
     Args:
         trials: finished trials.
-        threshold: McNemar's test counts a probability from here on as positive.
+        threshold: McNemar's test counts a probability of at least this as positive.
 
     Returns:
         split and rows. Each row, in the order of the trials, has seeds, params, images_per_second,
@@ -180,9 +180,9 @@ def _markdown(table: Mapping[str, Any]) -> str:
     lines += [_cells(name, row) for name, row in table["rows"].items()]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     note = (
-        f"Results on {table['split']}: mean +- standard deviation over seeds. DeLong and McNemar "
-        "test the probabilities averaged over seeds: would other patches give the same result? "
-        "p, seeds is a paired t-test of the AUCs: would other seeds give the same result?"
+        f"Results on {table['split']}: mean +- standard deviation over seeds, and the median of "
+        "images/s. DeLong and McNemar test the probabilities averaged over seeds: would other patches give the same result? "
+        '"p, seeds" is a paired t-test of the AUCs: would other seeds give the same result?'
     )
     return f"{text}\n{note}\n"
 

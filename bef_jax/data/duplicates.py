@@ -23,7 +23,7 @@ class Duplicates:
         self._conflicts: list[list[str]] = []  # ids of the first patch and the later one
 
     def keeps(self, digest: bytes, split: str, label: int, name: str) -> bool:
-        """Returns whether a patch stays in the store, and counts it."""
+        """Remembers a patch, counts it if it is dropped, and returns whether it stays."""
         if digest not in self._first:
             self._first[digest] = (split, label, name)
             return True

@@ -45,8 +45,8 @@ class StoreWriter:
             begin: is called once, to show the progress of the checksums.
 
         Raises:
-            UserError: train or valid holds no patch, a split of the source kept none, or an id
-                names two of its patches.
+            UserError: train or valid holds no patch, a split of the source kept none, or two
+                patches of a split have the same id.
         """
         # Training does not need a test split.
         for split in dict.fromkeys(["train", "valid", *self._writers]):

@@ -97,7 +97,9 @@ def _check(config: ConfigDict, workdir: Path) -> None:
 
 
 def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
-    """Returns the facts that a server needs about an exported network; None if not known.
+    """Returns the facts that a server needs about an exported network.
+
+    A fact that is not known is None.
 
     Args:
         operating_point: temperature and threshold that the run chose on valid, or None.
@@ -152,7 +154,7 @@ def _write_files(config: ConfigDict, variables: dict, described: dict, folder: P
 
     from bef_jax.export.onnx_graph import to_onnx
 
-    content = to_onnx(outputs_fn, patches(), OUTPUTS, described)
+    content = to_onnx(outputs_fn, patches_spec(), OUTPUTS, described)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     actual = session.run(None, {"image": images})[0]
     written["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
@@ -172,14 +174,16 @@ def _place(file: Path, content: bytes, actual: Array, expected: Array) -> dict:
     return {"bytes": len(content), "sha256": digest, "max_difference": difference}
 
 
-def patches() -> jax.ShapeDtypeStruct:
+def patches_spec() -> jax.ShapeDtypeStruct:
     """Returns the argument of an export: [n, 96, 96, 3], uint8, where n is symbolic."""
     return jax.ShapeDtypeStruct(export.symbolic_shape(f"n, {PATCH}, {PATCH}, 3"), jnp.uint8)
 
 
 def to_stablehlo(outputs_fn: OutputsFn) -> bytes:
     """Returns one file for all of PLATFORMS; `jax.export.deserialize` reads it."""
-    return bytes(export.export(jax.jit(outputs_fn), platforms=PLATFORMS)(patches()).serialize())
+    return bytes(
+        export.export(jax.jit(outputs_fn), platforms=PLATFORMS)(patches_spec()).serialize()
+    )
 
 
 def folded_outputs_fn(config: ConfigDict, variables: dict) -> OutputsFn:

@@ -37,7 +37,7 @@ class Figures:
     Attributes:
         flops: floating-point operations, with those of the augmentation and the optimiser.
         bytes_accessed: bytes that operations read and write, in on-chip memory and in main memory.
-        hbm_traffic: bytes that move between main memory and the chip (`hlo.hbm_bytes`).
+        hbm_traffic: bytes that move between main memory and the chip (`hlo.hbm_traffic`).
         hbm_bytes: bytes of memory that the step needs.
         collectives: as `hlo.collectives` counts them.
         seconds: time to compile.
@@ -63,7 +63,7 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         options = _COMPILER_OPTIONS.get(chip.platform)
         compiled = compile_step(config, schedule, mesh, state, placed, options=options)
     except jax.errors.JaxRuntimeError as error:
-        # libtpu refuses what does not fit, which answers the plan; other errors are failures.
+        # libtpu refuses what does not fit. That is a result for the plan; other errors are failures.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - start
@@ -84,7 +84,7 @@ def _reported(compiled: jax.stages.Compiled, config: ConfigDict, seconds: float)
         flops=flops(compiled) if whole else None,
         bytes_accessed=accessed,
         # XLA's count is lower if an operation reads a part of an array, as a gather does.
-        hbm_traffic=None if accessed is None else min(accessed, hlo.hbm_bytes(text)),
+        hbm_traffic=None if accessed is None else min(accessed, hlo.hbm_traffic(text)),
         hbm_bytes=memory_bytes(compiled),
         collectives=hlo.collectives(text),
         seconds=seconds,

@@ -50,7 +50,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     return dict(sorted(found.items()))
 
 
-def hbm_bytes(text: str) -> int:
+def hbm_traffic(text: str) -> int:
     """Returns the bytes that one run of a TPU program moves from and to a device's main memory.
 
     XLA's own count also has what operations read and write in on-chip memory, and it counts copies

@@ -19,8 +19,8 @@ _PER_ROW, _FRAME = 4, 6  # patches, and pixels of white around each, in most_wro
 _CONTACT_ZOOM = 2  # for most_wrong.png, because its patches are tiny on today's screens
 _TEXT, _LINE = 15, 22  # pixels: the size of a caption's letters, and the height of its line
 
-# Computes Grad-CAM of patches [n, 96, 96, 3], uint8, that are called positive or not (bool [n]).
-# It returns maps [n, 96, 96]; each adds up to 1, or is 0.
+# Takes patches, uint8 [n, 96, 96, 3], and whether each is called positive, bool [n]. Returns
+# Grad-CAM maps [n, 96, 96]; each adds up to 1, or is 0.
 Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -31,7 +31,8 @@ class ShownPatch:
     Attributes:
         kind: such as "false positives".
         pixels: uint8 [96, 96, 3], or [96, 196, 3] with its heat map at the right.
-        in_centre: share of the attribution in the square that decides the label; None if no map.
+        in_centre: share of the attribution in the square that decides the label; None without a
+            map, or if it is 0.
     """
 
     kind: str
@@ -125,7 +126,7 @@ def with_square(patch: np.ndarray) -> np.ndarray:
 
 
 def contact_sheet(shown: list[ShownPatch]) -> np.ndarray:
-    """Returns the wrong patches side by side, uint8 [H, W, 3]; the right ones if none is wrong."""
+    """Returns the misclassified patches in rows of four, uint8 [H, W, 3]; all if there are none."""
     wrong = [each for each in shown if each.kind.startswith("false")] or shown
     tiles = [_captioned(each) for each in wrong]
     # White tiles fill the last row.

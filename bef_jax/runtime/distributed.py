@@ -103,7 +103,7 @@ def _connect(settings: ConfigDict) -> None:
         "coordinator_address": settings.coordinator,
         "num_processes": settings.num_processes,
         "process_id": settings.process_id,
-        "cluster_detection_method": "deactivate",  # because a launcher may count otherwise
+        "cluster_detection_method": "deactivate",  # because a launcher may number them differently
     }
     try:
         jax.distributed.initialize(

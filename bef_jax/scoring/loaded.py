@@ -36,11 +36,13 @@ Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
 _BATCH = 64  # patches per call of an exported file, and per call of the explainer
 _LARGEST = 400 << 20  # bytes of an exported file at most; EfficientNet-B7 has 0.3 GB
 _EXPORT_AGAIN = "export again, or move export.json away"
-_STRIDE = 32  # pixels between windows of a picture above 96 px: each pixel is decided on once
+# Pixels from one window of a picture to the next: the side of the square that decides, so that
+# each pixel is decided once.
+_STRIDE = 32
 
 
 def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
-    """Returns the trained network at `where`; `bef_jax.load` lists what `where` may be."""
+    """Returns the trained network at `where`; see `load` in bef_jax/__init__.py."""
     path = user_path(where).resolve()
     if not path.is_dir():
         check_regular(path)
@@ -48,8 +50,8 @@ def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
         return ExportedModel(path)
     if not path.is_dir():
         raise UserError(
-            f"load({str(where)!r}): no such folder; give a run's folder, a checkpoint's folder, "
-            "or a .stablehlo or .onnx file of --mode=export"
+            f"load({str(where)!r}): neither a folder nor an exported file; give a run's folder, a "
+            "checkpoint's folder, or a .stablehlo or .onnx file of --mode=export"
         )
     folder = trained.find(path)
     config = trained.scoring_config(folder)

@@ -208,7 +208,7 @@ def test_onnx_of_every_family(name, small_config):
     state = create_state(config, sharding.replicated(sharding.make_mesh()))
     variables, images = state.eval_variables(), make_images(2)
     outputs_fn = export.folded_outputs_fn(config, variables)
-    content = to_onnx(outputs_fn, export.patches(), export.OUTPUTS)
+    content = to_onnx(outputs_fn, export.patches_spec(), export.OUTPUTS)
     actual = onnxruntime.InferenceSession(content).run(["probability"], {"image": images})[0]
     np.testing.assert_allclose(actual, probability(config, variables, images), atol=1e-5)
 

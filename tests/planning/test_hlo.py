@@ -127,7 +127,7 @@ def test_a_program_of_one_device_has_none():
     ],
 )
 def test_what_main_memory_moves(lines, expected):
-    assert hlo.hbm_bytes(module(*lines)) == expected
+    assert hlo.hbm_traffic(module(*lines)) == expected
 
 
 def test_loops_move_their_bytes_each_turn():
@@ -140,4 +140,4 @@ def test_loops_move_their_bytes_each_turn():
     line = (
         '%w = f32[8]{0} while(%p), condition=%c, body=%body, known={"known_trip_count":{"n":"3"}}'
     )
-    assert hlo.hbm_bytes(loop + module(line)) == 3 * 64
+    assert hlo.hbm_traffic(loop + module(line)) == 3 * 64

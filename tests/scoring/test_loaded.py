@@ -149,7 +149,7 @@ def test_images_of_another_kind_are_told(wrong, words, trained, workdir):
 
 
 def test_what_is_not_there_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"load\('nowhere'\): no such folder"):
+    with pytest.raises(UserError, match=r"load\('nowhere'\): neither a folder nor"):
         bef_jax.load("nowhere")
     with pytest.raises(UserError, match="no checkpoint there"):
         bef_jax.load(tmp_path)

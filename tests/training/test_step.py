@@ -196,7 +196,7 @@ def test_a_step_is_a_function_of_seed_and_step():
 
 
 def test_seeds_share_one_program():
-    # With dropout: a step that draws nothing has no key in its program, whatever the seed.
+    # With dropout, because a step that draws nothing has no key in its program: no seed matters.
     programs = [compiled((("seed", seed), ("model.dropout", 0.5))) for seed in (0, 1)]
     arguments = make_state(), make_batch(), KEY
     first, second = (program.lower(*arguments).as_text() for program in programs)

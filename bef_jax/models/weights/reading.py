@@ -85,10 +85,10 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     unused_classifier = _unused_classifier(tensors, names, shapes)
     wanted = {name: shapes[name] for name in sorted(set(shapes) - unused_classifier)}
     # Checked before anything is converted: a tensor that does not fit may claim any size.
-    _refuse(path, model, _misfits(tensors, names, wanted))
+    _refuse_if_any(path, model, _misfits(tensors, names, wanted))
     found = {name: _convert(tensors[names[name]], len(shape)) for name, shape in wanted.items()}
     infinite = [names[name] for name, array in found.items() if not np.isfinite(array).all()]
-    _refuse(path, model, [f"{key} is not finite" for key in infinite])
+    _refuse_if_any(path, model, [f"{key} is not finite" for key in infinite])
     _warn(path, model)
     if unused_classifier:
         why = "the file has none, or its classes or features differ"
@@ -149,7 +149,7 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    """Returns what `read_tensors` returns, without the counters that torch's norms keep."""
+    """Returns what `read_tensors` returns, without the counters of norms, by today's names."""
     # torch counts a norm's batches for a cumulative mean, which none of these networks uses.
     return {
         densenet_key(key): tensor
@@ -202,7 +202,7 @@ def _misfits(
     return wrong + [f"{shortened(key)} is unexpected" for key in tensors if key not in known]
 
 
-def _refuse(path: Path, model: ConfigDict, wrong: list[str]) -> None:
+def _refuse_if_any(path: Path, model: ConfigDict, wrong: list[str]) -> None:
     # All are listed at once, so that the user can see that the file is of another network.
     if wrong:
         raise UserError(f"{path} does not fit config.model.name={model.name}: {listed(wrong)}")

@@ -5,7 +5,8 @@ kernels of `forward` and `backward`. For the backward pass it keeps its narrow i
 map. Norms and squeeze-excite need only sums of the wide maps per image and channel. The kernels
 return these sums, and `algebra` does the rest.
 
-Within a group of the batch, maps are [H, W, C, N], as in the kernels.
+The functions of a group take and return maps [n, H, W, C]; inside them, and in the kernels, maps
+are [H, W, C, n]. d is the result of the depthwise convolution, E the number of hidden channels.
 """
 
 import dataclasses
@@ -102,8 +103,8 @@ def _backward(plan: KernelPlan, residuals, cotangents):
     dy = g.reshape(plan.groups, -1, *g.shape[1:])
     function = functools.partial(_group_backward, plan)
     dx, dparams = _by_group(function, (parts, kept, dy), params)
-    # The sum over groups, and so over devices, is taken once for all parameters, so that it joins
-    # that of the step's other gradients.
+    # Sum over groups, and so over devices, here and not in the kernels. So XLA can merge this sum
+    # with that of the step's other gradients.
     dparams = jax.tree.map(lambda by_group: by_group.sum(0), dparams)
     return dx.reshape(-1, *dx.shape[2:]), dparams
 
@@ -141,10 +142,12 @@ def _group_forward(plan: KernelPlan, x: Array, params: Params):
     x is [n, H, W, K].
     """
     x, act = x.transpose(1, 2, 3, 0), plan.activation
-    taps, project = _weights(params, x.dtype)
+    taps, project = _taps_and_projection(params, x.dtype)
     expand, statistics = algebra.expansion(x, params, plan.epsilon)
     convolved = [
-        forward.expand_and_convolve(_rows(x, strip.inputs), *_factors(expand), taps, strip, act)
+        forward.expand_and_convolve(
+            _rows(x, strip.inputs), *_expansion_arrays(expand), taps, strip, act
+        )
         for strip in plan.strips
     ]
     d, moments = [maps for maps, _ in convolved], _sum([sums for _, sums in convolved])
@@ -169,8 +172,8 @@ def _group_backward(plan: KernelPlan, part, params: Params) -> tuple[Array, Para
     x, dy, act = x.transpose(1, 2, 3, 0), dy.transpose(1, 2, 3, 0), plan.activation
     by_strip = [(s, maps, _rows(dy, s.outputs)) for s, maps in zip(plan.strips, d, strict=True)]
     dparams, coefficients, gate_and_pull = _gated_backward(by_strip, norm, pooled, params, act)
-    taps, project = _weights(params, x.dtype)
-    weights, shift = _factors(expand)
+    taps, project = _taps_and_projection(params, x.dtype)
+    weights, shift = _expansion_arrays(expand)
     shift = jnp.zeros_like(coefficients[:, :1]) if shift is None else shift
     weights = weights, taps, project, jnp.concatenate([coefficients, shift], 1)
     results = [
@@ -196,11 +199,11 @@ def _gated_backward(
         by_strip: (strip, its d, its gradient of y) of each strip.
 
     Returns:
-        The gradients of the parameters; and four of the coefficients, [E, 4], and gate_and_pull
-        [2, E, n], as `backward.expand_and_convolve_gradients` takes them.
+        The gradients of the parameters; the first four columns of the coefficients, [E, 4]; and
+        gate_and_pull [2, E, n], as `backward.expand_and_convolve_gradients` takes them.
     """
     positions = _positions([d for _, d, _ in by_strip])
-    _, project = _weights(params, by_strip[0][1].dtype)
+    _, project = _taps_and_projection(params, by_strip[0][1].dtype)
     coefficients = jnp.stack([norm.factor, norm.offset], 1)
     gate, excite_gradient = jax.vjp(algebra.excite, params.get("squeeze_excite"), pooled)
     results = [
@@ -234,16 +237,16 @@ def _sum(results: list) -> Any:
     return jax.tree.map(lambda *values: sum(values), *results)
 
 
-def _positions(strips: list[Array]) -> int:
-    return sum(math.prod(maps.shape[:2]) for maps in strips)
+def _positions(maps_by_strip: list[Array]) -> int:
+    return sum(math.prod(maps.shape[:2]) for maps in maps_by_strip)
 
 
-def _factors(expand: Expansion | None) -> tuple[Array | None, Array | None]:
+def _expansion_arrays(expand: Expansion | None) -> tuple[Array | None, Array | None]:
     """Returns the weights [E, K] and the shift [E, 1] of an expansion, for the kernels."""
     return (None, None) if expand is None else (expand.weights.T, expand.shift[:, None])
 
 
-def _weights(params: Params, dtype: jnp.dtype) -> tuple[Array, Array]:
+def _taps_and_projection(params: Params, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Returns the depthwise taps [E, k * k] and the projection [E, M], for the kernels."""
     taps, project = params["depthwise_conv"]["kernel"], params["project_conv"]["kernel"]
     return taps.reshape(-1, taps.shape[-1]).T, project[0, 0].astype(dtype)
