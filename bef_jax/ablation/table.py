@@ -181,7 +181,8 @@ def _markdown(table: Mapping[str, Any]) -> str:
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     note = (
         f"Results on {table['split']}: mean +- standard deviation over seeds, and the median of "
-        "images/s. DeLong and McNemar test the probabilities averaged over seeds: would other patches give the same result? "
+        "images/s. DeLong and McNemar test the probabilities averaged over seeds: would other "
+        "patches give the same result? "
         '"p, seeds" is a paired t-test of the AUCs: would other seeds give the same result?'
     )
     return f"{text}\n{note}\n"

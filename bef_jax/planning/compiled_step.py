@@ -63,7 +63,7 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         options = _COMPILER_OPTIONS.get(chip.platform)
         compiled = compile_step(config, schedule, mesh, state, placed, options=options)
     except jax.errors.JaxRuntimeError as error:
-        # libtpu refuses what does not fit. That is a result for the plan; other errors are failures.
+        # libtpu refuses what does not fit, which is a result for the plan. Others are failures.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - start
