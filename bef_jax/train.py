@@ -142,7 +142,8 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
     """Returns the summary of a run that has already reached `steps`; otherwise None."""
     summary = read_train_summary(workdir)
-    # Without an evaluation the run was stopped early. With fewer steps, the user has raised them.
+    # Without an evaluation the run was stopped early. A lower step than `steps` means that, too,
+    # or that the user has since raised the number of steps.
     if summary is None or summary["step"] < steps or summary["valid"] is None:
         return None
     newest = workdir / "checkpoints" / str(summary["step"])
@@ -288,7 +289,7 @@ def _loop(
             call_steps, call_input = next(sizes), next(inputs)
         state, metrics = programs[call_steps](state, call_input, key)
         if step == first:
-            jax.block_until_ready(metrics)  # only here: later metrics are read a step late
+            jax.block_until_ready(metrics)  # only here: later ones are read during a later call
             run.laps.mark("step")
             bar.log(f"first step {run.laps}")
         step += call_steps
@@ -319,7 +320,7 @@ def _evaluate_split(run: Run, variables: dict, split: str, step: int) -> Evaluat
     try:
         return run.evaluate(variables, run.splits[split])
     except RunError as error:
-        # The loss of this step was finite, but it was computed before the update of this state.
+        # The loss of this step was finite, but it was computed before the update of that step.
         raise DivergedError(f"step {step}: {error}", last_good=step - 1) from error
 
 

@@ -47,8 +47,9 @@ class Selection:
     indices: Array
 
 
-# Keep two, because near the end of an epoch the thread that works ahead is already in the next one.
-# A permutation of PCam's train split takes 2 MiB.
+# Keep two: near the end of an epoch the thread that works ahead is already in the next one, while
+# StepLog may still have to name the patches of a batch of this one. A permutation of PCam's train
+# split takes 2 MiB.
 @functools.lru_cache(maxsize=2)
 def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """Returns the order of n patches in one epoch, [n], int64."""
@@ -209,8 +210,8 @@ def gather_rows(rows: Array, indices: Array, mesh: Mesh) -> Array:
     """Returns rows[indices], also spread over the devices by rows.
 
     Each device picks the rows of the batch that it holds and leaves zeros elsewhere. The sum over
-    the devices is the batch, and each device gets its own rows of the sum. So a batch is sent over
-    the wires once, and the split never is.
+    the devices is the batch, and each device gets its own rows of the sum. So each device
+    sends at most the bytes of one batch, and the split is never sent.
 
     Args:
         rows: [n, ...] from `place`, on the devices.

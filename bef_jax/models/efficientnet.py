@@ -36,7 +36,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The sizes that differ between EfficientNets, at total stride 32."""
+    """What differs between EfficientNets. The strides are those of total stride 32."""
 
     stem: int
     stages: tuple[Stage, ...]

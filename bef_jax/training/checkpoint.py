@@ -113,10 +113,11 @@ class Checkpoints:
         self._manager.save(step, args=items, metrics=metrics)
 
     def _write_checksums(self) -> None:
-        """Writes checksums.json. Orbax calls this when the files are complete but not renamed."""
+        """Writes checksums.json. Orbax calls this before it renames the complete folder."""
         # This reads each file again, in Orbax's thread: the next save waits, training does not.
         for folder in self.directory.glob(f"*{_UNFINISHED}*") if distributed.is_first() else ():
-            # Hash only the items, because Orbax still adds its commit time to the file beside them.
+            # Hash only the items, because Orbax still adds its commit time to the file
+            # _CHECKPOINT_METADATA beside them.
             files = [file for item in folder.glob("*/") for file in item.rglob("*")]
             names = [file.relative_to(folder).as_posix() for file in files if file.is_file()]
             write_json(folder / CHECKSUMS, {name: sha256(folder / name) for name in names})

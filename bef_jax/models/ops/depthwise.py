@@ -135,8 +135,8 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
     padded_g = jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
     phases = _padded_phases(x, stride, padding)
     # The phases and g share one barrier. A barrier for the phases alone would equal that of the
-    # forward pass, so XLA would merge the two. Every view would have two users and be written to
-    # memory.
+    # forward pass, so XLA would merge the two barriers. Then both passes would use every view, and
+    # it would be written to memory.
     phases, padded_g = lax.optimization_barrier((phases, padded_g))
     dx = _input_gradient(padded_g, kernel, stride, spans)
     return dx, _kernel_gradient(phases, kernel, _crop(padded_g, corner, size))
@@ -144,7 +144,7 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """The part of the padded input's gradient that is needed, along height or width.
+    """Along height or width: the zeros around g, and what to keep of the padded input's gradient.
 
     For position p of the padded input and a tap t that reads it, a = p // stride, i = t // stride
     and phase = p % stride = t % stride. Then tap t reads p for output a - i.

@@ -129,11 +129,11 @@ def pointwise_batch_norm(
     """Returns activation(batch_norm(x @ kernel)) without a pass over x @ kernel for its statistics.
 
     The product is linear, so its mean is mean(x) @ kernel, and its variance is the diagonal of
-    kernel^T cov(x) kernel. Both are known before the product, so 1/std goes into the kernel, and
-    the mean into the shift. The gradient is similar: batch normalisation adds a linear map of x to
-    dx. The cost is two more products over all positions: centered^T @ centered forwards, and
-    centered @ correction backwards. This saves five passes over [N, H, W, C], where C = 6 * K in
-    EfficientNet.
+    kernel^T cov(x) kernel. Both are known before the product, so scale / std goes into the kernel,
+    and the mean and the bias go into the shift. The gradient is similar: batch normalisation adds a
+    linear map of x to dx. The cost is two more products over all positions: centered^T @ centered
+    forwards, and centered @ correction backwards. This saves five passes over [N, H, W, C], where
+    C = 6 * K in EfficientNet.
 
     Args:
         x: [N, H, W, K]; N a multiple of `groups`.
