@@ -40,7 +40,7 @@ class DivergedError(FloatingPointError):
 
 
 def printable(text: str) -> str:
-    """Returns `text` with all characters escaped that are not letters, signs or spaces.
+    """Returns `text` with all characters escaped that are not printable, such as a newline.
 
     Names of files, tensors and patches come from strangers. A newline in one would make two lines
     of an error, and a terminal would obey an escape sequence.

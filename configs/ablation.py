@@ -18,7 +18,7 @@ def _network(config_file: ModuleType) -> dict:
     return {f"model.{name}": value for name, value in other.items() if value != usual[name]}
 
 
-# The baseline sets all four switches, so that a row of one change sets only one of them.
+# The baseline sets all four switches, so that a row of one change differs from it in only one.
 BASELINE = {
     "rcc.enabled": False,
     "model.total_stride": 32,

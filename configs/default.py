@@ -108,7 +108,7 @@ def _model() -> ConfigDict:
     model.fusion = False  # appends the pooled features of the fused stages to the head's
     model.fusion_stages = ()  # fused stages, counted from 1; empty: the last of each resolution
     model.dropout = 0.2  # rate before the classifier
-    model.drop_path = 0.2  # rate of stochastic depth: of n blocks, block i from 0 has i / n of it
+    model.drop_path = 0.2  # rate of stochastic depth: block i of n, counted from 0, has i / n of it
     model.bn_momentum = 0.9  # share of the running statistics that each step keeps
     model.bn_epsilon = 1e-3  # added to the variance
     model.depthwise = "auto"  # auto (by platform) | native | shift: form of the convolution

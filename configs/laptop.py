@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.epochs = 2.0
     config.model.total_stride = 32
     config.model.drop_path = 0.1
-    config.rcc.max_size = 64  # and min_size is 64: the windows have one size
+    config.rcc.max_size = 64  # min_size is 64, too, so all windows have one size
     config.optim.learning_rate = 6e-3  # 1.5e-3 at a batch of 64
     config.optim.warmup_epochs = 0.1
     return default.apply_arg(config, arg)

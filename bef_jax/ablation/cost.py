@@ -48,7 +48,7 @@ def estimate(trials: Sequence[Any], n_train: int) -> dict[str, Any]:
 def _count(trials: list, n_train: int) -> dict[str, Any]:
     # A row costs the same with every seed.
     config = trials[0].config
-    # A trial that was stopped halfway counts as a whole one: only its final summary is read.
+    # A trial that was stopped halfway counts as wholly missing: only a final summary is read.
     missing = [trial for trial in trials if not trial.summary()]
     steps = count_steps(config, n_train).steps
     return {

@@ -36,7 +36,7 @@ class Worker:
         return {**os.environ, **dict(self.variables)}
 
     def pin(self, process: int) -> None:
-        """Keeps a process, by its id, on the worker's cores; call it before it counts its cores."""
+        """Keeps a process, given by its id, on the cores; call this before it counts its cores."""
         if self.cores:
             os.sched_setaffinity(process, self.cores)
 

@@ -258,7 +258,7 @@ def _slice(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     params, shape = equation.params, inputs[0].shape
     axes = [axis for axis, size in enumerate(shape) if isinstance(size, int)]
     steps = params["strides"] or [1] * len(shape)
-    # Slice takes starts, ends, axes and steps. The range gives the axes, as its entry i is i.
+    # Slice takes starts, ends, axes and steps. range(n)[axis] is the axis itself.
     parts = (
         graph.integers(*(values[axis] for axis in axes))
         for values in (params["start_indices"], params["limit_indices"], range(len(shape)), steps)

@@ -127,7 +127,7 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     batch = put_batch(_random_patches(batch_size), mesh, np.arange(batch_size))
     ours = _build(config, mesh, batch)
     train = _time("training", config, ours.calls["train"])
-    peak = peak_bytes(ours.compiled)  # now: an accelerator reports the peak so far
+    peak = peak_bytes(ours.compiled)  # before inference, because this is the peak so far
     evaluation = _time("inference", config, ours.calls["eval"])
     augmentation = _time("augmentation", config, _augmentation(config, batch))
     image_flops = flops_per_image(ours.compiled, config, mesh)

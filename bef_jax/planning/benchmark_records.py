@@ -53,8 +53,9 @@ def append(file: Path, summary: dict, argv: Sequence[str]) -> None:
         "versions": installed_versions(),
         "summary": summary,
     }
-    # Read the file again, because another benchmark may have added an entry in the meantime. Lock
-    # it, because if two read it at once, the one that writes first would lose its entry.
+    # Read the file again, because another benchmark may have added an entry in the meantime. If two
+    # read it at once, the one that writes first would lose its entry. So lock the folder, and not
+    # the file, because write_json replaces the file.
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)

@@ -58,7 +58,8 @@ def by_name(name: str) -> Chip | None:
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Returns the peak FLOP/s of a device; None if it is not published, or not listed here."""
-    # A TPU makes a float32 product from several bfloat16 ones, and no peak for it is published.
+    # Only peaks of bfloat16 are listed. A TPU makes a float32 product from several bfloat16 ones,
+    # and no peak for it is published.
     if dtype != "bfloat16":
         return None
     return next((chip.peak_flops for chip in CHIPS if device_kind in chip.kinds), None)

@@ -56,7 +56,8 @@ def _multiply_adds_of(equation) -> int:
         (axes, _), _ = params["dimension_numbers"]
         terms = math.prod(left[axis] for axis in axes)
     else:
-        # Each output sums over a window and a group's inputs, the other axes of the kernel.
+        # Each output sums over all axes of the kernel except the output features: over a window,
+        # and over the input features of a group.
         features = right[params["dimension_numbers"].rhs_spec[0]]
         terms = math.prod(right) // features
     return terms * math.prod(equation.outvars[0].aval.shape)

@@ -9,7 +9,8 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "al
 _BITS = {"pred": 8}  # other types have their bits in their names: f32, bf16, u8, s4
 # Text is the only public form of a compiled program. All that can change between versions of XLA is
 # in these patterns.
-# Type and shape; if a TPU's layout says so, a memory that is not the main one: bf16[8,2]{1,0:S(1)}.
+# Matches an array: its type, its shape and, if a TPU's layout names one, a memory other than the
+# main one, such as S(1) in bf16[8,2]{1,0:S(1)}.
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 # Operations that only give a name, or that call code which is counted separately.
@@ -53,9 +54,10 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 def hbm_traffic(text: str) -> int:
     """Returns the bytes that one run of a TPU program moves from and to a device's main memory.
 
-    XLA's own count also has what operations read and write in on-chip memory, and it counts copies
-    there and back as both: for B3 on v5e it is four times this. This count may be too high: an
-    array that is read in part counts as a whole, and all branches count although only one runs.
+    XLA's own count also has what operations read and write in on-chip memory. It counts a copy
+    between the two memories as a read and a write. For B3 on v5e it is four times this. This count
+    may be too high: an array that is read in part counts as a whole, and all branches count
+    although only one runs.
 
     Args:
         text: an optimised HLO module; it is scheduled, so that its layouts name the memory.

@@ -54,8 +54,8 @@ def search(
 ) -> int | None:
     """Returns the largest batch that fits `capacity`: a multiple of `unit`, or the known batch.
 
-    Memory grows almost linearly with the batch. Two measurements give a line, and a third one
-    checks what the line predicts. If that does not fit, it replaces the farther of the two.
+    Memory grows almost linearly with the batch. Two measurements give a line, which predicts the
+    batch to measure next. From then on, the line goes through the two nearest to `capacity`.
 
     Args:
         memory: returns the bytes that a batch per device needs; None if it does not fit and the
@@ -73,7 +73,7 @@ def search(
     candidate = 2 * _round_down(batch, unit) if _fits(known[batch], capacity) else batch // 2
     for _ in range(ATTEMPTS):
         candidate = max(_round_down(candidate, unit), unit)
-        # The line predicts a batch that was measured already, so there is nothing more to learn.
+        # Measuring a batch again would show nothing new.
         if candidate in known:
             break
         known[candidate] = memory(candidate)
@@ -93,7 +93,7 @@ def _fits(size: float | None, capacity: float) -> bool:
 def _predicted_batch(known: dict[int, float | None], capacity: float) -> int:
     """Predicts the batch that just fits, by a line through the two sizes nearest to `capacity`."""
     sized = {batch: size for batch, size in known.items() if size is not None}
-    # A refusal that names no size gives no point for a line.
+    # A refusal that names no size gives no point for a line, so measure a smaller batch.
     if len(sized) < 2:
         return min(known) // 2
     (b0, m0), (b1, m1) = sorted(sized.items(), key=lambda item: abs(item[1] - capacity))[:2]

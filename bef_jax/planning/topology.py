@@ -66,7 +66,7 @@ def make_mesh(topology: Topology) -> Mesh:
     """Returns the mesh that training would make on the topology's devices.
 
     Call it before JAX is used for anything else. It keeps JAX from using an accelerator of this
-    machine, and a CPU can be split only once.
+    machine, and a CPU can be split only before JAX has made its devices.
 
     Raises:
         UserError: the compiler is not installed, or does not know the shape.

@@ -31,7 +31,7 @@ def report_run(
 
     Args:
         splits: the splits of the run's store, by name.
-        manifest: the store's manifest, because the one on disk may be gone by now.
+        manifest: the store's manifest. It is not read again, because the file may be gone by now.
         history: the lines of metrics.jsonl.
         evaluations: of the best checkpoint, by split.
         variables: {params, batch_stats} of the best checkpoint.

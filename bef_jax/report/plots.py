@@ -1,7 +1,7 @@
 """Plots of a run: learning curves, ROC, precision and recall, reliability.
 
-Every plot is drawn for light and for dark screens. Lines differ in colour and in their dashes, so
-that readers can tell them apart without seeing the colours.
+Every plot is drawn for light and for dark screens. Lines differ in colour, and also in their
+dashes or markers, so that readers can tell them apart without seeing the colours.
 """
 
 import io

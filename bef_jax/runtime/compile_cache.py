@@ -27,8 +27,8 @@ def enable(setting: str) -> None:
     Machines of different kinds can share a home folder safely. The key of an entry holds the
     program, jaxlib's version and a fingerprint of the devices. For a CPU the fingerprint covers its
     instructions, so no other machine's code is loaded. The key does not hold the number of cores,
-    which decides into how many parts loops are cut. So each number of cores has its own folder,
-    because a program that was compiled for one core would always use one.
+    but XLA cuts loops into that many parts. So each number of cores has its own folder, because a
+    program that was compiled for one core would always use one.
 
     Args:
         setting: `config.compile_cache`: auto, a folder, or empty for none.

@@ -17,7 +17,8 @@ def restart() -> None:
     """Starts the program again with the settings, unless they are set already.
 
     The process keeps its id, its arguments and its open files, so signals reach it as before. This
-    function only returns if a user has set the variable, or if the C library is not glibc.
+    function only returns if the variable is set, by a user or by an earlier call, or if the C
+    library is not glibc.
     """
     if VARIABLE in os.environ or not _has_glibc():
         return
@@ -29,10 +30,10 @@ def restart() -> None:
 def settings(cores: int) -> str:
     """Returns the variable's value for a process that has this many cores."""
     # Huge pages, because a step clears gigabytes of new memory, and with small pages that can take
-    # longer than the arithmetic. Few heaps, because they keep arrays below 1 GiB from one step to
-    # the next, so that less memory is new; to keep larger ones would take three times the memory.
-    # More than one heap, because the compiler leaves pieces between the arrays: with one heap, a
-    # run that compiled would take half as long again.
+    # longer than the arithmetic. Few heaps (arenas), which keep freed arrays below 1 GiB for the
+    # next step, so that less of its memory is new. Keeping larger arrays, too, would take three
+    # times the memory. More than one heap, because the compiler leaves pieces of memory between the
+    # arrays: with one heap, a run that compiled would take half as long again.
     values = {
         "hugetlb": 1,
         "arena_max": cores + 1,
