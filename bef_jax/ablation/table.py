@@ -164,15 +164,16 @@ _HEAD = {
 
 def write_table(workdir: Path, table: Mapping[str, Any], trials: Sequence[Finished]) -> list[str]:
     """Writes ablation.md, ablation.csv, ablation_runs.csv and ablation.png; returns their paths."""
-    write_text(workdir / "ablation.md", _markdown(table))
-    write_text(workdir / "ablation.csv", _csv([_flat_row(*item) for item in table["rows"].items()]))
-    write_text(workdir / "ablation_runs.csv", _csv([_flat_trial(trial) for trial in trials]))
+    markdown, rows, runs, picture = (workdir / name for name in FILES)
+    write_text(markdown, _markdown(table))
+    write_text(rows, _csv([_flat_row(*item) for item in table["rows"].items()]))
+    write_text(runs, _csv([_flat_trial(trial) for trial in trials]))
     from bef_jax.ablation.picture import draw  # here, because matplotlib imports slowly
 
     aucs = {name: [_auc(trial) for trial in trials if trial.row == name] for name in table["rows"]}
-    with replacing(workdir / "ablation.png") as file:
+    with replacing(picture) as file:
         draw(table, aucs, TITLES).savefig(file, format="png", dpi=150)
-    return [str(workdir / name) for name in FILES]
+    return [str(file) for file in (markdown, rows, runs, picture)]
 
 
 def _markdown(table: Mapping[str, Any]) -> str:

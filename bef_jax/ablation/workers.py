@@ -53,7 +53,9 @@ def find_workers(jobs: int | None) -> list[Worker]:
     """
     answer = subprocess.run([sys.executable, "-c", _REPORT_DEVICES], capture_output=True, text=True)
     if answer.returncode:
-        raise RunError(f"JAX finds no device: {answer.stderr.strip().splitlines()[-1]}")
+        # A process that the system has killed says nothing.
+        reason = answer.stderr.strip().splitlines() or [f"it ended with {answer.returncode}"]
+        raise RunError(f"JAX finds no device: {reason[-1]}")
     sys.stderr.write(answer.stderr)  # the devices, and JAX's warnings
     backend, count = answer.stdout.split()[-2:]
     if backend == "cpu":

@@ -1,5 +1,6 @@
 """Reads the value of `--config=`: the name of a configuration of the package, or a Python file."""
 
+import importlib.machinery
 import importlib.util
 import re
 import sys
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.configs import default
 from bef_jax.errors import UserError, did_you_mean
+from bef_jax.runtime.files import user_path
 
 _FOLDER = Path(default.__file__).parent
 
@@ -61,7 +63,8 @@ def load(value: str) -> ConfigDict:
     Raises:
         UserError: there is no such file, or running it fails; the text names the place.
     """
-    path, colon, argument = resolve(value).partition(":")
+    name, colon, argument = resolve(value).partition(":")
+    path = str(user_path(name))  # without ./ and //, as Python names it in errors
     try:
         config = _run(Path(path)).get_config(*([argument] if colon else []))
     except UserError:  # about the argument; it says what is wrong

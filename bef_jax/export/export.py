@@ -24,7 +24,7 @@ from bef_jax import __version__
 from bef_jax.data import sources
 from bef_jax.data.patch import PATCH, class_names
 from bef_jax.data.sources import synthetic
-from bef_jax.errors import RunError, UserError
+from bef_jax.errors import RunError, UserError, install_command
 from bef_jax.export import timm
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
@@ -90,7 +90,7 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         needed.append("safetensors")
     if missing := [module for module in needed if not find_spec(module)]:
         listed = " and ".join(missing)
-        raise UserError(f"--mode=export needs {listed}: pip install 'bef_jax[export]'")
+        raise UserError(f"--mode=export needs {listed}: {install_command('export')}")
     names = ("model.stablehlo", "model.onnx", timm.FILE, timm_config.NAME, DESCRIPTION)
     outputs = [summary_file(workdir, "export").name, *(f"export/{name}" for name in names)]
     files.check_outputs(workdir, outputs, ["export"])

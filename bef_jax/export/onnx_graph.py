@@ -164,7 +164,7 @@ def _equation(graph: Graph, equation: Any, inputs: list[Value]) -> list[Value]:
     called = _called(equation)
     if called is not None:
         # The first input of a cond chooses the branch; the branch takes the other inputs.
-        inputs = inputs[-len(called.jaxpr.invars) :] if name == "cond" else inputs
+        inputs = inputs[1:] if name == "cond" else inputs
         return _run(graph, called.jaxpr, [_known(const) for const in called.consts], inputs)
     if name == "platform_index":
         return [_known(np.int32(0))]  # it only chooses a branch, which `_called` does
@@ -299,9 +299,14 @@ def _matmul(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 def _convolution(graph: Graph, equation: Any, inputs: list[Value]) -> str:
     params, (x, kernel) = equation.params, inputs
     numbers = params["dimension_numbers"]
-    if kernel.constant is None or set(params["lhs_dilation"]) != {1}:
+    if (
+        kernel.constant is None
+        or set(params["lhs_dilation"]) != {1}
+        or params["batch_group_count"] != 1
+    ):
         raise NotImplementedError(
-            "no ONNX for a convolution with lhs_dilation, or whose kernel is not constant"
+            "no ONNX for a convolution with lhs_dilation or batch_group_count, or whose kernel is "
+            "not constant"
         )
     # The specs list JAX's axes in ONNX's order, [out, in, h, w] and [N, C, H, W]; argsort inverts
     # them. Kernels are transposed here, and maps in the graph.
@@ -321,6 +326,8 @@ def _convolution(graph: Graph, equation: Any, inputs: list[Value]) -> str:
 def _pool(graph: Graph, equation: Any, x: Value, operator: str, **attributes: Any) -> str:
     """Pools over the two middle axes of NHWC."""
     params = equation.params
+    if {*params["base_dilation"], *params["window_dilation"]} != {1}:
+        raise NotImplementedError("no ONNX for a pool with base_dilation or window_dilation")
     windows = {
         "kernel_shape": params["window_dimensions"][1:3],
         "strides": params["window_strides"][1:3],

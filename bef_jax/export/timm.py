@@ -39,13 +39,13 @@ def write(config: ConfigDict, variables: dict, folder: Path) -> dict:
             (folder / name).unlink(missing_ok=True)
         empty_entry = dict.fromkeys(("architecture", "bytes", "sha256", "max_difference"))
         return empty_entry | {"note": reason}
-    content = _content(config, variables)
+    content = _safetensors(config, variables)
     features = len(variables["params"]["classifier"]["kernel"])
     # Both are read back as a pair, because config.json says what the tensors mean.
     with tempfile.TemporaryDirectory(prefix=".timm_", dir=folder) as name:
         temporary = Path(name)
         write_bytes(temporary / FILE, content)
-        write_json(temporary / timm_config.NAME, _describe(config, features))
+        write_json(temporary / timm_config.NAME, _config_json(config, features))
         _check(config.model, variables, temporary / FILE)
         for file in (FILE, timm_config.NAME):
             os.replace(temporary / file, folder / file)
@@ -83,7 +83,7 @@ def _architecture(model: ConfigDict) -> str:
     return f"tf_{model.name}" if model.padding == "same" else model.name
 
 
-def _content(config: ConfigDict, variables: dict) -> bytes:
+def _safetensors(config: ConfigDict, variables: dict) -> bytes:
     import safetensors.numpy  # imported here, because it is an extra
 
     # "pt" stands for torch's names and layouts; readers of the format expect it.
@@ -92,7 +92,7 @@ def _content(config: ConfigDict, variables: dict) -> bytes:
     return safetensors.numpy.save(weights.to_timm(variables, config.model), metadata)
 
 
-def _describe(config: ConfigDict, features: int) -> dict:
+def _config_json(config: ConfigDict, features: int) -> dict:
     """Returns the content of config.json; timm ignores fields that it does not know."""
     model, source = config.model, of_timm(config.model.name)
     side = config.rcc.eval_size if config.rcc.enabled else PATCH
@@ -112,10 +112,10 @@ def _describe(config: ConfigDict, features: int) -> dict:
             "crop_pct": 1.0,
             "mean": list(config.augment.mean),
             "std": list(config.augment.std),
-        }
-        | {
-            name: source.translate(end, stages).removesuffix(".weight")
-            for name, end in ends.items()
+            **{
+                name: source.translate(end, stages).removesuffix(".weight")
+                for name, end in ends.items()
+            },
         },
     }
 

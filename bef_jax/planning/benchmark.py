@@ -122,14 +122,14 @@ def _settings(config: ConfigDict, machine: str) -> dict:
 def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     batch_size = config.batch_size
     with _batches(config, mesh) as (batches, source):  # first, because a store can be damaged
-        reading = _time("input", config, lambda: next(batches))
+        reading = _time_and_log("input", config, lambda: next(batches))
     # Put the batch on the devices now, because the input is measured by itself.
     batch = put_batch(_random_patches(batch_size), mesh, np.arange(batch_size))
     ours = _build(config, mesh, batch)
-    train = _time("training", config, ours.calls["train"])
+    train = _time_and_log("training", config, ours.calls["train"])
     peak = peak_bytes(ours.compiled)  # before inference, because this is the peak so far
-    evaluation = _time("inference", config, ours.calls["eval"])
-    augmentation = _time("augmentation", config, _augmentation(config, batch))
+    evaluation = _time_and_log("inference", config, ours.calls["eval"])
+    augmentation = _time_and_log("augmentation", config, _augmentation(config, batch))
     image_flops = flops_per_image(ours.compiled, config, mesh)
     rates = {"train": train, "eval": evaluation, "input": reading}
     rates = {f"{k}_images_per_second": batch_size / seconds for k, seconds in rates.items()}
@@ -154,7 +154,7 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
 # ---- timing -------------------------------------------------------------------------------------
 
 
-def _time(what: str, config: ConfigDict, call: Callable) -> np.ndarray:
+def _time_and_log(what: str, config: ConfigDict, call: Callable) -> np.ndarray:
     """Returns the seconds per call of each run, [runs]; a call handles one batch."""
     (seconds,) = measure(config.benchmark.runs, call)
     # The slowest run takes the most seconds, so its percentile is 100.
@@ -277,12 +277,12 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
         yield store.open_split(folder, "train"), folder
         return
     # Map them from a file, as a store's are: a gather from memory would measure something else.
-    random = _random_patches(max(INPUT_PATCHES, config.batch_size))
+    patches = _random_patches(max(INPUT_PATCHES, config.batch_size))
     with tempfile.TemporaryDirectory(prefix="bef_jax_benchmark_") as temporary:
         file = Path(temporary) / "images.npy"
-        np.save(file, random.images)
+        np.save(file, patches.images)
         images = np.load(file, mmap_mode="r", allow_pickle=False)
-        yield dataclasses.replace(random, images=images), None
+        yield dataclasses.replace(patches, images=images), None
 
 
 def _random_patches(n: int) -> Split:

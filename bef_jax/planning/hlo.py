@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
-_BITS = {"pred": 8}  # other types have their bits in their names: f32, bf16, u8, s4
+# Other types have their bits in their names: f32, bf16, u8, s4. A token only orders operations.
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
 # Text is the only public form of a compiled program. All that can change between versions of XLA is
 # in these patterns.
 # Matches an array: its type, its shape and, if a TPU's layout names one, a memory other than the
@@ -153,5 +154,5 @@ def _result_bytes(shape: str, started: bool, kind: str) -> int:
 
 def _bytes(dtype: str, dims: str, memory: str = "") -> int:
     count = math.prod(int(size) for size in dims.split(",") if size)
-    bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    bits = _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype)[0])
     return count * bits // 8

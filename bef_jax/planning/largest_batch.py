@@ -22,9 +22,9 @@ def find(config: ConfigDict, mesh: Mesh, chip: Chip, figures: Figures) -> int | 
     if chip.hbm_bytes is None:
         return None
     # Each micro-batch is split over the devices and over the groups of batch normalisation.
-    group = LANES if config.model.mbconv == "pallas" else 1
-    rows = config.optim.accumulate * math.lcm(group * config.bn_groups, mesh.size)
-    unit = math.lcm(rows // mesh.size, BATCH_UNIT)
+    lanes = LANES if config.model.mbconv == "pallas" else 1
+    divisor = config.optim.accumulate * math.lcm(lanes * config.bn_groups, mesh.size)
+    unit = math.lcm(divisor // mesh.size, BATCH_UNIT)
 
     def memory(batch: int) -> float | None:
         # Change a copy, because the caller's configuration must keep its batch size.

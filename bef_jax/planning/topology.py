@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from bef_jax.errors import UserError
+from bef_jax.errors import UserError, install_command
 from bef_jax.planning import chips
 from bef_jax.planning.chips import Chip
 from bef_jax.runtime import sharding
@@ -84,7 +84,7 @@ def _cpu_devices(topology: Topology) -> list[jax.Device]:
 
 
 def _tpu_devices(topology: Topology) -> list[jax.Device]:
-    _require(["libtpu"], "pip install -e .[plan]", topology)
+    _require(["libtpu"], install_command("plan"), topology)
     # No TPU is used, so do not ask a metadata server for one, or wait until one is free.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -100,8 +100,7 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
 
 
 def _cuda_devices(topology: Topology) -> list[jax.Device]:
-    extras = [f"pip install -e .[{extra}]" for extra in CUDA_PLUGINS.values()]
-    _require(CUDA_PLUGINS, " or ".join(extras), topology)
+    _require(CUDA_PLUGINS, install_command("cuda"), topology)
     name = topology.chip.name
     folder = resources.files("bef_jax.planning") / "gpu_targets"
     target = (folder / f"{name}.textproto").read_text()

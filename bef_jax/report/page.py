@@ -122,13 +122,13 @@ def _tuned(summary: Mapping[str, Any]) -> str:
     """Returns a table of each split with a temperature and a threshold chosen on valid, or ""."""
     rows = [["split", "", "", *(_COLUMNS[key][0] for key in _TUNED)]]
     for split in ("valid", "test"):
-        for block, chosen in (("calibrated", "temperature"), ("operating_point", "threshold")):
-            found = _block(summary, split).get(block)
-            if found and found[chosen] is not None:
+        for name, chosen in (("calibrated", "temperature"), ("operating_point", "threshold")):
+            block = _block(summary, split).get(name)
+            if block and block[chosen] is not None:
                 # A dash means that a block lacks a figure: a temperature changes no decision at
                 # 0.5, and a threshold changes no probability.
-                cells = [_figure(found, key, _COLUMNS[key][1]) for key in _TUNED]
-                rows.append([split, chosen, f"{found[chosen]:.4g}", *cells])
+                cells = [_figure(block, key, _COLUMNS[key][1]) for key in _TUNED]
+                rows.append([split, chosen, f"{block[chosen]:.4g}", *cells])
     return _TUNED_NOTE + table(rows) if len(rows) > 1 else ""
 
 

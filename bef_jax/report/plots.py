@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from bef_jax.scoring.metrics import Evaluation
+from bef_jax.scoring.metrics import Evaluation, probability_bins
 
 RELIABILITY_BINS = 10
 _SIZE = (5.4, 4.4)  # inches: two fit side by side on a desktop screen, and one fills a phone
@@ -199,10 +199,7 @@ def reliability(evaluations: Mapping[str, Evaluation], theme: Theme) -> Figure:
 
 def bins(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns each bin's mean probability and share of positives (NaN if empty), and its count."""
-    # A probability of 1 belongs to the last bin.
-    which = np.minimum(
-        (evaluation.probabilities * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1
-    )
+    which = probability_bins(evaluation.probabilities, RELIABILITY_BINS)
     count = np.bincount(which, minlength=RELIABILITY_BINS)
     # 0 / 0 is intended, because the NaN of an empty bin leaves a gap in the line.
     with np.errstate(invalid="ignore"):

@@ -12,12 +12,11 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from bef_jax.errors import RunError, one_line
+from bef_jax.errors import RunError, install_command, one_line
 
 LOG = logging.getLogger(__name__)
 
-# JAX's plug-ins for CUDA 12 and 13, and the extra that installs each.
-CUDA_PLUGINS = {"jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # JAX's, for CUDA 12 and 13
 # Containers are given the second. The last is from Windows' subsystem for Linux.
 _NVIDIA = ("dev/nvidia0", "dev/nvidiactl", "proc/driver/nvidia", "dev/dxg")
 _GOOGLE = "0x1ae0"  # the vendor of TPUs on the PCI bus
@@ -73,7 +72,7 @@ def advice(root: Path = Path("/")) -> str | None:
     if node := nvidia_node(root):
         plugin = next(filter(importlib.util.find_spec, CUDA_PLUGINS), None)
         if plugin is None:
-            fix = _install_command("cuda")
+            fix = install_command("cuda")
             return f"an NVIDIA GPU ({node}) is in this machine, but JAX computes on the CPU: {fix}"
         # JAX has already logged why the plug-in can't use the GPU.
         return (
@@ -82,13 +81,9 @@ def advice(root: Path = Path("/")) -> str | None:
         )
     # If libtpu can't use the TPU, JAX does not start, so that case needs no advice.
     if node := tpu_node(root):
-        fix = _install_command("tpu")
+        fix = install_command("tpu")
         return f"a TPU ({node}) is in this machine, but JAX computes on the CPU: {fix}"
     return None
-
-
-def _install_command(extra: str) -> str:
-    return f'pip install "bef_jax[{extra}]", or, in a checkout, pip install -e ".[{extra}]"'
 
 
 def nvidia_node(root: Path) -> Path | None:

@@ -10,7 +10,7 @@ import os
 import sys
 
 VARIABLE = "GLIBC_TUNABLES"
-_LARGEST = 2**30  # bytes: up to this size, a freed array stays in the process
+_KEPT_BYTES = 2**30  # bytes: up to this size, a freed array stays in the process
 
 
 def restart() -> None:
@@ -37,8 +37,8 @@ def settings(cores: int) -> str:
     values = {
         "hugetlb": 1,
         "arena_max": cores + 1,
-        "mmap_threshold": _LARGEST,
-        "trim_threshold": _LARGEST,
+        "mmap_threshold": _KEPT_BYTES,
+        "trim_threshold": _KEPT_BYTES,
     }
     return ":".join(f"glibc.malloc.{name}={value}" for name, value in values.items())
 

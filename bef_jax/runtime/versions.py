@@ -21,7 +21,7 @@ def warn_if_untested(version: str = jax.__version__) -> None:
     first, end = TESTED
     if not first <= tuple(map(int, version.split(".")[:2])) < end:
         shown = f">={first[0]}.{first[1]},<{end[0]}.{end[1]}"
-        LOG.warning("jax %s is untested; if it fails, install jax%s", version, shown)
+        LOG.warning("jax %s is untested; if it fails, pip install 'jax%s'", version, shown)
 
 
 def installed_versions() -> dict[str, str]:

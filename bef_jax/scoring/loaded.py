@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.data import inputs, sources
 from bef_jax.data.patch import PATCH, class_names
-from bef_jax.errors import UserError, reason_of
+from bef_jax.errors import UserError, install_command, reason_of
 from bef_jax.runtime import sharding
 from bef_jax.runtime.files import (
     check_regular,
@@ -280,7 +280,7 @@ def _onnx_session(file: Path) -> Any:
         import onnxruntime
     except ImportError as error:
         raise UserError(
-            f"{file}: reading it needs onnxruntime: run pip install 'bef_jax[export]'"
+            f"{file}: reading it needs onnxruntime: {install_command('export')}"
         ) from error
     # Pass the content, not the path: with a path it would also read the files that the model names.
     content, options = _read_verified(file), onnxruntime.SessionOptions()

