@@ -68,7 +68,7 @@ def readable(path: Path, fix: str) -> Iterator[None]:
 
     Args:
         path: the file that the body reads, or the folder of the files.
-        fix: what a user does about it; ends the error.
+        fix: what a user can do about it; it becomes the end of the error.
     """
     try:
         yield
@@ -159,12 +159,13 @@ def check_id_array(
     """Checks that an array has a text (or a number) for each of `count` images.
 
     Args:
-        file_bytes: size of the file, or of the images. Ids may take an eighth of that, or 256 MiB
-            if that is more.
+        file_bytes: size of the file, or of the images. Ids may take an eighth of it in memory, but
+            256 MiB are always allowed.
 
     Raises:
         UserError: another shape, other values, or texts that are too long; names `where`.
     """
+    # A number counts as 32 characters, the width that NumPy gives a float64 as text.
     letters = {"U": dtype.itemsize // 4, "S": dtype.itemsize}.get(dtype.kind, 32)
     if tuple(shape) != (count,) or dtype.kind not in "SUbiuf" or letters > _LONGEST_ID:
         raise UserError(
@@ -207,7 +208,8 @@ def check_ids(ids: np.ndarray, where: str) -> None:
     try:
         names = ids.tolist()
         "".join(names).encode()
-    except (ValueError, SystemError) as error:  # SystemError: not a character
+    # NumPy raises SystemError for a number that is the code of no character.
+    except (ValueError, SystemError) as error:
         row = next(row for row in range(len(ids)) if not _is_text(ids, row))
         reason = reason_of(error)
         raise UserError(f"{where}: row {row} is not text ({reason}); write ids in UTF-8") from error

@@ -16,14 +16,14 @@ from bef_jax.data.sources import hdf5, npz
 from bef_jax.errors import UserError, printable
 
 LOG = logging.getLogger(__name__)
-_SAME_SCALE = 1.08  # ratio of two scales; PCam's own two scanners differ by 7 %
+_SAME_SCALE = 1.08  # ratio of two scales; PCam's own two scanners differ by 7.5 %
 
 
 class Patch(NamedTuple):
     """One patch, and its place in a larger picture if it was cut from one.
 
     Attributes:
-        id: unique within the input.
+        id: unique within the input; for a store, only within its split.
         pixels: uint8 [96, 96, 3].
         picture: the larger picture that it is a tile of, or None.
         y: see `pictures.Tile`.
@@ -133,8 +133,8 @@ def _arrays(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _of_split(split: store.Split) -> Iterator[Patch]:
     images = split.images
-    # Read the file instead of the map, whose pages stay in memory while there is room and count as
-    # ours.
+    # Read the file instead of its memory map. Pages of the map would stay in memory while there is
+    # room, and would count as memory of this process.
     with open(images.filename, "rb") as file:
         file.seek(images.offset)
         for rows in ranges(len(split)):

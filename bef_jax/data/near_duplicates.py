@@ -5,9 +5,9 @@ conditions hold under one of the eight flips and turns, which training shows as 
 
 1. Their difference hashes (dHash: Krawetz, "Kind of like that", 2013) differ in at most `RADIUS`
    of 64 bits.
-2. The standard deviation of the difference of their grids of mean luma is at most `TOLERANCE` of
-   the later grid's own. The hash alone would match any two smooth slopes, such as bare glass. Flat
-   patches are left out, because any two backgrounds look alike.
+2. The difference of their grids of mean luma has a small standard deviation: at most `TOLERANCE`
+   times that of the grid in the later split. The hash alone would match any two smooth slopes, such
+   as bare glass. Flat patches are left out, because any two backgrounds look alike.
 
 This finds a patch again in another encoding, brightness or turn. It does not find patches that
 overlap after a shift of more than a few pixels. So a count of 0 does not prove that the splits
@@ -38,7 +38,7 @@ LISTED = 100  # pairs of ids that a result names, for each pair of splits
 _PARTS = 9  # the hash compares neighbours among 9 x 9 means
 _SIDE = 10  # pixels of such a part; the central 90 x 90 of a patch are read
 _CHUNK = 512  # patches read at once: 14 MB
-_MAX_CANDIDATES = 10**7  # pairs whose hashes are compared at once; limits the memory
+_MAX_CANDIDATES = 10**7  # pairs whose hashes are compared at once, on average; limits the memory
 # BT.601's luma in whole 256ths. Sums over 100 pixels stay below 2^24, so float32 is exact and every
 # machine finds the same pairs.
 _LUMA = (77, 150, 29)

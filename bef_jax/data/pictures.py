@@ -1,7 +1,7 @@
 """Pictures to be scored: a 96x96 patch is read as it is, a larger picture in tiles.
 
-PNG, JPEG and TIFF with 8 bits per channel are read as every viewer shows them: turned as their EXIF
-says, and laid on white where they are transparent. Everything else is refused.
+PNG, JPEG and TIFF with at most 8 bits per channel are read as every viewer shows them: turned as
+their EXIF says, and laid on white where they are transparent. Everything else is refused.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def look(path: Path, check: Check = check_size) -> Header:
         check: raises UserError if the picture must be refused.
 
     Raises:
-        UserError: it is not a picture, or its pixels do not have 8 bits.
+        UserError: it is not a picture, its channels have more than 8 bits, or `check` refuses it.
     """
 
     def checked(header: Header) -> Header:
@@ -177,7 +177,7 @@ def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
 
 
 def positions(length: int, stride: int) -> list[int]:
-    """Returns the starts of squares of 32 that cover `length` pixels; the last ends at the end."""
+    """Returns where squares of 32 start, `stride` apart; the last square ends at `length`."""
     last = length - CENTER_SIDE
     return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
 
@@ -254,7 +254,7 @@ def _with_pillow_or_tifffile(
     """Returns `of_image` of Pillow's image, or `of_page` of a TIFF that Pillow cannot read.
 
     Raises:
-        UserError: neither Pillow nor tifffile can read it; gives the reason of each that tried.
+        UserError: neither can read it; the text has the reason of each library that tried.
     """
     try:
         with _opened(path) as image:
@@ -277,7 +277,7 @@ def _with_pillow_or_tifffile(
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sizes and tags, which are checked here
+        warnings.simplefilter("ignore")  # of sizes and tags, which this module checks itself
         with open_user_file(path) as file, Image.open(file, formats=_FORMATS) as image:
             yield image
 
@@ -315,7 +315,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    # Palette, grey and RGB images may have one transparent colour.
+    # Pictures without an alpha channel can still declare some of their colours transparent.
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     # Without its alpha, a transparent pixel would show its hidden colour.

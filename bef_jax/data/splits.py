@@ -51,6 +51,7 @@ def warn_of_one_class(split: str, labels: np.ndarray) -> None:
     found = np.unique(labels)
     if len(found) == 1:
         LOG.warning(
-            "%s: all %d patches are of class %d, so AUC, average precision, temperature and "
-            "threshold have no meaning there, and are null", split, len(labels), found[0],
+            "%s: all %d patches are of class %d, so AUC and average precision have no meaning and "
+            "are null; so are a temperature and a threshold chosen on it",
+            split, len(labels), found[0],
         )  # fmt: skip

@@ -105,7 +105,7 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float | N
     """Returns the threshold with the largest sensitivity + specificity (Youden 1950).
 
     A probability of at least the threshold counts as class 1. The threshold is a sample's
-    probability, or 1 if no sample's is better than to call nothing positive. It is None where
+    probability, or 1 if none of these does better than calling nothing positive. It is None where
     nothing can be chosen (`choose_operating_point`).
     """
     from sklearn.metrics import roc_curve

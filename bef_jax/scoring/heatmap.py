@@ -52,7 +52,7 @@ def name_of(picture: str) -> str:
     """Returns the name of a picture's map, a PNG.
 
     Args:
-        picture: its name below the input, with folders, so that equal names in two stay apart.
+        picture: its path below the input, so that equal names in two folders stay apart.
     """
     path = PurePosixPath(picture)
     if path.suffix == ".png":
@@ -78,7 +78,7 @@ def write_heatmap(file: Path, picture: Path, tiles: TileProbabilities, threshold
 
 
 def remove_heatmaps(folder: Path) -> None:
-    """Removes the maps that were written into `folder`, and all folders that are then empty.
+    """Removes the maps that were written into `folder`, and all folders in it that are then empty.
 
     Other files stay, because the folder may be a user's own that has the same name.
     """

@@ -69,7 +69,7 @@ def _average_precision(positive: np.ndarray, probabilities: np.ndarray) -> float
     # This is scikit-learn's figure. Its own function checks its arguments at each call, so that a
     # thousand calls would take seconds of a short run.
     order = np.argsort(-probabilities, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # row of each group of ties
+    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # last row of each tie
     hits = np.cumsum(positive[order])[last]
     return np.diff(hits, prepend=0) @ (hits / (last + 1)) / hits[-1]
 

@@ -144,7 +144,8 @@ def structural_components(
 def delong_error(above: np.ndarray, below: np.ndarray) -> float:
     """Returns DeLong's standard error of the AUC, from its structural components.
 
-    From two models' differences of components, it is that of the difference of their AUCs.
+    Given the differences of two models' components, it returns the standard error of the difference
+    of their AUCs.
 
     Args:
         above: float64 [positives], two at least.
@@ -185,7 +186,10 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def _calibration_error(probabilities: np.ndarray, positive: np.ndarray) -> float:
-    """Returns the gap of mean probability and share of positives: a mean over bins, by count."""
+    """Returns the gap between a bin's mean probability and its share of positives.
+
+    It is the mean of the absolute gaps of all bins, weighted by the bins' counts.
+    """
     bins = probability_bins(probabilities, ECE_BINS)
     # The sum of p - y is a bin's gap times its count, so no empty bin divides by 0.
     gaps = np.bincount(bins, weights=probabilities - positive, minlength=ECE_BINS)

@@ -11,9 +11,9 @@ from bef_jax.data.patch import SPLITS
 from bef_jax.data.sources.description import Description
 from bef_jax.errors import UserError
 
-# Modules of this package, each with `read`, `identity` and DESCRIPTION. They import the libraries
-# that read files within functions, because all of these take 0.3 s, and a run whose store exists
-# needs none of them.
+# Modules of this package, each with `read`, `identity` and DESCRIPTION. Their functions import the
+# libraries that read files, because together these take 0.3 s, and a run whose store exists needs
+# none of them.
 SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic")
 
 
@@ -53,7 +53,7 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
 def identity(data: ConfigDict) -> dict:
     """Returns the fields of `config.data` that decide which patches `read` yields.
 
-    They have a `dir` if the source reads a folder.
+    They include `dir` if the source reads a folder.
     """
     return _module(data.source).identity(data)
 

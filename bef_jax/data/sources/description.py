@@ -19,8 +19,8 @@ class Description:
         shared_slides: whether its splits share slides, and what a score then means.
         comparable: what a score can be compared with.
         mpp: micrometres per pixel, or None if the source does not say.
-        pcam_counts: patches of each split of PCam, before duplicates are dropped, if it has PCam's
-            splits. A score on a part of them can be compared with less.
+        pcam_counts: patches of each split of PCam, before duplicates are dropped. A score on fewer
+            patches cannot be compared with published ones. Empty if the splits are not PCam's.
     """
 
     shared_slides: str

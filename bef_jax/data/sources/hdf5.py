@@ -1,6 +1,6 @@
-"""Reads patches and labels from HDF5 files of somebody else, laid out as PCam's.
+"""Reads patches and labels from HDF5 files of somebody else, which are laid out like PCam's.
 
-Their data must be in the files themselves: no other file is opened that they name.
+Their data must be in the files themselves: other files that they name are never opened.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from bef_jax.runtime.files import check_regular, open_user_file
 _FIX = "fetch it again, or unpack it yourself"
 _REPACK = "repack it: h5repack -l CHUNK=1x96x96x3 -f GZIP=1"
 # The largest file of PCam unpacks to 7.25 GB. A longer one is not PCam's and would fill the disk.
-# Also, pictures of tissue shrink to two thirds and labels to a tenth, not to a hundredth.
+# Also, PCam's images shrink to nine tenths and its labels to a tenth, not to a hundredth.
 _UNPACKED_LIMIT = 10**10  # bytes
 _UNPACKED_ALWAYS_ALLOWED = 64 << 20  # bytes
 _MAX_RATIO = 100  # of unpacked bytes to packed ones
@@ -110,7 +110,8 @@ def _check_patches(x: h5py.Dataset, path: Path) -> int:
 def _dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Dataset]:
     """Opens the data set `name` of a .h5 or .h5.gz.
 
-    Its data are in the file itself. The caller must check what it declares.
+    Its data are in the file itself. The caller must check its shape and dtype, and then call
+    `_check_held`, before reading it.
 
     Raises:
         UserError: the file is damaged, is not a regular file, or has no such data set.
@@ -127,10 +128,11 @@ def _dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Data
 def _check_held(data: h5py.Dataset, path: Path) -> None:
     """Checks that a data set holds what it declares, and can be read in little memory.
 
-    Call it after its shape and dtype are checked, and before it is read.
+    Call it after the data set's shape and dtype are checked, and before the data set is read.
 
     Raises:
-        UserError: it holds less, or its chunks are too large or packed in another way.
+        UserError: it holds less, or its chunks are too large or packed by a filter that is not
+            read.
     """
     if data.chunks is None:
         held = min(data.id.get_storage_size(), data.file.id.get_filesize())

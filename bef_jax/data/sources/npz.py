@@ -159,8 +159,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 class _Array(contextlib.AbstractContextManager):
     """An array of an archive, with its header read; its rows are taken in order.
 
-    np.load is not safe here. It would read the whole array, it would prefer a member whose name has
-    no .npy, and a pickle in it could run code.
+    np.load cannot be used here: it would read the whole array at once, and would prefer a member
+    whose name has no .npy.
     """
 
     def __init__(self, archive: zipfile.ZipFile, name: str, path: Path):
@@ -186,7 +186,7 @@ class _Array(contextlib.AbstractContextManager):
         return self.header.shape[0]
 
     def check_held(self) -> None:
-        """Refuses a header that declares more than the file can hold, or another number of bytes.
+        """Checks that the header's array is as large as its member, and that the file can hold it.
 
         Call it before the first row is taken, because `take` reserves the memory that the header
         declares.

@@ -106,7 +106,7 @@ class _ResumingDownloader:
     def __call__(self, url: str, output_file: str, _: pooch.Pooch) -> None:
         # Pooch's own temporary file has another name each time, so it could not be resumed.
         part = _part(Path(output_file).with_name(self.name))
-        # It is from another version, or from a server that sent too much, so it is of no use.
+        # A part that is too long is from another version, or from a server that sent too much.
         if _size(part) > self.size:
             part.unlink()
         if _size(part) < self.size:

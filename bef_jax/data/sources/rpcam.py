@@ -42,8 +42,8 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
             the ratio leaves a split empty.
     """
     folder = user_path(data.dir)
-    # Check the table before decoding: hundreds of thousands of files take long, and a missing one
-    # stops it.
+    # Check the table before decoding, because decoding hundreds of thousands of files takes long,
+    # and a missing one would end it.
     labels = _read_labels(folder)
     # Sort the ids, so that the order of the table changes neither the store nor the batches.
     splits = _assign_splits(sorted(labels), data.split_ratio)
@@ -158,7 +158,7 @@ def _add_label(labels: dict[str, int], row: dict, names: set[str], where: str) -
         raise UserError(
             f"{where}: {name[:100]} has an earlier row; each patch needs exactly one row"
         )
-    # This also means that no path leads out of the folder, and no rows outnumber the files.
+    # This check also keeps paths inside the folder, and rows from outnumbering the files.
     if name not in names:
         raise UserError(f"{where}: train has no file {name[:100]}.tif; fetch it, or remove the row")
     labels[name] = int(row["label"])

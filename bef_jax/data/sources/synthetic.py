@@ -20,7 +20,7 @@ from bef_jax.data.sources.description import Description
 
 # These give a valid AUC above 0.99 after three epochs of the quickstart, and are quick to draw.
 DEFAULT_SIZES = {"train": 4096, "valid": 1024, "test": 1024}
-BLOCK = 128  # patches drawn at once; small enough for the cache, and the unit of determinism
+BLOCK = 128  # patches drawn at once by one generator; small enough for the cache
 STAMP = 19  # side of a drawn nucleus, odd
 NUCLEUS_REACH = STAMP // 2  # pixels; a nucleus paints nothing farther from its center
 # Distances of nuclei from the patch's center, in pixels. Deciding nuclei are at most CENTER_SPREAD
@@ -126,7 +126,7 @@ def _draw_normal_nuclei(rng: np.random.Generator, tissue: np.ndarray) -> np.ndar
 
 
 def _draw_rim_tumour(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Adds two clusters of tumour nuclei to the rim of about 60% of the patches."""
+    """Adds one or two clusters of tumour nuclei to the rim of about 60% of the patches."""
     # Each cluster is in 37% of the patches, so one or both are in 1 - 0.63^2 = 60%. Without them
     # any tumour nucleus would tell the label, and a network would not learn to look at the center.
     for _ in range(2):
@@ -169,7 +169,7 @@ def _stamp(
     Where nuclei overlap, the darker one shows.
     """
     choice = rng.integers(0, BANK_SIZE, centers.shape[:2])
-    corners = np.rint(centers).astype(int)  # the canvas has a margin of NUCLEUS_REACH
+    corners = np.rint(centers).astype(int)  # on the canvas, whose margin is NUCLEUS_REACH
     span = np.arange(STAMP)
     # Each turn paints at most one nucleus per patch, on all patches at once. NumPy would keep only
     # one of several values that are assigned to the same place.

@@ -127,7 +127,8 @@ def _data_source(builder, split: str):
 def _to_row(example: dict) -> tuple[np.ndarray, int, str]:
     name = example["id"]
     name = name.decode() if isinstance(name, bytes) else str(name)
-    # TFDS's ids are its name of the split and the row. With the prefix they equal `pcam_hdf5`'s.
+    # TFDS's ids are PCam's name of the split and the row, such as valid_0. With the prefix they
+    # equal those of `pcam_hdf5`.
     return example["image"], int(example["label"]), f"pcam_{name}"
 
 
