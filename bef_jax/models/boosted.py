@@ -3,7 +3,7 @@
 Wang et al., "Boosted EfficientNet: Detection of Lymph Node Metastases in Breast Cancer Using
 Convolutional Neural Network", Cancers 2021, 13(4) 661. The first change, random center cropping, is
 augmentation (`bef_jax.data.augment`). Reduced downsampling and the choice of the fused stages are
-here; attention is in `attention`, and `network` fuses.
+here. Attention is in `attention`, and `network` does the fusion.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 def reduce_downsampling(stem_stride: int, stages: Sequence, total_stride: int) -> tuple[int, tuple]:
     """Lowers the network's total stride from 32 to 16 or 8 (RDS).
 
-    16 removes the stem's stride, so every later map is twice as large. 8 also removes the stride of
-    the last stage of stride 2. A 96 px patch ends in 3x3, 6x6 or 12x12 positions.
+    16 removes the stem's stride, so every later map is twice as high and wide. 8 also removes the
+    stride of the last stage of stride 2. At total stride 32, 16 and 8, a 96 px patch ends in 3x3,
+    6x6 and 12x12 positions.
 
     Args:
         stages: dataclasses with a field `stride`; the total stride is 32 together with the stem.

@@ -95,7 +95,7 @@ class DenseNet(Network):
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Returns logits [N, num_classes], float32, from normalised images [N, H, W, 3]."""
-        # An input_norm reads features that other norms read, too. So it can not be folded into the
+        # An input_norm reads features that other norms read, too. So it cannot be folded into the
         # convolutions that made them.
         input_norm = self.make_norm(activation="relu", folded=False)
         norm, pooled = self.make_norm(activation="relu"), []

@@ -14,8 +14,8 @@ def fold_batch_norm(variables: dict, epsilon: float) -> dict:
 
     Args:
         variables: {params, batch_stats} of a network. A norm `X_norm` follows the convolution
-            `X_conv` or `X` beside it, which has no bias. A norm with neither beside it comes before
-            its convolution, as in DenseNet, and does not change.
+            `X_conv` or `X` beside it, which has no bias. A norm with neither beside it does not
+            directly follow a convolution, as in DenseNet, and does not change.
         epsilon: `config.model.bn_epsilon`.
 
     Returns:

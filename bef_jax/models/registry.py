@@ -50,8 +50,7 @@ def create(
         folded: whether the convolutions include batch normalisation, as after
             `fold.fold_batch_norm`.
     """
-    # Linen refuses unknown attributes, so no family of networks can silently ignore a field of
-    # `config.model`.
+    # Every field is passed on, because Linen refuses an attribute that the network does not have.
     fields = {key: value for key, value in model.items() if key != "name"}
     network = REGISTRY[model.name]
     return network(**fields, dtype=jnp.dtype(dtype), bn_groups=bn_groups, folded=folded)
@@ -68,7 +67,7 @@ def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
     network, paths = create(model), []
 
     def init(key):
-        # Collected inside the trace, because JAX sorts dicts that leave it. Any image size will do.
+        # Collect inside the trace, because JAX sorts the dicts that leave it. Any image size works.
         params = network.init(key, jnp.zeros((1, 32, 32, 3)))["params"]
         paths.extend(flatten_dict(params, sep="/"))
 
@@ -79,7 +78,10 @@ def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
 
 
 def lacks_pretrained(path: str) -> bool:
-    """Returns whether pretrained weights lack a parameter: that of the classifier or attention."""
+    """Returns whether a parameter is the classifier's or attention's.
+
+    Pretrained weights have no attention, and usually a classifier for other classes.
+    """
     # All networks give these two parts the same top-level names, so no family needs a list.
     part = path.split("/")[0]
     return part == "classifier" or part.startswith("attention_")

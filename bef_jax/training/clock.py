@@ -51,7 +51,7 @@ class Clock:
 
     def training_seconds(self) -> float:
         """Returns the seconds of the loop without its evaluations and saves."""
-        # The loop's seconds include evaluations and saves. Compiling comes before the loop.
+        # Compiling is not subtracted, because it comes before the loop.
         return self.seconds("loop") - self.seconds("evaluate") - self.seconds("save")
 
     def snapshot(self) -> dict[str, float]:

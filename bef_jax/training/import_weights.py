@@ -26,7 +26,8 @@ def import_as_checkpoint(config: ConfigDict, workdir: Path, name: str | None) ->
     not those of `config`. The same holds for the mean and std of inputs, if the source states them.
 
     Args:
-        config: `config.model` names the network of the weights, and its boosts.
+        config: `config.model` names the network of the weights, with or without the changes of
+            Boosted EfficientNet.
         name: a file, or a name such as hf:timm/efficientnet_b2.ra_in1k (`weights.resolve`).
 
     Returns:
@@ -35,8 +36,8 @@ def import_as_checkpoint(config: ConfigDict, workdir: Path, name: str | None) ->
         the file has no weights that fit), and checkpoint.
 
     Raises:
-        UserError: the weights do not fit (`weights.read`); `workdir` has checkpoints already,
-            cannot be written, or another run writes there.
+        UserError: `name` is missing; the weights do not fit (`weights.read`); or `workdir` has
+            checkpoints already, cannot be written, or another run writes there.
     """
     if not name:
         raise UserError(

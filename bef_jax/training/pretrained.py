@@ -69,7 +69,7 @@ def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]
     }
     # The arrays of a file are on the first device only; those of a checkpoint are in place.
     weights = jax.device_put(unflatten_dict(weights, sep="/"), sharding)
-    # Copy, because the step may overwrite both.
+    # Copy, because the step may overwrite the buffers of both.
     ema = jax.tree.map(jnp.copy, weights) if state.ema else None
     return state.replace(**weights, ema=ema), fresh
 

@@ -32,7 +32,8 @@ def count_steps(config: ConfigDict, n_train: int) -> StepCounts:
             f"config.batch_size={config.batch_size} exceeds the {n_train} training patches: "
             "lower it"
         )
-    # Both are at least 1: a run of 0 steps trains nothing, and the loop takes step % eval_steps.
+    # steps and eval_steps are at least 1: a run of 0 steps trains nothing, and the loop takes
+    # step % eval_steps.
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     if steps > MOST_INT:
         raise UserError(
@@ -46,8 +47,8 @@ def count_steps(config: ConfigDict, n_train: int) -> StepCounts:
 def call_sizes(config: ConfigDict, counts: StepCounts, start: int) -> Iterator[int]:
     """Yields how many steps each call takes, from step `start` to the end.
 
-    No call goes past an evaluation, a save or the end. Where `config.steps_per_call` steps would,
-    the calls take single steps. So two programs are enough for all calls.
+    No call goes past an evaluation, a save or the end. Where `config.steps_per_call` steps would go
+    past one, the calls take single steps. So two programs are enough for all calls.
     """
     step, most = start, config.steps_per_call
     periods = counts.eval_steps, config.checkpoint.every_steps

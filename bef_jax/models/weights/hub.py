@@ -51,7 +51,7 @@ def _fetch(name: str, repository: str, revision: str | None) -> Path:
     LOG.info("looking for %s in %s and in %s", name, constants.ENDPOINT, constants.HF_HUB_CACHE)
     config = _download(repository, "config.json", revision)
     if config is None:
-        LOG.warning("%s has no config.json: its normalisation is not known", name)
+        LOG.warning("%s has no config.json: set config.augment.mean and std yourself", name)
     # Both files come from one commit, even if the branch moves on between the two downloads. The
     # cache names a file's folder after the commit.
     commit = config.parent.name if config else revision
@@ -81,8 +81,8 @@ def _download(repository: str, file: str, revision: str | None) -> Path | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the two lines of warnings of each try, unless the user set another level."""
-    # Import this module first: its first import sets the level, so an earlier one is lost.
+    """Silences the two lines of warnings at each retry, unless the user set another level."""
+    # Import this before setting the level, because its first import sets the level again.
     from huggingface_hub.utils import logging as hub_logging
 
     level = hub_logging.get_verbosity()
@@ -105,7 +105,7 @@ def _check(name: str, path: Path) -> None:
 
 
 def _reason(error: Exception, revision: str) -> str:
-    """Returns one line that says what is wrong, and how to fix it."""
+    """Returns the rest of a line after the name: what is wrong, and how to fix it."""
     from huggingface_hub import constants, errors
 
     token = "set HF_TOKEN to a token that may read it"  # noqa: S105
@@ -127,7 +127,7 @@ def _reason(error: Exception, revision: str) -> str:
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
         return f"{constants.ENDPOINT} answers {status}" + (
-            f": {token}" if status in (401, 403) else ""
+            f": {token}" if status in (401, 403) else ": try again later"
         )
     if local:
         return (

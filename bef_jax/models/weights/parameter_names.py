@@ -16,7 +16,7 @@ class Source:
     """The names that a package gives to a family of networks, and how it computes with them.
 
     Attributes:
-        sign: a tensor that only this package has, so that it identifies the package.
+        sign: the name of a tensor that no other package has, so that it identifies this one.
         translate: maps (our name, the network's stages) to the package's name.
         padding, bn_epsilon, bn_momentum: fields of `config.model` that the weights were trained
             with.
@@ -33,15 +33,16 @@ class Source:
 def recognise(keys: Sequence[str], label: str, network: str) -> Source | None:
     """Returns the source that uses these names, or None.
 
-    timm uses the same names for its own networks and for TensorFlow's, which have another padding.
-    Only `label`, timm's name of the network, tells them apart: it has `tf_` for TensorFlow's.
-    torchvision trained B5 to B7 with TensorFlow's epsilon.
+    timm uses the same names for its own networks and for TensorFlow's, which have another padding
+    and epsilon. Only `label` tells them apart: it has `tf_` for TensorFlow's. It is timm's name of
+    the network or, if that is not known, the name of the file. torchvision trained B5 to B7 with
+    TensorFlow's epsilon and momentum.
     """
     # No file has the signs of two sources, so the order of SOURCES does not matter.
     source = next((source for source in SOURCES if source.sign in keys), None)
     if source is TIMM and "tf_" in label:
         return dataclasses.replace(source, padding="same", bn_epsilon=1e-3)
-    # The file does not show this, because epsilon changes no shape.
+    # Decide by the network's name, because epsilon and momentum change no name and no shape.
     if source is TORCHVISION and network in {f"efficientnet_b{i}" for i in (5, 6, 7)}:
         return dataclasses.replace(source, bn_epsilon=1e-3, bn_momentum=0.99)
     return source
@@ -133,7 +134,7 @@ def _place(block: int, stages: Sequence) -> tuple[int, int]:
     raise ValueError("the network has fewer blocks")
 
 
-# torch's momentum, 0.01 and 0.1 here, is the weight of the new value; ours is that of the old.
+# Our momentum is the weight of the old value. torch's is that of the new: 0.01 and 0.1 for these.
 _TENSORFLOW = {"padding": "same", "bn_epsilon": 1e-3, "bn_momentum": 0.99}
 _TORCH = {"padding": "symmetric", "bn_epsilon": 1e-5, "bn_momentum": 0.9}
 EFFICIENTNET_PYTORCH = Source(

@@ -84,7 +84,7 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     shapes = {name: leaf.shape for name, leaf in _shapes(model).items() if not _is_attention(name)}
     unused_classifier = _unused_classifier(tensors, names, shapes)
     wanted = {name: shapes[name] for name in sorted(set(shapes) - unused_classifier)}
-    # Checked before anything is converted: a tensor that does not fit may claim any size.
+    # Check before anything is converted, because a tensor that does not fit may claim any size.
     _refuse_if_any(path, model, _misfits(tensors, names, wanted))
     found = {name: _convert(tensors[names[name]], len(shape)) for name, shape in wanted.items()}
     infinite = [names[name] for name, array in found.items() if not np.isfinite(array).all()]
@@ -178,7 +178,7 @@ def _warn(path: Path, model: ConfigDict) -> None:
     if saved is None:
         return
     if saved.architecture.removeprefix("tf_") != model.name:
-        LOG.warning("%s is of timm's %s, but used for %s", path, saved.architecture, model.name)
+        LOG.warning("%s is timm's %s, but is used for %s", path, saved.architecture, model.name)
     if others := saved.ignored_arguments():
         ignored = listed([f"{shortened(key)}={reprlib.repr(x)}" for key, x in others.items()])
         LOG.warning("%s was trained with timm's %s, which is ignored", path, ignored)
@@ -270,7 +270,7 @@ def _convert(x: np.ndarray, rank: int) -> np.ndarray:
 def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
     """Turns OIHW into HWIO, or into [I, O] where our layer is dense; turns [O, I] into [I, O]."""
     if x.ndim == 4:
-        # It fits depthwise kernels too, which are [C, 1, k, k] there and [k, k, 1, C] here.
+        # This also fits depthwise kernels, which are [C, 1, k, k] there and [k, k, 1, C] here.
         x = x.transpose(2, 3, 1, 0)
         return x[0, 0] if rank == 2 and x.shape[:2] == (1, 1) else x
     return x.T
@@ -279,7 +279,7 @@ def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
 def _to_torch(x: np.ndarray, name: str) -> np.ndarray:
     if x.ndim == 4:
         return np.ascontiguousarray(x.transpose(3, 2, 0, 1))
-    # Contiguous, because safetensors refuses torch's tensors that are not.
+    # Make it contiguous, because safetensors refuses torch's tensors that are not.
     x = np.ascontiguousarray(x.T)
     # timm's squeeze-excite consists of 1 x 1 convolutions.
     return x[:, :, None, None] if x.ndim == 2 and "squeeze_excite" in name else x

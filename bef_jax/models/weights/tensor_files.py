@@ -228,18 +228,19 @@ class _DictByName(dict):
 
 
 def _checked_name(key: Any) -> str | int:
-    """Returns `key`, which must be a text or an integer.
+    """Returns `key`, which must be text or an integer.
 
-    A tuple can hold another one twice, for many levels. Such a key takes years to hash or print.
+    A tuple can hold another one twice, and so on for many levels, so that it takes years to hash or
+    print.
     """
     if not isinstance(key, str | int):
-        raise _Refused("it has a name that is not text")
+        raise _Refused("it has a name that is not text; save only state_dict()")
     return key
 
 
 def _numbers(*values: Any) -> tuple[int, ...]:
     if len(values) > _AXES or not all(isinstance(value, int) for value in values):
-        raise _Refused("it has a size that is not a number")
+        raise _Refused("it has a size that is not a number; save only state_dict()")
     return values
 
 
@@ -256,7 +257,8 @@ _OPCODES = [
 ]  # fmt: skip
 
 
-# The unpickler in Python is used: the one in C makes a table as long as the largest memo number.
+# Use the unpickler written in Python, because the one in C makes a table as long as the largest
+# memo number.
 class _Description(pickle._Unpickler):
     """Reads torch's description of tensors: dicts and lists of tensors, text and numbers.
 
@@ -288,7 +290,7 @@ class _Description(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         _, dtype, key, _, count, *view = pid
         if not isinstance(dtype, np.dtype) or view not in ([], [None]):
-            raise _Refused("it holds numbers of an unknown kind")
+            raise _Refused("it holds numbers of an unknown kind; save only state_dict()")
         self.storages[_checked_name(key)] = _Storage(key, dtype, *_numbers(count))
         return self.storages[key]
 
@@ -305,7 +307,7 @@ class _Description(pickle._Unpickler):
         requires_grad: bool = False, hooks: Any = None, metadata: Any = None,
     ) -> _Tensor:  # fmt: skip
         if not isinstance(storage, _Storage):
-            raise _Refused("it holds a tensor without numbers")
+            raise _Refused("it holds a tensor without numbers; save only state_dict()")
         return _Tensor(storage, *_numbers(offset), _numbers(*shape), _numbers(*strides))
 
     def _parameter(

@@ -11,7 +11,8 @@ from bef_jax.runtime.files import read_json
 
 NAME = "config.json"
 _LONGEST_NAME = 100  # characters of an architecture
-# Arguments of timm's create_model that change no output of a whole network at inference.
+# Arguments of timm's create_model that need no warning: they change nothing at inference, or the
+# tensors' shapes show them.
 _HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "pretrained"}
 
 
@@ -43,7 +44,7 @@ class TimmConfig:
         return fields
 
     def ignored_arguments(self) -> dict:
-        """Returns the arguments that make timm's network differ from ours with the same weights."""
+        """Returns the arguments by which timm's network may differ from ours with equal weights."""
         ours = {"pad_type": ("", "same"), "global_pool": ("avg",)}
         return {
             key: value
@@ -87,7 +88,7 @@ def _check(content: Any) -> None:
     if not _is_from_timm(content):
         return
     if len(content["architecture"]) > _LONGEST_NAME:
-        raise ValueError("architecture: give the name of a network")
+        raise ValueError("architecture is too long: give the name of a network")
     trained, arguments = _parts(content)
     if not isinstance(trained, dict) or not isinstance(arguments, dict):
         raise ValueError("pretrained_cfg and model_args: each must be a dict")

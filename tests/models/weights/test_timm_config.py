@@ -77,7 +77,7 @@ def test_without_it_nothing_is_known(tmp_path):
         ({"architecture": "b0", "std": [1, 10**400, 1]}, "give three numbers"),
         ({"architecture": "b0", "mean": [True, 0, 1]}, "give three numbers"),
         ({"architecture": "b0", "mean": ["x" * 10**4] * 10**3}, "mean=.*: give three numbers"),
-        ({"architecture": "b0" * 10**6}, "architecture: give the name of a network"),
+        ({"architecture": "b0" * 10**6}, "is too long: give the name of a network"),
         ({"architecture": "b0", "model_args": {"bn_eps": "1e-3"}}, "bn_eps='1e-3': give a number"),
     ],
 )

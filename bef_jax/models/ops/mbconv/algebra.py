@@ -91,8 +91,8 @@ def expansion_gradient(
     As in `ops.norm.pointwise_batch_norm`, the statistics add a linear map of x to dx.
 
     Args:
-        dx, dexpand, dshift: from `backward.expand_and_convolve_gradients`, without the part of the
-            statistics.
+        dx, dexpand, dshift: from `backward.expand_and_convolve_gradients`, which takes the
+            statistics as constants.
     """
     if expand is None:
         return dx, {}

@@ -28,9 +28,9 @@ _floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 def project_gradients(
     d: Array, dy: Array, norm: Array, gate: Array, weights: Array, tile: int, activation: str
 ) -> tuple[Array, Array]:
-    """Returns the gradient of `project`'s weights, and sums for the gradients of gate and norm.
+    """Returns sums for the gradients of gate and norm, and the gradient of `project`'s weights.
 
-    The symbols are z = d * norm[0] + norm[1], a = activation(z), s = activation'(z), and
+    The symbols are z = d * factor + offset, a = activation(z), s = activation'(z), and
     u = weights @ dy, which is the gradient of the gated maps.
 
     Args:
@@ -92,12 +92,13 @@ def expand_and_convolve_gradients(
         x: as in `forward.expand_and_convolve`.
         d, dy: as in `project_gradients`, which also defines z, u and s.
         weights: expand [E, K]; taps [E, k * k]; the weights of `forward.project` [E, M]; and
-            coefficients [E, 5], float32, which are norm[0], norm[1], c, o and shift. The gradient
-            of d is (gradient of z) * norm[0] + d * c + o.
+            coefficients [E, 5], float32, which are factor, offset, c, o and shift. The gradient
+            of d is (gradient of z) * factor + d * c + o.
         gate_and_pull: [2, E, N], float32, g and p. The gradient of z is (u g + p) s.
 
     Returns:
-        dx: [H, W, K, N], of x's dtype, expand^T times the gradient of expand @ x.
+        dx: [H, W, K, N], of x's dtype. With `expand`, it is expand^T times the gradient of
+            expand @ x. Without, dexpand and dshift are None.
         dexpand: [N / 128, E, K], float32, one sum for each tile of images.
         dshift: [E, N], float32.
         dtaps: [N / 128, E, k * k], float32, one sum for each tile of images.
@@ -126,7 +127,7 @@ def _gradients_scratch(x: Array, strip: Strip, expands: bool) -> list[tuple | No
     """Returns (shape, dtype) of what `_expand_and_convolve_gradients` keeps on the chip.
 
     Maps are padded, so that no tap has to look for the border. Slopes are kept, because otherwise
-    the expansion would be multiplied a third time. They have x's dtype, to take few bits.
+    the expansion would be computed a third time. They have x's dtype, to save memory.
     """
     window, tile = strip.window, strip.channels
     d_size, taps = (side + window.margin for side in window.padded), len(window.taps)
@@ -206,7 +207,7 @@ def _depthwise_gradient(d, dy, weights, wide, gate_and_pull, d_gradient, margin,
 
 
 def _taps_gradient(padded, d_gradient, sums, window: Window) -> None:
-    """Adds the products of each tap with d_gradient to sums [k * k, C, 128], image by image."""
+    """Adds each tap's inputs times d_gradient to sums [k * k, C, 128], separately by image."""
     margin, (rows, width) = window.margin, window.outputs
 
     def row(r, _):
@@ -220,12 +221,15 @@ def _taps_gradient(padded, d_gradient, sums, window: Window) -> None:
 
 
 def _input_gradient(d_gradient, taps, slopes, gradients, dshift, phase: int, a, window: Window):
-    """Yields (position, gradient of x or of expand @ x, [C, 128]) for row a of a phase."""
+    """Yields (position, gradient of x or of expand @ x, [C, 128]) for row a of a phase.
+
+    It also writes the row into `gradients` and, with an expansion, adds it up in `dshift`.
+    """
     stride, margin, (top, left) = window.stride, window.margin, (pad[0] for pad in window.padding)
     for q in range(stride):
         first, last = window.inside(1, q)
         for columns, channels in vectors.pieces(last - first, taps.shape[1]):
-            # Only the taps that read this phase.
+            # Sum only over the taps that read this phase.
             total = sum(
                 d_gradient[
                     a - i // stride + margin,

@@ -89,7 +89,7 @@ def _expand_and_convolve(
 
 
 def pool(d: Array, norm: Array, tile: int, activation: str) -> Array:
-    """Returns the sums over positions of activation(d * norm[0] + norm[1]), [E, N], float32.
+    """Returns the sums over positions of activation(d * factor + offset), [E, N], float32.
 
     Args:
         d: [H', W', E, N], from `expand_and_convolve`.
@@ -116,7 +116,7 @@ def _pool(d, norm, pooled, wide, *, activation: Callable):
 def project(
     d: Array, norm: Array, gate: Array, weights: Array, tile: int, activation: str
 ) -> Array:
-    """Returns weights^T @ (activation(d * norm[0] + norm[1]) * gate), [H', W', M, N], d's dtype.
+    """Returns weights^T @ (activation(d * factor + offset) * gate), [H', W', M, N], d's dtype.
 
     Args:
         d, norm: as in `pool`.

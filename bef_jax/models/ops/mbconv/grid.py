@@ -53,7 +53,7 @@ class Window:
 
     @property
     def margin(self) -> int:
-        """Returns the zeros before a padded output gradient: a tap's greatest reach in a phase."""
+        """Returns how many zeros precede a padded output gradient: a tap's reach in a phase."""
         return (self.kernel - 1) // self.stride
 
     @property
@@ -107,9 +107,9 @@ def strips(
         ValueError: not even one row fits.
     """
     height, channels = window.outputs[0], (inputs, hidden, outputs, itemsize)
-    # Products with 8 rows leave the matrix unit idle. It is faster to have 16 channels at a time
-    # and more strips, which read a few rows twice. Compiled for v5e, B3's blocks of 48 x 48 then
-    # take 7.3 M cycles instead of 9.4 M.
+    # Matrix products with 8 channels leave the matrix unit idle. It is faster to take 16 channels
+    # at a time and more strips, although neighbours read a few rows of the map twice. Compiled for
+    # v5e, B3's blocks of 48 x 48 then take 7.3 M cycles instead of 9.4 M.
     wanted = (_SUBLANES,) if inputs == hidden else (2 * _SUBLANES, _SUBLANES)
     for least, count in itertools.product(wanted, range(1, height + 1)):
         ends = [height * i // count for i in range(count + 1)]
@@ -143,10 +143,10 @@ def tile_channels(window: Window, inputs: int, hidden: int, outputs: int, itemsi
     size, result = math.prod(window.size), math.prod(window.outputs)
     padded = math.prod(window.phases)
     gradient = math.prod(side + window.margin for side in window.padded)
-    # bytes_whole is per image, for whole maps, which have one buffer. The other two are per image
-    # and channel of a tile: bytes_common for both kernels below, bytes_per_channel for the first.
-    # There, scratch has one buffer. What is loaded or written while the kernel works on another
-    # tile has two.
+    # The bytes are per image, for the two kernels named below. bytes_whole is for the first one's
+    # maps that have all channels, and one buffer. The other two are per channel of a tile:
+    # bytes_common for both kernels, bytes_per_channel for the first. Scratch has one buffer. An
+    # array that is loaded or written while the kernel works on another tile has two.
     bytes_common = 8 * window.kernel**2 + 72 + (window.padded[1] + 2 * result) * itemsize
     weight_tiles = sum(-(-channels // LANES) for channels in (inputs, outputs))
     bytes_common += 2 * (itemsize + 4) * weight_tiles
@@ -202,9 +202,9 @@ def call_kernel(
         )(*arrays)
 
     def on_tpu(*arrays: Array):
-        # A kernel itself loads the next tile of a wide map while it works. XLA would first copy
-        # large maps to the chip as a whole, and move others away for them. Small maps may stay on
-        # the chip.
+        # Keep large maps in HBM, because the kernel itself loads their next tile while it works.
+        # Otherwise XLA would first copy them to the chip as a whole, and move others away for them.
+        # Small maps may stay on the chip.
         pairs = zip(arrays, inputs, strict=True)
         large = [to_spec is maps_spec and x.nbytes > _MOST_RESIDENT for x, (_, to_spec) in pairs]
         arrays = (_in_hbm(x) if flag else x for x, flag in zip(arrays, large, strict=True))
@@ -228,7 +228,7 @@ def whole_spec(shape: Sequence[int], tile: int) -> pl.BlockSpec:
 
     They stay on the chip while the kernel works on all channel tiles of a tile of images.
     """
-    # They have one buffer, not two, so the next images' maps are loaded when these are done.
+    # They have one buffer, not two, so the next images' maps are loaded only after these are done.
     return pl.BlockSpec(
         (*shape[:-1], LANES), lambda n, e: (0, 0, 0, n), pipeline_mode=pl.Buffered(1)
     )

@@ -76,7 +76,7 @@ def widen(values, wide) -> None:
 
 
 def affine(x: Array, wide, first: int = 0) -> Array:
-    """Returns x * factor + offset by channel, where both are widened values, from `first` on."""
+    """Returns x * factor + offset per channel: wide[first] is the factor, the next the offset."""
     return x * wide[first] + wide[first + 1]
 
 
