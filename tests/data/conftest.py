@@ -1,4 +1,4 @@
-"""Small random patches, and writers of the layouts that the sources read."""
+"""Fixtures: small random patches, and writers of the layouts that the sources read."""
 
 import csv
 import gzip
@@ -68,7 +68,7 @@ def write():
         {
             "pcam_hdf5": _write_hdf5,
             "pcam_hdf5_gz": _write_hdf5_gz,
-            "rpcam": _write_kaggle,
+            "rpcam": _write_rpcam,
             "npz": _write_npz,
         }[layout](Path(folder), patches)
         return Path(folder)
@@ -93,7 +93,7 @@ def _write_hdf5_gz(folder, patches):
         path.unlink()
 
 
-def _write_kaggle(folder, patches):
+def _write_rpcam(folder, patches):
     (folder / "train").mkdir()
     with open(folder / "train_labels.csv", "w", newline="") as file:
         rows = csv.writer(file)

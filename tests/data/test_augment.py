@@ -1,3 +1,5 @@
+"""Compares augmentation with brute force over windows, NumPy symmetries and float64 formulas."""
+
 import functools
 
 import jax
@@ -8,7 +10,7 @@ import pytest
 from bef_jax.configs.default import get_config
 from bef_jax.data import augment
 
-# Every pixel's own number: a window's pixels tell where it was cut.
+# Every pixel has its own number, so that a window's pixels say where it was cut.
 CODES = np.arange(96 * 96, dtype=np.uint16).reshape(96, 96, 1)
 
 
@@ -23,7 +25,7 @@ def make_config(**fields):
 
 
 def assert_uniform(values, choices):
-    """Counts within 5 standard deviations of equal ones, and every choice taken."""
+    """Checks that all choices come equally often, within 5 standard deviations."""
     counts = np.array([np.sum(np.asarray(values) == choice) for choice in choices])
     assert counts.sum() == np.size(values)
     expected = np.size(values) / len(counts)
@@ -34,7 +36,7 @@ def assert_uniform(values, choices):
 
 
 def allowed_corners(size):
-    """By brute force: inside the patch, rows (columns) 32 .. 63 inside the window."""
+    """Finds by brute force where a window is inside the patch and holds rows 32 .. 63."""
     inside = [at for at in range(-96, 97) if at >= 0 and at + size <= 96]
     return [at for at in inside if set(range(32, 64)) <= set(range(at, at + size))]
 
@@ -52,8 +54,9 @@ def crop(images, sizes, offsets, canvas):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("canvas", [64, 80, 96])
-def test_every_window_of_every_size_is_whole(canvas):
-    most = 33 * 33  # windows of size 64; others are padded to as many, so one shape is compiled
+def test_every_window_of_every_size_is_cut_whole(canvas):
+    # Size 64 has the most windows. Other sizes are padded to as many, so that it compiles once.
+    most = 33 * 33
     images = jnp.asarray(np.broadcast_to(CODES, (most, *CODES.shape)))
     for size in range(32, canvas + 1):
         corners = allowed_corners(size)
@@ -64,15 +67,15 @@ def test_every_window_of_every_size_is_whole(canvas):
         cut, inside = np.asarray(cut)[:n, ..., 0], np.asarray(inside)[:n, ..., 0]
         assert (inside.sum((1, 2)) == size * size).all()
         windows = cut[inside].reshape(n, size, size)
-        every = np.lib.stride_tricks.sliding_window_view(CODES[..., 0], (size, size))
-        np.testing.assert_array_equal(windows, every[offsets[:, 0], offsets[:, 1]])
-        # The canvas is a part of the patch itself, around the window as far as the border lets it.
+        in_patch = np.lib.stride_tricks.sliding_window_view(CODES[..., 0], (size, size))
+        np.testing.assert_array_equal(windows, in_patch[offsets[:, 0], offsets[:, 1]])
+        # The canvas is a part of the patch. It is centered on the window, except at the border.
         start = np.clip(offsets - (canvas - size) // 2, 0, 96 - canvas)
-        every = np.lib.stride_tricks.sliding_window_view(CODES[..., 0], (canvas, canvas))
-        np.testing.assert_array_equal(cut, every[start[:, 0], start[:, 1]])
+        in_patch = np.lib.stride_tricks.sliding_window_view(CODES[..., 0], (canvas, canvas))
+        np.testing.assert_array_equal(cut, in_patch[start[:, 0], start[:, 1]])
 
 
-def test_windows_of_several_sizes_in_one_batch():
+def test_one_batch_may_have_windows_of_several_sizes():
     images = make_images(3)
     sizes, offsets = np.array([32, 50, 64]), np.array([[32, 32], [46, 14], [0, 32]])
     cut, inside = augment.crop_windows(jnp.asarray(images), sizes, offsets, 64)
@@ -102,7 +105,7 @@ def test_sampled_corners_are_uniform(size):
         assert_uniform(offsets[:, axis], allowed_corners(size))
     centered = np.asarray(offsets - offsets.mean(0), np.float64)
     correlation = (centered[:, 0] * centered[:, 1]).mean() / centered.std(0).prod()
-    assert abs(correlation) < 0.04  # 5 standard deviations
+    assert abs(correlation) < 0.04  # more than 5 standard deviations
 
 
 def test_random_center_crop_keeps_the_center_of_each_image():
@@ -140,7 +143,7 @@ def test_each_image_gets_its_own_symmetry():
         np.testing.assert_array_equal(result, expected)
 
 
-def test_random_symmetry_takes_all_eight_alike():
+def test_random_symmetry_takes_all_eight_equally_often():
     images = np.broadcast_to(np.arange(4, dtype=np.uint8).reshape(2, 2, 1), (8000, 2, 2, 1))
     results = np.asarray(augment.random_symmetry(jax.random.key(0), jnp.asarray(images)))
     numbers = results.reshape(-1, 4) @ [64, 16, 4, 1]
@@ -152,7 +155,7 @@ def test_random_symmetry_takes_all_eight_alike():
 
 
 def restain_by_definition(images, factors, offsets):
-    """Unmixing, change and mixing one after the other, in float64."""
+    """Unmixes, changes and mixes the stains one after the other, in float64."""
     stains = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
     stains /= np.sqrt((stains**2).sum(1, keepdims=True))
     density = -np.log((np.float64(images) + 1) / 256)
@@ -161,7 +164,7 @@ def restain_by_definition(images, factors, offsets):
     return np.clip(256 * np.exp(-(amounts @ stains)) - 1, 0, 255)
 
 
-def test_restain_is_the_definition():
+def test_restain_agrees_with_the_definition():
     rng = np.random.default_rng(1)
     images = make_images(6, 8)
     factors, offsets = rng.uniform(0.7, 1.3, (6, 3)), rng.uniform(-0.1, 0.1, (6, 3))
@@ -169,22 +172,23 @@ def test_restain_is_the_definition():
     np.testing.assert_allclose(actual, restain_by_definition(images, factors, offsets), atol=0.02)
 
 
-def test_restain_by_nothing_is_the_identity():
+def test_restain_with_factors_1_and_offsets_0_changes_nothing():
     images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     images = np.concatenate([images, make_images(1, 16)])
     actual = augment.restain(jnp.asarray(images), jnp.ones((2, 3)), jnp.zeros((2, 3)))
     np.testing.assert_allclose(actual, images, atol=0.05)  # of 255 levels
 
 
-def test_more_haematoxylin_darkens_its_own_colour():
+def test_only_the_stain_in_a_pixel_changes_its_colour():
     stains = augment.STAINS / np.linalg.norm(augment.STAINS, axis=1, keepdims=True)
-    pixel = 256 * np.exp(-0.8 * stains[0]) - 1  # 0.8 of haematoxylin, nothing else
+    pixel = 256 * np.exp(-0.8 * stains[0]) - 1  # 0.8 of haematoxylin, and no other stain
     factors = jnp.array([[1.5, 1, 1], [1, 1.5, 1], [1, 1, 1.5]])
     images = jnp.asarray(np.tile(np.float32(pixel), (3, 1, 1, 1)))
-    more, same, still = np.asarray(augment.restain(images, factors, jnp.zeros((3, 3))))[:, 0, 0]
-    np.testing.assert_allclose(more, 256 * np.exp(-1.2 * stains[0]) - 1, rtol=1e-3)
-    np.testing.assert_allclose(same, pixel, rtol=1e-3)
-    np.testing.assert_allclose(still, pixel, rtol=1e-3)
+    restained = np.asarray(augment.restain(images, factors, jnp.zeros((3, 3))))
+    more_haematoxylin, more_eosin, more_residual = restained[:, 0, 0]
+    np.testing.assert_allclose(more_haematoxylin, 256 * np.exp(-1.2 * stains[0]) - 1, rtol=1e-3)
+    np.testing.assert_allclose(more_eosin, pixel, rtol=1e-3)
+    np.testing.assert_allclose(more_residual, pixel, rtol=1e-3)
 
 
 def test_stain_jitter_draws_factors_and_offsets_per_image_within_bounds():
@@ -210,7 +214,7 @@ def test_stain_jitter_draws_factors_and_offsets_per_image_within_bounds():
 # ---- normalisation and views --------------------------------------------------------------------
 
 
-def test_normalise_is_the_formula():
+def test_normalise_agrees_with_the_formula():
     images, fields = make_images(2, 16), get_config().augment
     actual = augment.normalise(jnp.asarray(images), fields)
     assert actual.dtype == jnp.float32
@@ -236,13 +240,15 @@ def test_eval_view_is_the_normalised_center(enabled, size, side):
 
 # ---- all together -------------------------------------------------------------------------------
 
-ALONE = {
+AUGMENTATIONS = {
     "nothing": {},
     "flips": {"augment.flips": True},
     "stain": {"augment.stain": 0.2, "augment.stain_shift": 0.05},
     "rcc": {"rcc.enabled": True, "rcc.min_size": 40, "rcc.max_size": 80},
 }
-ALONE["all"] = {name: value for fields in ALONE.values() for name, value in fields.items()}
+AUGMENTATIONS["all"] = {
+    name: value for fields in AUGMENTATIONS.values() for name, value in fields.items()
+}
 OFF = {
     "augment.flips": False,
     "augment.stain": 0.0,
@@ -251,9 +257,9 @@ OFF = {
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_augment_with_jit_is_augment_without(name):
-    config, key = make_config(**OFF | ALONE[name]), jax.random.key(3)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augment_gives_the_same_with_and_without_jit(name):
+    config, key = make_config(**OFF | AUGMENTATIONS[name]), jax.random.key(3)
     images = jnp.asarray(make_images(3))
     plain = augment.augment(key, images, config)
     jitted = jax.jit(functools.partial(augment.augment, config=config))
@@ -270,7 +276,7 @@ def test_augment_with_jit_is_augment_without(name):
         assert all(np.abs(other - plain).max((1, 2, 3)) > 0.01)
 
 
-ALL_ALONE = {
+FUNCTIONS = {
     "symmetry": augment.symmetry,
     "crop_windows": lambda x, i: augment.crop_windows(
         x, i + 60, 2 * i[:, None] + jnp.arange(2), 72
@@ -289,16 +295,16 @@ ALL_ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", ALL_ALONE)
-def test_each_with_jit_is_itself_without(name):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_function_gives_the_same_with_and_without_jit(name):
     images, which = jnp.asarray(make_images(3)), jnp.array([3, 6, 4])
-    jitted, plain = jax.jit(ALL_ALONE[name])(images, which), ALL_ALONE[name](images, which)
+    jitted, plain = jax.jit(FUNCTIONS[name])(images, which), FUNCTIONS[name](images, which)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=0.01), jitted, plain)
 
 
-def test_order_is_the_documented_one():
-    """Flips, then windows, then stains: with the keys that `augment` derives, by hand."""
-    config = make_config(**ALONE["all"])
+def test_augment_applies_its_steps_in_the_documented_order():
+    """Compares with flips, windows and stains, called one by one with the keys of `augment`."""
+    config = make_config(**AUGMENTATIONS["all"])
     images, key = jnp.asarray(make_images(3)), jax.random.key(5)
     turn, window, stain = jax.random.split(key, 3)
     expected = augment.random_symmetry(turn, images)
@@ -309,7 +315,7 @@ def test_order_is_the_documented_one():
 
 
 @pytest.mark.parametrize(("fill", "level"), [("mean", None), ("white", 255)])
-def test_fill_around_a_window(fill, level):
+def test_pixels_around_a_window_are_filled_with_the_mean_or_white(fill, level):
     fields = {"rcc.enabled": True, "rcc.min_size": 32, "rcc.max_size": 48, "rcc.fill": fill}
     config = make_config(**OFF | fields)
     mean, std = np.array(config.augment.mean), np.array(config.augment.std)
@@ -324,7 +330,7 @@ def test_fill_around_a_window(fill, level):
     assert len(set(sides)) > 5
 
 
-def test_white_background_stays_white_under_stain_jitter_of_factors():
+def test_white_background_stays_white_when_only_stain_factors_are_jittered():
     white = jnp.full((4, 8, 8, 3), 255, jnp.uint8)
     np.testing.assert_allclose(
         augment.stain_jitter(jax.random.key(0), white, 0.5, 0.0), 255, atol=0.01

@@ -1,3 +1,5 @@
+"""Compares batches with the rows of their seed and step, in a split that holds row numbers."""
+
 import itertools
 import subprocess
 import sys
@@ -20,7 +22,7 @@ N, BATCH = 22, 4  # 5 batches an epoch, 2 patches left over
 
 @pytest.fixture
 def split(tmp_path):
-    """A memory-mapped split in which every patch and label tells its row."""
+    """Returns a memory-mapped split in which each pixel and label is the number of its row."""
     rows = np.arange(N, dtype=np.uint8)
     images = np.broadcast_to(rows[:, None, None, None], (N, 96, 96, 3))
     np.save(tmp_path / "images.npy", images)
@@ -34,7 +36,7 @@ def mesh():
 
 
 def stream_of(split, mesh, placement, seed, start, sizes=(1,) * 9):
-    """The batches from step `start` on, wherever the split is."""
+    """Yields the batches from step `start` on, gathered on the host or on the devices."""
     order = {"seed": seed, "batch_size": BATCH, "start": start}
     if placement == "host":
         yield from batches.host_batches(split, mesh, **order)
@@ -45,7 +47,7 @@ def stream_of(split, mesh, placement, seed, start, sizes=(1,) * 9):
 
 
 def take(iterator, n):
-    """The rows of the next n batches, [n, BATCH]; images and labels must agree."""
+    """Returns the rows of the next n batches, [n, BATCH], whose images and labels must agree."""
     taken = []
     for batch in itertools.islice(iterator, n):
         assert batch.images.dtype == np.uint8
@@ -96,12 +98,12 @@ def test_indices_depend_on_nothing_but_seed_and_step():
     assert first[0] != first[1]
 
 
-def test_what_is_left_over_comes_in_other_epochs():
+def test_patches_left_over_in_one_epoch_come_in_others():
     taken = set(np.concatenate([epoch(0, number) for number in range(6)]).tolist())
     assert taken == set(range(N))
 
 
-# ---- where from ---------------------------------------------------------------------------------
+# ---- from the host or the devices ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("placement", ["host", "device"])
@@ -118,40 +120,41 @@ def test_resuming_gives_the_tail_of_the_stream(placement, split, mesh):
     np.testing.assert_array_equal(tail, whole[6:])
 
 
-def test_a_selection_holds_the_batches_of_its_steps(split, mesh):
+def test_selections_of_several_steps_hold_the_same_batches(split, mesh):
     sizes = [1, 3, 1, 2, 2]
-    ones, many = (take(stream_of(split, mesh, "device", 2, 3, s), 9) for s in ([1] * 9, sizes))
-    np.testing.assert_array_equal(ones, many)
+    single = take(stream_of(split, mesh, "device", 2, 3, [1] * 9), 9)
+    grouped = take(stream_of(split, mesh, "device", 2, 3, sizes), 9)
+    np.testing.assert_array_equal(grouped, single)
     placed = batches.place_split(split, mesh)
     chosen = batches.selections(split, placed, mesh, 2, BATCH, 3, sizes)
     assert [len(selection.indices) for selection in chosen] == sizes
 
 
 @pytest.mark.parametrize(("placement", "placed"), [("host", False), ("device", True)])
-def test_a_placement_decides_for_itself(placement, placed, split, monkeypatch):
+def test_only_auto_asks_whether_a_split_fits(placement, placed, split, monkeypatch):
     monkeypatch.setattr(batches, "fits_devices", lambda asked: asked is split and not placed)
     assert batches.should_place(split, placement) == placed
     assert batches.should_place(split, "auto") == (not placed)
 
 
-def test_a_split_on_cpu_stays_where_it_is(split):
+def test_a_split_is_not_placed_on_a_cpu(split):
     if jax.default_backend() != "cpu":
         pytest.skip("the default backend is not the CPU")
     assert not batches.fits_devices(split)
 
 
-PLENTY, HALF = 1 << 40, 2 * 594 * 1024  # bytes; the split takes half of the latter
+PLENTY, TWICE = 1 << 40, 2 * 594 * 1024  # bytes; TWICE is two times the size of the split
 
 
 @pytest.mark.parametrize(
     ("backend", "limit", "devices", "fits"),
     [
         ("gpu", PLENTY, 1, True),
-        ("gpu", HALF, 1, True),
-        ("gpu", HALF - 1, 1, False),
-        ("tpu", HALF // 4, 4, True),
-        ("tpu", HALF // 4 - 1, 4, False),
-        ("gpu", None, 1, False),  # a back end that does not tell
+        ("gpu", TWICE, 1, True),
+        ("gpu", TWICE - 1, 1, False),
+        ("tpu", TWICE // 4, 4, True),
+        ("tpu", TWICE // 4 - 1, 4, False),
+        ("gpu", None, 1, False),  # a backend that does not say how much it has
         ("cpu", PLENTY, 1, False),
     ],
 )
@@ -162,7 +165,7 @@ def test_auto_leaves_half_of_the_accelerators_memory_free(
         def memory_stats(self):
             return limit and {"bytes_limit": limit}
 
-    assert 2 * split.images.nbytes == HALF
+    assert 2 * split.images.nbytes == TWICE
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     monkeypatch.setattr(jax, "device_count", lambda: devices)
@@ -183,7 +186,7 @@ def wait_for(condition, seconds=10.0):
     return condition()
 
 
-def test_a_reading_error_is_raised_where_its_batch_is_asked_for():
+def test_a_reading_error_is_raised_when_its_batch_is_taken():
     def make(step):
         if step == 5:
             raise OSError("the disk is gone")
@@ -209,7 +212,7 @@ def test_the_thread_keeps_a_few_batches_ahead_and_no_more():
     made = []
     stream = batches._prefetch(lambda step: made.append(step) or step, 0)
     assert next(stream) == 0
-    assert wait_for(lambda: len(made) == 4)  # one taken, two ready, one in hand
+    assert wait_for(lambda: len(made) == 4)  # one taken, two waiting, one that the thread holds
     time.sleep(0.3)
     assert made == [0, 1, 2, 3]
     assert list(itertools.islice(stream, 3)) == [1, 2, 3]
@@ -234,7 +237,7 @@ mesh = sharding.make_mesh()
 assert mesh.size == 8, mesh
 rng = np.random.default_rng(0)
 gather = jax.jit(functools.partial(batches.gather_rows, mesh=mesh))
-for n in (64, 61, 57, 9):  # multiples of 8 and others
+for n in (64, 61, 57, 9):  # only 64 is a multiple of 8
     for rows in (rng.integers(0, 256, (n, 4, 3), dtype=np.uint8), rng.integers(-5, 5, n)):
         rows = rows.astype(np.int32) if rows.ndim == 1 else rows
         placed = batches.place(rows, mesh)
@@ -254,7 +257,7 @@ assert "all-gather" not in compiled, compiled
 assert "reduce-scatter" in compiled or "all-reduce" in compiled, compiled
 shapes = re.findall(r"u8\\[([\\d,]+)\\]", compiled)
 sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in shapes]
-assert max(sizes) <= 16 * 96 * 96 * 3, max(sizes)  # the batch; nowhere the whole split
+assert max(sizes) <= 16 * 96 * 96 * 3, max(sizes)  # at most a batch, never the whole split
 
 labels = np.arange(29, dtype=np.uint8)
 images = np.broadcast_to(labels[:, None, None, None], (29, 96, 96, 3))
@@ -271,7 +274,7 @@ for stream in (on_host, on_devices):
         np.testing.assert_array_equal(np.asarray(batch.images)[:, 5, 7, 1], expected)
         assert batch.images.sharding.is_equivalent_to(sharding.by_rows(mesh), 4)
     stream.close()
-print("as on one device")
+print("same as on one device")
 """
 
 
@@ -279,11 +282,11 @@ print("as on one device")
 def test_eight_devices_gather_the_same_batches():
     environment = environment_of(devices=8) | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # they could bring collectives in
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # optimisations could add collectives
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "as on one device"
+    assert done.stdout.strip() == "same as on one device"

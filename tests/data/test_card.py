@@ -1,3 +1,5 @@
+"""Compares rows of the data card with texts and counts that are written out here."""
+
 import pytest
 
 from bef_jax.data import near_duplicates, store
@@ -13,7 +15,7 @@ def card(config, **changes):
     return dict(data_card(folder, manifest, splits))
 
 
-def test_says_what_the_store_holds(small_config):
+def test_card_says_what_the_store_holds(small_config):
     config = small_config()
     found = card(config)
     valid = store.open_split(store.store_path(config.data), "valid")
@@ -24,41 +26,41 @@ def test_says_what_the_store_holds(small_config):
 
 
 @pytest.mark.parametrize(
-    ("source", "word"),
-    [("pcam_hdf5", "no:"), ("tfds", "no:"), ("rpcam", "yes:"), ("npz", "not kn")],
+    ("source", "answer"),
+    [("pcam_hdf5", "no:"), ("tfds", "no:"), ("rpcam", "yes:"), ("npz", "not known")],
 )
-def test_a_random_split_is_not_passed_off_as_one_by_slides(source, word, small_config):
-    assert card(small_config(), source=source)["do splits share slides?"].startswith(word)
+def test_a_random_split_is_not_passed_off_as_one_by_slides(source, answer, small_config):
+    assert card(small_config(), source=source)["do splits share slides?"].startswith(answer)
 
 
-WHOLE = {"train": 262_144, "valid": 32_768, "test": 32_768}
+PCAM_COUNTS = {"train": 262_144, "valid": 32_768, "test": 32_768}
 
 
 @pytest.mark.parametrize(
     ("source", "counts", "expected"),
     [
-        ("pcam_hdf5", WHOLE, "published scores on PCam"),
-        ("tfds", WHOLE | {"valid": 32_767}, "32,767 of 32,768 valid patches"),
-        ("pcam_hdf5", WHOLE | {"test": 0}, "not with published scores"),
-        ("rpcam", WHOLE, "not with those on PCam"),
-        ("npz", WHOLE, "the same files"),
-        ("synthetic", WHOLE, "the same synthetic patches"),
+        ("pcam_hdf5", PCAM_COUNTS, "published scores on PCam"),
+        ("tfds", PCAM_COUNTS | {"valid": 32_767}, "32,767 of 32,768 valid patches"),
+        ("pcam_hdf5", PCAM_COUNTS | {"test": 0}, "not with published scores"),
+        ("rpcam", PCAM_COUNTS, "not with those on PCam"),
+        ("npz", PCAM_COUNTS, "the same files"),
+        ("synthetic", PCAM_COUNTS, "the same synthetic patches"),
     ],
 )
-def test_says_what_a_score_can_be_compared_with(source, counts, expected, small_config):
+def test_card_says_what_a_score_can_be_compared_with(source, counts, expected, small_config):
     found = card(small_config(), source=source, counts=counts)
     assert expected in found["a score can be compared with"]
 
 
-def test_dropped_duplicates_do_not_make_a_part_of_pcam(small_config):
+def test_pcam_without_its_duplicates_is_still_all_of_pcam(small_config):
     dropped = {"train": 0, "valid": 1, "test": 0}
     duplicates = {"dropped_within": dropped, "dropped_across": dropped, "conflicting_labels": 0}
-    changes = {"counts": WHOLE | {"valid": 32_766}, "duplicates": duplicates}
+    changes = {"counts": PCAM_COUNTS | {"valid": 32_766}, "duplicates": duplicates}
     found = card(small_config(), source="pcam_hdf5", **changes)
     assert found["a score can be compared with"].startswith("published scores")
 
 
-def test_near_duplicates_of_every_pair_of_splits_are_told(small_config, monkeypatch):
+def test_near_duplicates_of_every_pair_of_splits_are_counted(small_config, monkeypatch):
     pairs = {"train/valid": {"patches": 7, "pairs": []}, "train/test": {"patches": 0, "pairs": []}}
     pairs["valid/test"] = {"patches": 1, "pairs": []}
     monkeypatch.setattr(near_duplicates, "across_splits", lambda *_: pairs)
@@ -67,7 +69,7 @@ def test_near_duplicates_of_every_pair_of_splits_are_told(small_config, monkeypa
     assert found["near duplicates, test and valid"] == "1 (7.7%) of test, turned or not"
 
 
-def test_duplicates_are_added_up(small_config):
+def test_exact_duplicates_of_all_splits_are_added_up(small_config):
     duplicates = {
         "dropped_within": {"train": 3, "valid": 1, "test": 0},
         "dropped_across": {"train": 2, "valid": 0, "test": 0},

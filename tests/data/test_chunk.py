@@ -1,4 +1,4 @@
-"""What is looked at before an array is read; what a read array holds is in test_sources.py."""
+"""Tests what is checked before an array is read; test_sources.py tests what arrays hold."""
 
 import numpy as np
 import pytest
@@ -7,55 +7,57 @@ from bef_jax.data import chunk
 from bef_jax.errors import UserError
 
 
-def test_ids_may_take_so_much_memory_as_the_patches_allow():
+def test_memory_of_ids_is_limited_by_the_size_of_the_patches():
     wide = np.dtype("U1000")
     chunk.check_id_array((60_000,), wide, 60_000, 0, "a")
     with pytest.raises(UserError, match="a: 70000 ids of 1000 characters; write shorter ids"):
         chunk.check_id_array((70_000,), wide, 70_000, 0, "a")
-    # Bytes become text, of four bytes a character.
+    # Ids of bytes become text, which takes four bytes per character.
     with pytest.raises(UserError, match="write shorter ids"):
         chunk.check_id_array((70_000,), np.dtype("S1000"), 70_000, 0, "a")
-    # All of PCam with paths for ids, in a file of 7 GB.
+    # A file of 7 GiB may hold all of PCam with paths as ids.
     chunk.check_id_array((262_144,), np.dtype("U500"), 262_144, 7 << 30, "a")
 
 
-@pytest.mark.parametrize("dtype", ["S1000000000", ("u1", (500_000_000,)), "O", "c8", "V4", "M8[s]"])
-def test_labels_that_are_no_numbers(dtype):
+@pytest.mark.parametrize(
+    "dtype", ["S1000000000", ("u1", (500_000_000,)), "O", "c8", "V4", "M8[s]"], ids=str
+)
+def test_labels_that_are_not_numbers_are_refused(dtype):
     with pytest.raises(UserError, match="labels must be numbers"):
         chunk.check_label_array((3,), np.dtype(dtype), 3, "a")
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (1, 3), (3, 2), (-3, -1), (10**30,)])
-def test_labels_of_another_number(shape):
+@pytest.mark.parametrize("shape", [(), (4,), (1, 3), (3, 2), (-3, -1), (10**30,)], ids=str)
+def test_labels_that_do_not_match_the_images_are_refused(shape):
     with pytest.raises(UserError, match="labels for 3 images"):
         chunk.check_label_array(shape, np.dtype("u1"), 3, "a")
 
 
-def test_a_dtype_of_a_thousand_fields_is_told_in_few_words():
+def test_the_error_for_a_dtype_of_a_thousand_fields_is_short():
     dtype = np.dtype([(f"field{i}", "u1") for i in range(1000)])
     with pytest.raises(UserError) as caught:
         chunk.check_images((1,) * 30, dtype, "a")
     assert len(str(caught.value)) < 250
 
 
-def test_rows_with_an_id_of_a_megabyte():
+def test_an_id_of_a_megabyte_is_refused():
     rows = [(np.zeros((96, 96, 3), np.uint8), 0, name) for name in ("a", "b" * 10**6)]
     with pytest.raises(UserError, match="an id of more than 1024 characters") as caught:
         list(chunk.batched_rows(rows))
     assert len(str(caught.value)) < 200
 
 
-def test_a_chunk_is_told_when_it_has_been_taken():
+def test_progress_counts_a_chunk_when_the_next_one_is_taken():
     chunks = [chunk.Chunk(np.zeros((n, 1)), np.zeros(n), np.arange(n)) for n in (3, 2)]
-    told = []
+    progress = []
 
     def begin(*what):
-        told.append(what)
-        return told.append
+        progress.append(what)
+        return progress.append
 
     taken = chunk.counted("valid", chunks, 5, begin)
     next(taken)
-    assert told == [("reading valid", 5, "patches")]
+    assert progress == [("reading valid", 5, "patches")]
     next(taken)
-    assert told[1:] == [3]
-    assert list(taken) == [] and told[1:] == [3, 2]
+    assert progress[1:] == [3]
+    assert list(taken) == [] and progress[1:] == [3, 2]

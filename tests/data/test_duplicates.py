@@ -1,3 +1,5 @@
+"""Compares what is kept and counted with brute force, for patches in random orders."""
+
 import itertools
 
 import numpy as np
@@ -13,12 +15,12 @@ SEEN = [
 
 
 @pytest.mark.parametrize("rectify", [True, False])
-def test_the_first_of_equal_patches_stays_whatever_the_order(rectify):
+def test_the_first_of_equal_patches_stays_in_any_order(rectify):
     for seed in range(20):
         order = [SEEN[i] for i in np.random.default_rng(seed).permutation(len(SEEN))]
         duplicates = Duplicates(rectify)
         kept = [patch for patch in order if duplicates.keeps(*patch)]
-        firsts = {digest: rest for digest, *rest in reversed(order)}  # by brute force
+        firsts = {digest: rest for digest, *rest in reversed(order)}
         assert kept == ([p for p in order if firsts[p[0]] == list(p[1:])] if rectify else order)
         found = duplicates.summary()
         later = [p for p in order if firsts[p[0]] != list(p[1:])]
@@ -30,7 +32,7 @@ def test_the_first_of_equal_patches_stays_whatever_the_order(rectify):
         assert (found["conflicting_labels"], found["conflicts"]) == (len(conflicts), conflicts)
 
 
-def test_a_manifest_names_a_hundred_conflicts_and_counts_all():
+def test_a_manifest_names_at_most_a_hundred_conflicts():
     duplicates = Duplicates(rectify=True)
     for row in range(2 * MAX_REPORTED):
         duplicates.keeps(b"same", "train", row % 2, str(row))

@@ -1,3 +1,5 @@
+"""Compares near pairs with brute force over all pairs, and with patches that were changed."""
+
 import io
 import json
 import os
@@ -18,8 +20,8 @@ from bef_jax.data.near_duplicates import (
 from bef_jax.data.store import Split
 
 
-def patches(n, seed):
-    """Smooth random tissue: 12 x 12 colours, enlarged."""
+def smooth_patches(n, seed):
+    """Returns smooth random patches: 12 x 12 colours, enlarged."""
     colours = np.random.default_rng(seed).integers(0, 256, (n, 12, 12, 3), dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(c).resize((96, 96))) for c in colours])
 
@@ -36,7 +38,7 @@ def as_jpeg(image, quality=60):
 
 
 def test_grid_is_the_mean_luma_of_each_part():
-    images = patches(3, 0)
+    images = smooth_patches(3, 0)
     luma = images[:, 3:93, 3:93] @ np.array([77, 150, 29]) / 256
     expected = [[luma[2, 10 * r : 10 * r + 10, 10 * c : 10 * c + 10].mean() for c in range(9)]
                 for r in range(9)]  # fmt: skip
@@ -44,7 +46,7 @@ def test_grid_is_the_mean_luma_of_each_part():
 
 
 def brute_force(first, second):
-    """All pairs, one by one, under the eight symmetries."""
+    """Compares all pairs one by one, under the eight symmetries."""
     pairs = set()
     for j, grid in enumerate(second):
         for k in range(8):
@@ -58,8 +60,8 @@ def brute_force(first, second):
     return pairs
 
 
-def test_finds_what_brute_force_over_all_pairs_finds():
-    """Grids of little contrast: many lie within the radius, and many just outside."""
+def test_near_pairs_finds_what_brute_force_over_all_pairs_finds():
+    """Uses grids of little contrast: many pairs lie within the radius, and many just outside."""
     rng = np.random.default_rng(0)
     slope = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))
     first, second = (slope + s * rng.normal(size=(n, 9, 9)) for n, s in ((150, 0.3), (120, 0.2)))
@@ -81,25 +83,25 @@ def test_finds_what_brute_force_over_all_pairs_finds():
     ids=["equal", "jpeg", "turned", "transposed", "paler"],
 )
 def test_a_changed_patch_is_found_again(change):
-    train, valid = patches(40, 1), patches(20, 2)
+    train, valid = smooth_patches(40, 1), smooth_patches(20, 2)
     valid[7] = change(train[31])
     assert near_pairs(luma_grids(train), luma_grids(valid)).tolist() == [[31, 7]]
 
 
-def test_smooth_slopes_of_other_steepness_are_no_duplicates():
+def test_slopes_of_very_different_steepness_are_not_near_duplicates():
     slope = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))[None]
     assert len(near_pairs(slope, 1.1 * slope)) == 1
     assert len(near_pairs(slope, 5 * slope)) == 0
 
 
-def test_background_is_not_taken_for_a_duplicate():
+def test_background_is_not_a_near_duplicate():
     blank = luma_grids(np.full((3, 96, 96, 3), 240, np.uint8))
     assert len(near_pairs(blank, blank)) == 0
 
 
-def test_counts_patches_of_the_later_split_and_keeps_the_result(tmp_path, monkeypatch):
-    train, valid, test = patches(30, 1), patches(20, 2), patches(10, 3)
-    valid[[3, 5]], train[8] = train[4], train[4]  # two of valid, each twice in train
+def test_patches_of_the_later_split_are_counted_and_the_result_is_kept(tmp_path, monkeypatch):
+    train, valid, test = smooth_patches(30, 1), smooth_patches(20, 2), smooth_patches(10, 3)
+    valid[[3, 5]], train[8] = train[4], train[4]  # each of the two in valid is twice in train
     splits = {"train": split("train", train), "valid": split("valid", valid)}
     splits["test"] = split("test", test)
     found = across_splits(splits, tmp_path, "abc")
@@ -110,11 +112,11 @@ def test_counts_patches_of_the_later_split_and_keeps_the_result(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(near_duplicates, "luma_grids", lambda _: pytest.fail("looked again"))
         assert across_splits(splits, tmp_path, "abc") == found
-    splits["valid"] = split("valid", patches(20, 2))
+    splits["valid"] = split("valid", smooth_patches(20, 2))
     assert across_splits(splits, tmp_path, "other")["train/valid"]["patches"] == 0
 
 
-GOOD = {"version": near_duplicates.VERSION, "content": "abc"}
+KEY = {"version": near_duplicates.VERSION, "content": "abc"}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ GOOD = {"version": near_duplicates.VERSION, "content": "abc"}
     [
         "[1]", "3", "null", "{}", "", "{", "\0\0", "[" * 100_000,
         *(
-            json.dumps(GOOD | {"found": found})
+            json.dumps(KEY | {"found": found})
             for found in (
                 3, [], {}, {"train/valid": 3}, {"train/valid": {"patches": "4", "pairs": []}},
                 {"train/valid": {"patches": 4}}, {"train/valid": {"patches": 4, "pairs": None}},
@@ -132,18 +134,18 @@ GOOD = {"version": near_duplicates.VERSION, "content": "abc"}
         ),
     ],
 )  # fmt: skip
-def test_a_kept_result_of_another_shape_is_looked_for_again(kept, tmp_path):
-    splits = {name: split(name, patches(4, 1)) for name in ("train", "valid")}
+def test_a_damaged_kept_result_is_made_again(kept, tmp_path):
+    splits = {name: split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
     file = tmp_path / near_duplicates.FILE
     file.write_text(kept)
     found = across_splits(splits, tmp_path, "abc")
     assert found["train/valid"]["patches"] == 4
-    assert json.loads(file.read_text()) == GOOD | {"found": found}
+    assert json.loads(file.read_text()) == KEY | {"found": found}
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
-def test_what_is_no_file_in_its_place_is_not_waited_for(kind, tmp_path, caplog):
-    splits = {name: split(name, patches(4, 1)) for name in ("train", "valid")}
+def test_a_kept_result_that_is_not_a_regular_file_is_not_waited_for(kind, tmp_path, caplog):
+    splits = {name: split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
     file = tmp_path / near_duplicates.FILE
     {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}[kind](
         file
@@ -156,7 +158,7 @@ def test_what_is_no_file_in_its_place_is_not_waited_for(kind, tmp_path, caplog):
         assert json.loads(file.read_text())["content"] == "abc"
 
 
-def test_a_store_that_cannot_be_written_is_looked_through_all_the_same(tmp_path):
-    splits = {name: split(name, patches(4, 1)) for name in ("train", "valid")}
+def test_a_store_that_cannot_be_written_is_still_searched(tmp_path):
+    splits = {name: split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
     found = across_splits(splits, tmp_path / "missing", "abc")
     assert found["train/valid"]["patches"] == 4

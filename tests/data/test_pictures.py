@@ -1,3 +1,5 @@
+"""Compares what is read with the pixels that Pillow or tifffile wrote."""
+
 import os
 import subprocess
 import sys
@@ -19,7 +21,7 @@ def noise(height, width, channels=3, seed=0):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".PNG", ".tiff"])
-def test_lossless_pictures_come_back_to_the_bit(suffix, tmp_path):
+def test_lossless_pictures_are_read_exactly(suffix, tmp_path):
     pixels = noise(100, 130)
     path = tmp_path / f"a{suffix}"
     Image.fromarray(pixels).save(path)
@@ -27,13 +29,13 @@ def test_lossless_pictures_come_back_to_the_bit(suffix, tmp_path):
     np.testing.assert_array_equal(pictures.read(path), pixels)
 
 
-def test_a_jpeg_is_near(tmp_path):
+def test_a_jpeg_is_read_with_small_errors(tmp_path):
     pixels = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None, None], (96, 96, 3))
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
     assert np.abs(pictures.read(tmp_path / "a.jpg").astype(int) - pixels).max() < 6
 
 
-def test_what_pillow_cannot_decode_tifffile_does(tmp_path):
+def test_tifffile_decodes_what_pillow_cannot(tmp_path):
     pixels = noise(96, 96)
     tifffile.imwrite(tmp_path / "a.tif", pixels, compression="jpegxl", photometric="rgb",
                      compressionargs={"lossless": True})  # fmt: skip
@@ -59,10 +61,11 @@ def test_grey_palette_and_transparency_become_rgb(tmp_path):
     [
         (lambda path: path.write_bytes(b"no picture"), "cannot be read as a picture"),
         (lambda path: Image.fromarray(noise(95, 200)).save(path), "200x95 pixels"),
-        (lambda path: Image.fromarray(noise(96, 96)[:, :, 0].astype(np.uint16)).save(path), "8 bi"),
+        (lambda path: Image.fromarray(noise(96, 96)[:, :, 0].astype(np.uint16)).save(path), "bits"),
     ],
+    ids=["not a picture", "too small", "16 bits"],
 )
-def test_what_is_no_patch_is_refused_by_its_name(write, words, tmp_path):
+def test_the_error_names_the_refused_picture(write, words, tmp_path):
     path = tmp_path / "a file.png"
     write(path)
     with pytest.raises(UserError, match=words) as error:
@@ -71,7 +74,7 @@ def test_what_is_no_patch_is_refused_by_its_name(write, words, tmp_path):
 
 
 def test_a_picture_of_gigabytes_is_refused_by_its_header(tmp_path):
-    """Of 100,000 x 100,000 pixels, which some hundred bytes declare."""
+    """Writes a file of some hundred bytes that declares 100,000 x 100,000 pixels."""
     with tifffile.TiffWriter(tmp_path / "bomb.tif", bigtiff=True) as tif:
         tif.write(iter([b"x"]), shape=(100_000, 100_000, 3), dtype=np.uint8, photometric="rgb",
                   compression="zlib", tile=(100_000 // 16 * 16, 100_000 // 16 * 16))  # fmt: skip
@@ -79,7 +82,7 @@ def test_a_picture_of_gigabytes_is_refused_by_its_header(tmp_path):
         pictures.look(tmp_path / "bomb.tif")
 
 
-def test_a_png_bomb_is_refused_as_one(tmp_path):
+def test_a_png_bomb_is_refused_for_its_size(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     with pytest.raises(UserError, match="above 100,000,000 pixels"):
         pictures.look(tmp_path / "bomb.png")
@@ -93,7 +96,7 @@ def test_a_truncated_picture_is_refused(tmp_path):
         pictures.read(path)
 
 
-def test_the_reason_is_that_of_the_decoder_that_knows_the_format(tmp_path):
+def test_the_reason_comes_from_the_decoder_that_knows_the_format(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(noise(96, 96)).save(path)
     path.write_bytes(path.read_bytes()[:1500])
@@ -103,8 +106,8 @@ def test_the_reason_is_that_of_the_decoder_that_knows_the_format(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
-def test_no_other_format_is_opened_whatever_it_is_called(suffix, tmp_path, monkeypatch):
-    """Pillow would hand an EPS to Ghostscript; here a program that tells that it was run."""
+def test_another_format_is_refused_under_any_suffix(suffix, tmp_path, monkeypatch):
+    """Pillow would give an EPS to Ghostscript. Here `gs` is a script that leaves a file."""
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
     ghostscript.chmod(0o755)
@@ -118,7 +121,7 @@ def test_no_other_format_is_opened_whatever_it_is_called(suffix, tmp_path, monke
 
 
 def as_png_of_16_bits(path, channels):
-    """By hand, as Pillow writes none: 96 rows of one colour, each after the filter 0."""
+    """Writes 96 rows of one colour, each with filter 0, because Pillow cannot write such a PNG."""
     kind = {3: 2, 4: 6}[channels]
     row = b"\0" + bytes(2 * channels * 96)
     with path.open("wb") as file:
@@ -133,21 +136,21 @@ def as_tiff(path, pixels, **options):
     tifffile.imwrite(path, pixels, photometric="rgb", **options)
 
 
-WIDE = noise(96, 96).astype(np.uint16)
+UINT16 = noise(96, 96).astype(np.uint16)
 NOT_OF_8_BITS = {
     "RGB.png": lambda path: as_png_of_16_bits(path, 3),
     "RGBA.png": lambda path: as_png_of_16_bits(path, 4),
-    "raw.tif": lambda path: as_tiff(path, WIDE),
-    "deflate.tif": lambda path: as_tiff(path, WIDE, compression="zlib"),
-    "zstd.tif": lambda path: as_tiff(path, WIDE, compression="zstd"),
-    "planar.tif": lambda path: as_tiff(path, WIDE.transpose(2, 0, 1), planarconfig="separate"),
-    "signed.tif": lambda path: as_tiff(path, WIDE.astype(np.int8)),
-    "float.tif": lambda path: as_tiff(path, WIDE.astype(np.float32)),
+    "raw.tif": lambda path: as_tiff(path, UINT16),
+    "deflate.tif": lambda path: as_tiff(path, UINT16, compression="zlib"),
+    "zstd.tif": lambda path: as_tiff(path, UINT16, compression="zstd"),
+    "planar.tif": lambda path: as_tiff(path, UINT16.transpose(2, 0, 1), planarconfig="separate"),
+    "signed.tif": lambda path: as_tiff(path, UINT16.astype(np.int8)),
+    "float.tif": lambda path: as_tiff(path, UINT16.astype(np.float32)),
 }
 
 
 @pytest.mark.parametrize("name", NOT_OF_8_BITS)
-def test_pixels_that_are_not_of_8_bits_are_refused(name, tmp_path):
+def test_pixels_that_are_not_unsigned_8_bits_are_refused(name, tmp_path):
     NOT_OF_8_BITS[name](tmp_path / name)
     for ask in (pictures.look, pictures.read):
         with pytest.raises(UserError, match="to RGB of 8 bits"):
@@ -155,7 +158,7 @@ def test_pixels_that_are_not_of_8_bits_are_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("compression", [None, "zlib", "jpegxl"])
-def test_planar_pixels_are_read_rightly_or_refused(compression, tmp_path):
+def test_planar_pixels_are_read_correctly_or_refused(compression, tmp_path):
     pixels = noise(96, 130)
     path = tmp_path / "planar.tif"
     as_tiff(path, pixels.transpose(2, 0, 1), planarconfig="separate", compression=compression)
@@ -167,7 +170,7 @@ def test_planar_pixels_are_read_rightly_or_refused(compression, tmp_path):
         np.testing.assert_array_equal(found, pixels)
 
 
-def test_colours_that_are_no_rgb_are_refused_where_pillow_cannot_convert_them(tmp_path):
+def test_colours_other_than_rgb_are_refused_if_pillow_cannot_convert_them(tmp_path):
     path = tmp_path / "a.tif"
     grey = np.ascontiguousarray(noise(96, 96)[:, :, 0])
     tifffile.imwrite(path, grey, photometric="miniswhite", compression="jpegxl")
@@ -176,7 +179,7 @@ def test_colours_that_are_no_rgb_are_refused_where_pillow_cannot_convert_them(tm
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
-def test_a_transparent_colour_lies_on_white(mode, tmp_path):
+def test_a_transparent_colour_becomes_white(mode, tmp_path):
     pixels = np.zeros((96, 96, 3), np.uint8) + 70
     pixels[:48] = 200
     image = Image.fromarray(pixels)
@@ -188,7 +191,7 @@ def test_a_transparent_colour_lies_on_white(mode, tmp_path):
     assert (found[48:] == 70).all()
 
 
-# A patch in which no two turns look the same.
+# A picture that looks different in each of its eight orientations.
 TURNED = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None, None], (96, 130, 3)).copy()
 TURNED[:48, :65] = 250
 
@@ -196,7 +199,7 @@ TURNED[:48, :65] = 250
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "pillow.tif", "tifffile.tif"])
 def test_pictures_are_turned_as_viewers_turn_them(name, orientation, tmp_path):
-    """Against Pillow's own function, for which the tag is written by hand."""
+    """Compares with Pillow's `exif_transpose`, for which the tag is set by hand."""
     path, image = tmp_path / name, Image.fromarray(TURNED)
     image.getexif()[0x0112] = orientation
     expected = np.asarray(ImageOps.exif_transpose(image))
@@ -207,7 +210,7 @@ def test_pictures_are_turned_as_viewers_turn_them(name, orientation, tmp_path):
         Image.fromarray(TURNED).save(path, exif=image.getexif(), quality=100)
     found = pictures.read(path)
     assert found.shape == expected.shape
-    assert np.abs(found.astype(int) - expected).max() < 8  # JPEG's own loss
+    assert np.abs(found.astype(int) - expected).max() < 8  # the loss of a JPEG
 
 
 def test_a_tiff_of_many_samples_is_refused_by_its_header(tmp_path):
@@ -243,7 +246,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [2, 6])  # RGB and RGBA
+@pytest.mark.parametrize("kind", [2, 6], ids=["RGB", "RGBA"])
 def test_the_largest_picture_takes_less_than_a_gib(kind, tmp_path):
     path, channels = tmp_path / "a.png", {2: 3, 6: 4}[kind]
     packer = zlib.compressobj(1)
@@ -266,16 +269,16 @@ def test_the_largest_picture_takes_less_than_a_gib(kind, tmp_path):
      ("NONE", 40_000, None), (None, None, None)],
 )  # fmt: skip
 @pytest.mark.parametrize("compression", [None, "jpegxl"])
-def test_the_scale_is_what_a_tiff_says_of_a_microscope(
+def test_the_scale_of_a_tiff_is_read_if_it_is_one_of_a_microscope(
     unit, resolution, mpp, compression, tmp_path
 ):
-    told = {"resolution": (resolution, resolution), "resolutionunit": unit} if unit else {}
-    as_tiff(tmp_path / "a.tif", noise(96, 96), compression=compression, **told)
+    tags = {"resolution": (resolution, resolution), "resolutionunit": unit} if unit else {}
+    as_tiff(tmp_path / "a.tif", noise(96, 96), compression=compression, **tags)
     found = pictures.look(tmp_path / "a.tif").mpp
     assert found == (mpp and pytest.approx(mpp, rel=1e-3))
 
 
-def test_a_folder_is_searched_to_the_bottom_in_order(tmp_path):
+def test_a_folder_and_all_below_it_are_searched_in_sorted_order(tmp_path):
     names = ["b.png", "a/z.TIF", "a/b/c.jpeg", "a b, \u00e4.png"]
     for name in [*names, "notes.txt", "._b.png", ".hidden/c.png"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +304,7 @@ def test_squares_cover_every_pixel_and_stay_inside(length, stride):
 
 
 def test_tiles_are_windows_around_their_squares():
-    """Against a picture in which every pixel says where it lies, and a mirror made by hand."""
+    """Uses a picture whose pixels hold their row and column, and a mirror made by hand."""
     y, x = np.mgrid[:130, :100]
     pixels = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
 

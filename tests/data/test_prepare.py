@@ -1,3 +1,5 @@
+"""Compares the summary of --mode=prepare with the store that it made."""
+
 import json
 
 import pytest
@@ -30,7 +32,7 @@ def test_summary_describes_the_store(config):
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_second_run_says_the_same(config):
+def test_second_run_returns_the_same_summary(config):
     first = prepare.prepare_or_verify(config, verify=False)
     second = prepare.prepare_or_verify(config, verify=False)
     assert second.pop("wall_seconds") != first.pop("wall_seconds")
@@ -55,26 +57,26 @@ def test_each_piece_of_work_is_a_line_on_stderr(config, capsys):
     assert "reading train: 40/40 patches" in lines[2]
 
 
-def test_a_store_that_is_there_is_not_read(config, capsys):
+def test_second_run_reports_no_work(config, capsys):
     prepare.prepare_or_verify(config, verify=False)
     capsys.readouterr()
     prepare.prepare_or_verify(config, verify=False)
     assert capsys.readouterr().err == ""
 
 
-def test_mistakes_are_the_users(config):
+def test_missing_files_of_the_source_are_a_user_error(config):
     config.data.source = "npz"
     with pytest.raises(UserError, match=r"train\.npz|valid\.npz"):
         prepare.prepare_or_verify(config, verify=False)
 
 
-def test_verify_names_the_first_damaged_file(config):
+def test_verify_names_the_damaged_file(config):
     folder = store.store_path(config.data)
     prepare.prepare_or_verify(config, verify=False)
     for name in ("train/images.npy", "valid/labels.npy"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        prepare.prepare_or_verify(config, verify=False)  # sizes alone are looked at
+        prepare.prepare_or_verify(config, verify=False)  # looks only at sizes
         with pytest.raises(UserError, match=f"{name}: damaged"):
             prepare.prepare_or_verify(config, verify=True)
         (folder / name).write_bytes(whole)

@@ -1,4 +1,4 @@
-"""Classes of the splits, which are counted before the first step."""
+"""Compares the classes that are counted before the first step with counts made by hand."""
 
 import numpy as np
 import pytest
@@ -15,10 +15,10 @@ def split(name, labels):
 
 
 def check(**labels):
-    check_classes({name: split(name, of_split) for name, of_split in labels.items()})
+    check_classes({name: split(name, classes) for name, classes in labels.items()})
 
 
-def test_each_split_s_classes_are_counted(caplog):
+def test_the_classes_of_each_split_are_counted(caplog):
     with caplog.at_level("INFO"):
         check(train=[0, 1, 1], valid=[0, 1], test=[1, 1, 0])
     assert caplog.messages == [
@@ -29,16 +29,17 @@ def test_each_split_s_classes_are_counted(caplog):
 
 
 @pytest.mark.parametrize(
-    ("labels", "counts"), [([0] * 3, "3 normal, 0 meta"), ([1] * 3, "0 normal, 3 meta")]
+    ("labels", "counts"),
+    [([0] * 3, "3 normal, 0 metastasis"), ([1] * 3, "0 normal, 3 metastasis")],
 )
-def test_one_class_can_not_be_trained_on(labels, counts):
-    with pytest.raises(UserError, match=rf"^train split: {counts}\w+: .* give it both$"):
+def test_a_train_split_of_one_class_is_refused(labels, counts):
+    with pytest.raises(UserError, match=rf"^train split: {counts}: .* give it both$"):
         check(train=labels, valid=[0, 1])
 
 
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("name", ["valid", "test"])
-def test_one_class_in_a_split_to_score_is_a_warning(name, label, caplog):
+def test_a_valid_or_test_split_of_one_class_is_a_warning(name, label, caplog):
     splits = {"train": [0, 1], "valid": [0, 1], "test": [0, 1]} | {name: [label] * 2}
     with caplog.at_level("WARNING"):
         check(**splits)

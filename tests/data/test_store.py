@@ -1,3 +1,5 @@
+"""Compares stores with the patches that their source was given, and with each other."""
+
 import hashlib
 import json
 import os
@@ -54,7 +56,7 @@ def test_second_prepare_does_not_read_the_source(npz_data):
     assert store.prepare(npz_data) == first == store.read_manifest(store.store_path(npz_data))
 
 
-def test_moved_store_is_still_good_without_its_source(npz_data, tmp_path):
+def test_moved_store_is_still_accepted_without_its_source(npz_data, tmp_path):
     first = store.prepare(npz_data)
     shutil.move(store.store_path(npz_data), tmp_path / "moved")
     shutil.rmtree(npz_data.dir)
@@ -65,21 +67,21 @@ def test_moved_store_is_still_good_without_its_source(npz_data, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"), [("train_size", 5), ("rectify", False), ("source", "pcam_hdf5")]
 )
-def test_store_of_other_fields_is_refused(field, value, npz_data):
+def test_store_made_with_other_fields_is_refused(field, value, npz_data):
     npz_data.store = str(Path(npz_data.dir) / "s")
     store.prepare(npz_data)
     npz_data[field] = value
     expect_error(f"config.data.{field} is {value!r}", store.prepare, npz_data)
 
 
-def test_store_of_another_folder_is_refused(npz_data, tmp_path, patches, write):
+def test_store_made_from_another_folder_is_refused(npz_data, tmp_path, patches, write):
     npz_data.store = str(tmp_path / "s")
     store.prepare(npz_data)
     npz_data.dir = str(write("npz", tmp_path / "other", patches))
     expect_error("config.data.dir is", store.prepare, npz_data)
 
 
-def test_seed_and_ratio_count_only_where_they_decide(npz_data):
+def test_seed_and_split_ratio_may_change_if_the_source_ignores_them(npz_data):
     first = store.prepare(npz_data)
     npz_data.seed = 7
     npz_data.split_ratio = (0.5, 0.25, 0.25)
@@ -147,7 +149,10 @@ def test_content_ignores_order_but_not_a_pixel_or_a_label(tmp_path, patches, wri
 
 @pytest.fixture
 def duplicated(patches):
-    """Two duplicates within train, one of train in valid and in test; one has another label."""
+    """Returns patches with four duplicates of train: two within it, one in valid, one in test.
+
+    One of those within train has another label.
+    """
     train, valid, test = (patches[split] for split in ("train", "valid", "test"))
     for row, (images, labels), source in (
         (10, train, 3),
@@ -162,7 +167,7 @@ def duplicated(patches):
 
 
 @pytest.mark.smoke
-def test_rectify_drops_duplicates_and_train_loses_first(tmp_path, duplicated, write, make_data):
+def test_rectify_drops_duplicates_from_train_first(tmp_path, duplicated, write, make_data):
     data = make_data("npz", write("npz", tmp_path, duplicated))
     manifest = store.prepare(data)
     assert manifest["counts"] == {"train": 16, "valid": 9, "test": 7}
@@ -193,7 +198,7 @@ def test_split_of_nothing_but_duplicates_is_refused(tmp_path, patches, write, ma
 # --- interruption and damage
 
 
-def test_interrupted_prepare_leaves_nothing(npz_data, monkeypatch):
+def test_interrupted_prepare_leaves_no_files(npz_data, monkeypatch):
     def read(*args):
         yield from list(real(*args))[:2]
         raise KeyboardInterrupt
@@ -207,22 +212,22 @@ def test_interrupted_prepare_leaves_nothing(npz_data, monkeypatch):
     assert store.prepare(npz_data)["counts"]["train"] == 20
 
 
-def test_leavings_of_a_killed_run_are_removed_but_not_those_of_a_live_one(npz_data):
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
+def test_folders_of_ended_processes_are_removed_and_those_of_others_stay(npz_data):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
     prefix = f"store_npz.tmp-{platform.node()}-"
     folders = {
         pid: Path(npz_data.dir) / f"{prefix}{pid}"
-        for pid in (killed.pid, os.getpid(), os.getppid(), f"2-{killed.pid}")
+        for pid in (ended.pid, os.getpid(), os.getppid(), f"2-{ended.pid}")
     }
     for folder in folders.values():
         folder.mkdir()
         (folder / "images.npy").touch()
     store.prepare(npz_data)
-    assert not folders[killed.pid].exists()
+    assert not folders[ended.pid].exists()
     assert not folders[os.getpid()].exists()
     assert folders[os.getppid()].exists()
-    assert folders[f"2-{killed.pid}"].exists()  # of another host, whose name begins like ours
+    assert folders[f"2-{ended.pid}"].exists()  # of another host, whose name begins like ours
 
 
 PREPARE = """
@@ -248,7 +253,7 @@ def test_kill_while_writing_leaves_no_store(npz_data, caplog):
     assert f"{left}: removed" in caplog.text and "starts from the beginning" in caplog.text
 
 
-def test_store_made_meanwhile_by_another_process_is_taken(npz_data, monkeypatch):
+def test_store_that_another_process_made_meanwhile_is_used(npz_data, monkeypatch):
     def read(*args):
         yield from real(*args)
         code = PREPARE.replace("BEGIN", "store.silent")
@@ -269,18 +274,18 @@ def test_foreign_folder_is_left_alone(npz_data):
     assert (path / "thesis.tex").exists()
 
 
-def test_source_that_is_not_there_leaves_no_folder(make_data, tmp_path):
+def test_missing_source_leaves_no_folder(make_data, tmp_path):
     expect_error("no such file", store.prepare, make_data("npz", tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
 
 
-def test_store_that_cannot_be_written(npz_data, tmp_path):
+def test_store_that_cannot_be_written_is_refused(npz_data, tmp_path):
     (tmp_path / "file").touch()
     npz_data.store = str(tmp_path / "file" / "store")
     expect_error("set config.data.store", store.prepare, npz_data)
 
 
-def test_no_store_and_no_split(npz_data, patches, tmp_path):
+def test_missing_store_and_missing_split_are_refused(npz_data, patches, tmp_path):
     expect_error("run --mode=prepare", store.open_split, tmp_path / "none", "train")
     (Path(npz_data.dir) / "test.npz").unlink()
     manifest = store.prepare(npz_data)
@@ -303,7 +308,7 @@ def test_damaged_array_is_refused(name, damage, npz_data):
     assert len(store.open_split(path, "train")) == 20
 
 
-def test_header_of_another_array_is_refused(npz_data):
+def test_array_without_a_header_is_refused(npz_data):
     store.prepare(npz_data)
     file = store.store_path(npz_data) / "valid" / "images.npy"
     file.write_bytes(b"x" * file.stat().st_size)
@@ -319,14 +324,14 @@ def test_damaged_manifest_is_refused(text, npz_data):
         expect_error(str(path), function, argument)
 
 
-def test_another_format_is_named_whatever_its_manifest_holds(npz_data):
+def test_store_of_another_format_is_refused_even_if_its_manifest_has_other_fields(npz_data):
     store.prepare(npz_data)
     path = store.store_path(npz_data)
     (path / store.MANIFEST).write_text('{"format_version": 7, "shards": 4}')
     expect_error("store format 7, but this version reads 1", store.read_manifest, path)
 
 
-def test_every_long_piece_of_work_is_told_to_its_end(npz_data):
+def test_progress_of_every_long_piece_of_work_reaches_its_total(npz_data):
     begun, done = {}, Counter()
 
     def begin(name, total, unit):
@@ -367,7 +372,7 @@ def peak_bytes(folder, count):
 def test_memory_of_prepare_does_not_grow_with_the_images(tmp_path):
     small, large = 2048, 8192
     growth = peak_bytes(tmp_path / "b", large) - peak_bytes(tmp_path / "a", small)
-    # 27,648 bytes is an image; label, id and digests take a few hundred.
+    # An image has 27,648 bytes; its label, id and digests take a few hundred.
     assert growth / (large - small) < 2048
 
 

@@ -1,4 +1,4 @@
-"""Stores that were edited, or made by somebody else to do harm, and places that take none."""
+"""Tests stores that were edited, or made to do harm, and paths that cannot hold a store."""
 
 import json
 import os
@@ -25,30 +25,30 @@ def folder(data):
     return store.store_path(data)
 
 
-def refused(message, function, *args):
+def expect_error(message, function, *args):
     with pytest.raises(UserError) as caught:
         function(*args)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def edit(folder, change):
+def edit_manifest(folder, change):
     file = folder / store.MANIFEST
     manifest = json.loads(file.read_text())
     change(manifest)
     file.write_text(json.dumps(manifest))
 
 
-def replace(folder, name, array):
+def replace_array(folder, name, array):
     """Puts another array into the valid split, with the manifest's size and checksum right."""
     file = folder / "valid" / f"{name}.npy"
     np.save(file, array, allow_pickle=True)
-    agree(folder, file)
+    update_entry(folder, file)
 
 
-def agree(folder, file):
+def update_entry(folder, file):
     entry = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    edit(folder, lambda manifest: manifest["files"].update({f"valid/{file.name}": entry}))
+    edit_manifest(folder, lambda manifest: manifest["files"].update({f"valid/{file.name}": entry}))
 
 
 # --- arrays
@@ -59,35 +59,35 @@ def ids(*names):
 
 
 ARRAYS = {
-    "fortran order": ("images", lambda x: np.asfortranarray(x), "in C order"),
-    "floats": ("images", lambda x: x.astype("f4"), "images must be uint8"),
-    "fewer": ("images", lambda x: x[:8], "images are not the 9"),
+    "images in Fortran order": ("images", lambda x: np.asfortranarray(x), "in C order"),
+    "images of floats": ("images", lambda x: x.astype("f4"), "images must be uint8"),
+    "fewer images": ("images", lambda x: x[:8], "images are not the 9"),
     "label 2": ("labels", lambda x: x + 2, "label 2 in row 0"),
     "labels of text": ("labels", lambda x: x.astype("S9"), "labels must be numbers"),
     "ids that repeat": ("ids", lambda _: ids("a", "b", "a"), "a names 2 patches"),
-    "surrogate": ("ids", lambda _: ids("a", "b\udfff"), "row 1 is not text"),
-    "no character": ("ids", lambda _: np.arange(9, dtype="u4") + 2**31, "ids are uint32"),
+    "a surrogate in an id": ("ids", lambda _: ids("a", "b\udfff"), "row 1 is not text"),
+    "numbers as ids": ("ids", lambda _: np.arange(9, dtype="u4") + 2**31, "ids are uint32"),
     "long ids": ("ids", lambda _: ids("a" * 1025), "write one short text"),
-    "objects": ("ids", lambda x: x.astype("O"), "ids.npy holds objects"),
-    "bytes": ("ids", lambda x: x.astype("S"), "not text"),
+    "objects as ids": ("ids", lambda x: x.astype("O"), "ids.npy holds objects"),
+    "bytes as ids": ("ids", lambda x: x.astype("S"), "not text"),
 }
 
 
 @pytest.mark.parametrize("mistake", ARRAYS)
-def test_an_array_that_prepare_does_not_write(mistake, folder):
+def test_an_array_that_prepare_would_not_write_is_refused(mistake, folder):
     name, change, message = ARRAYS[mistake]
-    replace(folder, name, change(np.load(folder / "valid" / f"{name}.npy")))
-    refused(message, store.open_split, folder, "valid")
+    replace_array(folder, name, change(np.load(folder / "valid" / f"{name}.npy")))
+    expect_error(message, store.open_split, folder, "valid")
     assert len(store.open_split(folder, "train")) == 20
 
 
-def test_a_header_of_gigabytes(folder, say):
+def test_a_header_of_gigabytes_is_refused(folder, say):
     file = folder / "valid" / "images.npy"
     with open(file, "wb") as stream:
         stream.write(b"\x93NUMPY\2\0\xff\xff\xff\x7f")
         stream.truncate(3 << 30)  # takes no room on the disk
     size = file.stat().st_size
-    edit(folder, lambda manifest: manifest["files"]["valid/images.npy"].update(bytes=size))
+    edit_manifest(folder, lambda manifest: manifest["files"]["valid/images.npy"].update(bytes=size))
     (told,) = say(f"store.open_split(Path({str(folder)!r}), 'valid')")
     assert f"{folder / 'valid'}: damaged (a header of 2147483647 bytes is too long); delete" in told
 
@@ -96,28 +96,28 @@ def test_a_header_of_gigabytes(folder, say):
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_no_regular_file(kind, folder, special, say, tmp_path):
-    lines, wanted = [], []
+def test_an_array_that_is_not_a_regular_file_is_refused(kind, folder, special, say, tmp_path):
+    code, starts = [], []
     for name in ("images", "labels", "ids"):
         path = tmp_path / name
         shutil.copytree(folder, path)
         special(kind, path / "valid" / f"{name}.npy")
-        edit(path, lambda m, name=name: m["files"][f"valid/{name}.npy"].update(bytes=5))
-        lines.append(f"store.open_split(Path({str(path)!r}), 'valid')")
-        lines.append(f"store.verify(Path({str(path)!r}))")
-        wanted += [f"{path}/valid/{name}.npy: is {kind}", f"{path}/valid/{name}.npy: damaged"]
-    for line, start in zip(say(*lines), wanted, strict=True):
+        edit_manifest(path, lambda m, name=name: m["files"][f"valid/{name}.npy"].update(bytes=5))
+        code.append(f"store.open_split(Path({str(path)!r}), 'valid')")
+        code.append(f"store.verify(Path({str(path)!r}))")
+        starts += [f"{path}/valid/{name}.npy: is {kind}", f"{path}/valid/{name}.npy: damaged"]
+    for line, start in zip(say(*code), starts, strict=True):
         assert line.startswith(start)
 
 
-def test_a_file_that_is_said_to_be_empty(folder):
-    # Of the system's own files some are, by their size, and have no end.
-    edit(folder, lambda manifest: manifest["files"]["valid/ids.npy"].update(bytes=0))
-    refused("valid/ids.npy is empty", store.open_split, folder, "valid")
+def test_an_array_of_0_bytes_in_the_manifest_is_refused(folder):
+    # Some files of the system report size 0 but never end.
+    edit_manifest(folder, lambda manifest: manifest["files"]["valid/ids.npy"].update(bytes=0))
+    expect_error("valid/ids.npy is empty", store.open_split, folder, "valid")
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_a_manifest_that_is_no_regular_file(kind, folder, special, say, data):
+def test_a_manifest_that_is_not_a_regular_file_is_refused(kind, folder, special, say, data):
     special(kind, folder / store.MANIFEST)
     told = say(
         f"store.open_split(Path({str(folder)!r}), 'valid')",
@@ -127,11 +127,11 @@ def test_a_manifest_that_is_no_regular_file(kind, folder, special, say, data):
     assert "exists and is not a store" in told[1]
 
 
-def test_names_in_a_manifest_stay_in_its_folder(folder, say, special, tmp_path):
+def test_a_file_outside_of_the_store_counts_as_damaged(folder, say, special, tmp_path):
     special("a FIFO", tmp_path / "fifo")
     name = os.path.relpath(tmp_path / "fifo", folder)
     entry = {"bytes": 5, "sha256": "0" * 64}
-    edit(folder, lambda manifest: manifest["files"].update({name: entry}))
+    edit_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
     (told,) = say(f"store.verify(Path({str(folder)!r}))")
     assert f"{folder / name}: damaged, because its sha256 is not" in told
 
@@ -140,48 +140,48 @@ def test_names_in_a_manifest_stay_in_its_folder(folder, say, special, tmp_path):
 
 
 MANIFESTS = {
-    "brackets": lambda file: file.write_text("[" * 100_000),
+    "only brackets": lambda file: file.write_text("[" * 100_000),
     "not UTF-8": lambda file: file.write_bytes(b'{"format_version": "\xff"}'),
-    "true": lambda file: file.write_text('{"format_version": true}'),
+    "true as format": lambda file: file.write_text('{"format_version": true}'),
     "null": lambda file: file.write_text("null"),
 }
 FIELDS = {
     "no source": lambda m: m.pop("source"),
     "another source": lambda m: m.update(source="slides"),
-    "counts": lambda m: m["counts"].pop("test"),
-    "a count": lambda m: m["counts"].update(train="20"),
-    "a split of no name": lambda m: m["counts"].update(other=3),
-    "class counts": lambda m: m["class_counts"].update(train=[20]),
+    "no count of test": lambda m: m["counts"].pop("test"),
+    "a count of text": lambda m: m["counts"].update(train="20"),
+    "an unknown split": lambda m: m["counts"].update(other=3),
+    "one class count": lambda m: m["class_counts"].update(train=[20]),
     "class counts of text": lambda m: m["class_counts"].update(train=["10", "10"]),
-    "duplicates": lambda m: m["duplicates"].pop("dropped_within"),
-    "config": lambda m: m.update(config=[]),
-    "a folder of a number": lambda m: m["config"].update(dir=5),
-    "content": lambda m: m["content"].update(total=None),
+    "no dropped_within": lambda m: m["duplicates"].pop("dropped_within"),
+    "a list as config": lambda m: m.update(config=[]),
+    "a number as folder": lambda m: m["config"].update(dir=5),
+    "no total content": lambda m: m["content"].update(total=None),
     "no file": lambda m: m["files"].pop("train/ids.npy"),
-    "a file": lambda m: m["files"].update({"train/ids.npy": 5}),
+    "a number as file": lambda m: m["files"].update({"train/ids.npy": 5}),
     "no bytes": lambda m: m["files"]["train/ids.npy"].update(bytes=None),
 }
 
 
 @pytest.mark.parametrize("mistake", [*MANIFESTS, *FIELDS])
-def test_a_damaged_manifest(mistake, folder, data):
+def test_a_damaged_manifest_is_refused(mistake, folder, data):
     if mistake in FIELDS:
-        edit(folder, FIELDS[mistake])
+        edit_manifest(folder, FIELDS[mistake])
     else:
         MANIFESTS[mistake](folder / store.MANIFEST)
     for function, argument in ((store.read_manifest, folder), (store.prepare, data)):
-        refused(f"delete {folder} and run --mode=prepare again", function, argument)
+        expect_error(f"delete {folder} and run --mode=prepare again", function, argument)
 
 
-def test_a_folder_of_a_long_name_in_a_manifest(folder, data):
-    edit(folder, lambda manifest: manifest["config"].update(dir="a" * 5000))
+def test_a_long_folder_name_in_a_manifest_does_no_harm(folder, data):
+    edit_manifest(folder, lambda manifest: manifest["config"].update(dir="a" * 5000))
     assert store.prepare(data)["counts"]["train"] == 20
 
 
-# --- places that take no store: nothing is read before that is said
+# --- paths that cannot hold a store, which are refused before the source is read
 
 
-def loop(path):
+def link_to_itself(path):
     path.symlink_to(path.name)
     return path
 
@@ -189,16 +189,16 @@ def loop(path):
 PLACES = {
     "a file": lambda path: path.touch() or path,
     "below a file": lambda path: path.touch() or path / "store",
-    "a link to itself": loop,
-    "below a link to itself": lambda path: loop(path) / "store",
+    "a link to itself": link_to_itself,
+    "below a link to itself": lambda path: link_to_itself(path) / "store",
     "a long name": lambda path: path / ("a" * 300),
-    "a home of nobody": lambda _: "~nosuchuser/store",
+    "the home of no user": lambda _: "~nosuchuser/store",
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("field", ["store", "dir"])
-def test_a_place_that_takes_no_store_is_told_before_reading(
+def test_a_path_that_cannot_hold_a_store_is_refused_before_reading(
     field, place, data, tmp_path, monkeypatch
 ):
     data[field] = str(PLACES[place](tmp_path / "place"))
@@ -209,22 +209,24 @@ def test_a_place_that_takes_no_store_is_told_before_reading(
     assert "place" in str(caught.value) or "nosuchuser" in str(caught.value)
 
 
-def test_a_name_that_is_too_long_once_it_is_a_temporary_one(data, tmp_path, monkeypatch):
+def test_a_name_that_gets_too_long_for_a_temporary_folder_is_refused(data, tmp_path, monkeypatch):
     data.store = str(tmp_path / "new" / ("a" * 250))
     monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
-    refused("File name too long", store.prepare, data)
+    expect_error("File name too long", store.prepare, data)
 
 
-def test_a_disk_that_takes_nothing_is_told_before_reading(data, monkeypatch):
+def test_a_read_only_disk_is_refused_before_reading(data, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
     monkeypatch.setattr("builtins.open", refuse)
-    refused("cannot be written (Read-only file system); set config.data.store", store.prepare, data)
+    expect_error(
+        "cannot be written (Read-only file system); set config.data.store", store.prepare, data
+    )
 
 
-def test_a_link_is_followed(data, tmp_path):
+def test_a_link_to_a_store_is_followed(data, tmp_path):
     data.store = str(tmp_path / "link")
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "store")
     (tmp_path / "disk").mkdir()
@@ -233,28 +235,28 @@ def test_a_link_is_followed(data, tmp_path):
     assert store.read_manifest(tmp_path / "disk" / "store") == manifest == store.prepare(data)
 
 
-def test_a_mount_is_refused(data, tmp_path, monkeypatch):
+def test_a_mount_point_is_refused_before_reading(data, tmp_path, monkeypatch):
     data.store = str(tmp_path / "mount")
     (tmp_path / "mount").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: pathlib.Path(path).name == "mount")
     monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
-    refused("name another config.data.store", store.prepare, data)
+    expect_error("name another config.data.store", store.prepare, data)
 
 
 @pytest.mark.parametrize("pid", ["9" * 30, "²", "0x1", ""])
-def test_what_ends_in_no_number_of_a_process_is_left(pid, data):
+def test_a_folder_whose_name_ends_in_no_process_number_stays(pid, data):
     other = pathlib.Path(data.dir) / f"store_npz.tmp-{platform.node()}-{pid}"
     other.mkdir()
     store.prepare(data)
     assert other.exists()
 
 
-def test_ids_that_repeat_in_a_source_make_no_store(data, tmp_path, monkeypatch):
+def test_a_source_with_repeated_ids_makes_no_store(data, tmp_path, monkeypatch):
     def read(*args):
         for split, chunk in real(*args):
             yield split, chunk._replace(ids=np.full(len(chunk.ids), "same"))
 
     real = sources.read
     monkeypatch.setattr(sources, "read", read)
-    refused("ids of test: same names 7 patches", store.prepare, data)
+    expect_error("ids of test: same names 7 patches", store.prepare, data)
     assert not list(pathlib.Path(data.dir).glob("store*"))
