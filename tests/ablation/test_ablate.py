@@ -1,4 +1,4 @@
-"""The paper's table: the real command, shrunk."""
+"""The command that trains the paper's table, with tiny runs; the table is compared with them."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def finished(tmp_path_factory, data_dir):
     return workdir, json.loads(result.stdout)
 
 
-def test_each_row_changes_what_it_says(small_config, tmp_path):
+def test_each_row_changes_only_what_its_name_says(small_config, tmp_path):
     config = small_config(**{"ablation.seeds": 1})
     rows = {trial.row: flatten(trial.config) for trial in ablate.plan_trials(config, tmp_path)}
     assert list(rows) == list(ablation.ROWS)
@@ -75,7 +75,7 @@ def test_comparison_networks_are_those_of_their_files(file, small_config, tmp_pa
     assert flatten(trial.config.model) == flatten(file.get_config().model)
 
 
-def test_seeds_count_up_and_come_whole(small_config, tmp_path):
+def test_trials_are_planned_seed_by_seed(small_config, tmp_path):
     fields = {"seed": 5, "ablation.seeds": 2, "ablation.rows": ("rds", "all")}
     trials = ablate.plan_trials(small_config(**fields), tmp_path)
     planned = [(trial.row, trial.seed) for trial in trials]
@@ -90,7 +90,7 @@ def test_an_unknown_row_is_refused(small_config, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
 @pytest.mark.parametrize("name", ["config.json", "train_summary.json"])
-def test_a_damaged_file_of_a_row_is_named_before_any_is_trained(
+def test_a_damaged_file_of_a_row_is_named_before_any_row_is_trained(
     name, text, small_config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ablate, "prepare_with_progress", lambda _: pytest.fail("too late"))
@@ -106,7 +106,7 @@ def test_a_damaged_file_of_a_row_is_named_before_any_is_trained(
     "name", ["ablation.md", "ablation.png", "rcc/seed0/config.json", "rcc/seed0/train_summary.json",
              "rcc/seed0/log.txt", "rcc/seed0/scores_test.csv"],
 )  # fmt: skip
-def test_what_is_in_the_way_of_a_file_is_named_before_any_is_trained(
+def test_something_in_place_of_an_output_is_named_before_any_row_is_trained(
     name, kind, small_config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ablate, "prepare_with_progress", lambda _: pytest.fail("too late"))
@@ -116,7 +116,7 @@ def test_what_is_in_the_way_of_a_file_is_named_before_any_is_trained(
         ablate.run_ablation(small_config(**{"ablation.seeds": 1}), tmp_path, [])
 
 
-def test_a_refusal_is_found_at_the_end_of_a_log_of_any_bytes(small_config, tmp_path):
+def test_the_last_error_is_found_in_a_long_log_of_any_bytes(small_config, tmp_path):
     (trial,) = ablate.plan_trials(
         small_config(**{"ablation.seeds": 1, "ablation.rows": ("rds",)}), tmp_path
     )
@@ -128,7 +128,7 @@ def test_a_refusal_is_found_at_the_end_of_a_log_of_any_bytes(small_config, tmp_p
 
 
 @pytest.mark.slow
-def test_the_table_is_of_its_runs(finished):
+def test_the_table_summarises_its_runs(finished):
     workdir, summary = finished
     assert (summary["runs"], summary["finished"], summary["split"]) == (4, 4, "test")
     for row in ("baseline", "fusion"):
@@ -153,7 +153,7 @@ def test_the_same_command_trains_nothing_again(finished, data_dir):
     workdir, summary = finished
     files = sorted(workdir.glob("*/*/train_summary.json"))
     before = [file.stat().st_mtime_ns for file in files]
-    again = run_main(workdir, data_dir, log_every=2)  # which changes no figure of a run
+    again = run_main(workdir, data_dir, log_every=2)  # a field that changes no figure of a run
     assert json.loads(again.stdout) | {"seconds": summary["seconds"]} == summary
     assert [file.stat().st_mtime_ns for file in files] == before
 
@@ -175,13 +175,13 @@ def test_a_dry_run_counts_what_is_missing_and_trains_nothing(finished, data_dir,
     assert (summary["runs"], summary["finished"]) == (9, 4)
     rows = summary["rows"]
     assert [rows[row]["images"] for row in more["ablation.rows"]] == [16, 16, 48]
-    wall = [
+    wall_seconds = [
         json.loads((workdir / "baseline" / seed / "train_summary.json").read_text())["wall_seconds"]
         for seed in ("seed0", "seed1")
     ]
-    # At the median of both runs' speeds, which of two is their mean.
-    assert rows["baseline"]["seconds"] == pytest.approx(16 / np.mean(np.divide(16, wall)))
-    # No run of reduced downsampling is there: the baseline's time, by the arithmetic.
+    # The speed is the median of the two runs' speeds, which is their mean.
+    assert rows["baseline"]["seconds"] == pytest.approx(16 / np.mean(np.divide(16, wall_seconds)))
+    # There is no run of rds, so its time is the baseline's, scaled by the arithmetic.
     ratio = rows["rds"]["training_flops_per_image"] / rows["baseline"]["training_flops_per_image"]
     assert rows["rds"]["seconds"] == pytest.approx(3 * rows["baseline"]["seconds"] * ratio)
     assert not (workdir / "rds").exists()
@@ -196,7 +196,7 @@ def test_without_a_run_the_time_is_not_guessed(small_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_the_run_and_the_same_command_goes_on(tmp_path, data_dir):
+def test_a_signal_saves_the_run_and_the_same_command_resumes_it(tmp_path, data_dir):
     fields = {"steps": 100, "ablation.rows": ("baseline",), "ablation.seeds": 1}
     fields |= {"checkpoint.every_steps": 1000, "eval.every_epochs": 1000.0}
     log = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
@@ -213,7 +213,7 @@ def test_a_signal_saves_the_run_and_the_same_command_goes_on(tmp_path, data_dir)
     assert "resuming" in (tmp_path / "baseline" / "seed0" / "log.txt").read_text()
 
 
-def test_what_a_run_refuses_is_the_users_to_read(tmp_path, data_dir):
+def test_an_error_of_a_run_reaches_the_user_in_one_line(tmp_path, data_dir):
     result = run_main(tmp_path, data_dir, **{"init_from": tmp_path / "nowhere"})
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

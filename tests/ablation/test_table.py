@@ -1,3 +1,5 @@
+"""The table's statistics, compared with NumPy, SciPy, scikit-learn and our DeLong test."""
+
 import csv
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from bef_jax.scoring.probabilities_csv import write_probabilities
 
 
 @dataclass
-class Finished:
+class FinishedTrial:
     row: str
     seed: int
     workdir: Path
@@ -28,7 +30,7 @@ class Finished:
 
 def make_trials(folder, rows=("baseline", "all"), seeds=(0, 1, 2), n=200):
     labels = np.random.default_rng(0).integers(0, 2, n).astype(np.uint8)
-    found = []
+    trials = []
     for seed in seeds:
         for gain, row in enumerate(rows):
             rng = np.random.default_rng([seed, gain])
@@ -38,8 +40,8 @@ def make_trials(folder, rows=("baseline", "all"), seeds=(0, 1, 2), n=200):
             metrics = binary_metrics(scores, labels)
             seen = Evaluation("valid", np.arange(n).astype(str), labels, scores, metrics)
             write_probabilities(workdir / "scores_valid.csv", seen)
-            found.append(Finished(row, seed, workdir, {"split": "valid", **metrics}))
-    return found, labels
+            trials.append(FinishedTrial(row, seed, workdir, {"split": "valid", **metrics}))
+    return trials, labels
 
 
 def scores_of(trial):
@@ -47,7 +49,7 @@ def scores_of(trial):
     return np.array([float(line["probability"]) for line in lines])
 
 
-def test_means_deviations_and_both_tests(tmp_path):
+def test_means_deviations_and_both_tests_match_other_code(tmp_path):
     finished, labels = make_trials(tmp_path)
     table = tabulate(finished, 0.5)
     scores = {
@@ -85,12 +87,12 @@ def test_one_seed_has_no_deviation(tmp_path):
     assert row["against"]["delong_p"] is not None
 
 
-def test_without_a_baseline_there_is_nothing_to_differ_from(tmp_path):
+def test_without_a_baseline_no_row_is_compared(tmp_path):
     finished, _ = make_trials(tmp_path, rows=("rds", "all"))
     assert {row["against"] is None for row in tabulate(finished, 0.5)["rows"].values()} == {True}
 
 
-def test_only_seeds_that_both_have_are_compared(tmp_path):
+def test_only_seeds_that_both_rows_have_are_compared(tmp_path):
     finished, labels = make_trials(tmp_path)
     short = [trial for trial in finished if (trial.row, trial.seed) != ("baseline", 2)]
     against = tabulate(short, 0.5)["rows"]["all"]["against"]
@@ -102,7 +104,7 @@ def test_only_seeds_that_both_have_are_compared(tmp_path):
     assert against["auc_difference"] == delong_test(*averaged, labels)["auc_difference"]
 
 
-def test_files_say_what_the_table_says(tmp_path):
+def test_files_hold_the_figures_of_the_table(tmp_path):
     finished, _ = make_trials(tmp_path)
     table = tabulate(finished, 0.5)
     write_table(tmp_path, table, finished)

@@ -1,3 +1,5 @@
+"""Each worker's share of the cores, and its GPU or TPU chip, which this machine need not have."""
+
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from bef_jax.ablation import workers
 from bef_jax.errors import RunError
 
 needs_affinity = pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity"), reason="this system lets nobody choose cores"
+    not hasattr(os, "sched_getaffinity"), reason="this system has no way to choose cores"
 )
 
 
@@ -23,7 +25,7 @@ def test_a_process_that_dies_without_a_word_is_reported(monkeypatch):
 
 
 @needs_affinity
-def test_cores_are_shared_out():
+def test_every_core_belongs_to_one_worker():
     cores = os.sched_getaffinity(0)
     if len(cores) < 2:
         pytest.skip("one core can't be shared")
@@ -33,7 +35,7 @@ def test_cores_are_shared_out():
 
 
 @needs_affinity
-def test_a_pinned_process_sees_its_cores_alone():
+def test_a_pinned_process_sees_only_its_cores():
     worker = workers.Worker(cores=(min(os.sched_getaffinity(0)),))
     script = "input(); import os; print(os.sched_getaffinity(0))"
     process = subprocess.Popen(
@@ -43,7 +45,7 @@ def test_a_pinned_process_sees_its_cores_alone():
     assert process.communicate("\n")[0].strip() == str(set(worker.cores))
 
 
-def test_a_gpu_each_of_those_that_are_visible(monkeypatch):
+def test_each_worker_has_one_of_the_visible_gpus(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = workers._accelerators("gpu", 3)
     assert [worker.environment()["CUDA_VISIBLE_DEVICES"] for worker in found] == ["0", "1", "2"]
@@ -52,7 +54,7 @@ def test_a_gpu_each_of_those_that_are_visible(monkeypatch):
     assert [worker.environment()["CUDA_VISIBLE_DEVICES"] for worker in found] == ["4", "6"]
 
 
-def test_a_tpu_chip_each_and_no_other_in_sight():
+def test_each_worker_sees_only_its_own_tpu_chip():
     first, second = (worker.environment() for worker in workers._accelerators("tpu", 2))
     assert (first["TPU_VISIBLE_CHIPS"], second["TPU_VISIBLE_CHIPS"]) == ("0", "1")
     assert first["TPU_PROCESS_BOUNDS"] == "1,1,1"

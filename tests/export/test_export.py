@@ -1,4 +1,4 @@
-"""Exports against the unfolded network, and in processes that lack this package."""
+"""Compares exports with the unfolded network, also in processes that lack this package."""
 
 import json
 import os
@@ -48,42 +48,42 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("alone/model.onnx")
-said = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-given, low_high = said["input"], said["input"]["range"]
+facts = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+spec, low_high = facts["input"], facts["input"]["range"]
 images = np.load("patches.npy")
-assert images.dtype == given["dtype"] and list(images.shape[1:]) == given["shape"][1:]
-assert [given["layout"], given["channels"], low_high] == ["NHWC", "RGB", [0, 255]]
-outputs = dict(zip(said["outputs"], session.run(list(said["outputs"]), {given["name"]: images})))
-scores = 1 / (1 + np.exp(-outputs["log_odds"] / said["temperature"]))
-decided = [said["classes"][int(score >= said["threshold"])] for score in scores]
-print(json.dumps([said, outputs["probability"].tolist(), scores.tolist(), decided]))
+assert images.dtype == spec["dtype"] and list(images.shape[1:]) == spec["shape"][1:]
+assert [spec["layout"], spec["channels"], low_high] == ["NHWC", "RGB", [0, 255]]
+outputs = dict(zip(facts["outputs"], session.run(list(facts["outputs"]), {spec["name"]: images})))
+scores = 1 / (1 + np.exp(-outputs["log_odds"] / facts["temperature"]))
+decisions = [facts["classes"][int(score >= facts["threshold"])] for score in scores]
+print(json.dumps([facts, outputs["probability"].tolist(), scores.tolist(), decisions]))
 """
 
 
 def check_that_the_onnx_file_alone_is_enough(folder, summary, expected):
-    """In a process without this package, which knows the file's own metadata and nothing else."""
+    """Scores in a process without this package, which knows only the file's own metadata."""
     onnx = pytest.importorskip("onnx")
     (folder / "alone").mkdir()
     (folder / "alone" / "model.onnx").write_bytes((folder / "export" / "model.onnx").read_bytes())
     code = f"import sys; sys.modules['bef_jax'] = sys.modules['jax'] = None\n{SERVER}"
     command = [sys.executable, "-P", "-c", code]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    said, probabilities, scores, decided = json.loads(result.stdout)
+    facts, probabilities, scores, decisions = json.loads(result.stdout)
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    assert decided == [summary["classes"][int(p >= summary["threshold"])] for p in scores]
+    assert decisions == [summary["classes"][int(p >= summary["threshold"])] for p in scores]
     model = onnx.load(folder / "alone" / "model.onnx")
-    assert said == {prop.key: json.loads(prop.value) for prop in model.metadata_props}
+    assert facts == {prop.key: json.loads(prop.value) for prop in model.metadata_props}
     assert (model.producer_name, model.producer_version) == ("bef_jax", summary["version"])
-    assert said == {name: summary[name] for name in said}
+    assert facts == {name: summary[name] for name in facts}
     assert {"version", "classes", "mpp", "normalisation", "input", "outputs", "meaning",
-            "threshold", "temperature", "operating_point"} <= set(said)  # fmt: skip
-    assert said["meaning"]["probability"] == (
+            "threshold", "temperature", "operating_point"} <= set(facts)  # fmt: skip
+    assert facts["meaning"]["probability"] == (
         "of class 1, metastasis: sigmoid(log_odds / temperature)"
     )
 
 
-def test_facts_are_the_checkpoint_s(small_config):
+def test_facts_come_from_the_configuration_and_the_operating_point(small_config):
     config = small_config(**{"data.source": "rpcam", "eval.threshold": 0.3})
     chosen = {"temperature": 1.5, "threshold": 0.4}
     found = export.facts(config, chosen)
@@ -94,12 +94,12 @@ def test_facts_are_the_checkpoint_s(small_config):
     json.dumps(found)
 
 
-# ---- what is told before anything is compiled ---------------------------------------------------
+# ---- errors that come before anything is compiled -----------------------------------------------
 
 
 @pytest.fixture
-def before_work(small_config, tmp_path, monkeypatch):
-    """Returns run(workdir, **fields), which exports a checkpoint, and may do no work."""
+def start_export(small_config, tmp_path, monkeypatch):
+    """Returns run(workdir, **fields): exports a checkpoint, and fails if it begins to read it."""
 
     def run(workdir, **fields):
         path = tmp_path / "checkpoint" / "0"
@@ -120,46 +120,48 @@ OUTPUTS = ["export_summary.json", *(f"export/{name}" for name in (
     ("name", "make"),
     [("export", os.mkfifo), *((name, make) for name in OUTPUTS for make in (os.mkfifo, os.mkdir))],
 )
-def test_something_else_in_an_output_s_place(name, make, before_work, tmp_path):
+def test_something_else_in_place_of_an_output_is_refused(name, make, start_export, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     make(tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: is in the way of an output .*; move it away"):
-        before_work(tmp_path)
+        start_export(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere"])
-def test_a_workdir_that_cannot_be_written(name, before_work, tmp_path):
+def test_a_workdir_that_cannot_be_written_is_refused(name, start_export, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"(is not a folder|cannot be written.*); give another"):
-        before_work(tmp_path / name)
+        start_export(tmp_path / name)
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime", "safetensors"])
-def test_a_package_that_is_missing(module, before_work, tmp_path, monkeypatch):
+def test_a_missing_package_is_refused_with_its_installation(
+    module, start_export, tmp_path, monkeypatch
+):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == module else name)
     fields = {"model.name": "efficientnet_b0", "model.attention": "none", "model.fusion": False}
     with pytest.raises(UserError, match=rf'needs {module}: pip install "bef_jax\[export\]"'):
-        before_work(tmp_path, **fields)
+        start_export(tmp_path, **fields)
     assert not (tmp_path / "export").exists()
 
 
-def test_more_classes_than_a_score_tells_apart(before_work, tmp_path):
+def test_three_classes_are_refused(start_export, tmp_path):
     with pytest.raises(UserError, match="scores two classes, not 3"):
-        before_work(tmp_path, **{"model.num_classes": 3})
+        start_export(tmp_path, **{"model.num_classes": 3})
 
 
-def test_another_export_that_writes_there(before_work, tmp_path):
+def test_a_second_export_to_the_same_folder_is_refused(start_export, tmp_path):
     with lock.held(tmp_path, ".export.lock"), pytest.raises(UserError, match="another run writes"):
-        before_work(tmp_path)
-    # A run that trains there is no hindrance.
+        start_export(tmp_path)
+    # A training run in the same folder does not hinder an export.
     with lock.held(tmp_path), pytest.raises(pytest.fail.Exception, match="it has begun"):
-        before_work(tmp_path)
+        start_export(tmp_path)
 
 
 def test_scores_that_are_not_finite_are_not_exported(small_config, tmp_path):
     config = small_config()
     variables = save_checkpoint(config, tmp_path)
-    for value in (np.nan, np.inf):  # the latter has a probability, of 1
+    for value in (np.nan, np.inf):  # infinite log-odds still give a probability, of 1
         bias = variables["params"]["classifier"]["bias"]
         variables["params"]["classifier"]["bias"] = bias.at[1].set(value)
         with pytest.raises(RunError, match="scores are not finite: export an earlier checkpoint"):
@@ -172,19 +174,19 @@ def test_scores_that_are_not_finite_are_not_exported(small_config, tmp_path):
 
 @pytest.mark.smoke
 @pytest.mark.slow
-def test_both_files_score_as_the_network_does_where_the_package_is_not(small_config, tmp_path):
+def test_both_files_score_as_the_network_does_without_this_package(small_config, tmp_path):
     pytest.importorskip("onnxruntime")
     config = small_config()
     variables = save_checkpoint(config, tmp_path)
     path = checkpoint.best(tmp_path)
     summary = export.export_checkpoint(trained.scoring_config(path), tmp_path, path)
-    images = make_images(5)  # not as many as the export was checked with
+    images = make_images(5)  # another number than the export was checked with
     np.save(tmp_path / "patches.npy", images)
     expected = probability(config, variables, images)
     examples = re.findall(r"```python\n(.*?)```", SERVING, re.DOTALL)
     assert [len(example.splitlines()) <= 10 for example in examples] == [True, True]
     for example in examples:
-        # -P, and a folder elsewhere: what is imported comes from neither the tree nor the tests.
+        # -P and another folder keep Python from importing the source tree or the tests.
         code = f"import sys; sys.modules['bef_jax'] = None\n{example}"
         command = [sys.executable, "-P", "-c", code]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -200,7 +202,7 @@ def test_both_files_score_as_the_network_does_where_the_package_is_not(small_con
 @pytest.mark.parametrize(
     "name", ["efficientnet_b0", "efficientnet_lite0", "resnet50", "densenet121"]
 )
-def test_onnx_of_every_family(name, small_config):
+def test_onnx_of_every_family_scores_as_the_network_does(name, small_config):
     onnxruntime = pytest.importorskip("onnxruntime")
     from bef_jax.export.onnx_graph import to_onnx
 
@@ -213,7 +215,7 @@ def test_onnx_of_every_family(name, small_config):
     np.testing.assert_allclose(actual, probability(config, variables, images), atol=1e-5)
 
 
-def test_a_disagreeing_export_is_not_put_in_place(tmp_path):
+def test_an_export_that_differs_from_the_network_is_not_written(tmp_path):
     file = tmp_path / "model.onnx"
     for wrong in (0.6, np.nan):
         with pytest.raises(RunError, match="differs from the network"):

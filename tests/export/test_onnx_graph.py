@@ -1,4 +1,4 @@
-"""ONNX of small functions, run by onnxruntime; whole networks are in test_export.py."""
+"""ONNX of small functions, which onnxruntime runs; whole networks are in test_export.py."""
 
 import json
 
@@ -14,7 +14,7 @@ from jax import lax
 from bef_jax.export.onnx_graph import to_onnx
 
 
-def test_a_choice_between_what_is_broadcast_is_broadcast_itself():
+def test_a_select_between_broadcast_arrays_is_broadcast_too():
     def choose(x):
         def wide(v):
             return lax.broadcast_in_dim(v, x.shape, (0,))
@@ -26,7 +26,7 @@ def test_a_choice_between_what_is_broadcast_is_broadcast_itself():
     file = to_onnx(choose, jax.ShapeDtypeStruct((n, 4), jnp.float32), ["sums"])
     x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     session = onnxruntime.InferenceSession(file)
-    (name,) = (given.name for given in session.get_inputs())
+    (name,) = (argument.name for argument in session.get_inputs())
     (sums,) = session.run(None, {name: x})
     np.testing.assert_allclose(sums, 4 * x.max(1), rtol=1e-6)
 
@@ -60,11 +60,11 @@ def _conv(x, **options):
     )
 
 
-def test_facts_come_back_from_the_file_as_they_were():
+def test_facts_are_read_back_from_the_file_unchanged():
     facts = {"classes": ["a", "b"], "mpp": None, "threshold": 0.3, "more": {"x": [1, "\u00b5m"]}}
     (n,) = jax.export.symbolic_shape("n")
     argument = jax.ShapeDtypeStruct((n, 4), jnp.float32)
     model = onnx.load_model_from_string(to_onnx(lambda x: (x.sum(1),), argument, ["y"], facts))
     assert {prop.key: json.loads(prop.value) for prop in model.metadata_props} == facts
-    none = onnx.load_model_from_string(to_onnx(lambda x: (x.sum(1),), argument, ["y"]))
-    assert not none.metadata_props
+    without_facts = onnx.load_model_from_string(to_onnx(lambda x: (x.sum(1),), argument, ["y"]))
+    assert not without_facts.metadata_props

@@ -1,4 +1,4 @@
-"""timm's files, read back by this package and as timm reads them."""
+"""Files for timm, read by this package and by safetensors; test_weights.py loads them in timm."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ TORCH = "model.padding=symmetric,model.bn_epsilon=1e-5"
 
 @functools.cache
 def variables_of(name):
-    """Which neither padding nor batch normalisation shows in."""
+    """Returns random variables; they do not show the padding or the settings of batch norm."""
     rng = np.random.default_rng(0)
     shapes = reading._shapes(get_config(f"model.name={name}").model)
     flat = {name: rng.normal(size=leaf.shape).astype("float32") for name, leaf in shapes.items()}
@@ -37,7 +37,7 @@ def variables_of(name):
         (f"model.name=resnet50,model.bn_momentum=0.5,{TORCH}", "resnet50", {}),
     ],
 )  # fmt: skip
-def test_what_is_written_is_read_back(arg, architecture, arguments, tmp_path):
+def test_written_files_hold_the_network_and_its_settings(arg, architecture, arguments, tmp_path):
     config = get_config(arg)
     variables = variables_of(config.model.name)
     entry = timm.write(config, variables, tmp_path)
@@ -46,7 +46,7 @@ def test_what_is_written_is_read_back(arg, architecture, arguments, tmp_path):
     assert (entry["architecture"], entry["note"]) == (architecture, None)
     content = file.read_bytes()
     assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    # Whoever may read the one may read the other: a server is often another user.
+    # Both files have the same permissions, because a server is often another user.
     assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
     convention = weights.convention(file, config.model)
     for field in ("padding", "bn_epsilon"):
@@ -58,7 +58,7 @@ def test_what_is_written_is_read_back(arg, architecture, arguments, tmp_path):
     described = json.loads((tmp_path / "config.json").read_text())
     assert (described["architecture"], described["model_args"]) == (architecture, arguments)
     assert described["num_classes"] == described["pretrained_cfg"]["num_classes"] == 2
-    # timm takes the classifier out by its name there, for another number of classes.
+    # timm finds the classifier by this name, to replace it for another number of classes.
     with safetensors.safe_open(file, "np") as tensors:
         name = described["pretrained_cfg"]["classifier"]
         kernel = tensors.get_tensor(f"{name}.weight")
@@ -87,7 +87,7 @@ def test_another_total_stride_is_noted_and_the_crop_is_timm_s_input_size(tmp_pat
         ("model.name=resnet50", "timm's resnet50 has padding=symmetric and bn_epsilon=1e-05 only"),
     ],
 )
-def test_what_timm_has_no_place_for_is_not_written(arg, note, tmp_path):
+def test_a_network_that_timm_cannot_hold_is_not_written(arg, note, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"of an earlier export")
     entry = timm.write(get_config(arg), {}, tmp_path)
     assert entry.pop("note") == note
@@ -95,7 +95,7 @@ def test_what_timm_has_no_place_for_is_not_written(arg, note, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_read_back_the_same_is_not_kept(tmp_path, monkeypatch):
+def test_files_that_read_back_differently_are_not_kept(tmp_path, monkeypatch):
     config = get_config("model.name=efficientnet_b0")
     variables = variables_of(config.model.name)
     written = weights.to_timm(variables, config.model)

@@ -1,3 +1,7 @@
+"""Benchmarks of a network of two blocks, compared with a count by hand, and with a clock that the
+tests move.
+"""
+
 import functools
 import itertools
 import json
@@ -18,7 +22,7 @@ from bef_jax.runtime import sharding
 from bef_jax.training.state import abstract_state, count_params
 from tests.conftest import SHRUNK
 
-# Two blocks: enough to count, and compiled four times as fast as the network of the quickstart.
+# Two blocks are easy to count by hand, and compile four times as fast as the quickstart's network.
 TWO_BLOCKS = Architecture(
     stem=16,
     stages=(
@@ -29,7 +33,7 @@ TWO_BLOCKS = Architecture(
 )
 FIELDS = {
     "model.name": "two_blocks",
-    "model.total_stride": 32,  # so the stem has its stride
+    "model.total_stride": 32,  # so that the stem has stride 2
     "model.attention": "none",
     "model.fusion": False,
     "benchmark.runs": 3,
@@ -50,7 +54,7 @@ def make_config(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """One benchmark with everything: the summary, results and compiled steps."""
+    """Runs one benchmark; returns its summary, folder, compiled steps and number of parameters."""
     folder, compiled = tmp_path_factory.mktemp("benchmark"), {}
     config, compile_step = make_config(folder / "no_store"), benchmark.compile_step
 
@@ -67,7 +71,7 @@ def measured(tmp_path_factory):
     return SimpleNamespace(summary=summary, folder=folder, compiled=compiled, parameters=parameters)
 
 
-def test_keys_of_the_summary(measured):
+def test_summary_has_its_keys_and_survives_json(measured):
     summary = measured.summary
     assert summary.keys() >= KEYS
     assert json.loads(json.dumps(summary)) == summary
@@ -88,15 +92,16 @@ def test_medians_lie_in_their_spread_and_agree_with_the_step(measured):
     assert summary["augment_ms"] < summary["step_ms"]["p50"]
 
 
-def test_flops_are_those_of_the_convolutions_and_somewhat_more(measured):
+def test_flops_are_one_to_five_times_the_hand_count_of_the_convolutions(measured):
     stem = 24**2 * 16 * 9 * 3  # positions, channels, taps, channels of the input
-    first = 24**2 * 16 * (9 + 16)  # depthwise, then projection
-    second = 24**2 * 16 * 64 + 12**2 * 64 * (25 + 24)  # and the expansion
+    first = 24**2 * 16 * (9 + 16)  # depthwise and projection
+    second = 24**2 * 16 * 64 + 12**2 * 64 * (25 + 24)  # expansion, depthwise and projection
     head = 12**2 * 24 * 64
-    # A multiplication and an addition; forward, by inputs and by weights.
+    # 2 for a multiplication and an addition; 3 for the forward pass and the gradients by inputs and
+    # by weights.
     by_hand = 2 * 3 * (stem + first + second + head)
-    # Elementwise work weighs as much again or more, as maps are large for their few channels and
-    # tests compile without optimisation; a count of the whole batch of 8 would still be out.
+    # Elementwise work can cost more than the convolutions, because the maps are large for their few
+    # channels and tests compile without optimisation. A count of the whole batch of 8 still fails.
     assert by_hand < measured.summary["flops_per_image"] < 5 * by_hand
 
 
@@ -127,7 +132,7 @@ def test_results_keep_the_summary_and_how_to_repeat_it(measured):
     assert entry["command"].endswith("bef_jax.main --config.seed=3")
 
 
-def refused(tmp_path, compare=None, folder=None, **fields):
+def refusal_of(tmp_path, compare=None, folder=None, **fields):
     config = make_config(tmp_path)
     config.update_from_flattened_dict(fields)
     with pytest.raises(UserError) as caught:
@@ -137,11 +142,11 @@ def refused(tmp_path, compare=None, folder=None, **fields):
 
 def test_mistakes_are_refused_before_anything_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "create_state", lambda *_: pytest.fail("compiled"))
-    assert "--compare=torch is unknown: choose lax" in refused(tmp_path, compare="torch")
+    assert "--compare=torch is unknown: choose lax" in refusal_of(tmp_path, compare="torch")
     kernels = {"model.mbconv": "pallas"}
-    assert "set config.model.mbconv=layers" in refused(tmp_path, compare="lax", **kernels)
+    assert "set config.model.mbconv=layers" in refusal_of(tmp_path, compare="lax", **kernels)
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path / 'file'}: is not a folder; name another --results" in refused(
+    assert f"{tmp_path / 'file'}: is not a folder; name another --results" in refusal_of(
         tmp_path, folder=tmp_path / "file"
     )
 
@@ -151,7 +156,7 @@ def test_mistakes_are_refused_before_anything_is_compiled(tmp_path, monkeypatch)
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only `clock.add(seconds)` moves."""
+    """Returns a clock that only `clock.add(seconds)` moves."""
     clock = SimpleNamespace(now=0.0)
     clock.add = lambda seconds: setattr(clock, "now", clock.now + seconds)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock.now)
@@ -162,7 +167,7 @@ def test_runs_take_turns_and_leave_the_warm_up_out(clock):
     log = []
 
     def call(name, seconds):
-        durations = itertools.chain([10.0], itertools.repeat(seconds))  # the first one compiles
+        durations = itertools.chain([10.0], itertools.repeat(seconds))  # the first call compiles
 
         def work():
             log.append(name)
@@ -172,12 +177,12 @@ def test_runs_take_turns_and_leave_the_warm_up_out(clock):
 
     seconds = benchmark.measure(2, call("a", 0.06), call("b", 0.5))
     np.testing.assert_allclose(seconds, [[0.06, 0.06], [0.5, 0.5]])
-    # Two to warm up each; four calls of a are the first to last 0.2 s.
+    # Each warms up with two calls. A run of a has four calls, because three take less than 0.2 s.
     assert "".join(log) == "aa" + "bb" + 2 * ("aaaa" + "b")
 
 
 def test_a_run_waits_for_its_last_result(monkeypatch):
-    """The queue is empty when a run ends: what was asked for was done within its time."""
+    """Every result is waited for within its run, so that the run's time includes all its work."""
     asked, done = [], []
     monkeypatch.setattr(benchmark.jax, "block_until_ready", done.append)
 
@@ -207,7 +212,7 @@ def test_input_comes_from_the_store_in_the_order_of_training(placement, small_co
     np.testing.assert_array_equal(batch.images, train.images[rows])
 
 
-def test_a_store_below_one_batch_is_refused(small_config):
+def test_a_store_of_less_than_one_batch_is_refused(small_config):
     config = small_config(batch_size=64)
     store.prepare(config.data)
     with (
@@ -217,12 +222,12 @@ def test_a_store_below_one_batch_is_refused(small_config):
         pass
 
 
-# ---- what the compiler and the devices say ------------------------------------------------------
+# ---- what the compiler and the devices report ---------------------------------------------------
 
 
-def test_flops_are_per_image_whatever_the_program_covers(small_config):
+def test_flops_are_divided_by_the_images_of_one_turn_on_one_device(small_config):
     config = small_config(**{"batch_size": 64, "optim.accumulate": 2})
-    mesh = SimpleNamespace(size=8)  # so a device's loop turns over 4 images
+    mesh = SimpleNamespace(size=8)  # so each turn of a device's loop takes 64 / 2 / 8 images
 
     def flops(analysis):
         compiled = SimpleNamespace(cost_analysis=lambda: analysis)
@@ -232,7 +237,7 @@ def test_flops_are_per_image_whatever_the_program_covers(small_config):
     assert flops({"flops": -1.0}) is None
 
 
-def test_peak_bytes_of_an_accelerator_are_its_fullest_devices(monkeypatch):
+def test_peak_bytes_are_those_of_the_fullest_device(monkeypatch):
     devices = [
         SimpleNamespace(memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak})
         for peak in (5, 7)
@@ -241,7 +246,7 @@ def test_peak_bytes_of_an_accelerator_are_its_fullest_devices(monkeypatch):
     assert benchmark.peak_bytes(None) == 7
 
 
-def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
+def test_mfu_is_a_share_of_the_peak_of_all_devices(monkeypatch):
     device = SimpleNamespace(device_kind="TPU v5 lite")
     monkeypatch.setattr(jax, "devices", lambda: [device] * 4)
     monkeypatch.setattr(jax, "device_count", lambda: 4)

@@ -1,3 +1,5 @@
+"""Records of benchmarks, read back from their JSON files."""
+
 import json
 import os
 import re
@@ -12,7 +14,7 @@ from bef_jax.errors import UserError
 from bef_jax.planning import benchmark_records
 
 
-def test_entries_add_up_in_one_file_a_day(tmp_path):
+def test_entries_of_one_day_share_a_file(tmp_path):
     folder = tmp_path / "some" / "results"
     for number in (1, 2):
         file = benchmark_records.results_file(folder, "AMD EPYC, 2 cores")
@@ -32,8 +34,8 @@ def test_entries_add_up_in_one_file_a_day(tmp_path):
     assert age < timedelta(minutes=5)
 
 
-def test_two_at_once_lose_no_entry(tmp_path, monkeypatch):
-    """Reading takes a while here, in which the other one could write."""
+def test_threads_that_write_at_once_lose_no_entry(tmp_path, monkeypatch):
+    """Reading is slow here, so that another thread could write in the meantime."""
     read = benchmark_records.read
     monkeypatch.setattr(
         benchmark_records, "read", lambda file: [*read(file), *(time.sleep(0.05) or [])]
@@ -52,12 +54,12 @@ def test_two_at_once_lose_no_entry(tmp_path, monkeypatch):
         ("8 x NVIDIA H100 80GB HBM3", "8-x-nvidia-h100-80gb-hbm3"),
     ],
 )
-def test_hardware_makes_a_plain_name(hardware, slug, tmp_path):
+def test_file_name_has_only_letters_digits_and_dashes(hardware, slug, tmp_path):
     name = benchmark_records.results_file(tmp_path, hardware).name
     assert name == f"{slug}-{datetime.now():%Y-%m-%d}.json"
 
 
-def test_a_folder_that_cannot_be_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"{folder}: .*name another --results"):
@@ -65,7 +67,7 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[{", "{}", "\x00", "", "3", "null", "[" * 100_000])
-def test_what_is_no_list_is_refused_and_kept(content, tmp_path):
+def test_a_file_without_a_list_is_refused_and_kept(content, tmp_path):
     file = benchmark_records.results_file(tmp_path, "cpu")
     file.write_text(content)
     with pytest.raises(UserError, match=f"{file}: damaged .*; move it away"):

@@ -1,16 +1,18 @@
+"""Look-ups in the table of chips, and the magnitudes of its figures."""
+
 import pytest
 
 from bef_jax.planning.chips import CHIPS, by_name, peak_flops
 
 
-def test_a_peak_is_never_a_guess():
+def test_a_peak_that_is_not_published_is_none():
     assert peak_flops("NVIDIA L4", "bfloat16") == 121e12
     assert peak_flops("NVIDIA L40S", "bfloat16") is None
     assert peak_flops("NVIDIA L4", "float32") is None
     assert peak_flops("cpu", "bfloat16") is None
 
 
-def test_each_name_is_of_one_chip():
+def test_each_name_belongs_to_one_chip():
     kinds = [kind for chip in CHIPS for kind in chip.kinds]
     names = [chip.name for chip in CHIPS if chip.name]
     assert len(set(kinds)) == len(kinds) and len(set(names)) == len(names)
@@ -18,7 +20,8 @@ def test_each_name_is_of_one_chip():
     assert by_name("h200") is None  # it has a peak, but no figures for a plan
 
 
-# Each kind of figure is of one magnitude. A slip of GB for GiB/s, or of bits for bytes, is another.
+# Each kind of figure lies in one range. A figure in bits instead of bytes, or in the wrong column,
+# mostly falls outside of it.
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.kind)
 def test_figures_have_the_magnitude_of_one_device(chip):
     if chip.platform == "cpu":

@@ -1,3 +1,5 @@
+"""Training FLOPs against a count by hand, which is itself compared with the paper's figures."""
+
 import math
 
 import pytest
@@ -8,7 +10,7 @@ from bef_jax.planning.flops import training_flops
 
 
 def multiply_adds(architecture, size, total_stride=32, classes=2):
-    """Those of one image's forward pass, counted by hand; without attention and fusion."""
+    """Counts those of one image's forward pass by hand, without attention and fusion."""
     side = math.ceil(size / (2 if total_stride == 32 else 1))
     channels = architecture.stem
     total = side**2 * 9 * 3 * channels
@@ -24,9 +26,9 @@ def multiply_adds(architecture, size, total_stride=32, classes=2):
     return total + side**2 * channels * architecture.head + architecture.head * classes
 
 
-# Tan & Le 2019, table 2, which calls multiply-adds FLOPS.
+# From Tan & Le 2019, table 2, which calls multiply-adds FLOPS.
 @pytest.mark.parametrize(("variant", "size", "billions"), [("b0", 224, 0.39), ("b3", 300, 1.8)])
-def test_the_hand_count_is_the_papers(variant, size, billions):
+def test_the_hand_count_matches_the_paper(variant, size, billions):
     counted = multiply_adds(efficientnet.scaled(variant), size, classes=1000)
     assert counted / 1e9 == pytest.approx(billions, rel=0.05)
 
@@ -39,7 +41,7 @@ def test_the_hand_count_is_the_papers(variant, size, billions):
         ("b0", {"model.attention": "cbam", "model.fusion": True, "rcc.enabled": False}),
     ],
 )
-def test_training_is_three_times_the_hand_count(variant, fields):
+def test_training_takes_six_flops_per_multiply_add(variant, fields):
     config = get_config()
     config.update_from_flattened_dict({"model.name": f"efficientnet_{variant}", **fields})
     size, stride = fields.get("rcc.max_size", 96), fields.get("model.total_stride", 32)

@@ -1,3 +1,5 @@
+"""Collectives and memory traffic of small HLO programs, whose bytes are counted by hand."""
+
 import pytest
 
 from bef_jax.planning import hlo
@@ -26,7 +28,7 @@ def module(*lines):
             "%all-reduce.1 = f32[8]{0} all-reduce(%p), channel_id=1, to_apply=%add",
             {"all-reduce": {"count": 1, "bytes": 32}},
         ),
-        (  # the layouts of TPU, and a type of half a byte
+        (  # a TPU's layouts, and s4, a type of half a byte
             "%x = (f32[7,7]{1,0:T(8,128)S(1)}, bf16[4]{0:T(256)}, /*index=2*/s4[6]{0}, pred[]) "
             "all-reduce(%a, %b, %c, %d), to_apply=%add",
             {"all-reduce": {"count": 1, "bytes": 196 + 8 + 3 + 1}},
@@ -41,7 +43,7 @@ def module(*lines):
         ),
     ],
 )
-def test_each_kind_counts_the_bytes_of_its_result(line, expected):
+def test_each_kind_of_collective_counts_the_bytes_of_its_result(line, expected):
     assert hlo.collectives(module(line)) == expected
 
 
@@ -55,7 +57,7 @@ def test_each_kind_counts_the_bytes_of_its_result(line, expected):
         ("reduce-scatter", "((f32[64]), f32[8])", 32),
     ],
 )
-def test_a_start_and_its_done_are_one(kind, started, size):
+def test_an_asynchronous_collective_counts_once(kind, started, size):
     text = module(
         f"%start = {started} {kind}-start(%p), channel_id=2",
         f"%done = f32[8]{{0}} {kind}-done(%start)",
@@ -63,7 +65,7 @@ def test_a_start_and_its_done_are_one(kind, started, size):
     assert hlo.collectives(text) == {kind: {"count": 1, "bytes": size}}
 
 
-def test_loops_count_each_turn_and_names_are_no_calls():
+def test_collectives_in_a_loop_count_every_turn_and_names_do_not_count():
     body = """%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
   %inner = f32[8]{0} fusion(%x), kind=kCustom, calls=%wrapped
 }
@@ -89,7 +91,7 @@ def test_loops_count_each_turn_and_names_are_no_calls():
     assert hlo.collectives(text) == {"all-reduce": {"count": 6, "bytes": 6 * 32}}
 
 
-def test_a_program_of_one_device_has_none():
+def test_a_program_of_one_device_has_no_collectives():
     assert hlo.collectives(module("ROOT %y = f32[8]{0} copy(%p)")) == {}
 
 
@@ -99,7 +101,7 @@ def test_a_program_of_one_device_has_none():
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        # 32 in, 16 out; what fused computations do stays on the chip.
+        # 32 bytes in and 16 out. The operations inside a fusion move nothing.
         (["%f = bf16[4,2]{1,0:T(8,128)(2,1)} fusion(%p, %p), kind=kLoop, calls=%add"], 32 + 16),
         (["%f = f32[64]{0:T(256)S(1)} fusion(%p), kind=kLoop, calls=%add"], 32),
         (
@@ -111,7 +113,7 @@ def test_a_program_of_one_device_has_none():
             ],
             32 + 16 + 16 + 16,
         ),
-        (  # once over the wire, and its end is the same copy
+        (  # one read of main memory; copy-done ends the same copy
             [
                 "%s = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%p)",
                 "%d = f32[8]{0:S(1)} copy-done(%s)",
@@ -124,17 +126,17 @@ def test_a_program_of_one_device_has_none():
             32,
         ),
         (["%s = (f32[]{:S(1)}, f32[], u32[]{:S(2)}) copy-start(%p)"], 0),
-        (  # two of eight
+        (  # two of the eight numbers
             ["%s = ((f32[8]{0}), f32[2]{0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2]}"],
             8,
         ),
     ],
 )
-def test_what_main_memory_moves(lines, expected):
+def test_only_arrays_in_main_memory_count(lines, expected):
     assert hlo.hbm_traffic(module(*lines)) == expected
 
 
-def test_loops_move_their_bytes_each_turn():
+def test_a_loop_moves_its_bytes_every_turn():
     loop = """%body (a: f32[8]) -> f32[8] {
   %a = f32[8]{0} parameter(0)
   ROOT %b = f32[8]{0} negate(%a)

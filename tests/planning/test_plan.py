@@ -1,3 +1,5 @@
+"""Plans of the training step, by the command line and by the compilers of other hardware."""
+
 import importlib.util
 import json
 import os
@@ -19,19 +21,19 @@ from tests.conftest import SHRUNK
     ("needed", "refused", "fits"),
     [(16e9, False, True), (17e9, False, False), (None, False, None), (None, True, False)],
 )
-def test_a_refused_step_does_not_fit_and_an_unknown_size_is_no_answer(needed, refused, fits):
+def test_a_refused_step_does_not_fit_and_an_unknown_size_gives_none(needed, refused, fits):
     figures = Figures(hbm_bytes=needed, refused=refused, seconds=0.0)
     assert plan._fits(figures, chips.by_name("v5e")) is fits
     assert plan._fits(figures, chips.by_name("cpu")) is (False if refused else None)
 
 
-def test_parameter_bytes_are_the_checkpoints(small_config, tmp_path):
-    """Of the arrays that Orbax reads back, not of the shapes that the plan counts."""
+def test_counted_bytes_are_those_of_a_restored_checkpoint(small_config, tmp_path):
+    """Compares with the arrays that Orbax reads back; the plan itself counts from shapes."""
     config = small_config()
     zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract_state(config))
-    with_run = checkpoint.Checkpoints(tmp_path, keep=1)
-    with_run.save(1, zeros, {"config": {}, "clock": {}}, None)
-    with_run.close()
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, zeros, {"config": {}, "clock": {}}, None)
+    checkpoints.close()
     everywhere = sharding.replicated(sharding.make_mesh())
     folder = next((tmp_path / "checkpoints").iterdir())
     state = checkpoint.restore(folder, abstract_state(config), everywhere)
@@ -42,13 +44,13 @@ def test_parameter_bytes_are_the_checkpoints(small_config, tmp_path):
     )
 
 
-# ---- by the command line ------------------------------------------------------------------------
+# ---- on the command line ------------------------------------------------------------------------
 
 
-def run_plan(name, workdir, *flags):
+def run_plan(topology, workdir, *flags):
     command = [
         sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py", "--mode=plan",
-        f"--topology={name}", f"--workdir={workdir}", "--config.compile_cache=", *flags,
+        f"--topology={topology}", f"--workdir={workdir}", "--config.compile_cache=", *flags,
         *(f"--config.{name}={SHRUNK[name]}" for name in ("rcc.min_size", "rcc.max_size")),
     ]  # fmt: skip
     return subprocess.run(command, env=os.environ, capture_output=True, text=True)
@@ -64,7 +66,7 @@ def test_plan_compiles_the_step_for_eight_devices_of_this_machine(tmp_path):
     assert summary == json.loads((tmp_path / "plan_summary.json").read_text())
     assert (summary["n_devices"], summary["batch_per_device"]) == (8, 2)
     reduced = summary["collectives"]["all-reduce"]
-    # Every gradient crosses, batch statistics do not.
+    # Every gradient is summed over the devices.
     assert reduced["bytes"] >= summary["parameter_bytes"]
     assert summary["hbm_bytes_per_device"] > summary["state_bytes"]
     for key in ("hbm_capacity_bytes", "fits", "roofline_step_ms", "bound_by"):
@@ -78,7 +80,7 @@ def test_a_batch_that_the_topology_cannot_share_is_refused(tmp_path):
     assert "config.batch_size=12 can't be split over 8 devices" in result.stderr
 
 
-# ---- by the compilers of other hardware ---------------------------------------------------------
+# ---- with the compilers of other hardware -------------------------------------------------------
 
 
 def require(module):
@@ -87,14 +89,14 @@ def require(module):
 
 
 @pytest.mark.compilers
-def test_a_tpu_slice(tmp_path):
+def test_plan_compiles_the_step_for_a_tpu_slice(tmp_path):
     require("libtpu")
     flags = ["--config.bn_groups=8", "--config.batch_size=64", "--nolargest_batch"]
     result = run_plan("v5e:2x4", tmp_path, *flags, "--config.data.placement=host")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
     assert summary["fits"] and summary["roofline_images_per_second"] > 0
-    # The optimiser reads and writes the state; most of the rest stays on the chip.
+    # The optimiser reads and writes the state. Most of the rest stays on the chip.
     moved = summary["hbm_traffic_per_device"]
     assert summary["state_bytes"] < moved < summary["bytes_accessed_per_device"]
     assert sum(sums["count"] for sums in summary["collectives"].values()) <= 4
@@ -105,7 +107,7 @@ def test_kernels_move_less_on_a_tpu_slice(tmp_path):
     require("libtpu")
     flags = ["--config.bn_groups=8", "--config.batch_size=1024", "--nolargest_batch"]
     flags += ["--config.dtype=bfloat16", "--config.data.placement=host"]
-    # The quickstart's network is too small to show it.
+    # The quickstart's network is too small to show a difference.
     flags += ["--config.model.name=efficientnet_b0"]
     plans = {}
     for form in ("layers", "pallas"):
@@ -116,12 +118,12 @@ def test_kernels_move_less_on_a_tpu_slice(tmp_path):
     assert kernels["bytes_accessed_per_device"] < 0.9 * layers["bytes_accessed_per_device"]
     for key in ("hbm_traffic_per_device", "hbm_bytes_per_device"):
         assert kernels[key] < layers[key]
-    # Nothing is brought together for a kernel.
+    # The kernels need no other kind of collective.
     assert kernels["collectives"].keys() == layers["collectives"].keys()
 
 
 @pytest.mark.compilers
-def test_a_gpu_node(tmp_path):
+def test_plan_compiles_the_step_for_a_gpu_node(tmp_path):
     require("jax_cuda12_plugin")
     flags = ["--config.bn_groups=8", "--config.batch_size=64", "--nolargest_batch"]
     result = run_plan("h100:8", tmp_path, *flags, "--config.data.placement=host")

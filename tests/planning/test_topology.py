@@ -1,3 +1,5 @@
+"""Names of topologies, and their compilers, which most tests replace."""
+
 import importlib.util
 
 import jax
@@ -17,7 +19,7 @@ from bef_jax.planning import chips, topology
         ("cpu:16", "cpu", (16,)),
     ],
 )
-def test_names_are_read(name, kind, shape):
+def test_a_topology_is_read_from_its_name(name, kind, shape):
     target = topology.parse(name)
     assert (target.chip.kind, target.shape) == (kind, shape)
 
@@ -35,14 +37,14 @@ def test_names_are_read(name, kind, shape):
         ("h100:9", ["1 to 8"]),
     ],
 )
-def test_other_names_are_refused(name, words):
+def test_wrong_names_are_refused(name, words):
     with pytest.raises(UserError) as refusal:
         topology.parse(name)
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e:2x4", "plan"), ("l4:1", "cuda")])
-def test_a_missing_compiler_names_its_extra(name, extra, monkeypatch):
+def test_a_missing_compiler_is_refused_with_its_extra(name, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError) as refusal:
         topology.make_mesh(topology.parse(name))
@@ -50,7 +52,7 @@ def test_a_missing_compiler_names_its_extra(name, extra, monkeypatch):
 
 
 @pytest.mark.parametrize("plugin", ["jax_cuda12_plugin", "jax_cuda13_plugin"])
-def test_either_plug_in_compiles_for_gpus(plugin, monkeypatch):
+def test_either_cuda_plug_in_compiles_for_gpus(plugin, monkeypatch):
     def describe(name, platform, **options):
         raise NotImplementedError(platform)
 
@@ -60,12 +62,13 @@ def test_either_plug_in_compiles_for_gpus(plugin, monkeypatch):
         topology.make_mesh(topology.parse("h100:8"))
 
 
-def test_what_libtpu_refuses_is_one_line(monkeypatch):
+def test_a_refusal_of_libtpu_becomes_one_line(monkeypatch):
     def refuse(*args, **options):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: 3x5 is\nnot divisible")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: module)
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    # make_mesh sets these if they are missing, and would leave them set after the test.
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setenv(name, "1")
     for name in ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
@@ -75,7 +78,7 @@ def test_what_libtpu_refuses_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a100", "h100", "l4"])
-def test_the_target_of_a_gpu_is_shipped_and_names_it(name):
+def test_the_shipped_target_of_a_gpu_agrees_with_the_table_of_chips(name):
     file = topology.resources.files("bef_jax.planning") / "gpu_targets" / f"{name}.textproto"
     text, chip = file.read_text(), chips.by_name(name)
     assert f'device_description_str: "{chip.kind}"' in text

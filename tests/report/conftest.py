@@ -1,4 +1,4 @@
-"""A small run to report on."""
+"""Fixtures: a small run to report on."""
 
 from collections.abc import Callable
 

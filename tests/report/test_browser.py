@@ -1,4 +1,4 @@
-"""The report of a real run in a real browser, as it is: under its own policy, without scripts."""
+"""The report of a real run in Chromium, under the page's own policy, which allows no scripts."""
 
 import base64
 import io
@@ -31,13 +31,13 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def page(workdir, small_config):
-    """Trained once for all tests."""
+    """Returns the page of a run that the first test trains; later calls find it finished."""
     train.train_and_evaluate(small_config(), workdir)
     return workdir / "report" / "index.html"
 
 
 def complaints(tab):
-    """What the browser or the page wrote to the console, policies violated included."""
+    """Returns what the browser or the page wrote to the console, also violations of a policy."""
     logged = [event["entry"]["text"] for event in tab.events_named("Log.entryAdded")]
     return (
         logged
@@ -47,22 +47,22 @@ def complaints(tab):
 
 
 def requests(tab):
-    """The addresses that were asked for; what the page carries inside itself is not asked for."""
+    """Returns the addresses that were requested, without the data that the page contains."""
     urls = [event["request"]["url"] for event in tab.events_named("Network.requestWillBeSent")]
     return {url for url in urls if not url.startswith("data:")}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_every_picture_loads_in_silence_from_one_file(width, scheme, page, tab):
+def test_every_picture_loads_from_the_one_file_without_complaints(width, scheme, page, tab):
     tab.events.clear()
     tab.open(page, width, scheme)
     sizes = tab.value(SIZES)
     assert len(sizes) > 10 and min(sizes) >= 96
     assert complaints(tab) == []
     assert requests(tab) == {page.resolve().as_uri()}
-    wide, seen = tab.value("[document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= seen == width  # nothing to scroll to at the side
+    page_width, screen_width = tab.value("[document.documentElement.scrollWidth, innerWidth]")
+    assert page_width <= screen_width == width  # no scrolling to the side
 
 
 def test_dark_screens_get_dark_pictures(page, tab, tmp_path):
@@ -77,13 +77,13 @@ def test_dark_screens_get_dark_pictures(page, tab, tmp_path):
     assert brightness["dark"] < 80 < 180 < brightness["light"]
 
 
-def test_it_prints(page, tab, tmp_path):
+def test_the_page_prints_to_pdf(page, tab, tmp_path):
     tab.open(page, 1280, "dark")
     tab.print(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_page_that_asks_for_something_would_be_caught(tab, tmp_path):
+def test_a_page_that_complains_or_requests_a_file_would_be_caught(tab, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text("<script>console.error('x')</script><img src='gone.png'>")
     tab.events.clear()

@@ -1,10 +1,12 @@
+"""The gallery's choice of patches, compared with a brute-force sort, and how it draws them."""
+
 import numpy as np
 import pytest
 
 from bef_jax.report.gallery import SHOWN, central_share, pick, show, with_heat_map, with_square
 
 
-def test_the_surest_are_so_by_brute_force(evaluation):
+def test_the_most_confident_patches_match_a_brute_force_sort(evaluation):
     seen = evaluation(n=300)
     expected = {
         "false positives": (lambda p, label: p >= 0.5 and not label, lambda p: -p),
@@ -53,7 +55,7 @@ def test_each_decision_is_explained_as_it_was_taken(evaluation, images):
     assert {each.pixels.shape for each in shown} == {(96, 196, 3)}
 
 
-def test_the_central_share_is_of_the_deciding_square():
+def test_the_central_share_counts_only_the_deciding_square():
     assert central_share(np.ones((96, 96))) == pytest.approx(1 / 9)
     heat = np.zeros((96, 96))
     heat[31, 50] = heat[32, 32] = heat[63, 63] = heat[64, 40] = 1
@@ -61,7 +63,7 @@ def test_the_central_share_is_of_the_deciding_square():
     assert central_share(np.zeros((96, 96))) is None
 
 
-def test_heat_covers_where_it_is_hot_and_nothing_where_it_is_cold():
+def test_a_heat_map_covers_only_the_pixels_with_heat():
     patch = np.full((96, 96, 3), 200, np.uint8)
     heat = np.zeros((96, 96), np.float32)
     heat[10, 20] = 1e-9
@@ -72,7 +74,7 @@ def test_heat_covers_where_it_is_hot_and_nothing_where_it_is_cold():
     np.testing.assert_array_equal(with_heat_map(patch, 0 * heat), patch)
 
 
-def test_the_frame_lies_around_the_square_and_leaves_it_be():
+def test_the_frame_lies_around_the_square_and_changes_nothing_inside():
     patch = np.full((96, 96, 3), 100, np.uint8)
     changed = (with_square(patch) != patch).any(axis=2)
     assert not changed[32:64, 32:64].any()

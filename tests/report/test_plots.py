@@ -1,3 +1,5 @@
+"""Values in the plots, compared with scikit-learn or with a plain loop."""
+
 import numpy as np
 from sklearn.calibration import calibration_curve
 
@@ -22,7 +24,7 @@ def test_smoothing_is_the_mean_of_a_window():
     np.testing.assert_allclose(_smoothed(values[:50]), values[:50], atol=1e-12)
 
 
-def test_reliability_is_scikit_learns(evaluation):
+def test_reliability_matches_scikit_learn(evaluation):
     seen = evaluation(n=500)
     share, mean = calibration_curve(seen.labels, seen.probabilities, n_bins=10)
     found_mean, found_share, count = plots.bins(seen)
@@ -32,7 +34,7 @@ def test_reliability_is_scikit_learns(evaluation):
     assert count.sum() == 500
 
 
-def test_curves_pass_through_what_the_threshold_gives(evaluation):
+def test_the_roc_curve_passes_through_the_point_of_the_threshold(evaluation):
     seen = evaluation(n=300)
     axes = plots.roc({"valid": seen}, LIGHT).axes[0]
     ((x,), (y,)) = axes.lines[-1].get_data()  # the dot
@@ -41,7 +43,7 @@ def test_curves_pass_through_what_the_threshold_gives(evaluation):
     assert np.abs(curve - [x, y]).sum(axis=1).min() < 0.02
 
 
-def test_lines_differ_in_more_than_colour(evaluation):
+def test_lines_of_two_splits_differ_in_their_dashes_too(evaluation):
     seen = {split: evaluation(split) for split in ("valid", "test")}
     axes = plots.precision_recall(seen, LIGHT).axes[0]
     lines = [line for line in axes.lines if line.get_label().startswith(("valid", "test"))]

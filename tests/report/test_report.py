@@ -1,3 +1,5 @@
+"""Reports, whose pages and pictures are parsed again."""
+
 import base64
 import io
 import itertools
@@ -17,7 +19,7 @@ PLOTS = ["loss", "precision_recall", "reliability", "roc", "validation"]
 
 
 class Page(HTMLParser):
-    """The text of each table cell, and a check that every element is closed in turn."""
+    """Collects the text of each table cell, and checks that every element is closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -73,7 +75,7 @@ def test_every_tile_of_the_contact_sheet_has_its_own_caption():
     assert shown[0].caption == "false positive, p = 0.935"
     assert shown[2].caption == "false negative, p = 0.100"
     sheet = contact_sheet([*shown, ShownPatch("true positives", "id", 1.0, tile, None)])
-    assert sheet.shape[1] % 4 == 0  # four in a row, of which the one that is right is left white
+    assert sheet.shape[1] % 4 == 0  # a row of four: three mistakes, then a white tile
     tiles = np.split(sheet, 4, axis=1)
     captions = [tile[-22:] for tile in tiles]
     assert [(tile[6:198, 6:198] == 200).all() for tile in tiles] == [True] * 3 + [False]
@@ -85,15 +87,15 @@ TUNED = "The temperature and the threshold were chosen on valid"
 HEAT_MAPS = "The heat map (Grad-CAM)"
 
 
-def test_a_table_of_what_was_chosen_on_valid_has_its_sentence(tmp_path):
+def test_a_table_of_the_operating_point_has_its_explanation(tmp_path):
     point = {"threshold": 0.31, "accuracy": 0.9}
-    for operating_point, there in ((point, True), (point | {"threshold": None}, False)):
+    for operating_point, expected in ((point, True), (point | {"threshold": None}, False)):
         summary = {"valid": {"operating_point": operating_point, "calibrated": None}}
         page = write_report(tmp_path, Content([], {}, {}, summary)).read_text()
-        assert (TUNED in page) == ("0.31" in Page(page).cells) == there
+        assert (TUNED in page) == ("0.31" in Page(page).cells) == expected
 
 
-def test_heat_maps_are_explained_only_where_they_are(tmp_path, evaluation, images):
+def test_heat_maps_are_explained_only_if_there_are_any(tmp_path, evaluation, images):
     def explain(patches, _):
         return np.zeros((len(patches), 96, 96), np.float32)
 
@@ -127,7 +129,7 @@ def test_a_short_run_still_has_its_page(tmp_path, lines, history):
     assert len(embedded(page)) == 2 * len(PLOTS)
 
 
-def test_one_class_and_no_mistakes(tmp_path, images, history):
+def test_undefined_figures_of_a_single_class_are_shown_as_a_dash(tmp_path, images, history):
     probabilities, labels = np.array([0.1, 0.2]), np.zeros(2, int)
     seen = Evaluation(
         "valid", np.array(["a", "b"]), labels, probabilities, binary_metrics(probabilities, labels)
@@ -136,7 +138,7 @@ def test_one_class_and_no_mistakes(tmp_path, images, history):
     assert "-" in Page(index.read_text()).cells
 
 
-def test_what_users_name_is_escaped(tmp_path, images):
+def test_names_that_users_give_are_escaped(tmp_path, images):
     evil = '"><script>alert(1)</script>'
     ids = np.array([evil, evil])
     probabilities, labels = np.array([0.9, 0.1]), np.array([0, 1])
