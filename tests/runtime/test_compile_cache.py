@@ -1,3 +1,5 @@
+"""The cache of compiled programs: new processes compile, and the tests look at its files."""
+
 import functools
 import os
 import platform
@@ -53,23 +55,23 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     assert entries(folder) == found
 
 
-def test_auto_respects_xdg(tmp_path):
+def test_auto_respects_xdg_cache_home(tmp_path):
     compile_in_a_process("auto", tmp_path, XDG_CACHE_HOME=str(tmp_path / "xdg"))
     assert entries(tmp_path / "xdg" / "bef_jax")
     assert not (tmp_path / ".cache").exists()
 
 
-def test_a_folder_is_used_instead(tmp_path):
+def test_a_folder_in_the_setting_is_used(tmp_path):
     compile_in_a_process(tmp_path / "mine", tmp_path)
     assert entries(tmp_path / "mine")
 
 
-def test_empty_switches_it_off(tmp_path):
+def test_an_empty_setting_switches_the_cache_off(tmp_path):
     compile_in_a_process("", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_environment_decides(tmp_path):
+def test_the_variables_of_jax_override_the_setting(tmp_path):
     environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     compile_in_a_process(tmp_path / "mine", tmp_path, **environment)
@@ -78,7 +80,7 @@ def test_the_environment_decides(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["auto", "~/file/folder"])
-def test_a_folder_that_cannot_be_written_is_one_line_of_warning(setting, tmp_path):
+def test_a_folder_that_cannot_be_written_gives_one_line_of_warning(setting, tmp_path):
     (tmp_path / "file").write_text("in the way")
     environment = {"XDG_CACHE_HOME": str(tmp_path / "file")}
     _, stderr = compile_in_a_process(setting, tmp_path, **environment)
@@ -87,11 +89,11 @@ def test_a_folder_that_cannot_be_written_is_one_line_of_warning(setting, tmp_pat
     assert str(tmp_path / "file") in line
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="macOS lets nobody choose cores")
-def test_what_one_core_compiled_is_not_given_to_two(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process can't choose cores")
+def test_a_program_that_one_core_compiled_is_not_used_on_two(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) == 1:
-        pytest.skip("one core alone")
+        pytest.skip("needs two cores")
     for count in (1, 2, 1):
         compile_in_a_process("auto", tmp_path, set(cores[:count]))
     assert len(entries(tmp_path)) == 2
@@ -99,13 +101,13 @@ def test_what_one_core_compiled_is_not_given_to_two(tmp_path):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
 def test_another_kind_of_cpu_compiles_for_itself(tmp_path):
-    """A home folder that machines share: what an entry's key hashes of the CPU tells them apart."""
+    """Machines can share a home folder, because the key of an entry holds a hash of the CPU."""
 
-    def part_of_the_key(*flags):
+    def hash_of_cpu(*flags):
         environment = {"JAX_DEBUG_LOG_MODULES": "jax._src.cache_key", "XLA_FLAGS": " ".join(flags)}
         _, stderr = compile_in_a_process("auto", tmp_path, **environment)
         return re.search(r"hash of serialized accelerator_config: (\w+)", stderr)[1]
 
-    this = part_of_the_key()
-    assert this == part_of_the_key()
-    assert this != part_of_the_key("--xla_cpu_max_isa=SSE4_2")
+    native = hash_of_cpu()
+    assert native == hash_of_cpu()
+    assert native != hash_of_cpu("--xla_cpu_max_isa=SSE4_2")

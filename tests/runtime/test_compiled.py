@@ -1,3 +1,5 @@
+"""Memory and costs of compiled programs, against numbers from the sizes of their arrays."""
+
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +13,7 @@ def test_memory_counts_a_donated_array_once():
     x = jnp.zeros((1000, 1000))
     step = jax.jit(lambda x, y: x + y, donate_argnums=0)
     needed = memory_bytes(step.lower(x, x).compile())
-    if jax.default_backend() == "cpu":  # y, and x, whose memory the result takes
+    if jax.default_backend() == "cpu":  # y, and x, whose memory the result reuses
         assert needed == pytest.approx(2 * x.nbytes, rel=0.01)
 
 
@@ -21,11 +23,11 @@ def test_memory_adds_up_all_that_a_device_holds():
     assert memory_bytes(SimpleNamespace(memory_analysis=lambda: analysis)) == 54117
 
 
-def test_memory_that_is_not_reported_is_not_known():
+def test_memory_that_is_not_reported_is_none():
     assert memory_bytes(SimpleNamespace(memory_analysis=lambda: None)) is None
 
 
-def test_costs_of_a_product():
+def test_flops_and_bytes_of_a_matrix_product():
     x = jnp.zeros((100, 200))
     product = jax.jit(lambda x: x @ x.T).lower(x).compile()
     if jax.default_backend() == "cpu":
@@ -34,6 +36,6 @@ def test_costs_of_a_product():
 
 
 @pytest.mark.parametrize("costs", [{"flops": -1.0, "bytes accessed": -1.0}, {}, None])
-def test_costs_that_are_not_reported_are_not_known(costs):
+def test_costs_that_are_not_reported_are_none(costs):
     compiled = SimpleNamespace(cost_analysis=lambda: costs)
     assert flops(compiled) is bytes_accessed(compiled) is None

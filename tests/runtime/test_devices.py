@@ -1,4 +1,4 @@
-"""The first lines of a run; machines are folders, in which device nodes are plain files."""
+"""What a run says of its devices; a machine is a folder, with plain files as device nodes."""
 
 import importlib.util
 import logging
@@ -16,7 +16,7 @@ from bef_jax.runtime import devices
 
 @pytest.fixture
 def reported(caplog, monkeypatch):
-    """Returns reported(...): the lines of devices.report(...) for one who chose no platform."""
+    """Returns reported(...): the lines of devices.report(...) if no platform was chosen."""
     caplog.set_level(logging.INFO, logger="bef_jax")
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -35,8 +35,8 @@ def reported(caplog, monkeypatch):
     jax.config.update("jax_platforms", chosen)
 
 
-def make(root, *names):
-    """Makes files, and returns the folder that they are in."""
+def make_files(root, *names):
+    """Makes files below `root`, whose text is Google's number on the PCI bus; returns `root`."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("0x1ae0\n")
@@ -49,23 +49,23 @@ def test_a_run_says_what_it_runs_on(reported, tmp_path):
     assert line == f"running on AMD EPYC, 2 cores, 1.5 GiB (cpu, {versions})"
 
 
-def test_devices_are_left_alone_where_others_need_them(reported, tmp_path, monkeypatch):
+def test_jax_is_not_asked_for_devices_that_others_need(reported, tmp_path, monkeypatch):
     for name in ("default_backend", "devices", "local_devices", "device_count"):
         monkeypatch.setattr(jax, name, lambda *_: pytest.fail("JAX was asked"))
-    (line,) = reported(False, make(tmp_path, "dev/nvidia0"))
+    (line,) = reported(False, make_files(tmp_path, "dev/nvidia0"))
     assert line.startswith("running on AMD EPYC, 2 cores, 1.5 GiB (jax ")
 
 
 @pytest.mark.parametrize(
     ("stats", "memory"), [({"bytes_limit": 60 * 2**30}, ", 60.0 GiB each"), (None, ""), ({}, "")]
 )
-def test_accelerators_say_their_memory(stats, memory, reported, tmp_path, monkeypatch):
+def test_the_memory_of_accelerators_is_shown(stats, memory, reported, tmp_path, monkeypatch):
     device = type("Device", (), {"device_kind": "NVIDIA L4", "memory_stats": lambda self: stats})()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for name in ("devices", "local_devices"):
         monkeypatch.setattr(jax, name, lambda: [device] * 8)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    (line,) = reported(True, make(tmp_path, "dev/nvidia0"))
+    (line,) = reported(True, make_files(tmp_path, "dev/nvidia0"))
     assert line.startswith(f"running on 8 x NVIDIA L4{memory} (gpu, jax ")
 
 
@@ -79,12 +79,12 @@ def test_accelerators_say_their_memory(stats, memory, reported, tmp_path, monkey
         (["dev/accel0"], ["a TPU", "dev/accel0", "pip install", "[tpu]"]),
         (["dev/vfio/0", "sys/bus/pci/devices/1/vendor"], ["a TPU", "dev/vfio/0", "[tpu]"]),
         (["dev/vfio/0"], None),  # a device of another maker, passed on to a virtual machine
-        (["sys/bus/pci/devices/1/vendor"], None),  # no driver: nothing that JAX could open
+        (["sys/bus/pci/devices/1/vendor"], None),  # without a driver, JAX could not open it
         (["dev/null"], None),
     ],
 )
 def test_an_unused_accelerator_is_named_with_what_to_install(nodes, words, reported, tmp_path):
-    _, *warnings = reported(True, make(tmp_path, *nodes))
+    _, *warnings = reported(True, make_files(tmp_path, *nodes))
     if words is None:
         assert not warnings
     else:
@@ -92,20 +92,20 @@ def test_an_unused_accelerator_is_named_with_what_to_install(nodes, words, repor
         assert all(word in line for word in words), line
 
 
-def test_who_chose_the_cpu_gets_no_advice(reported, tmp_path):
+def test_a_user_who_chose_the_cpu_gets_no_advice(reported, tmp_path):
     jax.config.update("jax_platforms", "cpu")
-    (line,) = reported(True, make(tmp_path, "dev/nvidia0"))
+    (line,) = reported(True, make_files(tmp_path, "dev/nvidia0"))
     assert line.startswith("running on AMD EPYC")
 
 
 def test_a_plug_in_that_is_installed_is_not_advised(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin")
-    line = devices.advice(make(tmp_path, "dev/nvidia0"))
+    line = devices.advice(make_files(tmp_path, "dev/nvidia0"))
     assert "the plug-in jax_cuda13_plugin is installed" in line
     assert "pip install" not in line
 
 
-def test_devices_that_do_not_start_are_one_line(monkeypatch):
+def test_devices_that_do_not_start_give_one_line_of_error(monkeypatch):
     def refuse():
         raise RuntimeError("Unable to initialize backend 'cuda':\n no driver")
 
@@ -114,11 +114,11 @@ def test_devices_that_do_not_start_are_one_line(monkeypatch):
         devices.report()
 
 
-def test_a_failing_plug_in_says_why(tmp_path):
-    """The whole program, with a plug-in that JAX finds as it finds NVIDIA's."""
+def test_the_reason_why_a_plug_in_fails_is_shown(tmp_path):
+    """Runs the whole program with a plug-in that JAX finds as it finds NVIDIA's."""
     failing = 'def initialize():\n    raise RuntimeError("the driver is\\ntoo old")\n'
     (tmp_path / "failing.py").write_text(failing)
-    installed = make(tmp_path, "failing-1.dist-info/entry_points.txt") / "failing-1.dist-info"
+    installed = make_files(tmp_path, "failing-1.dist-info/entry_points.txt") / "failing-1.dist-info"
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1\n")
     (installed / "entry_points.txt").write_text("[jax_plugins]\nfailing = failing\n")
     flags = ["--config=b0", "--mode=import_weights", f"--workdir={tmp_path / 'run'}"]
@@ -178,7 +178,7 @@ def test_cores_are_those_that_the_process_may_use(cores, end, monkeypatch):
         ("0::/a/b", {"a/b/memory.max": "512", "a/memory.max": "1024"}, 512),
         ("4:memory:/a", {"memory/memory.limit_in_bytes": "2048"}, 2048),
         ("1:cpu:/a", {"cpu/memory.limit_in_bytes": "2048"}, None),  # of another controller
-        ("0::/a", {"a/memory.max": str(2**60)}, None),  # more than there is
+        ("0::/a", {"a/memory.max": str(2**60)}, None),  # more than the machine has
     ],
 )
 def test_memory_is_what_the_cgroup_allows(line, limits, bytes_allowed, tmp_path):

@@ -1,4 +1,7 @@
-"""Two processes on the loopback against one with as many devices; what happens when one is lost."""
+"""Compares two processes on this machine with one that has as many devices.
+
+Other tests kill one of two processes, or look at what JAX is asked for.
+"""
 
 import contextlib
 import json
@@ -26,7 +29,7 @@ SLURM = {
 }  # fmt: skip
 
 
-# ---- when to meet -------------------------------------------------------------------------------
+# ---- when processes join ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -54,13 +57,13 @@ def test_a_task_alone_on_its_node_takes_all_gpus():
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """What jax.distributed.initialize is called with, in place of calling it."""
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+def calls(monkeypatch):
+    """Returns the arguments of calls of jax.distributed.initialize, which does nothing here."""
+    found = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: found.append(given))
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TPU_"))]:
         monkeypatch.delenv(name)
-    return calls
+    return found
 
 
 def settings(**fields) -> ConfigDict:
@@ -69,35 +72,35 @@ def settings(**fields) -> ConfigDict:
     return config
 
 
-def test_alone_jax_is_left_alone(asked):
+def test_a_single_process_does_not_connect(calls):
     with distributed.initialize(settings()):
         assert distributed.is_first()
-    assert not asked
+    assert not calls
 
 
-def test_an_address_is_passed_on_and_no_launcher_asked(asked):
+def test_a_given_address_is_used_and_no_launcher_is_asked(calls):
     place = {"coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 1}
     with distributed.initialize(settings(**place)):
         pass
-    (call,) = asked
+    (call,) = calls
     assert call["coordinator_address"] == "10.0.0.1:1234"
     assert (call["num_processes"], call["process_id"]) == (2, 1)
     assert call["cluster_detection_method"] == "deactivate"
 
 
 @pytest.mark.parametrize("fields", [{"coordinator": "auto"}, {}])
-def test_jax_asks_the_launcher(fields, asked, monkeypatch):
+def test_without_an_address_jax_asks_the_launcher(fields, calls, monkeypatch):
     for name, value in (SLURM | {"SLURM_NTASKS": "2"}).items():
         monkeypatch.setenv(name, value)
     with distributed.initialize(settings(timeout_seconds=9, **fields)):
         pass
-    (call,) = asked
+    (call,) = calls
     assert "coordinator_address" not in call
     assert call["local_device_ids"] == list(range(8))
     assert call["initialization_timeout"] == call["heartbeat_timeout_seconds"] == 9
 
 
-def test_an_address_without_numbers_is_refused(monkeypatch):
+def test_settings_that_lack_numbers_are_refused_with_the_fields_to_set(monkeypatch):
     def refuse(**_):
         raise ValueError("Number of processes must be defined.")
 
@@ -120,7 +123,7 @@ def free_port():
 
 
 def start(workdir, data_dir, processes, devices, only=None, flags=(), **fields):
-    """Starts a run as several processes; returns them. `only` these, of the numbers."""
+    """Starts a run as several processes, or only those numbered in `only`; returns them."""
     small = {"batch_size": 16, "model.attention": "none"}
     fields = SHRUNK | small | {"data.dir": data_dir} | fields
     if processes > 1:
@@ -156,11 +159,11 @@ def running(*args, **fields):
 
 
 def finish(processes, status=0):
-    """Waits for the processes; returns what each said on stdout and on stderr."""
-    said = [process.communicate(timeout=500) for process in processes]
-    for process, (_, errors) in zip(processes, said, strict=True):
+    """Waits for the processes; returns the stdout and the stderr of each."""
+    printed = [process.communicate(timeout=500) for process in processes]
+    for process, (_, errors) in zip(processes, printed, strict=True):
         assert process.returncode == status, errors
-    return said
+    return printed
 
 
 def wait_for_steps(workdir, count):
@@ -183,7 +186,7 @@ def assert_same_run(workdir, expected_workdir, steps, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, data_dir):
-    """The workdir of a run of one process with two devices."""
+    """Returns the workdir of a run of one process with two devices."""
     workdir = tmp_path_factory.mktemp("one")
     finish(start(workdir, data_dir, processes=1, devices=2))
     return workdir
@@ -195,12 +198,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(data_dir, tmp_pat
         wait_for_steps(tmp_path, 2)
         pair[1].send_signal(signal.SIGTERM)  # the one that does not write
         (first, _), (second, errors) = finish(pair)
-    (line,) = first.splitlines()  # of all that is said, the summary alone is on stdout
-    stopped = json.loads(line)
+    (line,) = first.splitlines()  # only the summary is on stdout
+    summary = json.loads(line)
     assert not second
     assert "all hosts save at step" in errors
     checkpoints = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert checkpoints[-1] == stopped["step"] < 2000
+    assert checkpoints[-1] == summary["step"] < 2000
 
 
 @pytest.mark.slow
@@ -216,7 +219,7 @@ def test_two_processes_train_and_evaluate_as_one_does(one_process, data_dir, tmp
 
 
 def figures(block):
-    """The network's own, not those of a temperature, which a search finds to 1e-5 alone."""
+    """Returns the network's own figures; those of the temperature are exact only to 1e-5."""
     own = [block[name] for name in sorted(block) if not isinstance(block[name], dict | str)]
     return np.hstack(own)
 
@@ -227,15 +230,15 @@ def test_a_killed_process_ends_the_other_with_one_clear_line(victim, data_dir, t
     with running(tmp_path, data_dir, processes=2, devices=1, steps=2000) as pair:
         wait_for_steps(tmp_path, 1)
         pair[victim].kill()
-        survivor, killed = pair[1 - victim], time.monotonic()
+        survivor, killed_at = pair[1 - victim], time.monotonic()
         _, errors = survivor.communicate(timeout=60)
-        assert time.monotonic() - killed < 60
+        assert time.monotonic() - killed_at < 60
     assert survivor.returncode not in (0, None)
     assert "to continue from the last checkpoint" in errors.splitlines()[-1]
 
 
 @pytest.mark.long
-def test_a_process_that_never_comes_is_one_clear_line(data_dir, tmp_path):
+def test_a_process_that_never_joins_gives_one_clear_line(data_dir, tmp_path):
     fields = {"distributed.timeout_seconds": 3}
     with running(tmp_path, data_dir, processes=2, devices=1, only=[0], **fields) as (process,):
         _, errors = process.communicate(timeout=120)
@@ -245,7 +248,7 @@ def test_a_process_that_never_comes_is_one_clear_line(data_dir, tmp_path):
 
 @pytest.fixture
 def real_patches(pcam_dir, tmp_path):
-    """The fields that read 160 real patches for training and 160 for evaluation."""
+    """Returns the fields that read 160 real patches for training and 160 for evaluation."""
     script = [sys.executable, pcam_dir / "pcam_subset.py", "npz", tmp_path / "npz"]
     subprocess.run([*script, "--limit", "160"], check=True, capture_output=True)
     sizes = {"data.train_size": 160, "data.valid_size": 160}
@@ -261,9 +264,10 @@ def test_two_processes_of_four_devices_train_on_real_patches_as_one_of_eight(
     fields = real_patches | {"steps": 20, "data.placement": placement}
     with running(tmp_path / "pair", data_dir, processes=2, devices=4, **fields) as pair:
         (ours, _), _ = finish(pair)
-    # To the last digit, sums have to be of the same order: over devices that of Gloo, which a
-    # single process uses only where it has a coordinator, and within products that of NPROC
-    # threads, of which a process else has as many as cores, or devices where these are more.
+    # Figures are equal to the last digit only if sums have the same order. Over devices it is
+    # Gloo's, which a single process uses only if it has a coordinator. Within products it depends
+    # on the number of threads, which is NPROC; by default it is that of cores, or of devices if
+    # there are more of them.
     fields |= {
         "distributed.coordinator": f"127.0.0.1:{free_port()}",
         "distributed.num_processes": 1,
@@ -271,14 +275,12 @@ def test_two_processes_of_four_devices_train_on_real_patches_as_one_of_eight(
     }
     ((expected, _),) = finish(start(tmp_path / "one", data_dir, 1, devices=8, **fields))
     assert_same_run(tmp_path / "pair", tmp_path / "one", steps=20)
-    ours, expected = (json.loads(said)["valid"] for said in (ours, expected))
+    ours, expected = (json.loads(summary)["valid"] for summary in (ours, expected))
     assert {key: ours[key] == expected[key] for key in ours} == dict.fromkeys(ours, True)
 
 
 @pytest.mark.long
-def test_the_evaluation_of_two_processes_is_that_of_one_to_the_last_digit(
-    one_process, data_dir, tmp_path
-):
+def test_two_processes_evaluate_as_one_does_to_the_last_digit(one_process, data_dir, tmp_path):
     flags = ["--mode=eval", f"--checkpoint={one_process / 'checkpoints' / '6'}"]
     with running(tmp_path / "pair", data_dir, processes=2, devices=1, flags=flags) as pair:
         (ours, _), _ = finish(pair)
@@ -287,7 +289,7 @@ def test_the_evaluation_of_two_processes_is_that_of_one_to_the_last_digit(
 
 
 @pytest.mark.long
-def test_from_eight_devices_to_two_to_one_is_the_uninterrupted_run(data_dir, tmp_path):
+def test_a_run_moved_from_8_devices_to_2_to_1_equals_an_uninterrupted_run(data_dir, tmp_path):
     fields = {"steps": 60, "checkpoint.every_steps": 20}
     stops = [0]
     for devices in (8, 2):

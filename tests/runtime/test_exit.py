@@ -1,4 +1,4 @@
-"""How a run ends: the line that a user reads, the status, and who may still talk after it."""
+"""The end of a run: its last line on stderr, which nothing follows, and its exit status."""
 
 import signal
 import subprocess
@@ -56,7 +56,7 @@ def test_a_bug_is_raised(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_may_be_a_lost_host_names_the_process_after_the_traceback(second_of_two, capsys):
+def test_an_error_that_may_be_a_lost_host_names_the_process_last(second_of_two, capsys):
     try:
         raise RuntimeError("Gloo:\n  connection closed")
     except RuntimeError as error:
@@ -87,7 +87,7 @@ exit.status_after(RuntimeError("write:\\n No space left on device"))
 """
 
 
-def test_of_a_full_disk_the_line_is_the_last_and_threads_are_not_waited_for():
+def test_on_a_full_disk_the_reason_is_the_last_line_and_no_thread_delays_the_end():
     result = run(FULL_DISK)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (

@@ -1,4 +1,4 @@
-"""Each start is a process of its own: the settings are read when a process starts."""
+"""Starts real processes, because glibc reads its settings only when a process starts."""
 
 import os
 import platform
@@ -23,13 +23,13 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this
 
 
 def without_settings(**variables):
-    """The environment of a user who has set nothing."""
+    """Returns the environment of a user who has set nothing."""
     inherited = {key: value for key, value in os.environ.items() if key != glibc.VARIABLE}
     return inherited | {"PYTHONPATH": str(ROOT)} | variables
 
 
 def start(tmp_path, *flags, **variables):
-    """Runs PROGRAM; returns its process's id as the system knows it, and what it printed."""
+    """Runs PROGRAM; returns the id of the process that was started, and what it printed."""
     file = tmp_path / "program.py"
     file.write_text(PROGRAM)
     process = subprocess.Popen(
@@ -43,7 +43,7 @@ def start(tmp_path, *flags, **variables):
 
 
 @needs_glibc
-def test_starts_again_as_the_same_process_with_the_same_arguments(tmp_path):
+def test_a_program_starts_again_as_the_same_process_with_the_same_arguments(tmp_path):
     pid, printed = start(tmp_path, "--config=a b")
     cores = len(os.sched_getaffinity(0))
     assert printed == f"{pid} True ['--config=a b'] {glibc.settings(cores)}"
@@ -55,11 +55,11 @@ def test_a_users_own_settings_are_kept(value, tmp_path):
     assert printed == f"{pid} True [] {value}".strip()
 
 
-def missing(name):
+def unknown_name(name):
     raise ValueError(f"unrecognized configuration name: {name}")
 
 
-@pytest.mark.parametrize("confstr", [lambda name: None, missing])  # musl, macOS
+@pytest.mark.parametrize("confstr", [lambda name: None, unknown_name])  # musl, macOS
 def test_another_c_library_is_left_alone(confstr, monkeypatch):
     monkeypatch.delenv(glibc.VARIABLE, raising=False)
     monkeypatch.setattr(os, "confstr", confstr)

@@ -1,3 +1,5 @@
+"""Sends real signals to this process; only the other processes of a run are simulated."""
+
 import logging
 import os
 import signal
@@ -15,7 +17,7 @@ def send(sign):
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_only_asks(sign, caplog):
+def test_the_first_signal_only_requests_a_stop(sign, caplog):
     with caplog.at_level(logging.WARNING), Interrupt() as interrupt:
         assert not interrupt.requested
         send(sign)
@@ -30,15 +32,15 @@ def test_a_second_sigint_stops_at_once(first):
         send(signal.SIGINT)
 
 
-def test_a_second_sigterm_does_not():
-    """Launchers repeat it while the save is under way."""
+def test_a_second_sigterm_does_not_stop_at_once():
+    """Launchers may repeat SIGTERM during the save."""
     with Interrupt() as interrupt:
         send(signal.SIGTERM)
         send(signal.SIGTERM)
         assert interrupt.requested
 
 
-def test_handlers_are_given_back():
+def test_handlers_are_restored():
     before = [signal.getsignal(sign) for sign in SIGNALS]
     with Interrupt():
         assert all(signal.getsignal(sign) != old for sign, old in zip(SIGNALS, before, strict=True))
@@ -63,8 +65,8 @@ def test_other_threads_catch_nothing():
 
 
 @pytest.mark.parametrize("agreed", [1, 5, 7])
-def test_of_several_processes_all_are_asked_about_every_step(agreed, monkeypatch):
-    """Also where a call takes several, and where the run goes on from a later step than agreed."""
+def test_each_process_of_several_asks_about_every_step(agreed, monkeypatch):
+    """A call may take several steps, and the first question may come after the agreed step."""
     asked = []
 
     def reached(step):
@@ -79,7 +81,7 @@ def test_of_several_processes_all_are_asked_about_every_step(agreed, monkeypatch
     assert asked == list(range(agreed + 1))
 
 
-def test_of_several_processes_jax_keeps_sigterm(monkeypatch):
+def test_in_a_run_of_several_processes_jax_handles_sigterm(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     before = signal.getsignal(signal.SIGTERM)
     with Interrupt():

@@ -1,3 +1,5 @@
+"""The display of progress, on a clock that the tests move, against lines written by hand."""
+
 import io
 import re
 
@@ -20,7 +22,7 @@ def console(terminal, width=100):
     return Console(file=io.StringIO(), force_terminal=terminal, no_color=True, width=width)
 
 
-def test_lines_where_there_is_no_terminal(clock):
+def test_without_a_terminal_a_line_appears_every_ten_seconds(clock):
     out = console(terminal=False)
     with Progress(1000, start_step=500, console=out) as shown:
         for step in range(501, 1001):
@@ -93,17 +95,17 @@ def test_stdout_is_left_alone(capfd, terminal):
     assert "loss 0.500" in captured.err
 
 
-def test_speaks_on_stderr_unless_told(capfd):
+def test_progress_goes_to_stderr_by_default(capfd):
     with Progress(10) as shown:
         shown.update(10, loss=0.5)
     captured = capfd.readouterr()
     assert captured.out == "" and "loss 0.500" in captured.err
 
 
-# --- phases
+# ---- phases -------------------------------------------------------------------------------------
 
 
-def test_phases_tell_in_lines_how_far_they_are_and_when_they_end(clock):
+def test_phases_print_lines_with_progress_and_time_left(clock):
     out = console(terminal=False)
     with Phases(console=out) as phases:
         read = phases.begin("reading train", 5120, "patches")
@@ -122,14 +124,14 @@ def test_phases_tell_in_lines_how_far_they_are_and_when_they_end(clock):
         "reading train: 2,048/5,120 patches  128/s  0:00:24 left",
         "reading train: 3,584/5,120 patches  128/s  0:00:12 left",
         "reading train: 5,120/5,120 patches  128/s  in 0:00:40",
-        # 3 of 10 s have gone since the last line: this one is not due.
+        # 1,000 MB has no line, because only 2 of 10 s had passed since the last one.
         "verifying: 2,500/3,000 MB  150/s  0:00:03 left",
         "verifying: 3,000/3,000 MB  182/s  in 0:00:13",
     ]
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_phase_that_ended_keeps_its_clock(clock, width):
+def test_a_finished_phase_keeps_its_time(clock, width):
     out = console(terminal=True, width=width)
     with Phases(console=out) as phases:
         for name in ("reading valid", "checking files (sha256)"):
@@ -144,11 +146,11 @@ def test_a_phase_that_ended_keeps_its_clock(clock, width):
         assert "32,768/32,768 patches  482/s  in 0:01:08" in line
 
 
-def test_phases_of_strange_names_and_a_console_that_is_quiet():
-    shown = console(terminal=True)
-    with Phases(console=shown) as phases:
+def test_brackets_in_a_name_are_shown_and_a_quiet_console_shows_nothing():
+    out = console(terminal=True)
+    with Phases(console=out) as phases:
         phases.begin("[bold]unpacking", 3, "bytes")(3)
-    assert "[bold]unpacking" in shown.file.getvalue()
+    assert "[bold]unpacking" in out.file.getvalue()
     for quiet in (False, True):
         out = Console(file=io.StringIO(), quiet=quiet)
         with Phases(console=out) as phases:

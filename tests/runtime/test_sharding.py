@@ -1,3 +1,5 @@
+"""Shardings of the shapes of a tree; rounding up against a search through all numbers."""
+
 import jax
 import jax.numpy as jnp
 import pytest

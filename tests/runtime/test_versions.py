@@ -1,4 +1,4 @@
-"""The installed versions, and the tested range against what pip is told of it."""
+"""The tested range of JAX against pyproject.toml, which pip reads, and the installed versions."""
 
 import logging
 import platform
@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 @pytest.mark.parametrize(
     "version", ["0.9.9", "0.10.0", "0.12.0.1", "0.13.0", "0.13.0.dev1", "1.0.0"]
 )
-def test_it_warns_where_pip_would_refuse(version, caplog):
+def test_it_warns_of_a_version_that_pip_would_refuse(version, caplog):
     (package,) = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "jax"]
     with caplog.at_level(logging.WARNING, logger="bef_jax"):
         warn_if_untested(version)
@@ -34,7 +34,7 @@ def test_the_installed_jax_is_tested(caplog):
     assert not caplog.records
 
 
-def test_versions_are_those_of_what_runs():
+def test_installed_versions_are_those_that_run():
     versions = installed_versions()
     assert versions.keys() == {"jax", "jaxlib", "flax", "python"}
     assert versions["jax"] == jax.__version__

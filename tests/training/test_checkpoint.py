@@ -1,4 +1,7 @@
-"""Checkpoints by themselves; training and resuming are in test_train.py."""
+"""Small checkpoints: what is read is what was saved, and the right ones are kept.
+
+Training and resuming are in test_train.py.
+"""
 
 import json
 import logging
@@ -29,7 +32,7 @@ def test_what_was_saved_is_read(saved):
     assert run == {"config": {"name": "tiny"}}
 
 
-def test_a_state_is_read_onto_the_devices_that_are_asked_for(saved):
+def test_a_state_is_restored_onto_the_devices_of_the_sharding(saved):
     mesh = sharding.make_mesh()
     state, _ = read(saved)
     assert state.params["kernel"].sharding == sharding.replicated(mesh)
@@ -37,7 +40,7 @@ def test_a_state_is_read_onto_the_devices_that_are_asked_for(saved):
 
 
 @pytest.mark.parametrize("workdir", ["missing", "empty"])
-def test_where_no_checkpoint_is_one_is_asked_for(workdir, tmp_path):
+def test_a_missing_checkpoint_is_an_error_that_asks_for_one(workdir, tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"checkpoints: no checkpoint there; train first, or give"):
         checkpoint.best(tmp_path / workdir)
@@ -55,7 +58,7 @@ def test_another_shape_is_refused_in_one_line_that_says_why(saved):
 
 
 @pytest.mark.smoke
-def test_a_missing_part_is_named_where_no_checksum_does(saved):
+def test_a_missing_part_is_named_even_without_checksums(saved):
     (saved / checkpoint.CHECKSUMS).unlink()
     (saved / "run" / "metadata").unlink()
     with pytest.raises(UserError, match=r"3 can't be read: .*run/metadata"):
@@ -66,7 +69,7 @@ def test_a_missing_part_is_named_where_no_checksum_does(saved):
 
 
 def save_all(workdir, keep, scores):
-    """Saves a checkpoint at steps 1, 2, ..., with these AUCs; returns what is on disk."""
+    """Saves a checkpoint at steps 1, 2, ... with these AUCs; returns the steps that are on disk."""
     checkpoints = Checkpoints(workdir, keep)
     for step, auc in enumerate(scores, 1):
         checkpoints.save(step, STATE, {}, auc)
@@ -81,26 +84,26 @@ def save_all(workdir, keep, scores):
         (1, [0.6, 0.9, 0.7, 0.8], [2, 4]),
         (2, [0.6, 0.9, 0.7, 0.8], [2, 3, 4]),
         (1, [0.6, 0.7, 0.8, 0.9], [4]),
-        (1, [0.9, None, None], [1, 3]),  # saved between evaluations, which score nothing
+        (1, [0.9, None, None], [1, 3]),  # None: saved between evaluations
         (2, [None, None, None], [2, 3]),
     ],
 )
-def test_the_newest_are_kept_and_the_best(keep, scores, kept, tmp_path):
+def test_the_newest_checkpoints_and_the_best_are_kept(keep, scores, kept, tmp_path):
     assert save_all(tmp_path, keep, scores) == kept
 
 
-def test_the_best_is_found_again(tmp_path):
+def test_best_finds_the_checkpoint_with_the_highest_score(tmp_path):
     save_all(tmp_path, 3, [0.2, 0.9, 0.4])
     assert checkpoint.best(tmp_path) == tmp_path / "checkpoints" / "2"
 
 
 @pytest.mark.parametrize(("scores", "best"), [([0.0, None], 1), ([None, None], 2), ([0.5] * 2, 2)])
-def test_any_score_is_better_than_none_and_of_equals_the_newest(scores, best, tmp_path):
+def test_any_score_beats_none_and_the_newest_of_equal_scores_is_best(scores, best, tmp_path):
     save_all(tmp_path, 2, scores)
     assert checkpoint.best(tmp_path).name == str(best)
 
 
-def test_newest_and_older(tmp_path):
+def test_newest_finds_the_last_step_up_to_a_limit(tmp_path):
     save_all(tmp_path, 3, [None] * 3)
     checkpoints = Checkpoints(tmp_path, 3)
     assert checkpoints.newest() == tmp_path / "checkpoints" / "3"
@@ -116,7 +119,7 @@ def test_a_workdir_without_checkpoints_has_no_newest(tmp_path):
     checkpoints.close()
 
 
-def test_a_step_is_saved_once(tmp_path):
+def test_a_second_save_of_a_step_changes_nothing(tmp_path):
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(1, STATE, {"config": {"name": "first"}}, None)
     checkpoints.wait()
@@ -126,7 +129,7 @@ def test_a_step_is_saved_once(tmp_path):
     assert run == {"config": {"name": "first"}}
 
 
-def test_what_a_killed_save_left_is_removed(saved):
+def test_what_a_killed_save_left_behind_is_removed(saved):
     left = saved.parent / "4.orbax-checkpoint-tmp"
     (left / "state").mkdir(parents=True)
     checkpoints = Checkpoints(saved.parents[1], 2)
@@ -137,11 +140,11 @@ def test_what_a_killed_save_left_is_removed(saved):
     read(saved)
 
 
-# ---- whether they fit ---------------------------------------------------------------------------
+# ---- which configurations fit -------------------------------------------------------------------
 
 
-def check(saved, now):
-    """Compares a configuration with `saved` fields to one with the fields of `now`."""
+def check_fit(saved, now):
+    """Checks whether a checkpoint with the fields `saved` fits a run with the fields `now`."""
     old = json.loads(get_config(saved).to_json_best_effort())
     checkpoint.check_fits(old, get_config(now), Path("runs/b2/checkpoints/5"))
 
@@ -162,20 +165,20 @@ def check(saved, now):
         ("optim.layer_decay=1.0", "optim.layer_decay=0.5"),
     ],
 )
-def test_another_network_or_another_optimisers_state_is_refused(saved, now):
-    # The last field differs; others only make it count.
+def test_a_checkpoint_of_another_network_or_optimiser_state_is_refused(saved, now):
+    # The last field differs. A field before it selects an optimiser that uses it.
     (field, before), (_, after) = (text.split(",")[-1].split("=") for text in (saved, now))
     message = (
         rf"^checkpoint runs/b2/checkpoints/5 was trained with another {field} "
         rf"\(saved '?{before}'?, now '?{after}'?\)$"
     )
     with pytest.raises(UserError, match=message):
-        check(saved, now)
+        check_fit(saved, now)
 
 
 def test_all_fields_that_differ_are_named():
     with pytest.raises(UserError, match=r"model\.\w+ \(.*\), model\.\w+ \("):
-        check("model.name=efficientnet_b1,model.fusion=True", "model.fusion=False")
+        check_fit("model.name=efficientnet_b1,model.fusion=True", "model.fusion=False")
 
 
 @pytest.mark.parametrize(
@@ -187,22 +190,22 @@ def test_all_fields_that_differ_are_named():
         "optim.weight_decay=0.5",
     ],
 )  # fmt: skip
-def test_what_decides_no_shape_is_logged_with_both_values(field, caplog):
+def test_fields_that_change_no_shape_are_logged_with_both_values(field, caplog):
     name, value = field.split("=")
     with caplog.at_level(logging.WARNING):
-        check(None, field)
-    (said,) = caplog.messages
-    assert said.startswith(f"config.{name} was ")
-    assert re.search(rf" in runs/b2/checkpoints/5, is '?{value}'? now$", said)
+        check_fit(None, field)
+    (message,) = caplog.messages
+    assert message.startswith(f"config.{name} was ")
+    assert re.search(rf" in runs/b2/checkpoints/5, is '?{value}'? now$", message)
 
 
 @pytest.mark.parametrize("field", ["seed=0", "distributed.num_processes=8"])
-def test_what_is_the_same_or_of_the_machines_is_not_told(field, caplog):
-    check(None, field)
+def test_equal_fields_and_fields_of_the_machine_are_not_logged(field, caplog):
+    check_fit(None, field)
     assert not caplog.messages
 
 
-def test_fields_newer_than_a_checkpoint_have_their_defaults():
+def test_fields_newer_than_a_checkpoint_get_their_defaults():
     saved = json.loads(get_config("seed=5,model.fusion=False").to_json_best_effort())
     del saved["batch_size"], saved["model"]["attention"]
     config, default = checkpoint.with_defaults(saved), get_config()

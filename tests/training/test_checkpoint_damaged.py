@@ -1,4 +1,4 @@
-"""Checkpoints that were cut, edited or swapped for something else: one line, and no waiting."""
+"""Checkpoints that were cut, edited or replaced: each gives one line of error, and none hangs."""
 
 import json
 import os
@@ -12,13 +12,15 @@ from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
 from tests.checkpoints import read, save
 
+BRACKETS = pytest.param("[" * 100_000, id="100000 brackets")
+
 
 @pytest.fixture
 def saved(tmp_path):
     return save(tmp_path)
 
 
-def files(path):
+def files_of_state_and_run(path):
     expected = json.loads((path / checkpoint.CHECKSUMS).read_text())
     return [name for name in sorted(expected) if not name.startswith("metrics/")]
 
@@ -31,21 +33,21 @@ def test_checksums_cover_every_file_of_every_item(saved):
 
 @pytest.mark.smoke
 def test_a_flipped_bit_in_any_file_is_found_and_named(saved):
-    for name in files(saved):
-        whole = (saved / name).read_bytes()
-        if not whole:
+    for name in files_of_state_and_run(saved):
+        content = (saved / name).read_bytes()
+        if not content:
             continue
-        damaged = bytearray(whole)
-        damaged[len(whole) // 2] ^= 1
+        damaged = bytearray(content)
+        damaged[len(content) // 2] ^= 1
         (saved / name).write_bytes(damaged)
         with pytest.raises(UserError, match=rf"3 is damaged: \S*{name} is not what was saved"):
             read(saved)
-        (saved / name).write_bytes(whole)
+        (saved / name).write_bytes(content)
     read(saved)
 
 
 def test_a_missing_file_is_named(saved):
-    for name in files(saved):
+    for name in files_of_state_and_run(saved):
         (saved / name).rename(saved / "away")
         with pytest.raises(UserError, match=f"{name} is not what was saved"):
             read(saved)
@@ -58,7 +60,7 @@ def test_checkpoints_of_versions_without_checksums_are_read(saved):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", "[[1, 2]]", '{"state/x": 3}', "[" * 100_000, "\0"]
+    "text", ["", "{", "[]", "3", "null", "[[1, 2]]", '{"state/x": 3}', BRACKETS, "\0"]
 )
 def test_damaged_checksums_are_named(saved, text):
     (saved / checkpoint.CHECKSUMS).write_text(text)
@@ -70,14 +72,14 @@ def test_damaged_checksums_are_named(saved, text):
     "name",
     [
         "run/../../../../proc/kmsg",
-        "run/" + "x" * 5000,
+        pytest.param("run/" + "x" * 5000, id="run/ and 5000 letters"),
         "run/../../secret",
         "run/\0",
         "run/",
         "run/.",
     ],
 )
-def test_checksums_of_files_that_are_not_the_checkpoints_are_not_looked_at(saved, name):
+def test_a_checksum_of_a_name_that_is_no_file_of_the_checkpoint_is_damage(saved, name):
     (saved.parent / "secret").write_text("")
     edit_json(saved / checkpoint.CHECKSUMS, lambda sums: sums | {name: "0" * 64})
     with pytest.raises(UserError, match=r"3 is damaged: .* is not what was saved"):
@@ -87,17 +89,17 @@ def test_checksums_of_files_that_are_not_the_checkpoints_are_not_looked_at(saved
 @pytest.mark.parametrize(
     "text",
     ['{"valid_auc": 0.', "", "[]", "3", "{}", '{"valid_auc": null}', '{"valid_auc": NaN}',
-     '{"valid_auc": "high"}', '{"valid_auc": 7}', "[" * 100_000],
+     '{"valid_auc": "high"}', '{"valid_auc": 7}', BRACKETS],
 )  # fmt: skip
-def test_a_damaged_score_is_named_and_not_passed_over(saved, text):
+def test_a_damaged_score_is_named_and_not_ignored(saved, text):
     (saved / "metrics" / "metrics").write_text(text)
     for read_scores in (checkpoint.best, lambda workdir: Checkpoints(workdir, 2)):
         with pytest.raises(UserError, match=r"3/metrics/metrics: damaged .*--checkpoint"):
             read_scores(saved.parents[1])
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "[" * 100_000, '{"item_handlers": 3}'])
-def test_what_orbax_can_not_read_of_its_own_is_one_line(saved, text):
+@pytest.mark.parametrize("text", ["[]", "3", BRACKETS, '{"item_handlers": 3}'])
+def test_damaged_metadata_of_orbax_can_be_deleted(saved, text):
     (saved / "_CHECKPOINT_METADATA").write_text(text)
     with pytest.raises(UserError, match=r"\*/_CHECKPOINT_METADATA: one of .*; delete these"):
         Checkpoints(saved.parents[1], 2)
@@ -106,7 +108,7 @@ def test_what_orbax_can_not_read_of_its_own_is_one_line(saved, text):
     read(saved)
 
 
-def test_text_longer_than_any_is_not_read(saved):
+def test_metadata_that_is_too_long_is_not_read(saved):
     (saved / checkpoint.CHECKSUMS).unlink()
     with (saved / "state" / "_METADATA").open("wb") as file:
         file.truncate(1 << 40)
@@ -132,7 +134,7 @@ GOOD = {"config": {"name": "tiny"}}
         GOOD | {"operating_point": {"chosen_on": "x", "threshold": "0", "temperature": 1.0}},
     ],
 )  # fmt: skip
-def test_a_run_of_another_shape_is_named(saved, run):
+def test_run_metadata_of_another_shape_is_named(saved, run):
     (saved / checkpoint.CHECKSUMS).unlink()
     (saved / "run" / "metadata").write_text(json.dumps(run))
     with pytest.raises(
@@ -149,7 +151,7 @@ def test_a_run_of_another_shape_is_named(saved, run):
         {"operating_point": {"chosen_on": "valid", "threshold": None, "temperature": None}},
     ],
 )
-def test_a_run_of_an_older_version_or_of_one_class_is_read(saved, added):
+def test_run_metadata_of_an_older_version_or_without_a_threshold_is_read(saved, added):
     (saved / checkpoint.CHECKSUMS).unlink()
     (saved / "run" / "metadata").write_text(json.dumps(GOOD | added))
     assert checkpoint.read_metadata(saved) == GOOD | added
@@ -157,7 +159,7 @@ def test_a_run_of_an_older_version_or_of_one_class_is_read(saved, added):
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"model": 3}, "its config is damaged .model is int"),
         ({"model": {"gone": 1}}, "config.model.gone is unknown"),
@@ -170,20 +172,20 @@ def test_a_run_of_an_older_version_or_of_one_class_is_read(saved, added):
         ({"update": 1}, "its config is damaged|config.update is unknown"),
     ],
 )
-def test_a_field_that_this_version_can_not_read_is_named_with_its_checkpoint(saved, config, said):
+def test_a_field_that_this_version_cannot_read_is_named_with_its_checkpoint(saved, config, message):
     (saved / checkpoint.CHECKSUMS).unlink()
     (saved / "run" / "metadata").write_text(json.dumps({"config": config}))
-    with pytest.raises(UserError, match=f"^checkpoint {saved}: {said}"):
+    with pytest.raises(UserError, match=f"^checkpoint {saved}: {message}"):
         checkpoint.read_config(saved)
-    with pytest.raises(UserError, match=f"^checkpoint {saved}: {said}"):
+    with pytest.raises(UserError, match=f"^checkpoint {saved}: {message}"):
         checkpoint.check_fits(config, get_config(), saved)
 
 
 # ---- special files ------------------------------------------------------------------------------
 
 
-def put(path, kind):
-    """Puts something else in the place of a file, or where none was."""
+def replace_by(path, kind):
+    """Replaces `path`, if it exists, by a thing of this kind; "nothing" is a broken link."""
     path.unlink(missing_ok=True)
     makers = {"FIFO": os.mkfifo, "folder": lambda x: x.symlink_to(x.parent)}
     makers |= {"device": lambda x: x.symlink_to("/dev/zero")}
@@ -193,25 +195,25 @@ def put(path, kind):
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "nothing"])
 @pytest.mark.parametrize("checksums", [True, False])
-def test_no_special_file_of_a_checkpoint_is_opened(saved, kind, checksums):
+def test_a_special_file_in_a_checkpoint_is_refused_and_not_opened(saved, kind, checksums):
     if not checksums:
         (saved / checkpoint.CHECKSUMS).unlink()
-    whole = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
-    for path in [*whole, saved / "state" / "another", saved / "state" / "d" / "another"]:
-        put(path, kind)
-        for look in (read, lambda path: Checkpoints(path.parents[1], 2)):
+    contents = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    for path in [*contents, saved / "state" / "another", saved / "state" / "d" / "another"]:
+        replace_by(path, kind)
+        for read_checkpoint in (read, lambda path: Checkpoints(path.parents[1], 2)):
             with pytest.raises(UserError, match=f"{path}: (is a {kind}|links to {kind})"):
-                look(saved)
+                read_checkpoint(saved)
         path.unlink()
-        if path in whole:
-            path.write_bytes(whole[path])
+        if path in contents:
+            path.write_bytes(contents[path])
     read(saved)
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "file", "nothing"])
-def test_a_place_that_is_no_folder_of_checkpoints_is_refused(tmp_path, kind):
+def test_something_else_in_place_of_the_checkpoints_folder_is_refused(tmp_path, kind):
     place = tmp_path / "checkpoints"
-    place.touch() if kind == "file" else put(place, kind)
+    place.touch() if kind == "file" else replace_by(place, kind)
     with pytest.raises(UserError, match="checkpoints: is in the way of an output folder; move"):
         Checkpoints(tmp_path, 2)
     with pytest.raises(UserError, match="checkpoints: no checkpoint there"):
@@ -227,6 +229,6 @@ def test_only_folders_with_a_plain_number_are_steps(saved):
     checkpoints = Checkpoints(saved.parents[1], 2)
     assert checkpoints.newest() == saved
     checkpoints.close()
-    (saved.parent / "1\u0663").mkdir()  # 13 to Orbax
+    (saved.parent / "1\u0663").mkdir()  # Orbax reads this as 13
     with pytest.raises(UserError, match="is not a checkpoint of a run; move it away"):
         Checkpoints(saved.parents[1], 2)

@@ -1,10 +1,12 @@
+"""The clock of a run against sums made by hand; the tests move the time themselves."""
+
 import pytest
 
 from bef_jax.training import clock
 
 
 class Time:
-    """time.perf_counter, moved by hand."""
+    """Stands in for the module `time`; a test moves `now`."""
 
     def __init__(self):
         self.now = 100.0
@@ -31,7 +33,7 @@ def test_seconds_add_up_by_name(time):
     assert watch.seconds("never") == 0
 
 
-def test_what_is_running_counts(time):
+def test_a_measurement_that_still_runs_counts(time):
     watch = clock.Clock()
     with watch.measure("loop"):
         time.now += 4
@@ -40,7 +42,7 @@ def test_what_is_running_counts(time):
     assert watch.seconds("loop") == 4
 
 
-def test_an_error_inside_still_counts(time):
+def test_a_measurement_that_an_error_ends_still_counts(time):
     watch = clock.Clock()
     with pytest.raises(RuntimeError), watch.measure("loop"):
         time.now += 4
@@ -60,12 +62,12 @@ def test_training_is_the_loop_without_evaluations_and_saves(time):
     assert watch.training_seconds() == 10
 
 
-def test_a_restart_goes_on_counting(time):
+def test_a_restarted_run_goes_on_counting(time):
     first = clock.Clock()
     with first.measure("loop"):
         time.now += 7
     snapshot = first.snapshot()
-    time.now += 1000  # between the runs: nobody's
+    time.now += 1000  # between the runs, so no clock counts it
     second = clock.Clock()
     time.now += 1
     with second.measure("loop"):

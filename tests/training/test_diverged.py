@@ -1,4 +1,4 @@
-"""Runs whose loss or scores are not finite: what they say, and which checkpoint they call good."""
+"""Runs whose loss or scores are not finite: their message, and which checkpoint it calls good."""
 
 import itertools
 import subprocess
@@ -11,7 +11,7 @@ from bef_jax.errors import DivergedError, RunError
 from tests.conftest import SHRUNK
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_ids(small_config, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_patches(small_config, tmp_path):
     config = small_config(
         **{"optim.name": "sgd", "optim.learning_rate": 1e38, "optim.clip_norm": 0.0}
     )
@@ -21,33 +21,33 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_ids(small_config, tmp_pat
 
 
 @pytest.mark.parametrize(("warmup", "last_good"), [(0.0, None), (1.0, "1")])
-def test_good_is_said_of_a_checkpoint_whose_loss_was_finite_after_it(
+def test_a_checkpoint_is_called_good_only_if_the_next_loss_was_finite(
     warmup, last_good, small_config, tmp_path
 ):
-    """The first step with a learning rate spoils the weights; the loss of the next one shows it."""
+    """The first step with a learning rate above 0 spoils the weights; the next loss shows it."""
     fields = {"optim.learning_rate": 1e38, "optim.warmup_epochs": warmup, "steps": 3}
     config = small_config(**fields, **{"checkpoint.every_steps": 1})
     with pytest.raises(FloatingPointError) as caught:
         train.train_and_evaluate(config, tmp_path)
-    spoilt = 2 if last_good else 1  # the step after which the state is
+    spoilt = 2 if last_good else 1  # the state after this step is spoilt
     good = tmp_path / "checkpoints" / last_good if last_good else "none"
     assert str(caught.value).startswith(f"the loss of step {spoilt + 1} is not finite; its batch: ")
     assert str(caught.value).endswith(f"; last good checkpoint: {good}")
     assert str(spoilt) in {path.name for path in (tmp_path / "checkpoints").iterdir()}
 
 
-@pytest.mark.parametrize(("calls", "last_good"), [(1, "3"), (2, "4"), (3, "3")])
+@pytest.mark.parametrize(("failing_call", "last_good"), [(1, "3"), (2, "4"), (3, "3")])
 def test_scores_that_are_not_finite_end_the_run(
-    calls, last_good, small_config, tmp_path, monkeypatch
+    failing_call, last_good, small_config, tmp_path, monkeypatch
 ):
-    """At step 4, at step 6, or when the best checkpoint, of step 4 or 6, is scored in the end."""
-    made = train.make_evaluator
+    """The evaluation of step 4 or 6 fails, or that of the best checkpoint (step 4) at the end."""
+    make_real_evaluator = train.make_evaluator
 
     def make_evaluator(*args):
-        evaluate, count = made(*args), itertools.count(1)
+        evaluate, count = make_real_evaluator(*args), itertools.count(1)
 
         def failing(variables, split):
-            if next(count) == calls:
+            if next(count) == failing_call:
                 raise RunError("the score of patch valid_3 is not finite")
             return evaluate(variables, split)
 
@@ -57,14 +57,14 @@ def test_scores_that_are_not_finite_end_the_run(
     monkeypatch.setattr(train.checkpoint, "best", lambda workdir: workdir / "checkpoints" / "4")
     with pytest.raises(DivergedError) as caught:
         train.train_and_evaluate(small_config(**{"checkpoint.keep": 9}), tmp_path)
-    step = {1: 4, 2: 6, 3: 4}[calls]
+    step = {1: 4, 2: 6, 3: 4}[failing_call]
     assert str(caught.value) == (
         f"step {step}: the score of patch valid_3 is not finite; last good checkpoint: "
         f"{tmp_path / 'checkpoints' / last_good}"
     )
 
 
-def test_weights_that_the_last_step_spoilt_are_a_failure_in_one_line(data_dir, tmp_path):
+def test_weights_that_the_last_step_spoilt_fail_the_run_with_one_line(data_dir, tmp_path):
     fields = SHRUNK | {"data.dir": data_dir, "steps": 1, "optim.learning_rate": 1e38}
     command = [
         sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",

@@ -1,3 +1,5 @@
+"""What a run logs, read back from metrics.jsonl and from TensorBoard's files."""
+
 import json
 import os
 import struct
@@ -23,7 +25,7 @@ def on_disk(folder):
 
 
 def events(folder):
-    """TensorBoard's files: records of length, checksum, event, checksum."""
+    """Reads TensorBoard's files, whose records are length, checksum, event, checksum."""
     found = []
     for file in sorted((folder / "tensorboard").iterdir()):
         data = file.read_bytes()
@@ -35,7 +37,7 @@ def events(folder):
 
 
 def scalars(folder):
-    """(tag, step, value) of all events."""
+    """Returns (tag, step, value) of all events."""
     return [(v.tag, e.step, v.simple_value) for e in events(folder) for v in e.summary.value]
 
 
@@ -45,11 +47,11 @@ def test_lines_are_written_at_once(history, tmp_path):
     assert on_disk(tmp_path) == expected == history.lines
     history.write(40, valid_auc=0.75)
     assert on_disk(tmp_path) == [*expected, {"step": 40, "valid_auc": 0.75}]
-    history.close()  # its thread writes
+    history.close()  # its thread writes the events
     assert scalars(tmp_path) == [("epoch", 20, 0.5), ("loss", 20, 0.25), ("valid_auc", 40, 0.75)]
 
 
-def test_a_later_run_goes_on(history, tmp_path):
+def test_a_later_run_appends_to_the_lines_of_the_first(history, tmp_path):
     history.write(1, epoch=0.5, loss=3.0)
     later = History(tmp_path)
     later.write(2, epoch=1.0, loss=2.0)
@@ -64,7 +66,7 @@ def test_a_later_run_goes_on(history, tmp_path):
     )
 
 
-def test_truncate_drops_what_came_after(history, tmp_path):
+def test_truncate_drops_the_lines_after_a_step(history, tmp_path):
     for step in (10, 20, 20, 30):
         history.write(step, loss=1.0)
     history.truncate(20)
@@ -92,7 +94,7 @@ def test_a_fresh_workdir_has_no_lines(history):
 
 
 # What a power cut, an editor or another program leaves in place of a line.
-NO_LINES = [
+BROKEN_LINES = [
     b"3", b"{}", b"null", b"[]", b'"x"', b'{"step": null}', b"\xff", b"\0" * 100, b"",
     b"{", b"[" * 9000,
     b'{"step": 2, "epoch": 1.0, "loss": "low"}', b'{"step": 2, "loss": 1.0}',
@@ -103,8 +105,8 @@ NO_LINES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", NO_LINES, ids=range(len(NO_LINES)))
-def test_what_is_no_line_of_a_run_is_left_out(text, history, tmp_path):
+@pytest.mark.parametrize("text", BROKEN_LINES, ids=range(len(BROKEN_LINES)))
+def test_a_line_that_no_run_wrote_is_left_out(text, history, tmp_path):
     history.write(1, epoch=0.5, loss=3.0)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(text + b"\n")
@@ -117,7 +119,7 @@ def test_what_is_no_line_of_a_run_is_left_out(text, history, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
-def test_what_is_no_file_is_refused_at_once(kind, tmp_path):
+def test_a_special_file_is_refused_at_once(kind, tmp_path):
     file = tmp_path / "metrics.jsonl"
     {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}[kind](
         file
@@ -127,7 +129,7 @@ def test_what_is_no_file_is_refused_at_once(kind, tmp_path):
 
 
 def test_a_fresh_start_begins_a_fresh_file(history, tmp_path):
-    """What a run left that was killed before its first save: nothing goes on from there."""
+    """A run that was killed before its first save leaves lines, but no run goes on from them."""
     for step in (1, 2):
         history.write(step, epoch=1.0, loss=3.0)
     later = History(tmp_path)
@@ -165,21 +167,21 @@ def many_names(file):
     ],
     ids=["sparse", "short lines", "many names"],
 )
-def test_a_file_longer_than_any_is_refused_in_little_memory(write, tmp_path):
+def test_a_file_that_is_too_long_is_refused_in_little_memory(write, tmp_path):
     with (tmp_path / "metrics.jsonl").open("wb") as file:
         write(file)
     code = """
 import resource, sys
 from bef_jax.training.history import History
 
-def most():
+def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
-before = most()
+before = peak()
 try:
     History(sys.argv[1])
 except Exception as error:
-    print(type(error).__name__, most() - before)
+    print(type(error).__name__, peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     name, mebibytes = done.stdout.split()

@@ -1,3 +1,5 @@
+"""Imports weights as a checkpoint, and compares it with `weights.read` of the same source."""
+
 import os
 from pathlib import Path
 
@@ -23,7 +25,7 @@ def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
     saved = checkpoint.with_defaults(checkpoint.read_metadata(checkpoint.best(tmp_path))["config"])
     trained_with = saved.model.padding, saved.model.bn_epsilon, saved.model.bn_momentum
     assert trained_with == ("same", 1e-3, 0.99)
-    assert config.model.padding == "symmetric"  # the caller's own
+    assert config.model.padding == "symmetric"  # the caller's config is not changed
     everywhere = sharding.replicated(sharding.make_mesh())
     path = checkpoint.best(tmp_path)
     restored = checkpoint.restore(path, state.abstract_state(saved), everywhere)
@@ -44,19 +46,19 @@ def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
         (".lock", "FIFO", "is a FIFO"),
     ],
 )
-def test_a_workdir_that_cannot_be_written_is_told_before(
+def test_a_workdir_that_cannot_be_written_is_refused_before_weights_are_read(
     name, kind, message, tmp_path, monkeypatch
 ):
     (tmp_path / "w.pth").touch()
     place = tmp_path / "run" / name
     place.parent.mkdir(exist_ok=True)
     {"file": Path.touch, "folder": Path.mkdir, "FIFO": os.mkfifo}[kind](place)
-    monkeypatch.setattr(weights, "convention", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr(weights, "convention", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(UserError, match=message):
         import_weights.import_as_checkpoint(get_config(), tmp_path / "run", str(tmp_path / "w.pth"))
 
 
-def test_it_waits_for_no_other_run(tmp_path):
+def test_a_workdir_of_another_run_is_refused_without_waiting(tmp_path):
     (tmp_path / "w.pth").touch()
     with lock.held(tmp_path), pytest.raises(UserError, match="another run writes there"):
         import_weights.import_as_checkpoint(get_config(), tmp_path, str(tmp_path / "w.pth"))

@@ -1,3 +1,5 @@
+"""Optimisers against updates written in NumPy, and schedules against their closed forms."""
+
 import itertools
 import math
 
@@ -17,7 +19,7 @@ RATE = 0.1
 
 
 def make_config(name, **fields):
-    """An optimiser without clipping, unless `fields` say otherwise."""
+    """Returns a config without clipping, unless `fields` say otherwise."""
     config = get_config()
     config.optim.update({"name": name, "clip_norm": 0.0, **fields})
     return config
@@ -32,7 +34,7 @@ def make_tree(seed):
 
 
 def take_steps(config, gradients):
-    """Parameters after one step per gradient, from those of seed 0."""
+    """Returns the parameters of seed 0 after one step per gradient."""
     tx = optim.make_optimizer(config, lambda step: RATE)
     params = jax.tree.map(jnp.float32, make_tree(0))
     state = tx.init(params)
@@ -43,7 +45,7 @@ def take_steps(config, gradients):
 
 
 def assert_steps(config, gradients, step):
-    """Compares with `step(parameter, gradient, decay, memory) -> parameter`, leaf by leaf."""
+    """Compares `take_steps`, leaf by leaf, with step(parameter, gradient, decay, memory)."""
     actual = take_steps(config, gradients)
     for path, leaf in flatten_dict(make_tree(0)).items():
         decay = config.optim.weight_decay if path[-1] == "kernel" else 0.0
@@ -56,7 +58,7 @@ def assert_steps(config, gradients, step):
 GRADIENTS = [make_tree(seed) for seed in (1, 2, 3)]
 
 
-# ---- weight decay's mask ------------------------------------------------------------------------
+# ---- which parameters decay ---------------------------------------------------------------------
 
 
 def test_decay_mask_covers_every_parameter_of_a_boosted_network():
@@ -67,7 +69,7 @@ def test_decay_mask_covers_every_parameter_of_a_boosted_network():
     mask = flatten_dict(optim.decay_mask(shapes["params"]))
     assert mask.keys() == params.keys()
     assert {path[-1] for path, decayed in mask.items() if decayed} == {"kernel"}
-    # What is left alone are vectors, one number per channel; what is decayed never is.
+    # All vectors (one number per channel) are left alone, and everything else decays.
     assert all(decayed == (len(params[path].shape) > 1) for path, decayed in mask.items())
 
 
@@ -118,7 +120,7 @@ def test_placeholder_schedule_barely_moves_the_weights():
 # ---- optimisers ---------------------------------------------------------------------------------
 
 
-def test_adamw():
+def test_adamw_follows_its_formula():
     def step(w, g, decay, memory):
         t = memory["t"] = memory.get("t", 0) + 1
         m = memory["m"] = 0.9 * memory.get("m", 0) + 0.1 * g
@@ -130,7 +132,7 @@ def test_adamw():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
-def test_sgd(momentum):
+def test_sgd_follows_its_formula(momentum):
     def step(w, g, decay, memory):
         trace = memory["trace"] = momentum * memory.get("trace", 0) + g + decay * w
         return w - RATE * trace
@@ -147,7 +149,7 @@ def test_momentum_of_0_keeps_no_trace(name, moments):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
-def test_rmsprop(momentum):
+def test_rmsprop_follows_its_formula(momentum):
     def step(w, g, decay, memory):
         g = g + decay * w
         v = memory["v"] = 0.9 * memory.get("v", 0) + 0.1 * g**2
@@ -166,7 +168,7 @@ def global_norm(tree):
 
 
 @pytest.mark.parametrize(("share", "scale"), [(0.25, 0.25), (4.0, 1.0)])
-def test_clipping_scales_the_whole_gradient_down_to_its_norm(share, scale):
+def test_clipping_scales_a_gradient_down_to_clip_norm(share, scale):
     gradient = GRADIENTS[0]
     fields = {"weight_decay": 0.0, "momentum": 0.0, "clip_norm": share * global_norm(gradient)}
     after = take_steps(make_config("sgd", **fields), [gradient])
@@ -177,7 +179,7 @@ def test_clipping_scales_the_whole_gradient_down_to_its_norm(share, scale):
 
 @pytest.mark.parametrize("name", ["sgd", "rmsprop"])
 def test_decay_is_not_clipped(name):
-    """Nor does it count for the norm: decay comes after clipping."""
+    """Decay does not count for the norm either, because it comes after clipping."""
     gradient = jax.tree.map(np.zeros_like, make_tree(0))
     fields = {"weight_decay": 0.5, "momentum": 0.0}
     free = take_steps(make_config(name, **fields), [gradient])
@@ -195,7 +197,7 @@ LAYERS = ("stem", "block_00", "head", "classifier")
 
 
 def make_network(seed, layers=LAYERS):
-    """A kernel and its normalisation for each layer, of a shape that tells layers apart."""
+    """Returns a kernel for each layer, all of different shapes, and normalisations."""
     rng = np.random.default_rng(seed)
     shapes = {layer: (3, i) for i, layer in enumerate(LAYERS, 2)}
     tree = {layer: {"kernel": rng.normal(size=shape)} for layer, shape in shapes.items()}
@@ -222,7 +224,7 @@ def fine_tune(config, rate=RATE, steps=3, layers=LAYERS):
     return state, seen
 
 
-def test_layer_multipliers_are_a_list_made_by_hand():
+def test_layer_multipliers_match_a_list_made_by_hand():
     expected = {
         "stem/kernel": 0.0625,
         "stem_norm/scale": 0.0625,
@@ -237,8 +239,8 @@ def test_layer_multipliers_are_a_list_made_by_hand():
     assert optim.layer_multipliers(list(expected), 0.5) == expected
 
 
-def test_the_network_itself_gives_the_order_of_layers():
-    """Names that nothing knows: depth is the order of use, not that of the alphabet."""
+def test_the_order_of_use_gives_the_depth_of_layers():
+    """The depth of a layer with an unknown name is its place in the order of use."""
     paths = ["z/kernel", "z_norm/scale", "stage_10/unit/kernel", "stage_2/kernel", "a/kernel"]
     multipliers = optim.layer_multipliers([*paths, "classifier/kernel"], 0.5)
     assert list(multipliers.values()) == [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
@@ -271,7 +273,7 @@ def test_layer_decay_is_a_learning_rate_for_each_layer(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop", "sgd"])
-def test_frozen_parameters_stay_and_have_no_part_in_the_optimiser(name):
+def test_frozen_parameters_stay_and_have_no_state_in_the_optimiser(name):
     config = make_config(name, clip_norm=0.1, weight_decay=0.3, freeze="stem|block_00/kernel")
     state, seen = fine_tune(config)
     for path in ("stem/kernel", "stem_norm/scale", "block_00/kernel"):
@@ -282,8 +284,8 @@ def test_frozen_parameters_stay_and_have_no_part_in_the_optimiser(name):
     assert (3, 4) in shapes
 
 
-def test_the_others_learn_as_if_the_frozen_were_not_there():
-    """Which they would not if the frozen counted for the norm of clipping."""
+def test_other_parameters_learn_as_if_the_frozen_ones_did_not_exist():
+    """This fails if frozen parameters count for the norm of clipping."""
     fields = {"clip_norm": 0.1, "weight_decay": 0.3}
     _, seen = fine_tune(make_config("sgd", freeze="stem|block_00", **fields))
     _, expected = fine_tune(make_config("sgd", **fields), layers=["head", "classifier"])

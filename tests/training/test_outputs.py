@@ -1,4 +1,4 @@
-"""What is in the way of a run's files is told at its start."""
+"""Something in the way of a run's files is refused at its start; a damaged summary is named."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from bef_jax.training.outputs import read_train_summary, write_summary
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
 @pytest.mark.parametrize("name", [*outputs.FILES, "report/index.html", "report/loss.png"])
-def test_what_is_in_the_way_of_a_file_is_told_before_data_are_read(
+def test_something_in_the_way_of_a_file_is_refused_before_data_are_read(
     kind, name, small_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "open_splits", lambda _: pytest.fail("too late"))
+    monkeypatch.setattr(train, "open_splits", lambda _: pytest.fail("data were read"))
     (tmp_path / "report").mkdir()
     make = {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}
     make[kind](tmp_path / name)
@@ -26,10 +26,10 @@ def test_what_is_in_the_way_of_a_file_is_told_before_data_are_read(
 
 
 @pytest.mark.parametrize("name", outputs.FOLDERS)
-def test_what_is_in_the_way_of_a_folder_is_told_before_data_are_read(
+def test_something_in_the_way_of_a_folder_is_refused_before_data_are_read(
     name, small_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "open_splits", lambda _: pytest.fail("too late"))
+    monkeypatch.setattr(train, "open_splits", lambda _: pytest.fail("data were read"))
     for make in (os.mkfifo, Path.touch, lambda x: x.symlink_to("nowhere")):
         make(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}: is in the way of an output folder; move it"):
@@ -37,7 +37,7 @@ def test_what_is_in_the_way_of_a_folder_is_told_before_data_are_read(
         (tmp_path / name).unlink()
 
 
-# ---- the summary of a training run, read again -------------------------------------------------
+# ---- the summary of a training run --------------------------------------------------------------
 
 BLOCK = {"split": "valid", "n": 3, "auc": None, "accuracy": 1, "loss": 0.5, "brier": 0.1, "ece": 0}
 GOOD = {
@@ -51,7 +51,7 @@ def without(name):
 
 
 @pytest.mark.parametrize("summary", [GOOD, GOOD | {"valid": None, "best_step": None}])
-def test_what_was_written_is_read(summary, tmp_path):
+def test_a_summary_is_read_as_it_was_written(summary, tmp_path):
     assert read_train_summary(tmp_path) is None
     write_summary(tmp_path, summary)
     assert read_train_summary(tmp_path) == summary
@@ -60,7 +60,7 @@ def test_what_was_written_is_read(summary, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "{}", "[]", "3", "null", "\0", "[" * 100_000,
+        "", "{", "{}", "[]", "3", "null", "\0", pytest.param("[" * 100_000, id="100000 brackets"),
         *(json.dumps(without(name)) for name in GOOD if name != "mode"),
         *(
             json.dumps(GOOD | change)
@@ -73,14 +73,14 @@ def test_what_was_written_is_read(summary, tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_a_damaged_one_is_named_with_what_to_do(text, tmp_path):
+def test_a_damaged_summary_is_named_with_what_to_do(text, tmp_path):
     (tmp_path / "train_summary.json").write_text(text)
     expected = r"train_summary\.json: damaged \(.*\); delete it and run again$"
     with pytest.raises(UserError, match=expected):
         read_train_summary(tmp_path)
 
 
-def test_a_fifo_in_its_place_is_refused_at_once(tmp_path):
+def test_a_fifo_in_place_of_a_summary_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "train_summary.json")
     with pytest.raises(UserError, match=r"train_summary\.json: is a FIFO"):
         read_train_summary(tmp_path)

@@ -1,3 +1,5 @@
+"""A run that starts from saved weights, compared with its source and with a fresh state."""
+
 import json
 import os
 import types
@@ -19,24 +21,24 @@ EVERYWHERE = sharding.replicated(sharding.make_mesh())
 
 
 def shapes(**sizes):
-    """Stand-ins of arrays: shapes(stem=(3, 2)) has 'params/stem/kernel' of shape (3, 2)."""
+    """Returns stand-ins for arrays; stem=(3, 2) gives 'params/stem/kernel' that shape."""
     named = {f"params/{name}/kernel": size for name, size in sizes.items()}
     return {name: types.SimpleNamespace(shape=size) for name, size in named.items()}
 
 
-def same(one, other):
-    """{parameter: whether the two trees have the same bits there}."""
+def equal_leaves(one, other):
+    """Returns {parameter: whether both trees have equal values there}."""
     return flatten_dict(jax.tree.map(np.array_equal, one, other), sep="/")
 
 
 def test_a_plain_network_starts_a_boosted_one(tmp_path):
-    """Of other classes, without average; what it lacks is as a run from scratch has it."""
-    config, scratch = get_config(BOOSTED), get_config(SOURCE)
-    source = state.create_state(scratch, EVERYWHERE)
-    # Apart from the ones and zeros that statistics begin with.
+    """The source has other classes and no average; what it lacks starts as in a fresh state."""
+    config, source_config = get_config(BOOSTED), get_config(SOURCE)
+    source = state.create_state(source_config, EVERYWHERE)
+    # Make the statistics differ from the zeros and ones that a fresh state has.
     source = source.replace(batch_stats=jax.tree.map(lambda x: x + 0.5, source.batch_stats))
     checkpoints = Checkpoints(tmp_path, keep=1)
-    saved_config = json.loads(scratch.to_json_best_effort())
+    saved_config = json.loads(source_config.to_json_best_effort())
     checkpoints.save(7, source, {"config": saved_config}, None)
     checkpoints.close()
     config.init_from = str(tmp_path / "checkpoints" / "7")
@@ -46,18 +48,18 @@ def test_a_plain_network_starts_a_boosted_one(tmp_path):
     new = [name for name in fresh.params if name not in trunk]
     assert "attention_3" in new
     assert renewed == sorted(new)
-    for part, parts, origin in (("params", trunk, source), ("params", new, fresh),
+    for part, names, origin in (("params", trunk, source), ("params", new, fresh),
                                 ("batch_stats", source.batch_stats, source)):  # fmt: skip
-        for name in parts:
+        for name in names:
             pair = getattr(started, part)[name], getattr(origin, part)[name]
-            assert all(same(*pair).values()), name
+            assert all(equal_leaves(*pair).values()), name
     assert started.step == 0
-    assert all(same(started.ema["params"], started.params).values())
-    assert all(same(started.ema["batch_stats"], started.batch_stats).values())
+    assert all(equal_leaves(started.ema["params"], started.params).values())
+    assert all(equal_leaves(started.ema["batch_stats"], started.batch_stats).values())
     assert jax.tree.all(jax.tree.map(np.array_equal, started.opt_state, fresh.opt_state))
 
 
-def test_fresh_are_another_classifier_and_attention_that_the_source_lacks():
+def test_another_classifier_and_attention_that_the_source_lacks_are_fresh():
     source = shapes(stem=(3, 2), attention_2=(4, 4), classifier=(9, 1000))
     wanted = shapes(stem=(3, 2), attention_2=(4, 4), attention_3=(5, 5), classifier=(9, 2))
     assert pretrained.fresh_parts(source, wanted, "x") == ["attention_3", "classifier"]
@@ -76,7 +78,7 @@ def test_all_that_does_not_fit_is_listed():
     )
 
 
-def test_a_long_list_is_cut():
+def test_a_long_list_of_mismatches_is_cut():
     wanted = shapes(**{f"block_{i:02d}": (1, 1) for i in range(30)})
     with pytest.raises(UserError, match=r"block_19/kernel is missing and 10 more$"):
         pretrained.fresh_parts({}, wanted, "x")
@@ -87,7 +89,7 @@ def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
         pretrained.find(str(tmp_path))
 
 
-def test_a_source_that_is_no_file_or_has_a_damaged_config_is_named_at_once(tmp_path):
+def test_a_special_file_or_a_damaged_config_as_source_is_named_at_once(tmp_path):
     os.mkfifo(tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth: is a FIFO"):
         pretrained.find(str(tmp_path / "weights.pth"))

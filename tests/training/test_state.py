@@ -1,3 +1,5 @@
+"""The training state: its average against the formula, and its digest against hashlib."""
+
 import functools
 import hashlib
 import math
@@ -20,7 +22,7 @@ def small_config(**fields):
 
 
 def describe(tree):
-    """{path: (shape, dtype)}."""
+    """Returns {path: (shape, dtype)}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
 
@@ -33,11 +35,11 @@ def created():
     return state.create_state(small_config(), sharding.replicated(sharding.make_mesh()))
 
 
-def test_abstract_state_is_the_shape_of_a_created_one(created):
+def test_abstract_state_has_the_shapes_and_dtypes_of_a_created_one(created):
     assert describe(state.abstract_state(small_config())) == describe(created)
 
 
-def test_a_fresh_state(created):
+def test_a_fresh_state_is_at_step_0_and_its_average_equals_the_parameters(created):
     assert created.step == 0
     assert created.step.dtype == jnp.int32
     assert created.ema.keys() == {"params", "batch_stats"}
@@ -51,7 +53,7 @@ def test_a_fresh_state(created):
     assert state.count_params(created.params) == sum(sizes)
 
 
-def test_seeds_differ_in_their_numbers_and_share_one_program(created):
+def test_two_seeds_give_different_numbers_but_share_one_program(created):
     other = state.create_state(small_config(seed=1), created.step.sharding)
     kernels = (each.params["stem"]["kernel"] for each in (created, other))
     assert not np.array_equal(*kernels)
@@ -65,7 +67,7 @@ def test_seeds_differ_in_their_numbers_and_share_one_program(created):
 
 
 def test_average_shares_no_memory_with_the_parameters(created):
-    """The step donates both: a buffer that stood in two places would be donated twice."""
+    """The step donates both, so it would donate a shared buffer twice."""
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(created) if leaf.size > 1]
     assert len(set(pointers)) == len(pointers)
 
@@ -86,7 +88,7 @@ def test_without_an_average_evaluation_uses_the_parameters():
     ("step", "decay", "keep"),
     [(0, 0.999, 0.1), (8, 0.999, 0.5), (8, 0.3, 0.3), (10**6, 0.999, 0.999)],
 )
-def test_update_ema_is_the_formula(step, decay, keep):
+def test_update_ema_follows_its_formula(step, decay, keep):
     average, new = {"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([5.0, -2.0])}
     moved = jax.jit(state.update_ema, static_argnums=3)(average, new, jnp.int32(step), decay)
     expected = keep * np.array([1.0, 2.0]) + (1 - keep) * np.array([5.0, -2.0])
@@ -123,7 +125,7 @@ def test_digest_changes_with_any_leaf():
     flat = flatten_dict({"params": make_trees()[0], "stats": make_trees()[1]})
     digests = {state.params_digest(*make_trees())}
     for path in flat:
-        # The last bit of one number.
+        # Change the last bit of one number.
         changed = np.array(flat[path])
         changed.flat[-1] = np.nextafter(changed.flat[-1], np.float32(9))
         tree = unflatten_dict(flat | {path: changed})
@@ -131,14 +133,14 @@ def test_digest_changes_with_any_leaf():
     assert len(digests) == 1 + len(flat)
 
 
-def test_digest_changes_where_two_leaves_are_swapped():
+def test_digest_changes_if_two_leaves_are_swapped():
     params, stats = make_trees()
     swapped = {"b": {"mean": stats["b"]["var"], "var": stats["b"]["mean"]}}
     assert state.params_digest(params, stats) != state.params_digest(params, swapped)
 
 
 def test_digest_is_sha256_of_sorted_paths_and_bytes():
-    """The digest is stable API: this one was written down, not computed by the code."""
+    """The digest is stable API, so names and values are written here, not taken from the code."""
     digest = hashlib.sha256()
     for name, values in (
         ("['batch_stats']['b']['mean']", [0, 0]),

@@ -1,3 +1,5 @@
+"""Counts of steps, and the sizes of calls, against numbers worked out by hand."""
+
 import itertools
 
 import pytest
@@ -18,8 +20,8 @@ def make_config(steps_per_call=1, every_steps=500, placement="auto"):
 @pytest.mark.parametrize("steps_per_call", [1, 2, 4, 7])
 @pytest.mark.parametrize(("eval_steps", "every_steps"), [(5, 8), (8, 4), (1, 3), (100, 100)])
 def test_calls_end_at_every_evaluation_and_save(start, steps_per_call, eval_steps, every_steps):
-    spans = StepCounts(steps=30, steps_per_epoch=10, eval_steps=eval_steps)
-    sizes = list(call_sizes(make_config(steps_per_call, every_steps), spans, start))
+    counts = StepCounts(steps=30, steps_per_epoch=10, eval_steps=eval_steps)
+    sizes = list(call_sizes(make_config(steps_per_call, every_steps), counts, start))
     ends = set(itertools.accumulate(sizes, initial=start))
     events = {step for step in range(start, 31) if not (step % eval_steps and step % every_steps)}
     assert events | {start, 30} <= ends
@@ -27,25 +29,25 @@ def test_calls_end_at_every_evaluation_and_save(start, steps_per_call, eval_step
     assert set(sizes) <= {1, steps_per_call}
 
 
-def test_calls_are_as_long_as_they_may():
-    spans = StepCounts(steps=23, steps_per_epoch=10, eval_steps=10)
-    sizes = list(call_sizes(make_config(4), spans, 0))
+def test_calls_are_as_long_as_possible():
+    counts = StepCounts(steps=23, steps_per_epoch=10, eval_steps=10)
+    sizes = list(call_sizes(make_config(4), counts, 0))
     assert sizes == [4, 4, 1, 1, 4, 4, 1, 1, 1, 1, 1]
 
 
 def test_a_run_at_its_end_makes_no_call():
-    spans = StepCounts(steps=30, steps_per_epoch=10, eval_steps=10)
-    assert list(call_sizes(make_config(4), spans, 30)) == []
+    counts = StepCounts(steps=30, steps_per_epoch=10, eval_steps=10)
+    assert list(call_sizes(make_config(4), counts, 30)) == []
 
 
-def test_several_steps_from_the_host_are_refused():
+def test_several_steps_per_call_are_refused_if_data_are_on_the_host():
     with pytest.raises(UserError, match=r"config.steps_per_call=2 .*config.data.placement=auto "):
         check_placement(make_config(2), placed=False)
     check_placement(make_config(2), placed=True)
     check_placement(make_config(1), placed=False)
 
 
-def changed(**fields):
+def config_with(**fields):
     config = get_config()
     config.update_from_flattened_dict(fields)
     return config
@@ -61,9 +63,9 @@ def changed(**fields):
         ({"batch_size": 1000}, (10, 1, 1)),
     ],
 )
-def test_steps_are_counted(fields, expected):
-    derived = count_steps(changed(**fields), 1000)
-    assert (derived.steps, derived.steps_per_epoch, derived.eval_steps) == expected
+def test_step_counts_match_those_worked_out_by_hand(fields, expected):
+    counts = count_steps(config_with(**fields), 1000)
+    assert (counts.steps, counts.steps_per_epoch, counts.eval_steps) == expected
 
 
 def test_a_split_smaller_than_a_batch_is_refused():
@@ -72,9 +74,9 @@ def test_a_split_smaller_than_a_batch_is_refused():
     assert count_steps(get_config(), 64).steps_per_epoch == 1
 
 
-def test_more_epochs_than_the_state_can_count_steps_are_refused():
+def test_epochs_with_more_steps_than_the_state_can_count_are_refused():
     with pytest.raises(UserError, match=r"config\.epochs=1e\+09 are 1\.5e\+10 steps: lower it"):
-        count_steps(changed(epochs=1e9), 1000)
-    assert count_steps(changed(epochs=1e9, steps=7), 1000).steps == 7
-    never = count_steps(changed(**{"eval.every_epochs": 1e30}), 1000)
-    assert never.eval_steps > never.steps
+        count_steps(config_with(epochs=1e9), 1000)
+    assert count_steps(config_with(epochs=1e9, steps=7), 1000).steps == 7
+    counts = count_steps(config_with(**{"eval.every_epochs": 1e30}), 1000)
+    assert counts.eval_steps > counts.steps
