@@ -1,3 +1,5 @@
+"""Temperature and threshold, compared with scipy, scikit-learn and an exhaustive search."""
+
 import numpy as np
 import pytest
 from scipy.special import expit, logit
@@ -8,8 +10,8 @@ from bef_jax.scoring.calibration import choose_threshold, fit_temperature, tempe
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 
-def sure(n=4000, factor=3.0, seed=0):
-    """Probabilities whose log-odds are `factor` times what they should be, and labels."""
+def predictions(n=4000, factor=3.0, seed=0):
+    """Returns probabilities, whose log-odds are `factor` times the true ones, and labels."""
     rng = np.random.default_rng(seed)
     log_odds = 2 * rng.normal(size=n)
     return expit(factor * log_odds), (rng.random(n) < expit(log_odds)).astype(int)
@@ -21,19 +23,19 @@ def evaluation(split, probabilities, labels):
 
 
 @pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
-def test_temperature_undoes_what_was_too_sure(factor):
-    assert fit_temperature(*sure(20_000, factor)) == pytest.approx(factor, rel=0.06)
+def test_temperature_is_the_factor_of_overconfidence(factor):
+    assert fit_temperature(*predictions(20_000, factor)) == pytest.approx(factor, rel=0.06)
 
 
-def test_temperature_is_a_logistic_regression_without_intercept():
-    probabilities, labels = sure(500)
+def test_temperature_agrees_with_a_logistic_regression_without_intercept():
+    probabilities, labels = predictions(500)
     regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
     regression.fit(logit(probabilities)[:, None], labels)
     expected = 1 / regression.coef_[0, 0]
     assert fit_temperature(probabilities, labels) == pytest.approx(expected, rel=1e-4)
 
 
-def test_tempering_keeps_the_order_and_certainty_finite():
+def test_tempering_keeps_the_order_and_is_finite_for_0_and_1():
     probabilities = np.array([0.0, 1e-300, 0.2, 0.9, 1.0])
     tempered = temper(probabilities, 2.0)
     assert np.isfinite(tempered).all() and (np.diff(tempered) >= 0).all()
@@ -41,8 +43,8 @@ def test_tempering_keeps_the_order_and_certainty_finite():
 
 
 @pytest.mark.parametrize("decimals", [None, 1])
-def test_threshold_is_youdens(decimals):
-    probabilities, labels = sure(300)
+def test_threshold_has_the_largest_youden_index(decimals):
+    probabilities, labels = predictions(300)
     probabilities = probabilities if decimals is None else probabilities.round(decimals)
 
     def youden(threshold):
@@ -55,34 +57,34 @@ def test_threshold_is_youdens(decimals):
 
 
 NOTHING_TO_CHOOSE = {
-    "positives alone": ([0.1, 0.9, 0.4], [1, 1, 1]),
-    "negatives alone": ([0.1, 0.9, 0.4], [0, 0, 0]),
+    "only positives": ([0.1, 0.9, 0.4], [1, 1, 1]),
+    "only negatives": ([0.1, 0.9, 0.4], [0, 0, 0]),
     "one probability for all": ([0.5, 0.5, 0.5], [0, 1, 1]),
     "another probability for all": ([0.7, 0.7, 0.7], [0, 1, 1]),
 }
 
 
 @pytest.mark.parametrize("case", NOTHING_TO_CHOOSE)
-def test_where_nothing_can_be_chosen_figures_are_null(case):
+def test_where_nothing_can_be_chosen_all_figures_are_none(case):
     probabilities, labels = map(np.array, NOTHING_TO_CHOOSE[case])
     assert choose_threshold(probabilities, labels) is None
     assert fit_temperature(probabilities, labels) is None
-    blocks = tuned(evaluation("valid", probabilities, labels), evaluation("test", *sure(50)))
+    blocks = tuned(evaluation("valid", probabilities, labels), evaluation("test", *predictions(50)))
     assert {key: x for block in blocks.values() for key, x in block.items() if x is not None} == {
         "chosen_on": "valid"
     }
 
 
-def test_a_network_that_is_right_of_all_has_no_temperature():
+def test_a_network_that_is_right_about_every_patch_has_no_temperature():
     probabilities, labels = np.array([0.2, 0.4, 0.6, 0.9]), np.array([0, 0, 1, 1])
     assert fit_temperature(probabilities, labels) is None
     assert choose_threshold(probabilities, labels) == 0.6
-    assert fit_temperature(1 - probabilities, labels) is None  # nor one that is wrong of all
+    assert fit_temperature(1 - probabilities, labels) is None  # wrong about every patch
 
 
 def test_what_is_chosen_on_valid_is_applied_to_test():
-    valid = evaluation("valid", *sure(1000, seed=1))
-    test = evaluation("test", *sure(1000, seed=2))
+    valid = evaluation("valid", *predictions(1000, seed=1))
+    test = evaluation("test", *predictions(1000, seed=2))
     blocks = tuned(valid, test)
     temperature = fit_temperature(valid.probabilities, valid.labels)
     threshold = choose_threshold(valid.probabilities, valid.labels)

@@ -1,3 +1,5 @@
+"""Grad-CAM, compared with CAM on a linear head, where both agree, and with known properties."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,8 @@ class Features(nn.Module):
         return nn.Conv(4, (3, 3), use_bias=False)(x)
 
 
-class Linear(nn.Module):
-    """Features, mean pooling, and a product: Grad-CAM has a closed form."""
+class LinearHead(nn.Module):
+    """A convolution, mean pooling and a linear layer, so that Grad-CAM has a closed form."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -26,16 +28,16 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_of_a_linear_head_it_is_cam(sign):
-    """Zhou et al. 2016: the features, weighted by the classifier's row, over the positions."""
+def test_gradcam_of_a_linear_head_equals_cam(sign):
+    """Grad-CAM is CAM (Zhou et al. 2016) divided by the number of positions."""
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
-    model = Linear()
+    model = LinearHead()
     variables = model.init(jax.random.key(0), images)
     (found,) = gradcam.stage_maps(model, variables, images, jnp.full(3, sign), ["block_00"])
     params = variables["params"]
     features = Features().apply({"params": params["block_00"]}, images)
     kernel = params["classifier"]["kernel"]
-    weights = sign * (kernel[:, 1] - kernel[:, 0]) / 64
+    weights = sign * (kernel[:, 1] - kernel[:, 0]) / 64  # 8 x 8 positions
     np.testing.assert_allclose(found, np.maximum(features @ weights, 0), atol=1e-7)
 
 
@@ -50,18 +52,18 @@ def explainer(config):
 
 
 @pytest.mark.parametrize("attention", ["none", "cbam"])
-def test_maps_add_up_to_one_or_are_nothing(attention, small_config, patches):
+def test_maps_add_up_to_at_most_one_and_are_0_outside_the_crop(attention, small_config, patches):
     config = small_config(**{"model.attention": attention})
     maps = explainer(config)(patches, np.arange(11) % 2 == 0)
     assert maps.shape == (11, 96, 96) and (maps >= 0).all()
     sums = maps.sum((1, 2))
-    # The mean over stages, of which one may say nothing.
+    # A map is the mean over stages, and the map of a stage may be 0.
     assert ((sums < 1 + 1e-4) & (sums >= 0)).all() and sums.max() > 0.3
     margin = (96 - config.rcc.eval_size) // 2
     assert maps[:, :margin].sum() == maps[:, :, -margin:].sum() == 0
 
 
-def test_a_patch_is_explained_alike_in_any_company(small_config, patches):
+def test_a_map_does_not_depend_on_the_other_patches(small_config, patches):
     explain, called = explainer(small_config()), np.arange(11) % 3 == 0
     together = explain(patches, called)
     for row in (0, 8, 10):
@@ -79,7 +81,7 @@ def test_a_patch_is_explained_alike_in_any_company(small_config, patches):
         ("efficientnet_b3", "cbam", False, ["attention_7"]),
     ],
 )
-def test_what_is_explained_are_the_stages_that_the_classifier_sees(
+def test_the_explained_stages_are_those_that_the_classifier_reads(
     name, attention, fusion, expected, small_config
 ):
     fields = {"model.name": name, "model.attention": attention, "model.fusion": fusion}

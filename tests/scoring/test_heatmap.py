@@ -1,3 +1,5 @@
+"""Heat maps, compared with small expected arrays and with loops over pixels."""
+
 import os
 import shutil
 
@@ -16,7 +18,7 @@ def tiles(*squares):
     return found
 
 
-def test_each_pixel_has_the_largest_probability_about_it():
+def test_each_pixel_has_the_largest_probability_of_its_squares():
     found = tiles((0, 0, 0.2), (0, 32, 0.9), (0, 16, 0.5)).to_array(96, 96, 1)
     expected = np.full((96, 96), np.nan)
     expected[:32, :16], expected[:32, 16:32], expected[:32, 32:64] = 0.2, 0.5, 0.9
@@ -24,7 +26,7 @@ def test_each_pixel_has_the_largest_probability_about_it():
 
 
 @pytest.mark.parametrize("scale", [2, 3, 5])
-def test_scaled_down_it_covers_the_same_area(scale):
+def test_a_reduced_map_has_the_largest_probability_of_each_area(scale):
     squares = [(y, x, (y + x) / 200) for y in (0, 32, 64) for x in (0, 32, 64)]
     whole = tiles(*squares).to_array(96, 96, 1)
     small = tiles(*squares).to_array(96, 96, scale)
@@ -34,8 +36,8 @@ def test_scaled_down_it_covers_the_same_area(scale):
             assert small[row, column] == whole[area].max()
 
 
-def test_the_drawing_shows_where_it_is_high(tmp_path):
-    """Two drawings that differ in one square differ in the pixels there alone."""
+def test_the_drawing_differs_only_in_the_square_that_differs(tmp_path):
+    """Two drawings whose tiles differ in one square differ in the pixels of one square."""
     picture = tmp_path / "grey.png"
     Image.fromarray(np.full((192, 192, 3), 128, np.uint8)).save(picture)
     drawn = []
@@ -54,7 +56,7 @@ def test_the_drawing_shows_where_it_is_high(tmp_path):
     assert np.ptp(columns) == pytest.approx(side, rel=0.2)
 
 
-def test_nothing_found_at_all_and_everything(tmp_path):
+def test_a_map_is_drawn_when_nothing_or_everything_is_found(tmp_path):
     Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
     for probability in (0.0, 1.0):
         squares = [(y, x, probability) for y in (0, 32, 64) for x in (0, 32, 64, 96)]
@@ -62,8 +64,8 @@ def test_nothing_found_at_all_and_everything(tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["$\\frac{1$.png", b"\xff.png"])
-def test_a_name_is_no_formula_and_need_not_be_text(name, tmp_path):
+@pytest.mark.parametrize("name", ["$\\frac{1$.png", b"\xff.png"], ids=["formula", "not text"])
+def test_a_map_is_drawn_when_a_name_is_a_formula_or_not_text(name, tmp_path):
     picture = tmp_path / os.fsdecode(name)
     Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
     shutil.copy(tmp_path / "a.png", picture)
@@ -71,16 +73,16 @@ def test_a_name_is_no_formula_and_need_not_be_text(name, tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("shape", [(96, 153_600), (153_600, 96)])
-def test_a_strip_is_drawn_so_that_it_can_be_seen(shape, tmp_path):
+@pytest.mark.parametrize("shape", [(96, 153_600), (153_600, 96)], ids=["wide", "high"])
+def test_a_strip_is_stretched_so_that_it_is_visible(shape, tmp_path):
     Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "strip.png")
     squares = [(0, 0, 0.1), (shape[0] - 32, shape[1] - 32, 0.9)]
     write_heatmap(tmp_path / "out.png", tmp_path / "strip.png", tiles(*squares), 0.5)
     assert min(Image.open(tmp_path / "out.png").size) > 200
 
 
-def test_a_reduced_picture_is_its_means(monkeypatch):
-    """In bands as at once, and against a loop."""
+def test_a_reduced_picture_has_the_mean_of_each_square(monkeypatch):
+    """Reduces the picture in several bands, and compares with a loop over squares."""
     monkeypatch.setattr(heatmap, "_BAND", 3000)
     pixels = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
     found = heatmap._reduced(pixels, 7)
@@ -97,11 +99,11 @@ def test_a_reduced_picture_is_its_means(monkeypatch):
      ("x" * 247 + ".png", "x" * 247 + ".png"), ("x" * 251 + ".tif", "x" * 251 + ".png"),
      ("a/" + "x" * 250 + ".tiff", "a/" + "x" * 250 + ".png")],
 )  # fmt: skip
-def test_a_map_has_its_pictures_name(picture, name):
+def test_a_map_is_named_after_its_picture(picture, name):
     assert heatmap.name_of(picture) == name
 
 
-def test_maps_are_removed_and_nothing_else(tmp_path):
+def test_only_maps_and_empty_folders_are_removed(tmp_path):
     Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
     maps = tmp_path / "heatmaps"
     for name in ("a.png", "below/b.png", "kept/c.png"):

@@ -1,3 +1,5 @@
+"""Intervals, compared with closed forms, scipy and scikit-learn."""
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -7,7 +9,7 @@ from bef_jax.scoring.intervals import _average_precision, bootstrap, intervals, 
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 
-def evaluation(n=300, seed=0, labels=None, threshold=0.5):
+def make_evaluation(n=300, seed=0, labels=None, threshold=0.5):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, n) if labels is None else labels
     probabilities = 1 / (1 + np.exp(-(2.0 * labels - 1 + 1.5 * rng.normal(size=len(labels)))))
@@ -16,24 +18,24 @@ def evaluation(n=300, seed=0, labels=None, threshold=0.5):
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (7, 10), (10, 10), (137, 400)])
-def test_wilsons_interval_is_its_closed_form(successes, n):
-    """Wilson 1927: the proportions that a normal test at 5% would not reject."""
+def test_wilsons_interval_agrees_with_its_closed_form(successes, n):
+    """Wilson 1927: the interval holds the proportions that a normal test at 5% does not reject."""
     z, share = stats.norm.ppf(0.975), successes / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     assert wilson(np.arange(n) < successes) == pytest.approx([centre - half, centre + half])
 
 
-def test_bootstrap_of_a_mean_is_its_normal_interval():
+def test_bootstrap_of_a_mean_agrees_with_its_normal_interval():
     values = np.random.default_rng(1).exponential(size=2000)
     half = 1.96 * values.std() / np.sqrt(len(values))
     expected = [values.mean() - half, values.mean() + half]
     assert bootstrap(np.mean, values) == pytest.approx(expected, abs=0.15 * half)
 
 
-def test_bootstrap_agrees_with_scipys():
-    seen = evaluation()
-    samples = (seen.labels, seen.probabilities)
+def test_bootstrap_agrees_with_scipy():
+    evaluation = make_evaluation()
+    samples = (evaluation.labels, evaluation.probabilities)
     theirs = stats.bootstrap(
         samples, average_precision_score, paired=True, vectorized=False, n_resamples=1000,
         method="percentile", rng=np.random.default_rng(3),
@@ -44,39 +46,40 @@ def test_bootstrap_agrees_with_scipys():
 
 
 @pytest.mark.parametrize("digits", [1, 2, 17])
-def test_average_precision_is_scikit_learns(digits):
-    seen = evaluation()
-    positive, rounded = seen.labels == 1, seen.probabilities.round(digits)  # many tie
+def test_average_precision_agrees_with_scikit_learn(digits):
+    evaluation = make_evaluation()
+    # Rounding to one digit makes many ties.
+    positive, rounded = evaluation.labels == 1, evaluation.probabilities.round(digits)
     assert _average_precision(positive, rounded) == pytest.approx(
         average_precision_score(positive, rounded), abs=1e-12
     )
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
-def test_intervals_hold_their_figures(threshold):
-    seen = evaluation(threshold=threshold)
-    called = seen.probabilities >= threshold
+def test_each_interval_contains_its_figure(threshold):
+    evaluation = make_evaluation(threshold=threshold)
+    called = evaluation.probabilities >= threshold
     expected = {
-        "accuracy": np.mean(called == seen.labels),
-        "sensitivity": called[seen.labels == 1].mean(),
-        "specificity": 1 - called[seen.labels == 0].mean(),
-        "average_precision": average_precision_score(seen.labels, seen.probabilities),
-        "f1": f1_score(seen.labels, called),
-        "brier": brier_score_loss(seen.labels, seen.probabilities),
+        "accuracy": np.mean(called == evaluation.labels),
+        "sensitivity": called[evaluation.labels == 1].mean(),
+        "specificity": 1 - called[evaluation.labels == 0].mean(),
+        "average_precision": average_precision_score(evaluation.labels, evaluation.probabilities),
+        "f1": f1_score(evaluation.labels, called),
+        "brier": brier_score_loss(evaluation.labels, evaluation.probabilities),
     }
-    found = intervals(seen)
+    found = intervals(evaluation)
     assert found.keys() == expected.keys()
     for name, (low, high) in found.items():
-        # Wide enough to be of this many patches, and around the figure.
+        # The bounds of the width are those that are plausible for 300 patches.
         assert low < expected[name] < high and 0.01 < high - low < 0.2, name
 
 
 def test_intervals_are_the_same_every_time():
-    assert intervals(evaluation()) == intervals(evaluation())
+    assert intervals(make_evaluation()) == intervals(make_evaluation())
 
 
-def test_a_class_that_is_missing_leaves_its_figures_without():
-    found = intervals(evaluation(labels=np.zeros(50, int)))
+def test_figures_of_a_missing_class_have_no_interval():
+    found = intervals(make_evaluation(labels=np.zeros(50, int)))
     assert found["sensitivity"] is None
     assert found["average_precision"] is None
     assert found["specificity"] == found["accuracy"]

@@ -1,4 +1,4 @@
-"""`bef_jax.load`, as scripts and notebooks call it."""
+"""`bef_jax.load`, compared with --mode=predict, with the training run and with the network."""
 
 import csv
 import hashlib
@@ -37,7 +37,7 @@ def images(small_config):
 
 
 def save(config, workdir):
-    """A checkpoint of random weights, and its variables."""
+    """Saves a checkpoint of random weights, and returns its variables."""
     state = create_state(config, sharding.replicated(sharding.make_mesh()))
     checkpoints = Checkpoints(workdir, keep=1)
     checkpoints.save(0, state, {"config": json.loads(config.to_json_best_effort())}, None)
@@ -49,7 +49,7 @@ def logits_of(config, variables, images):
     return create(config.model).apply(variables, eval_view(images, config), train=False)
 
 
-def test_predict_gives_what_the_mode_gives_to_the_last_digit(trained, workdir, scoring, images):
+def test_predict_agrees_with_mode_predict_to_the_last_digit(trained, workdir, scoring, images):
     np.savez(workdir / "patches.npz", images=images)
     config, path = scoring()
     predict.predict_files(config, workdir, path, workdir / "patches.npz")
@@ -65,7 +65,7 @@ def test_predict_gives_what_the_mode_gives_to_the_last_digit(trained, workdir, s
 
 
 @pytest.mark.slow
-def test_without_any_config_it_is_the_evaluation_of_training(small_config, tmp_path):
+def test_a_loaded_run_scores_valid_as_its_training_did(small_config, tmp_path):
     fields = {"model.total_stride": 16, "rcc.eval_size": 64, "eval.tta": 8}
     train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
     _, _, expected = read_probabilities(tmp_path / "scores_valid.csv")
@@ -84,7 +84,7 @@ def test_without_any_config_it_is_the_evaluation_of_training(small_config, tmp_p
     ids=["boosted b0", "lite0", "resnet50"],
 )
 @pytest.mark.slow
-def test_every_family_scores_as_its_layers_do(fields, small_config, images, tmp_path):
+def test_every_family_scores_as_its_network_without_folding(fields, small_config, images, tmp_path):
     config = small_config(**fields)
     variables = save(config, tmp_path)
     apply = jax.jit(lambda x: logits_of(config, variables, x))
@@ -102,19 +102,19 @@ def test_features_are_what_the_classifier_reads(small_config, images, tmp_path):
     np.testing.assert_allclose(features @ layer["kernel"] + layer["bias"], expected, atol=1e-4)
 
 
-def test_gradcam_is_of_class_1_between_0_and_1(trained, workdir, images):
+def test_gradcam_maps_lie_between_0_and_1(trained, workdir, images):
     model = bef_jax.load(workdir)
     maps = model.gradcam(images)
     assert (maps.shape, maps.dtype) == ((len(images), 96, 96), np.float32)
     assert maps.min() == 0
     largest = maps.max((1, 2))
     assert set(np.round(largest, 6)) <= {0.0, 1.0}
-    # The network sees the central 48 pixels alone.
+    # The network sees only the central 48 x 48 pixels.
     assert not maps[:, :24].any()
     np.testing.assert_allclose(model.gradcam(images[2:3]), maps[2:3], atol=1e-4)
 
 
-def test_any_number_of_patches_even_none(trained, workdir, images):
+def test_any_number_of_patches_is_scored_even_none(trained, workdir, images):
     model = bef_jax.load(workdir)
     whole = model.predict(images)
     assert model.predict(images[:0]).shape == (0,)
@@ -124,7 +124,7 @@ def test_any_number_of_patches_even_none(trained, workdir, images):
     np.testing.assert_allclose(alone, whole[:4], rtol=1e-5)
 
 
-def test_it_tells_its_classes_scale_and_threshold(small_config, tmp_path):
+def test_a_loaded_model_has_its_classes_scale_and_threshold(small_config, tmp_path):
     save(small_config(**{"data.source": "rpcam", "eval.threshold": 0.3}), tmp_path / "rpcam")
     save(small_config(), tmp_path / "drawn")
     real, drawn = bef_jax.load(tmp_path / "rpcam"), bef_jax.load(tmp_path / "drawn")
@@ -135,7 +135,7 @@ def test_it_tells_its_classes_scale_and_threshold(small_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "message"),
     [
         (np.zeros((2, 96, 96, 3), np.float32), "float32"),
         (np.zeros((96, 96, 3), np.uint8), r"\[96, 96, 3\]"),
@@ -143,12 +143,12 @@ def test_it_tells_its_classes_scale_and_threshold(small_config, tmp_path):
         ("nowhere.png", "no such file"),
     ],
 )
-def test_images_of_another_kind_are_told(wrong, words, trained, workdir):
-    with pytest.raises(UserError, match=words):
+def test_images_of_another_shape_or_dtype_are_refused(wrong, message, trained, workdir):
+    with pytest.raises(UserError, match=message):
         bef_jax.load(workdir).predict(wrong)
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_a_missing_or_unreadable_model_is_named(tmp_path):
     with pytest.raises(UserError, match=r"load\('nowhere'\): neither a folder nor"):
         bef_jax.load("nowhere")
     with pytest.raises(UserError, match="no checkpoint there"):
@@ -160,7 +160,7 @@ def test_what_is_not_there_is_told(tmp_path):
             bef_jax.load(tmp_path / name).predict(np.zeros((1, 96, 96, 3), np.uint8))
 
 
-def test_three_classes_are_refused_with_what_to_give(small_config, tmp_path):
+def test_the_error_about_three_classes_says_what_to_give(small_config, tmp_path):
     save(small_config(**{"model.num_classes": 3}), tmp_path)
     with pytest.raises(UserError, match=r"not 3; give a checkpoint with model\.num_classes=2"):
         bef_jax.load(tmp_path)
@@ -168,14 +168,14 @@ def test_three_classes_are_refused_with_what_to_give(small_config, tmp_path):
 
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
 @pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
-def test_what_is_no_regular_file_is_told_at_once(name, kind, tmp_path):
+def test_a_special_file_is_refused_when_it_is_loaded(name, kind, tmp_path):
     (tmp_path / name).symlink_to(special(tmp_path, kind))
     with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
         bef_jax.load(tmp_path / name)
 
 
-def tiny_onnx(file, **facts):
-    """A file that another program could have written: twice its input."""
+def write_tiny_onnx(file, **facts):
+    """Writes an ONNX file that doubles its input, as another program could have written."""
     from onnx import TensorProto, helper
 
     ends = [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["n", 4]) for x in ("x", "y")]
@@ -187,28 +187,28 @@ def tiny_onnx(file, **facts):
     file.write_bytes(model.SerializeToString())
 
 
-def test_another_program_s_onnx_is_told_before_it_scores(tmp_path):
+def test_an_onnx_file_of_another_program_is_refused_before_it_scores(tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     file = tmp_path / "other.onnx"
     for facts in ({}, {"classes": "[1]", "mpp": "null"}, {"classes": "[", "mpp": "x"}):
-        tiny_onnx(file, **facts)
+        write_tiny_onnx(file, **facts)
         model = bef_jax.load(file)
         assert (model.classes, model.mpp) == (None, None)
         with pytest.raises(UserError, match="was not written by --mode=export"):
             model.predict(np.zeros((1, 96, 96, 3), np.uint8))
 
 
-def test_what_an_onnx_file_names_besides_is_not_opened(tmp_path, capfd):
-    """Weights may be in other files: one of them is a FIFO here."""
+def test_other_files_that_an_onnx_file_names_are_not_opened(tmp_path, capfd):
+    """ONNX allows weights in other files. The file that is named here is a FIFO."""
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     file = tmp_path / "model.onnx"
-    tiny_onnx(file)
+    write_tiny_onnx(file)
     model = onnx.load(file)
-    kept = model.graph.initializer.add(name="x", dims=[1, 4], data_type=1, data_location=1)
+    weight = model.graph.initializer.add(name="x", dims=[1, 4], data_type=1, data_location=1)
     for key, value in (("location", "fifo"), ("offset", "0"), ("length", "16")):
-        kept.external_data.add(key=key, value=value)
+        weight.external_data.add(key=key, value=value)
     file.write_bytes(model.SerializeToString())
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UserError, match="can't be read"):
@@ -239,7 +239,7 @@ DESCRIPTION = {"classes": ["a", "b"], "mpp": 0.5, "files": {"model.onnx": {"sha2
        [("classes", None), ("classes", [1, 2]), ("classes", "ab"), ("mpp", "0.5"), ("mpp", True),
         ("files", []), ("files", {"model.onnx": 3}), ("files", {"model.onnx": {"sha256": 3}})])],
 )  # fmt: skip
-def test_a_description_that_was_cut_or_edited_is_one_line(content, tmp_path):
+def test_the_error_about_a_damaged_description_is_one_line(content, tmp_path):
     (tmp_path / "model.onnx").touch()
     (tmp_path / "export.json").write_text(content)
     model = bef_jax.load(tmp_path / "model.onnx")
@@ -250,11 +250,11 @@ def test_a_description_that_was_cut_or_edited_is_one_line(content, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
-def test_a_file_that_is_not_what_was_described_is_not_read(name, tmp_path):
-    """JAX's reader of a damaged file can end the process, or never return."""
+def test_a_file_whose_checksum_differs_from_its_description_is_not_read(name, tmp_path):
+    """JAX must not read a damaged file, because it can end the process, or never return."""
     content = b"what was exported"
-    written = {"sha256": hashlib.sha256(content).hexdigest()}
-    description = DESCRIPTION | {"files": {name: written}}
+    checksum = {"sha256": hashlib.sha256(content).hexdigest()}
+    description = DESCRIPTION | {"files": {name: checksum}}
     (tmp_path / "export.json").write_text(json.dumps(description))
     for damaged in (content[:-1], b"W" + content[1:]):
         (tmp_path / name).write_bytes(damaged)
@@ -263,7 +263,7 @@ def test_a_file_that_is_not_what_was_described_is_not_read(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_exported_file_predicts(trained, workdir, scoring, images, tmp_path):
+def test_an_exported_file_predicts_as_its_checkpoint(trained, workdir, scoring, images, tmp_path):
     pytest.importorskip("onnxruntime")
     config, path = scoring()
     export.export_checkpoint(config, workdir, path)
@@ -275,7 +275,7 @@ def test_an_exported_file_predicts(trained, workdir, scoring, images, tmp_path):
         for method in (model.features, model.gradcam):
             with pytest.raises(UserError, match="load its checkpoint"):
                 method(images)
-        # Where a server has the file alone.
+        # A server may have only this file, without export.json.
         (tmp_path / name).write_bytes((workdir / "export" / name).read_bytes())
         alone = bef_jax.load(tmp_path / name)
         np.testing.assert_allclose(alone.predict(images[:2]), expected[:2], atol=1e-5)
@@ -292,7 +292,7 @@ def test_a_picture_is_cut_into_windows(trained, workdir, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_uses_all_devices(trained, workdir, images, tmp_path):
+def test_scores_on_eight_devices_equal_those_on_one(trained, workdir, images, tmp_path):
     np.save(tmp_path / "images.npy", images)
     code = (
         "import sys, jax, numpy, bef_jax; assert jax.device_count() == 8\n"

@@ -1,3 +1,5 @@
+"""Metrics, compared with scikit-learn, and with brute force over all pairs of patches."""
+
 import itertools
 
 import numpy as np
@@ -9,7 +11,7 @@ from bef_jax.scoring.metrics import binary_metrics, delong_interval, structural_
 
 
 def predictions(n=400, seed=0, decimals=None):
-    """Labels and probabilities that know a little of them; rounding makes ties."""
+    """Returns probabilities that partly predict the labels, and the labels; rounding makes ties."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, n)
     probabilities = 1 / (1 + np.exp(-(2 * labels - 1 + 1.5 * rng.normal(size=n))))
@@ -17,7 +19,7 @@ def predictions(n=400, seed=0, decimals=None):
 
 
 def brute_force_delong(probabilities, labels):
-    """DeLong et al. 1988, as written: every positive against every negative."""
+    """Returns the interval of DeLong et al. 1988, from every positive with every negative."""
     positives, negatives = probabilities[labels == 1], probabilities[labels == 0]
     wins = np.array([[(p > q) + 0.5 * (p == q) for q in negatives] for p in positives], dtype=float)
     by_positive, by_negative = wins.mean(axis=1), wins.mean(axis=0)
@@ -28,7 +30,7 @@ def brute_force_delong(probabilities, labels):
 
 @pytest.mark.parametrize("decimals", [None, 1])
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
-def test_agrees_with_scikit_learn(decimals, threshold):
+def test_metrics_agree_with_scikit_learn(decimals, threshold):
     probabilities, labels = predictions(decimals=decimals)
     found = binary_metrics(probabilities, labels, threshold)
     called = probabilities >= threshold
@@ -48,7 +50,7 @@ def test_agrees_with_scikit_learn(decimals, threshold):
 
 @pytest.mark.parametrize("decimals", [None, 1, 0])
 @pytest.mark.parametrize("n", [8, 60, 150])
-def test_interval_is_delongs(n, decimals):
+def test_interval_agrees_with_delongs_formula(n, decimals):
     probabilities, labels = predictions(n, seed=n, decimals=decimals)
     expected = brute_force_delong(probabilities, labels)
     assert delong_interval(probabilities, labels) == pytest.approx(expected, abs=1e-12)
@@ -57,11 +59,11 @@ def test_interval_is_delongs(n, decimals):
 
 def test_interval_covers_the_true_auc():
     rng = np.random.default_rng(0)
-    true_auc = norm.cdf(1 / np.sqrt(2))  # of two unit Gaussians whose means are one apart
+    true_auc = norm.cdf(1 / np.sqrt(2))  # two unit Gaussians whose means are 1 apart
     labels = np.repeat([0, 1], 60)
     intervals = [delong_interval(norm.cdf(rng.normal(labels)), labels) for _ in range(1000)]
     covered = np.mean([low <= true_auc <= high for low, high in intervals])
-    assert 0.93 <= covered <= 0.97  # 0.95, and three standard errors of 1,000 draws
+    assert 0.93 <= covered <= 0.97  # 0.95 within three standard errors of 1,000 draws
 
 
 def test_interval_is_clipped_and_widens_with_its_level():
@@ -73,7 +75,7 @@ def test_interval_is_clipped_and_widens_with_its_level():
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
-def test_calibration_error_by_bins():
+def test_calibration_error_agrees_with_a_loop_over_bins():
     probabilities, labels = predictions()
     expected = 0
     for k in range(15):
@@ -84,7 +86,7 @@ def test_calibration_error_by_bins():
     assert binary_metrics(probabilities, labels)["ece"] == pytest.approx(expected)
 
 
-def test_the_last_bin_of_calibration_holds_one():
+def test_the_last_bin_of_the_calibration_error_includes_1():
     # Both lie in [14/15, 1], where 1.95 positives are predicted and one is found.
     assert binary_metrics([0.95, 1.0], [1, 0])["ece"] == pytest.approx(0.95 / 2)
 
@@ -99,14 +101,14 @@ def test_saturated_mistake_has_a_finite_loss():
     )
 
 
-def test_one_probability_for_all_ranks_nothing():
+def test_one_probability_for_all_has_an_auc_of_a_half():
     found = binary_metrics([0.3] * 6, [0, 1, 0, 1, 0, 1])
     assert found["auc"] == 0.5
     assert found["auc_ci95"] is None
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_what_one_class_leaves_undefined_is_none(label):
+def test_metrics_that_one_class_leaves_undefined_are_none(label):
     found = binary_metrics([0.2, 0.3, 0.9], [label] * 3)
     assert found["auc"] is None and found["auc_ci95"] is None
     assert found["average_precision"] is None
@@ -115,7 +117,7 @@ def test_what_one_class_leaves_undefined_is_none(label):
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 1], [0, 1, 1]])
-def test_no_interval_for_a_class_of_one(labels):
+def test_a_class_of_one_patch_has_no_interval(labels):
     found = binary_metrics([0.2, 0.3, 0.9], labels)
     assert (found["auc"], found["auc_ci95"]) == (1.0, None)
 
@@ -129,13 +131,13 @@ def test_both_classes_components_have_the_auc_as_their_mean(decimals):
         )
 
 
-def test_a_float32_is_scored_as_the_number_that_it_is():
+def test_float32_scores_the_same_as_its_value_in_float64():
     probabilities, labels = predictions()
     narrow = probabilities.astype(np.float32)
     assert binary_metrics(narrow, labels) == binary_metrics(narrow.astype(np.float64), labels)
 
 
-def test_figures_are_json_numbers():
+def test_metrics_are_plain_numbers_of_python():
     probabilities, labels = predictions()
     found = binary_metrics(probabilities.astype(np.float32), labels.astype(np.uint8))
     flat = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found.values())
@@ -152,6 +154,6 @@ def test_figures_are_json_numbers():
         ([0.5, 1.01], [0, 1], "probabilities in"),
     ],
 )
-def test_refuses_what_it_cannot_score(probabilities, labels, message):
+def test_arrays_that_cannot_be_scored_are_refused(probabilities, labels, message):
     with pytest.raises(ValueError, match=message):
         binary_metrics(np.array(probabilities, float), np.array(labels, int))

@@ -1,3 +1,5 @@
+"""Paired tests, compared with brute force, with sums by hand and with scikit-learn's AUC."""
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -18,7 +20,7 @@ def two_models(n=200, seed=0, better=0.0, decimals=3):
 
 
 def brute_force_delong(first, second, labels):
-    """DeLong et al. 1988, as written: both models' components, and the covariance of the AUCs."""
+    """Returns the AUCs' difference and its standard error, as in DeLong et al. 1988."""
 
     def components(scores):
         above, below = scores[labels == 1][:, None], scores[labels == 0][None]
@@ -38,7 +40,7 @@ def brute_force_delong(first, second, labels):
 
 @pytest.mark.parametrize("decimals", [1, 6])
 @pytest.mark.parametrize("better", [0.0, 0.5])
-def test_delongs_test_is_the_one_of_1988(better, decimals):
+def test_delongs_test_agrees_with_the_formula_of_1988(better, decimals):
     first, second, labels = two_models(better=better, decimals=decimals)
     difference, error = brute_force_delong(first, second, labels)
     found = delong_test(first, second, labels)
@@ -50,31 +52,32 @@ def test_delongs_test_is_the_one_of_1988(better, decimals):
     assert found["auc_difference_ci95"] == pytest.approx(ends)
 
 
-def test_of_equal_models_one_in_twenty_is_called_better():
+def test_one_in_twenty_pairs_of_equal_models_is_significant():
     found = [delong_test(*two_models(seed=seed, decimals=9))["delong_p"] for seed in range(400)]
-    assert 0.02 < np.mean(np.array(found) < 0.05) < 0.085  # three standard errors of 400 draws
+    # The tolerance is about three standard errors of 400 draws.
+    assert 0.02 < np.mean(np.array(found) < 0.05) < 0.085
 
 
-def test_the_same_ranking_differs_by_nothing():
+def test_models_with_the_same_ranking_do_not_differ():
     first, _, labels = two_models()
     found = delong_test(first, first / 2, labels)
     assert (found["auc_difference"], found["delong_p"]) == (0.0, 1.0)
 
 
-def test_a_certain_difference_is_no_chance():
-    """One model ranks every positive first, the other one last."""
+def test_a_certain_difference_has_a_p_value_of_0():
+    """One model ranks all positives first, the other model ranks them last."""
     first, labels = np.array([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1])
     found = delong_test(first, 1 - first, labels)
     assert (found["auc_difference"], found["delong_p"]) == (1.0, 0.0)
 
 
-def test_one_class_has_no_difference():
+def test_labels_of_one_class_give_no_difference():
     found = delong_test(np.array([0.1, 0.2]), np.array([0.3, 0.1]), np.array([1, 1]))
     assert set(found.values()) == {None}
 
 
-def test_mcnemars_test_by_hand():
-    """Ten disagreements, two of them the first's way: (1 + 10 + 45) / 2^10, from both sides."""
+def test_mcnemars_test_agrees_with_a_sum_by_hand():
+    """The first model is right in two of ten disagreements: p = 2 * (1 + 10 + 45) / 2^10."""
     first = np.array([True] * 2 + [False] * 8 + [True] * 30)
     second = np.array([False] * 2 + [True] * 8 + [True] * 30)
     found = mcnemar_test(first, second)

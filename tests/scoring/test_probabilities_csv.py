@@ -1,3 +1,5 @@
+"""Files of probabilities, compared with what was written, and with the csv module of Python."""
+
 import csv
 import os
 
@@ -16,8 +18,8 @@ def test_every_digit_and_every_id_comes_back(tmp_path):
     labels = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.uint8)
     file = tmp_path / "scores_valid.csv"
     write_probabilities(file, Evaluation("valid", ids, labels, probabilities, {}))
-    for wrote, found in zip((ids, labels, probabilities), read_probabilities(file), strict=True):
-        np.testing.assert_array_equal(wrote, found)
+    for written, found in zip((ids, labels, probabilities), read_probabilities(file), strict=True):
+        np.testing.assert_array_equal(written, found)
     assert next(csv.reader(file.open(newline=""))) == ["id", "label", "probability"]
 
 
@@ -56,14 +58,14 @@ HEAD = "id,label,probability\n"
      HEAD + "a,0,nan\n", HEAD + "a,0,2\n", HEAD + "a,-1,0\n", HEAD + "a,999,0\n",
      HEAD + "x" * 200_000 + ",0,0\n", HEAD + "\n", HEAD + "x" * 9000 + ",0,0\n" + "a,0,0\n" * 9000],
 )  # fmt: skip
-def test_damaged_probabilities_are_named_with_what_to_do(text, tmp_path):
+def test_the_error_about_a_damaged_file_says_what_to_do(text, tmp_path):
     file = tmp_path / "scores_valid.csv"
     file.write_text(text)
     with pytest.raises(UserError, match=r"scores_valid\.csv: damaged .*delete train_summary\.json"):
         read_probabilities(file)
 
 
-def test_probabilities_that_are_no_text_or_no_file_are_named(tmp_path):
+def test_a_missing_special_or_endless_file_is_named(tmp_path):
     file = tmp_path / "scores_valid.csv"
     with pytest.raises(UserError, match=r"scores_valid\.csv: damaged \(No such file"):
         read_probabilities(file)

@@ -1,4 +1,7 @@
-"""What a checkpoint decides, and what those who score with it may change."""
+"""Fields that a checkpoint decides, and fields that users may change to score with it.
+
+Scores are compared with those of the training run.
+"""
 
 import json
 import logging
@@ -16,11 +19,11 @@ from bef_jax.training import checkpoint
 
 @pytest.fixture
 def run_summary(request):
-    """The summary of the run in `workdir`; `trained` is the module's name here."""
+    """Returns the summary of the run in `workdir`; here, `trained` is the name of a module."""
     return request.getfixturevalue("trained")
 
 
-def test_a_workdir_means_its_best_checkpoint_and_a_checkpoint_itself(run_summary, workdir):
+def test_a_workdir_stands_for_its_best_checkpoint(run_summary, workdir):
     best = checkpoint.best(workdir)
     assert trained.find(workdir) == trained.find(best) == best.resolve()
     older = workdir / "checkpoints" / "3"
@@ -28,12 +31,12 @@ def test_a_workdir_means_its_best_checkpoint_and_a_checkpoint_itself(run_summary
     assert trained.workdir_of(older) == workdir
 
 
-def test_without_a_checkpoint_nothing_is_found(tmp_path):
+def test_without_a_checkpoint_an_error_says_to_train_first(tmp_path):
     with pytest.raises(UserError, match="no checkpoint there; train first"):
         trained.find(tmp_path)
 
 
-def test_all_that_decides_a_score_comes_from_the_checkpoint(
+def test_fields_that_decide_a_score_come_from_the_checkpoint(
     run_summary, scoring, small_config, caplog
 ):
     other = {
@@ -53,12 +56,12 @@ def test_all_that_decides_a_score_comes_from_the_checkpoint(
     config.update(eval=saved.eval, data=saved.data)
     assert config.to_json_best_effort() == saved.to_json_best_effort()
     assert (saved.rcc.eval_size, saved.eval.tta, saved.eval.threshold) == (48, 1, 0.5)
-    told = {line.split("=")[0] for line in caplog.messages if "the checkpoint decides" in line}
-    assert told == {f"config.{name}" for name in other} - {"config.eval.batch_size",
+    logged = {line.split("=")[0] for line in caplog.messages if "the checkpoint decides" in line}
+    assert logged == {f"config.{name}" for name in other} - {"config.eval.batch_size",
                                                            "config.data.dir"}  # fmt: skip
 
 
-def test_a_change_on_purpose_counts_and_is_logged(run_summary, scoring, caplog):
+def test_a_change_of_a_single_field_is_used_and_logged(run_summary, scoring, caplog):
     changes = {"rcc.eval_size": 64, "eval.threshold": 0.25, "augment.mean": (0.5, 0.5, 0.5)}
     with caplog.at_level(logging.INFO, logger="bef_jax"):
         config, _ = scoring(**changes, **{"eval.batch_size": 3})
@@ -70,14 +73,14 @@ def test_a_change_on_purpose_counts_and_is_logged(run_summary, scoring, caplog):
     ]
 
 
-def test_another_network_is_refused_and_the_same_one_is_not(run_summary, scoring):
+def test_flags_of_another_network_are_refused_and_of_the_same_one_are_not(run_summary, scoring):
     scoring(**{"model.fusion": True, "model.depthwise": "native", "model.remat": "block"})
     with pytest.raises(UserError, match=r"model\.fusion=True: leave out --config\.model\.fusion"):
         scoring(**{"model.fusion": False})
 
 
-def test_flags_of_training_are_nothing_to_scoring(run_summary, scoring):
-    """Whoever repeats the flags of the run, or has others for the next one, scores all the same."""
+def test_scoring_ignores_flags_of_training(run_summary, scoring):
+    """A user may repeat the flags of the run, or give those of the next run."""
     config, path = scoring(**{"ema_decay": 0.0, "optim.name": "sgd", "steps": 7})
     assert config.ema_decay == checkpoint.read_metadata(path)["config"]["ema_decay"] > 0
     assert evaluate.evaluate_checkpoint(config, path, "valid")["loss"] == pytest.approx(
@@ -85,8 +88,8 @@ def test_flags_of_training_are_nothing_to_scoring(run_summary, scoring):
     )
 
 
-def test_where_the_hosts_of_training_met_is_nothing_to_scoring(run_summary, scoring, monkeypatch):
-    """A laptop that scores a cluster's checkpoint waits for nobody."""
+def test_scoring_ignores_the_coordinator_of_training(run_summary, scoring, monkeypatch):
+    """A laptop that scores a cluster's checkpoint does not wait for other hosts."""
     read = checkpoint.read_metadata
 
     def read_metadata(path):
@@ -101,8 +104,8 @@ def test_where_the_hosts_of_training_met_is_nothing_to_scoring(run_summary, scor
     assert given.coordinator == "auto"
 
 
-def test_how_blocks_were_trained_is_nothing_to_scoring(run_summary, scoring, monkeypatch):
-    """A checkpoint of a TPU, whose batch is one of whole kernels."""
+def test_scoring_ignores_how_training_computed_blocks(run_summary, scoring, monkeypatch):
+    """The checkpoint is as from a TPU: Pallas kernels, and a batch size that they take."""
     read, forms = checkpoint.read_metadata, {"mbconv": "pallas", "remat": "block"}
 
     def read_metadata(path):
@@ -117,7 +120,7 @@ def test_how_blocks_were_trained_is_nothing_to_scoring(run_summary, scoring, mon
         assert summary["loss"] == pytest.approx(run_summary["valid"]["loss"], rel=1e-5)
 
 
-def test_a_field_that_is_gone_is_told_with_its_checkpoint(run_summary, workdir, monkeypatch):
+def test_the_error_about_an_unknown_field_names_the_checkpoint(run_summary, workdir, monkeypatch):
     read = checkpoint.read_metadata
 
     def read_metadata(path):
@@ -130,11 +133,11 @@ def test_a_field_that_is_gone_is_told_with_its_checkpoint(run_summary, workdir, 
         trained.scoring_config(workdir / "checkpoints" / "3")
 
 
-def test_what_valid_chose_travels_with_the_checkpoint(run_summary, workdir):
+def test_the_checkpoint_has_the_operating_point_that_valid_chose(run_summary, workdir):
     point = checkpoint.read_metadata(checkpoint.best(workdir))["operating_point"]
     valid = run_summary["valid"]
     assert point["chosen_on"] == "valid"
-    # Of four steps: its log-odds may say nothing, and then there is no temperature.
+    # After four steps the log-odds may be wrong on the whole, and then there is no temperature.
     temperature = valid["calibrated"]["temperature"]
     assert point["temperature"] == (temperature and pytest.approx(temperature, rel=1e-3))
     assert point["threshold"] == pytest.approx(valid["operating_point"]["threshold"], rel=1e-4)
@@ -150,7 +153,7 @@ def run_main(*flags, cwd):
 
 
 @pytest.mark.slow
-def test_eval_needs_a_checkpoint_alone(run_summary, workdir, tmp_path):
+def test_eval_needs_only_a_checkpoint(run_summary, workdir, tmp_path):
     """The run was trained at rcc.eval_size=48; nothing here says so."""
     result = run_main(
         "--mode=eval", f"--checkpoint={workdir}", "--split=valid",
@@ -164,7 +167,7 @@ def test_eval_needs_a_checkpoint_alone(run_summary, workdir, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_run_or_a_checkpoint_one_line_asks_for_it(tmp_path):
+def test_without_a_run_or_a_checkpoint_the_error_asks_for_one(tmp_path):
     result = run_main("--mode=predict", "--input=x.png", cwd=tmp_path)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2

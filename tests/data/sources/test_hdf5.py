@@ -1,4 +1,7 @@
-"""HDF5 files that lead elsewhere or unpack to gigabytes; good ones are in test_sources.py."""
+"""HDF5 files that name other files, or that unpack to gigabytes, compared with expected errors.
+
+Valid files are in test_sources.py.
+"""
 
 import gzip
 import os
@@ -25,22 +28,22 @@ def create(path, shape=(4, *PATCH), dtype="u1", name="x", **options):
         return file.create_dataset(name, shape, dtype, **options).shape
 
 
-def refused(path, message):
+def expect_error(path, message):
     with pytest.raises(UserError) as caught:
         list(hdf5.stream(path))
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-# --- files that lead elsewhere: none of what they name is opened
+# --- files that name other files, which are not opened
 
 
-def link_out(path, other):
+def link_to_other_file(path, other):
     with h5py.File(path, "w") as file:
         file["x"] = h5py.ExternalLink(str(other), "/x")
 
 
-def link_softly(path, other):
+def link_through_soft_link(path, other):
     with h5py.File(path, "w") as file:
         file["y"] = h5py.ExternalLink(str(other), "/x")
         file["x"] = h5py.SoftLink("/y")
@@ -50,7 +53,7 @@ def store_outside(path, other):
     create(path, external=[(str(other), 0, 4 * 27648)])
 
 
-def map_others(path, other):
+def map_to_other_file(path, other):
     layout = h5py.VirtualLayout((4, *PATCH), "u1", maxshape=(None, *PATCH))
     source = h5py.VirtualSource(str(other), "x", (4, *PATCH), maxshape=(None, *PATCH))
     unlimited = h5py.h5s.UNLIMITED
@@ -59,68 +62,72 @@ def map_others(path, other):
         file.create_virtual_dataset("x", layout)
 
 
-LEADING_OUT = {link_out: "has no data", link_softly: "has no data"}
-LEADING_OUT |= {store_outside: "lies in other files", map_others: "lies in other files"}
+NAMING_OTHER_FILES = {
+    link_to_other_file: "has no data",
+    link_through_soft_link: "has no data",
+    store_outside: "lies in other files",
+    map_to_other_file: "lies in other files",
+}
 
 
-def test_other_files_that_it_names_are_not_opened(tmp_path, say, path):
+def test_other_files_that_a_file_names_are_not_opened(tmp_path, say, path):
     os.mkfifo(tmp_path / "fifo")
     lines = []
-    for number, make in enumerate(LEADING_OUT):
+    for number, make in enumerate(NAMING_OTHER_FILES):
         make(file := tmp_path / f"{number}.h5", tmp_path / "fifo")
         lines.append(f"list(hdf5.stream(Path({str(file)!r})))")
-    for line, message in zip(say(*lines), LEADING_OUT.values(), strict=True):
+    for line, message in zip(say(*lines), NAMING_OTHER_FILES.values(), strict=True):
         assert message in line
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".h5.gz"])
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_no_regular_file(kind, suffix, tmp_path, patches, special, say, write):
+def test_a_special_file_is_refused(kind, suffix, tmp_path, patches, special, say, write):
     folder = write("pcam_hdf5_gz" if suffix == ".h5.gz" else "pcam_hdf5", tmp_path, patches)
     file = folder / f"camelyonpatch_level_2_split_test_x{suffix}"
     special(kind, file)
-    told = say(
+    printed = say(
         f"list(pcam_hdf5.read(data_of('pcam_hdf5', {str(folder)!r})))",
         f"list(hdf5.stream(Path({str(file)!r})))",
     )
-    assert told == [f"{file}: is {kind}; name a regular file"] * 2
+    assert printed == [f"{file}: is {kind}; name a regular file"] * 2
 
 
-# --- small files that unpack to gigabytes, or declare them
+# --- small files that unpack to gigabytes, or declare gigabytes
 
 
 @pytest.mark.parametrize("rows", [155_000, 40_000, 2500])
-def test_a_chunk_of_gigabytes_is_refused(rows, path):
+def test_a_chunk_that_is_too_large_is_refused(rows, path):
     create(path, (rows, *PATCH), chunks=(rows, *PATCH), fillvalue=0, **GZIP)
     with h5py.File(path, "r+") as file:
         file["x"].id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(1000)))
-    refused(path, "too large to be read; repack it: h5repack")
+    expect_error(path, "too large to be read; repack it: h5repack")
 
 
-def test_rows_that_share_a_chunk_are_gigabytes(path):
-    # Of a column of pixels: small each, and 288 of them hold one patch.
+def test_small_chunks_are_refused_if_their_rows_together_are_gigabytes(path):
+    # A chunk holds a column of pixels of all patches, so it is small. Each patch is in 288 chunks.
     create(path, (60_000, *PATCH), chunks=(60_000, 96, 1, 1), **GZIP)
-    refused(path, "too large to be read; repack it: h5repack")
+    expect_error(path, "too large to be read; repack it: h5repack")
 
 
-def test_a_chunk_that_unpacks_to_more_than_it_says(tmp_path, say):
+def test_a_chunk_that_unpacks_to_more_than_it_declares_is_refused(tmp_path, say):
     path = tmp_path / "a.h5"
     create(path, (1, *PATCH), chunks=(1, *PATCH), **GZIP)
     packer = zlib.compressobj(1)
     stream = b"".join(packer.compress(bytes(1 << 24)) for _ in range(80)) + packer.flush()
     with h5py.File(path, "r+") as file:
         file["x"].id.write_direct_chunk((0, 0, 0, 0), stream)
-    (told,) = say(f"list(hdf5.stream(Path({str(path)!r})))")
-    assert "the chunk at (0, 0, 0, 0) may be too large to be read; repack it" in told
+    (line,) = say(f"list(hdf5.stream(Path({str(path)!r})))")
+    assert "the chunk at (0, 0, 0, 0) may be too large to be read; repack it" in line
 
 
-@pytest.mark.parametrize("packing", [GZIP, {"compression": "lzf"}, {}])
-def test_large_chunks_that_are_good_are_read(packing, path):
+@pytest.mark.parametrize("packing", [GZIP, {"compression": "lzf"}, {}], ids=["gzip", "lzf", "none"])
+def test_large_valid_chunks_are_read(packing, path):
     images = np.random.default_rng(0).integers(0, 256, (40, *PATCH), dtype=np.uint8)
-    images[:20] >>= 4  # so that half of them pack
+    images[:20] >>= 4  # so that this half shrinks when it is packed
     with h5py.File(path, "w") as file:
         x = file.create_dataset("x", data=images, chunks=(20, *PATCH), **packing)
-        if packing:  # the rest are left as they are, as filters may do
+        if packing:  # a filter may leave a chunk unpacked, as this one
             x.id.write_direct_chunk((20, 0, 0, 0), images[20:].tobytes(), filter_mask=1)
     ((ids, found),) = hdf5.stream(path)
     np.testing.assert_array_equal(found, images)
@@ -135,28 +142,28 @@ def test_each_chunk_is_unpacked_once(chunks, path, monkeypatch):
         file.create_dataset("x", data=images, chunks=chunks, **(GZIP if chunks else {}))
     starts, read_direct = [], h5py.Dataset.read_direct
 
-    def read(self, band, rows, into):
+    def read_and_note_start(self, band, rows, into):
         starts.append(rows.start)
         read_direct(self, band, rows, into)
 
-    monkeypatch.setattr(h5py.Dataset, "read_direct", read)
+    monkeypatch.setattr(h5py.Dataset, "read_direct", read_and_note_start)
     parts = list(hdf5.stream(path))
     assert max(len(ids) for ids, _ in parts) <= 512
     np.testing.assert_array_equal(np.concatenate([found for _, found in parts]), images)
-    # Reads begin where a chunk begins, and end where one ends.
+    # Each read begins where a chunk begins, so no chunk is part of two reads.
     assert all(start % (chunks[0] if chunks else 1) == 0 for start in starts)
     assert len(starts) == len(set(starts)) <= 3
 
 
 @pytest.mark.parametrize("chunks", [(1, *PATCH), None])
-def test_rows_that_are_declared_and_not_there(chunks, path):
+def test_rows_that_are_declared_but_missing_are_refused(chunks, path):
     create(path, (10**9, *PATCH), chunks=chunks)
-    refused(path, "declares")
+    expect_error(path, "declares")
 
 
-def test_filters_that_know_no_bounds(path):
+def test_filters_other_than_one_of_gzip_and_lzf_are_refused(path):
     create(path, chunks=(1, *PATCH), scaleoffset=0)
-    refused(path, "packed by the filters [6]; only one of gzip and LZF is read; repack it")
+    expect_error(path, "packed by the filters [6]; only one of gzip and LZF is read; repack it")
     with h5py.File(path, "w") as file:
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_chunk((1, *PATCH))
@@ -164,10 +171,10 @@ def test_filters_that_know_no_bounds(path):
         plist.set_deflate(1)
         space = h5py.h5s.create_simple((4, *PATCH))
         h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_UINT8, space, plist)
-    refused(path, "packed by the filters [1, 1]; only one of gzip and LZF is read; repack it")
+    expect_error(path, "packed by the filters [1, 1]; only one of gzip and LZF is read; repack it")
 
 
-LABELS = {
+NOT_LABELS = {
     "text of a gigabyte": ("S1000000000", (20, 1, 1, 1)),
     "arrays": (("u1", (500_000_000,)), (20, 1, 1, 1)),
     "objects": (h5py.string_dtype(), (20, 1, 1, 1)),
@@ -178,9 +185,9 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("kind", LABELS)
-def test_labels_that_are_none(kind, tmp_path, patches, write, make_data):
-    dtype, shape = LABELS[kind]
+@pytest.mark.parametrize("kind", NOT_LABELS)
+def test_data_that_cannot_be_labels_are_refused(kind, tmp_path, patches, write, make_data):
+    dtype, shape = NOT_LABELS[kind]
     folder = write("pcam_hdf5", tmp_path, patches)
     file = folder / "camelyonpatch_level_2_split_train_y.h5"
     if shape is None:
@@ -196,24 +203,24 @@ def test_labels_that_are_none(kind, tmp_path, patches, write, make_data):
 # --- .gz
 
 
-def test_a_gz_that_unpacks_to_much_more_than_pcam_would(tmp_path, monkeypatch):
+def test_a_gz_that_unpacks_to_much_more_than_pcam_does_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "a.h5.gz"
     file.write_bytes(gzip.compress(bytes(4 << 20)))
     monkeypatch.setattr(hdf5, "_UNPACKED_ALWAYS_ALLOWED", 1 << 20)
-    refused(file, "unpacks to more than PCam's files do")
+    expect_error(file, "unpacks to more than PCam's files do")
     assert os.listdir(tmp_path) == ["a.h5.gz"]
 
 
-def test_unpacking_is_told(tmp_path, patches, write, make_data):
+def test_progress_of_unpacking_is_reported(tmp_path, patches, write, make_data):
     folder = write("pcam_hdf5_gz", tmp_path, patches)
-    told = {}
+    progress = {}
 
     def begin(name, total, unit):
-        told[name] = 0, total, unit
-        return lambda n: told.update({name: (told[name][0] + n, total, unit)})
+        progress[name] = 0, total, unit
+        return lambda n: progress.update({name: (progress[name][0] + n, total, unit)})
 
     list(pcam_hdf5.read(make_data("pcam_hdf5", folder), begin))
-    assert told["reading valid"] == (9, 9, "patches")
+    assert progress["reading valid"] == (9, 9, "patches")
     name = "camelyonpatch_level_2_split_valid_x.h5.gz"
     size = (folder / name).stat().st_size
-    assert told["unpacking split_valid_x.h5.gz"] == (size, size, "bytes")
+    assert progress["unpacking split_valid_x.h5.gz"] == (size, size, "bytes")

@@ -1,4 +1,7 @@
-"""Archives that declare what they do not hold, made by hand; good ones are in test_sources.py."""
+"""Handmade .npz archives whose headers or ids are wrong, compared with expected errors.
+
+Valid archives are in test_sources.py.
+"""
 
 import io
 import zipfile
@@ -25,8 +28,8 @@ def array(values):
     return text.getvalue()
 
 
-def write(path, packing=zipfile.ZIP_DEFLATED, **members):
-    """Writes an archive; a member is bytes, or a list of parts, (byte, count) for many equal."""
+def write_zip(path, packing=zipfile.ZIP_DEFLATED, **members):
+    """Writes an archive. A member is bytes, or a list of parts: bytes, or (byte, count)."""
     with zipfile.ZipFile(path, "w", packing, compresslevel=1) as archive:
         for name, parts in members.items():
             with archive.open(name.replace("_npy", ".npy"), "w", force_zip64=True) as member:
@@ -50,109 +53,110 @@ def labels(n):
     return array(np.arange(n) % 2)
 
 
-def test_an_archive_that_declares_more_than_it_holds(tmp_path, say):
+def test_an_archive_that_does_not_hold_what_it_declares_is_refused(tmp_path, say):
     paths = [tmp_path / f"{name}.npz" for name in ("none", "short", "long", "header", "ids")]
-    write(paths[0], images_npy=header((10**12, 96, 96, 3)))
-    write(paths[1], images_npy=[header((600_000, 96, 96, 3)), (b"\0", 10**6)], ids_npy=IDS)
-    write(paths[2], images_npy=[*images(2), b"more"])
-    write(paths[3], images_npy=[b"\x93NUMPY\2\0\0\0\0\x50", (b" ", 5 << 28)])
-    write(paths[4], images_npy=images(10), ids_npy=[header((10,), "<U4000"), (b"\0", 160_000)])
-    told = say(*[f"next(npz.stream(Path({str(path)!r})))" for path in paths])
-    for path, line in zip(paths[:3], told[:3], strict=True):
+    write_zip(paths[0], images_npy=header((10**12, 96, 96, 3)))
+    write_zip(paths[1], images_npy=[header((600_000, 96, 96, 3)), (b"\0", 10**6)], ids_npy=LONG_IDS)
+    write_zip(paths[2], images_npy=[*images(2), b"more"])
+    write_zip(paths[3], images_npy=[b"\x93NUMPY\2\0\0\0\0\x50", (b" ", 5 << 28)])
+    write_zip(paths[4], images_npy=images(10), ids_npy=[header((10,), "<U4000"), (b"\0", 160_000)])
+    lines = say(*[f"next(npz.stream(Path({str(path)!r})))" for path in paths])
+    for path, line in zip(paths[:3], lines[:3], strict=True):
         assert line.startswith(f"{path} (images): declares uint8 [") and "does not hold" in line
-    assert "header.npz: cannot be read (a header of 1342177280 bytes is too long)" in told[3]
-    assert "ids.npz (ids): ids are <U4000 [10] for 10 images" in told[4]
+    assert "header.npz: cannot be read (a header of 1342177280 bytes is too long)" in lines[3]
+    assert "ids.npz (ids): ids are <U4000 [10] for 10 images" in lines[4]
 
 
-IDS = [header((600_000,), "<U1000"), (b"\0", 10**6)]  # never reached
+# They are never read, because the images beside them are refused first.
+LONG_IDS = [header((600_000,), "<U1000"), (b"\0", 10**6)]
 
 
-def test_a_list_of_members_that_says_more_than_the_file_has(tmp_path):
-    # The sizes in an archive's list of members are claims, too.
+def test_a_member_list_that_claims_more_bytes_than_the_file_has_is_refused(tmp_path):
+    # The list of members at the end of an archive also has sizes. This one is changed by hand.
     path = tmp_path / "a.npz"
-    write(path, zipfile.ZIP_STORED, images_npy=header((10**6, 96, 96, 3)))
-    text = bytearray(path.read_bytes())
-    at = text.rindex(b"PK\1\2")
+    write_zip(path, zipfile.ZIP_STORED, images_npy=header((10**6, 96, 96, 3)))
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\1\2")
     size = 10**6 * IMAGE + 128
-    text[at + 20 : at + 28] = 2 * (2**32 - 1).to_bytes(4, "little")
+    content[at + 20 : at + 28] = 2 * (2**32 - 1).to_bytes(4, "little")
     extra = b"\1\0\20\0" + 2 * size.to_bytes(8, "little")
-    text[at + 30 : at + 32] = len(extra).to_bytes(2, "little")
+    content[at + 30 : at + 32] = len(extra).to_bytes(2, "little")
     name_end = at + 46 + len("images.npy")
-    old = int.from_bytes(path.read_bytes()[at + 30 : at + 32], "little")
-    text[name_end : name_end + old] = extra
-    end = text.rindex(b"PK\5\6")
-    text[end + 12 : end + 16] = (end - at).to_bytes(4, "little")
-    path.write_bytes(text)
+    old_length = int.from_bytes(path.read_bytes()[at + 30 : at + 32], "little")
+    content[name_end : name_end + old_length] = extra
+    end = content.rindex(b"PK\5\6")
+    content[end + 12 : end + 16] = (end - at).to_bytes(4, "little")
+    path.write_bytes(content)
     assert zipfile.ZipFile(path).infolist()[0].file_size == size
-    # Newer zipfiles see it themselves.
+    # Newer versions of zipfile find this themselves.
     with pytest.raises(UserError, match=r"declares uint8|Overlapped entries"):
         next(npz.stream(path))
 
 
-def test_a_member_of_the_plain_name_is_not_read(tmp_path, say):
-    # np.load prefers it; it would be read, and the other one checked.
+def test_a_member_without_the_suffix_npy_is_not_read(tmp_path, say):
+    # np.load prefers a member `labels` to `labels.npy`, so a check of the latter would not help.
     for split in ("train", "valid"):
         parts = [header((5 << 28,)), (b"\0", 5 << 28)] if split == "train" else labels(4)
         arrays = {"labels": parts, "labels_npy": labels(4)}
-        write(tmp_path / f"{split}.npz", images_npy=images(4), **arrays)
-    (told,) = say(f"[c.labels.tolist() for _, c in npz.read(data_of('npz', {str(tmp_path)!r}))]")
-    assert told == "read: [[0, 1, 0, 1], [0, 1, 0, 1]]"
+        write_zip(tmp_path / f"{split}.npz", images_npy=images(4), **arrays)
+    (line,) = say(f"[c.labels.tolist() for _, c in npz.read(data_of('npz', {str(tmp_path)!r}))]")
+    assert line == "read: [[0, 1, 0, 1], [0, 1, 0, 1]]"
 
 
-def test_a_packing_without_bounds_is_refused(tmp_path):
+def test_bzip2_and_lzma_are_refused(tmp_path):
     for packing in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        write(tmp_path / "a.npz", packing, images_npy=images(2))
+        write_zip(tmp_path / "a.npz", packing, images_npy=images(2))
         with pytest.raises(UserError, match=r"packed in a way that np\.savez does not use"):
             next(npz.stream(tmp_path / "a.npz"))
 
 
-def test_millions_of_members(tmp_path, say):
+def test_millions_of_members_are_refused(tmp_path, say):
     path = tmp_path / "a.npz"
-    write(path, images_npy=images(2))
-    text = path.read_bytes()
-    at, end = text.rindex(b"PK\1\2"), text.rindex(b"PK\5\6")
+    write_zip(path, images_npy=images(2))
+    content = path.read_bytes()
+    at, end = content.rindex(b"PK\1\2"), content.rindex(b"PK\5\6")
     # A list of 2.3 million members is 138 MB, and 1.2 GB once it is parsed.
-    size = (entry := text[at:end]) and 2_300_000 * len(entry)
+    size = (entry := content[at:end]) and 2_300_000 * len(entry)
     numbers = [(2_300_000).to_bytes(8, "little")] * 2
     numbers += [size.to_bytes(8, "little"), at.to_bytes(8, "little")]
     record = b"PK\6\6" + (44).to_bytes(8, "little") + bytes(12) + b"".join(numbers)
     locator = b"PK\6\7" + bytes(4) + (at + size).to_bytes(8, "little") + b"\1\0\0\0"
     with open(path, "wb") as file:
-        file.write(text[:at])
+        file.write(content[:at])
         for _ in range(23):
             file.write(entry * 100_000)
-        file.write(record + locator + text[end:])
-    (told,) = say(f"next(npz.stream(Path({str(path)!r})))")
-    assert "a.npz: cannot be read (its list of members is too long)" in told
+        file.write(record + locator + content[end:])
+    (line,) = say(f"next(npz.stream(Path({str(path)!r})))")
+    assert "a.npz: cannot be read (its list of members is too long)" in line
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_no_regular_file(kind, tmp_path, patches, special, say, write):
+def test_a_special_file_is_refused(kind, tmp_path, patches, special, say, write):
     folder = write("npz", tmp_path / "raw", patches)
     special(kind, folder / "train.npz")
     special(kind, folder / "only.npz")
-    told = say(
+    lines = say(
         f"list(npz.read(data_of('npz', {str(folder)!r})))",
         f"next(npz.stream(Path({str(folder / 'only.npz')!r})))",
     )
-    for name, line in zip(("train", "only"), told, strict=True):
+    for name, line in zip(("train", "only"), lines, strict=True):
         assert line == f"{folder / name}.npz: is {kind}; name a regular file"
-    # One that may be absent is not taken for absent.
+    # The test split may be absent, but a special file in its place is an error.
     special(kind, folder / "test.npz")
     assert f"test.npz: is {kind}" in say(f"list(npz.read(data_of('npz', {str(folder)!r})))")[0]
 
 
 BAD_IDS = {
     "surrogate": (np.array(["a", "b\ud800"]), "row 1 is not text"),
-    "no character": (np.array([7, 2**31], "<u4").view("<U1"), "row 1 is not text"),
+    "not a character": (np.array([7, 2**31], "<u4").view("<U1"), "row 1 is not text"),
     "bytes": (np.array([b"a", b"\xff"]), "cannot be read ('utf-8' codec"),
-    "again": (np.array(["a", "a"]), "a names 2 patches"),
+    "repeated": (np.array(["a", "a"]), "a names 2 patches"),
     "objects": (np.array(["a", None]), "object [2] for 2 images"),
 }
 
 
 @pytest.mark.parametrize("mistake", BAD_IDS)
-def test_ids_that_are_no_text_or_repeat(mistake, tmp_path):
+def test_ids_that_are_not_text_or_repeat_are_refused(mistake, tmp_path):
     ids, message = BAD_IDS[mistake]
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 96, 96, 3), np.uint8), ids=ids)
     with pytest.raises(UserError) as caught:

@@ -1,3 +1,5 @@
+"""Downloads from a local server, compared with its files, and the checksums with those of TFDS."""
+
 import contextlib
 import functools
 import hashlib
@@ -14,7 +16,7 @@ from bef_jax.errors import UserError
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files, with ranges unless told otherwise, and may hang up half-way."""
+    """Serves server.files, with ranges if server.ranges, and hangs up server.hang_ups times."""
 
     def do_GET(self):
         name = self.path.rsplit("/", 1)[-1]
@@ -41,9 +43,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(pcam_download, "RETRIES", 0)
-    monkeypatch.setattr(
-        pcam_download, "BLOCK_BYTES", 1000
-    )  # what a broken connection loses at most
+    # A broken connection loses at most one block.
+    monkeypatch.setattr(pcam_download, "BLOCK_BYTES", 1000)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         body = np.random.default_rng(0).bytes(300_000)
         server.files = {"a.h5.gz": body, "b.h5.gz": b"small"}
@@ -60,15 +61,15 @@ def server(monkeypatch):
         thread.join()
 
 
-def fetch_all(server, folder):
+def fetch_and_compare(server, folder):
     pcam_download.fetch_pcam(folder, server.url, server.registry)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == server.files
 
 
-def test_fetches_what_is_missing_once(server, tmp_path):
+def test_missing_files_are_fetched_once(server, tmp_path):
     folder = tmp_path / "new" / "pcam"
-    fetch_all(server, folder)
-    fetch_all(server, folder)
+    fetch_and_compare(server, folder)
+    fetch_and_compare(server, folder)
     assert server.requests == [("a.h5.gz", ""), ("b.h5.gz", "")]
 
 
@@ -81,46 +82,46 @@ def test_unpacked_file_is_not_fetched(server, tmp_path):
 def test_interrupted_file_is_resumed_where_it_stopped(server, tmp_path):
     server.hang_ups = 1
     with pytest.raises(UserError, match=r"a\.h5\.gz: cannot be fetched .*run again to continue"):
-        fetch_all(server, tmp_path)
+        fetch_and_compare(server, tmp_path)
     assert (tmp_path / "a.h5.gz.part").stat().st_size == 150_000
     assert not (tmp_path / "a.h5.gz").exists()
-    fetch_all(server, tmp_path)
+    fetch_and_compare(server, tmp_path)
     assert server.requests[:2] == [("a.h5.gz", ""), ("a.h5.gz", "bytes=150000-")]
 
 
 def test_broken_connection_is_tried_again(server, tmp_path, monkeypatch):
     monkeypatch.setattr(pcam_download, "RETRIES", 1)
     server.hang_ups = 1
-    fetch_all(server, tmp_path)
+    fetch_and_compare(server, tmp_path)
     assert server.requests[1] == ("a.h5.gz", "bytes=150000-")
 
 
-def test_server_without_ranges_starts_again(server, tmp_path):
+def test_file_of_a_server_without_ranges_is_fetched_from_its_start(server, tmp_path):
     server.ranges = False
     (tmp_path / "a.h5.gz.part").write_bytes(server.files["a.h5.gz"][:1000])
-    fetch_all(server, tmp_path)
+    fetch_and_compare(server, tmp_path)
 
 
 @pytest.mark.parametrize("size", [300_000, 300_001])
-def test_complete_or_too_long_part(size, server, tmp_path):
+def test_complete_part_is_used_and_one_that_is_too_long_is_fetched_again(size, server, tmp_path):
     whole = server.files["a.h5.gz"]
     (tmp_path / "a.h5.gz.part").write_bytes((whole + b"x")[:size])
-    fetch_all(server, tmp_path)
+    fetch_and_compare(server, tmp_path)
     assert len(server.requests) == (1 if size == 300_000 else 2)
 
 
-def test_what_is_fetched_is_told(server, tmp_path):
+def test_progress_of_fetching_is_reported(server, tmp_path):
     server.hang_ups = 1
-    told = []
+    progress = []
 
-    def begin(*what):
-        told.append([what])
-        return told[-1].append
+    def begin(*arguments):
+        progress.append([arguments])
+        return progress[-1].append
 
     for _ in range(2):
         with contextlib.suppress(UserError):
             pcam_download.fetch_pcam(tmp_path, server.url, server.registry, begin)
-    first, again, small = told
+    first, again, small = progress
     assert first[0] == again[0] == ("fetching a.h5.gz", 300_000, "bytes")
     assert sum(first[1:]) == 150_000
     assert again[1] == 150_000 and sum(again[1:]) == 300_000
@@ -129,35 +130,35 @@ def test_what_is_fetched_is_told(server, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.h5.gz", "a.h5", "a.h5.gz.part"])
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_no_regular_file_in_the_place_of_one(kind, name, tmp_path, special, say):
+def test_special_file_in_the_place_of_a_download_is_refused(kind, name, tmp_path, special, say):
     special(kind, tmp_path / name)
     files = "{'a.h5.gz': pcam_download.RemoteFile(1, '0' * 64)}"
-    told = say(f"pcam_download.fetch_pcam(Path({str(tmp_path)!r}), 'http://127.0.0.1:9/', {files})")
-    assert told == [f"{tmp_path / name}: is {kind}; name a regular file"]
+    call = f"pcam_download.fetch_pcam(Path({str(tmp_path)!r}), 'http://127.0.0.1:9/', {files})"
+    assert say(call) == [f"{tmp_path / name}: is {kind}; name a regular file"]
 
 
-def test_wrong_checksum_is_an_error_and_does_not_stay(server, tmp_path):
+def test_file_with_a_wrong_checksum_is_an_error_and_is_removed(server, tmp_path):
     right = server.files["a.h5.gz"]
     server.files["a.h5.gz"] = right[::-1]
     with pytest.raises(UserError, match=r"a\.h5\.gz: cannot be fetched .*hash") as caught:
-        fetch_all(server, tmp_path)
+        fetch_and_compare(server, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
     server.files["a.h5.gz"] = right
-    fetch_all(server, tmp_path)
+    fetch_and_compare(server, tmp_path)
 
 
-def test_wrong_size_and_missing_file(server, tmp_path):
+def test_wrong_size_and_missing_file_are_errors(server, tmp_path):
     server.files["a.h5.gz"] += b"more"
     with pytest.raises(UserError, match="got 300004 bytes of 300000"):
-        fetch_all(server, tmp_path)
+        fetch_and_compare(server, tmp_path)
     del server.files["a.h5.gz"]
     (tmp_path / "a.h5.gz.part").unlink()
     with pytest.raises(UserError, match="404"):
-        fetch_all(server, tmp_path)
+        fetch_and_compare(server, tmp_path)
 
 
-def test_no_server(tmp_path, monkeypatch):
+def test_server_that_cannot_be_reached_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(pcam_download, "RETRIES", 0)
     files = {"a.h5.gz": pcam_download.RemoteFile(1, "0" * 64)}
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/a\.h5\.gz: cannot be fetched"):
@@ -183,7 +184,7 @@ def test_source_fetches_only_when_asked(server, tmp_path, patches, write, make_d
     np.testing.assert_array_equal(np.concatenate(images), patches["train"][0])
 
 
-def test_registry_is_that_of_tfds():
+def test_sizes_and_checksums_agree_with_those_of_tfds():
     folder = Path(importlib.util.find_spec("tensorflow_datasets").origin).parent
     table = (folder / "datasets" / "patch_camelyon" / "checksums.tsv").read_text()
     rows = (line.split("\t") for line in table.splitlines())

@@ -1,4 +1,7 @@
-"""Kaggle's folder with special files and a strange table; good ones are in test_sources.py."""
+"""Kaggle's folder with special files or a wrong table, compared with expected errors.
+
+Valid folders are in test_sources.py.
+"""
 
 import os
 
@@ -19,12 +22,14 @@ def read(folder):
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
 @pytest.mark.parametrize("name", ["train_labels.csv", "train/x.tif"])
-def test_no_regular_file(name, kind, folder, special, say):
+def test_a_special_file_is_refused(name, kind, folder, special, say):
     special(kind, folder / name)
     assert say(read(folder)) == [f"{folder / name}: is {kind}; name a regular file"]
 
 
-def test_links_to_pictures_are_good_and_to_nothing_are_missing(folder, make_data, tmp_path):
+def test_a_link_to_a_picture_is_read_and_a_broken_link_counts_as_missing(
+    folder, make_data, tmp_path
+):
     first = min((folder / "train").iterdir())
     os.rename(first, tmp_path / "elsewhere.tif")
     first.symlink_to(tmp_path / "elsewhere.tif")
@@ -36,9 +41,9 @@ def test_links_to_pictures_are_good_and_to_nothing_are_missing(folder, make_data
 
 
 @pytest.mark.parametrize("name", ["../../x", "..", "/etc/x", "a/b", "\x1b[31m"])
-def test_a_name_does_not_leave_the_folder(name, folder, make_data, tmp_path):
+def test_an_id_does_not_lead_out_of_the_folder(name, folder, make_data, tmp_path):
     first = min((folder / "train").iterdir())
-    # What the name leads to is there, so that only its place is wrong.
+    # This is the picture that ../../x leads to, so only its place is wrong.
     (tmp_path / "x.tif").write_bytes(first.read_bytes())
     with open(folder / "train_labels.csv", "a") as table:
         table.write(f"{name},1\n")
@@ -48,8 +53,12 @@ def test_a_name_does_not_leave_the_folder(name, folder, make_data, tmp_path):
     assert f"train_labels.csv line 38: train has no file {shown}.tif" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["x" * 10**6, '"' + "x\n" * 10**6, "x" * 60_000])
-def test_a_field_that_has_no_end(text, folder, make_data):
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 10**6, '"' + "x\n" * 10**6, "x" * 60_000],
+    ids=["long", "open quote", "just allowed"],
+)
+def test_the_error_about_a_long_field_is_short(text, folder, make_data):
     with open(folder / "train_labels.csv", "a") as table:
         table.write(f"{text},1\n")
     with pytest.raises(UserError) as caught:
@@ -57,10 +66,10 @@ def test_a_field_that_has_no_end(text, folder, make_data):
     assert "train_labels.csv" in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_a_line_of_gigabytes(folder, say):
+def test_a_line_of_gigabytes_is_refused(folder, say):
     with open(folder / "train_labels.csv", "ab") as table:
         table.truncate(3 << 30)
-    (told,) = say(read(folder))
-    assert told.startswith(
+    (line,) = say(read(folder))
+    assert line.startswith(
         f"{folder / 'train_labels.csv'}: has a line of more than 65536 characters"
     )

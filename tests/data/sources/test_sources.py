@@ -1,3 +1,5 @@
+"""Each source, compared with the random patches that were written in its layout."""
+
 import subprocess
 import sys
 import tracemalloc
@@ -24,7 +26,7 @@ def read_all(data):
     }
 
 
-KNOW = """
+DESCRIBE_SOURCES = """
 import sys
 from bef_jax.configs.default import get_config
 from bef_jax.data import sources
@@ -37,9 +39,11 @@ print(*libraries & sys.modules.keys())
 """
 
 
-def test_a_source_is_known_without_the_libraries_that_it_reads_with():
-    told = subprocess.run([sys.executable, "-c", KNOW], capture_output=True, text=True, check=True)
-    assert told.stdout == "\n"
+def test_a_source_is_described_without_importing_the_libraries_that_it_reads_with():
+    ran = subprocess.run(
+        [sys.executable, "-c", DESCRIBE_SOURCES], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "\n"
 
 
 @pytest.mark.parametrize("layout", ["pcam_hdf5", "pcam_hdf5_gz", "npz"])
@@ -57,7 +61,7 @@ def test_split_sources_give_back_what_was_written(layout, tmp_path, patches, wri
 
 
 @pytest.mark.parametrize("layout", ["pcam_hdf5", "npz"])
-def test_test_split_may_be_absent_and_sizes_keep_the_first(
+def test_the_test_split_may_be_absent_and_sizes_keep_the_first_patches(
     layout, tmp_path, patches, write, make_data
 ):
     del patches["test"]
@@ -80,7 +84,7 @@ def test_chunks_are_small(layout, tmp_path, write, make_data):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_streams_stored_and_deflated_members(save, tmp_path, make_data):
+def test_npz_needs_memory_for_a_few_chunks_only(save, tmp_path, make_data):
     images = np.zeros((4096, 96, 96, 3), np.uint8)
     for split in ("train", "valid"):
         save(tmp_path / f"{split}.npz", images=images, labels=np.zeros(4096, np.int64))
@@ -90,7 +94,7 @@ def test_npz_streams_stored_and_deflated_members(save, tmp_path, make_data):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4096 * 96 * 96 * 3 / 2  # two chunks and a little, of eight
+    assert peak < 4096 * 96 * 96 * 3 / 2  # of eight chunks, it holds little more than two
 
 
 @pytest.mark.parametrize("kind", [str, bytes])
@@ -109,20 +113,20 @@ def test_npz_keeps_its_ids(kind, tmp_path, patches, make_data):
 def test_rpcam_reads_every_patch_once_with_its_label(tmp_path, patches, write, make_data):
     folder = write("rpcam", tmp_path, patches)
     found = read_all(make_data("rpcam", folder, split_ratio=(0.5, 0.3, 0.2)))
-    wanted = {
+    expected = {
         image.tobytes(): label
         for images, labels in patches.values()
         for image, label in zip(images, labels, strict=True)
     }
-    got = {
+    read = {
         image.tobytes(): label
         for images, labels, _ in found.values()
         for image, label in zip(images, labels, strict=True)
     }
-    assert got == wanted
+    assert read == expected
 
 
-def test_rpcam_split_ignores_the_order_of_rows_and_forgives_spreadsheets(
+def test_rpcam_reads_a_reordered_table_of_a_spreadsheet_the_same(
     tmp_path, patches, write, make_data
 ):
     folder = write("rpcam", tmp_path, patches)
@@ -137,20 +141,20 @@ def test_rpcam_split_ignores_the_order_of_rows_and_forgives_spreadsheets(
             np.testing.assert_array_equal(one, other)
 
 
-def test_split_of_follows_the_ratio_and_the_id_alone():
+def test_a_split_depends_only_on_the_ratio_and_the_id():
     names = [f"patch{i}" for i in range(20000)]
     splits = [rpcam.split_of(name, (0.7, 0.2, 0.1)) for name in names]
     shares = [splits.count(split) / len(names) for split in ("train", "valid", "test")]
-    # Five standard deviations of a binomial share of 20,000.
+    # The tolerance is five standard deviations of a binomial share of 20,000.
     np.testing.assert_allclose(shares, (0.7, 0.2, 0.1), atol=5 * np.sqrt(0.25 / 20000))
     assert splits == [rpcam.split_of(name, (7, 2, 1)) for name in names]
     assert "test" not in {rpcam.split_of(name, (0.7, 0.3, 0)) for name in names}
-    # A share that grows keeps what it had.
+    # A split whose share grows keeps all patches that it had.
     grown = [rpcam.split_of(name, (0.8, 0.1, 0.1)) for name in names]
     assert all(new == "train" for old, new in zip(splits, grown, strict=True) if old == "train")
 
 
-def test_rpcam_decodes_by_tifffile_what_pillow_cannot(
+def test_rpcam_decodes_with_tifffile_what_pillow_cannot(
     tmp_path, patches, write, make_data, monkeypatch
 ):
     folder = write("rpcam", tmp_path, patches)
@@ -162,10 +166,10 @@ def test_rpcam_decodes_by_tifffile_what_pillow_cannot(
     np.testing.assert_array_equal(rpcam._decode(path), pixels)
 
 
-# --- mistakes: one line that names the file
+# --- mistakes: the error is one line, and names the file or the field
 
 
-def break_hdf5(folder, split="train", x=None, y=None):
+def overwrite_hdf5(folder, split="train", x=None, y=None):
     for name, array in (("x", x), ("y", y)):
         if array is not None:
             with h5py.File(folder / f"camelyonpatch_level_2_split_{split}_{name}.h5", "w") as file:
@@ -189,10 +193,10 @@ HDF5_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", HDF5_MISTAKES)
-def test_hdf5_mistakes(mistake, tmp_path, patches, write, make_data):
+def test_hdf5_mistakes_are_named(mistake, tmp_path, patches, write, make_data):
     folder = write("pcam_hdf5", tmp_path, patches)
     arrays, message = HDF5_MISTAKES[mistake]
-    break_hdf5(folder, **arrays)
+    overwrite_hdf5(folder, **arrays)
     expect_error(make_data("pcam_hdf5", folder), message)
 
 
@@ -204,7 +208,7 @@ def expect_error(data, message):
 
 
 @pytest.mark.parametrize(
-    ("layout", "lost"),
+    ("layout", "missing"),
     [
         ("pcam_hdf5", "camelyonpatch_level_2_split_valid_x.h5"),
         ("pcam_hdf5", "camelyonpatch_level_2_split_test_y.h5"),  # half a split
@@ -212,10 +216,10 @@ def expect_error(data, message):
         ("rpcam", "train_labels.csv"),
     ],
 )
-def test_missing_file(layout, lost, tmp_path, patches, write, make_data):
+def test_a_missing_file_is_named(layout, missing, tmp_path, patches, write, make_data):
     folder = write(layout, tmp_path, patches)
-    (folder / lost).unlink()
-    expect_error(make_data(layout, folder), f"{folder / lost}")
+    (folder / missing).unlink()
+    expect_error(make_data(layout, folder), f"{folder / missing}")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def test_missing_file(layout, lost, tmp_path, patches, write, make_data):
     ],
 )
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_damaged_file(layout, name, damage, tmp_path, patches, write, make_data):
+def test_a_damaged_file_is_named(layout, name, damage, tmp_path, patches, write, make_data):
     folder = write(layout, tmp_path, patches)
     whole = (folder / name).read_bytes()
     wrong = {"cut": whole[: len(whole) // 2], "text": b"not found" * 99, "empty": b""}[damage]
@@ -236,7 +240,7 @@ def test_damaged_file(layout, name, damage, tmp_path, patches, write, make_data)
     assert not list(folder.glob("tmp*"))
 
 
-def test_hdf5_without_its_data_set(tmp_path, patches, write, make_data):
+def test_hdf5_without_its_data_set_is_refused(tmp_path, patches, write, make_data):
     folder = write("pcam_hdf5", tmp_path, patches)
     with h5py.File(folder / "camelyonpatch_level_2_split_valid_x.h5", "w") as file:
         file["images"] = patches["valid"][0]
@@ -246,11 +250,11 @@ def test_hdf5_without_its_data_set(tmp_path, patches, write, make_data):
 NPZ_MISTAKES = {
     "no images": ({"labels": zeros(3)}, "train.npz: cannot be read"),
     "no labels": ({"images": zeros(3, 96, 96, 3)}, "train.npz: cannot be read"),
-    "pickle": (
+    "labels that need pickle": (
         {"images": zeros(3, 96, 96, 3), "labels": np.asarray([0, 1, None])},
         "train.npz (labels): object [3]; labels must be numbers",
     ),
-    "fortran": (
+    "Fortran order": (
         {"images": np.asfortranarray(zeros(3, 96, 96, 3)), "labels": zeros(3)},
         "Fortran order",
     ),
@@ -258,7 +262,7 @@ NPZ_MISTAKES = {
         {"images": zeros(3, 96, 96, 3), "labels": zeros(3), "ids": np.asarray(["a", "b", "b"])},
         "train.npz (ids): b names 2 patches",
     ),
-    "ids": (
+    "too few ids": (
         {"images": zeros(3, 96, 96, 3), "labels": zeros(3), "ids": np.asarray(["a"])},
         "train.npz (ids): ids are <U1 [1] for 3 images",
     ),
@@ -270,7 +274,7 @@ NPZ_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", NPZ_MISTAKES)
-def test_npz_mistakes(mistake, tmp_path, patches, write, make_data):
+def test_npz_mistakes_are_named(mistake, tmp_path, patches, write, make_data):
     folder = write("npz", tmp_path, patches)
     arrays, message = NPZ_MISTAKES[mistake]
     np.savez(folder / "train.npz", **arrays)
@@ -292,19 +296,19 @@ def save_first(image):
 RPCAM_MISTAKES = {
     "label 2": (edit_table(lambda t: [*t[:1], t[1][:-1] + "2", *t[2:]]), "csv line 2: label '2'"),
     "no label": (edit_table(lambda t: [*t[:1], t[1][:-2], *t[2:]]), "csv line 2: label None"),
-    "header": (edit_table(lambda t: t[1:]), "its first line must be id,label"),
-    "twice": (edit_table(lambda t: [*t, t[3]]), "has an earlier row"),
+    "no header": (edit_table(lambda t: t[1:]), "its first line must be id,label"),
+    "row twice": (edit_table(lambda t: [*t, t[3]]), "has an earlier row"),
     "no rows": (edit_table(lambda t: t[:1]), "names no patch"),
-    "row gone": (edit_table(lambda t: t[:-1]), "has no row for it"),
-    "file gone": (lambda f: min((f / "train").iterdir()).unlink(), ": train has no file "),
+    "row missing": (edit_table(lambda t: t[:-1]), "has no row for it"),
+    "file missing": (lambda f: min((f / "train").iterdir()).unlink(), ": train has no file "),
     "damaged": (lambda f: min((f / "train").iterdir()).write_bytes(b"no"), ".tif: cannot be read"),
-    "size": (save_first(Image.new("RGB", (64, 32))), ".tif: 64x32 pixels; cut or resample it"),
+    "64x32": (save_first(Image.new("RGB", (64, 32))), ".tif: 64x32 pixels; cut or resample it"),
     "gray": (save_first(Image.new("L", (96, 96))), ".tif: images must be RGB"),
 }
 
 
 @pytest.mark.parametrize("mistake", RPCAM_MISTAKES)
-def test_rpcam_mistakes(mistake, tmp_path, patches, write, make_data):
+def test_rpcam_mistakes_are_named(mistake, tmp_path, patches, write, make_data):
     folder = write("rpcam", tmp_path, patches)
     damage, message = RPCAM_MISTAKES[mistake]
     damage(folder)
@@ -312,11 +316,13 @@ def test_rpcam_mistakes(mistake, tmp_path, patches, write, make_data):
 
 
 @pytest.mark.parametrize("ratio", [(1.0, 0.0, 0.0), (0.9, -0.1, 0.2), (0.999998, 1e-6, 1e-6)])
-def test_rpcam_ratio_that_leaves_a_split_empty(ratio, tmp_path, patches, write, make_data):
+def test_rpcam_ratio_that_leaves_a_split_empty_is_refused(
+    ratio, tmp_path, patches, write, make_data
+):
     folder = write("rpcam", tmp_path, patches)
     expect_error(make_data("rpcam", folder, split_ratio=ratio), "config.data.split_ratio")
 
 
-def test_unknown_source_and_size(tmp_path, make_data):
+def test_an_unknown_source_and_a_size_of_0_are_refused(tmp_path, make_data):
     expect_error(make_data("imagenet", tmp_path), "config.data.source: unknown source 'imagenet'")
     expect_error(make_data("npz", tmp_path, valid_size=0), "config.data.valid_size is 0")

@@ -1,3 +1,5 @@
+"""Synthetic patches: logistic regression of scikit-learn checks what predicts their labels."""
+
 import itertools
 
 import numpy as np
@@ -20,7 +22,7 @@ def patches():
 
 
 def linear_auc(features, labels):
-    """AUC of a logistic regression on the half of the patches that it was not fitted to."""
+    """Fits a logistic regression to half of the patches, and returns its AUC on the others."""
     half = len(labels) // 2
     scaler = StandardScaler().fit(features[:half])
     model = LogisticRegression(max_iter=1000).fit(scaler.transform(features[:half]), labels[:half])
@@ -28,7 +30,10 @@ def linear_auc(features, labels):
 
 
 def darkness(images, top):
-    """Features of the darkest pixels of red, where haematoxylin absorbs: [N, 2 * len(top)]."""
+    """Returns red at the ranks `top`, darkest first, and its shares below 60 and 100: [N, F].
+
+    Haematoxylin absorbs red.
+    """
     red = np.sort(images[..., 0].reshape(len(images), -1), axis=1)
     return np.concatenate([red[:, top], (red[:, None] < [[60], [100]]).mean(axis=2)], axis=1)
 
@@ -42,7 +47,7 @@ def test_shapes_ids_and_balance(patches):
     assert len({image.tobytes() for image in images}) == 2048
 
 
-def test_patches_depend_on_split_seed_and_index_alone(patches):
+def test_patches_depend_only_on_split_seed_and_index(patches):
     again = draw("train", 200)
     for one, other in zip(again, patches, strict=True):
         np.testing.assert_array_equal(one, other[:200])
@@ -58,31 +63,31 @@ def test_length_is_exact():
         assert len(draw("valid", n)[1]) == n
 
 
-def test_the_center_decides(patches):
+def test_the_center_predicts_the_label(patches):
     images, labels, _ = patches
     center = images[:, 32:64, 32:64]
     assert linear_auc(darkness(center, [0, 20, 60, 120, 200]), labels) > 0.97
 
 
-def test_the_rim_says_nothing(patches):
+def test_the_rim_does_not_predict_the_label(patches):
     images, labels, _ = patches
     rim = images.copy()
     rim[:, 32:64, 32:64] = 255
     features = np.concatenate(
         [darkness(rim, [0, 50, 200, 800]), rim.mean(axis=(1, 2)), rim.std(axis=(1, 2))], axis=1
     )
-    # Four standard deviations of the AUC of a coin's toss over 1024 patches.
+    # Four standard deviations of the AUC of random guesses on 256 patches of each class.
     assert abs(linear_auc(features, labels) - 0.5) < 4 * np.sqrt(1 / (12 * 256) + 1 / (12 * 256))
 
 
 def test_the_rim_of_a_patch_is_drawn_without_its_label(monkeypatch):
     real = synthetic._draw_central_tumour
 
-    def opposite(rng, canvas, labels):
+    def draw_for_opposite_labels(rng, canvas, labels):
         real(rng, canvas, 1 - labels)
 
     before = draw("train", 128)[0]
-    monkeypatch.setattr(synthetic, "_draw_central_tumour", opposite)
+    monkeypatch.setattr(synthetic, "_draw_central_tumour", draw_for_opposite_labels)
     after = draw("train", 128)[0]
     changed = (before != after).any(axis=(0, 3))
     inside = np.zeros_like(changed)
@@ -91,23 +96,23 @@ def test_the_rim_of_a_patch_is_drawn_without_its_label(monkeypatch):
     assert not changed[~inside].any()
 
 
-def test_distractors_are_as_common_in_both_classes(patches):
+def test_distractors_are_equally_common_in_both_classes(patches):
     images, labels, _ = patches
     rim = images[..., 0].astype(int)
     rim[:, 22:74, 22:74] = 255
-    tumour = (rim < 70).sum(axis=(1, 2)) > 40
-    shares = [tumour[labels == label].mean() for label in (0, 1)]
+    has_distractor = (rim < 70).sum(axis=(1, 2)) > 40
+    shares = [has_distractor[labels == label].mean() for label in (0, 1)]
     assert min(shares) > 0.2
     assert abs(shares[0] - shares[1]) < 4 * np.sqrt(2 * 0.25 / 1024)
 
 
-def test_colour_alone_does_not_decide(patches):
+def test_mean_colour_alone_predicts_the_label_poorly(patches):
     images, labels, _ = patches
     assert linear_auc(images.mean(axis=(1, 2)), labels) < 0.8
 
 
 def test_colours_are_those_of_stained_tissue(patches):
     mean = patches[0].mean(axis=(0, 1, 2)) / 255
-    # Means of PCam, and room for being another scanner: green is what both stains absorb.
+    # These are PCam's means. The tolerance allows for another scanner. Both stains absorb green.
     np.testing.assert_allclose(mean, (0.70, 0.54, 0.69), atol=0.12)
     assert mean.argmin() == 1

@@ -1,4 +1,7 @@
-"""TFDS's own patch_camelyon builder on small local files, read in a process without TensorFlow."""
+"""Sets that TFDS's own builder writes, compared with the files from which it made them.
+
+The files are small and local. The sets are read in a process without TensorFlow.
+"""
 
 import importlib.util
 import json
@@ -24,7 +27,7 @@ from bef_jax.data.sources.tfds import download_and_prepare
 folder, raw = map(pathlib.Path, sys.argv[1:])
 (folder / "downloads").mkdir(parents=True)
 (folder / "downloads" / "manual").symlink_to(raw.resolve())
-# TFDS would refuse other files than the real ones by their checksums.
+# TFDS refuses files with other checksums than the real ones have, so replace them.
 tfds.builder_cls("patch_camelyon").url_infos = {
     f"https://zenodo.org/record/2546921/files/{file.name}": checksums.UrlInfo(
         file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest(), file.name
@@ -35,7 +38,8 @@ download_and_prepare(folder)
 assert "tensorflow" in sys.modules
 """
 
-# TensorFlow unpacks the files and encodes PNG; unpacked files and Pillow's images do without.
+# TFDS needs TensorFlow to unpack files and to encode arrays as PNG. So this gives it unpacked
+# files and Pillow's images.
 PREPARE_WITHOUT_TENSORFLOW = """
 import pathlib, sys
 import tensorflow_datasets as tfds
@@ -60,7 +64,7 @@ assert "tensorflow" not in sys.modules
 
 READ = """
 import json, pathlib, sys
-# A TensorFlow that cannot be imported stands before any that is installed.
+# Put a TensorFlow that cannot be imported in front of any that is installed.
 blocked = pathlib.Path(sys.argv[1]) / "blocked"
 blocked.mkdir()
 (blocked / "tensorflow.py").write_text("raise ImportError('TensorFlow is blocked')")
@@ -81,16 +85,16 @@ def run(code, *args):
     return ran.stdout
 
 
-def prepared(script, layout, folder, patches, write):
-    """Returns the data_dir that TFDS made of `patches`, in a process of its own."""
+def prepare(script, layout, folder, patches, write):
+    """Makes TFDS write `patches`, in its own process, and returns its data_dir."""
     pytest.importorskip("importlib_resources", reason="TFDS prepares nothing without it")
     raw = write(layout, folder / "raw", patches)
-    assert run(script, folder / "tfds", raw) == ""  # stdout is for the summary alone
+    assert run(script, folder / "tfds", raw) == ""  # stdout is only for the summary
     return folder / "tfds"
 
 
-def test_set_that_tfds_wrote_is_read_without_tensorflow(tmp_path, patches, write, make_data):
-    folder = prepared(PREPARE_WITHOUT_TENSORFLOW, "pcam_hdf5", tmp_path, patches, write)
+def test_tfds_set_is_read_without_tensorflow(tmp_path, patches, write, make_data):
+    folder = prepare(PREPARE_WITHOUT_TENSORFLOW, "pcam_hdf5", tmp_path, patches, write)
     manifest = json.loads(run(READ, folder))
     reference = store.prepare(make_data("pcam_hdf5", tmp_path / "raw"))
     assert manifest["content"] == reference["content"]
@@ -107,10 +111,8 @@ def test_set_that_tfds_wrote_is_read_without_tensorflow(tmp_path, patches, write
     importlib.util.find_spec("tensorflow") is None,
     reason="TensorFlow is not installed: TFDS cannot prepare (pip install bef_jax[tfds])",
 )
-def test_set_that_tfds_prepared_by_itself_is_read_without_tensorflow(
-    tmp_path, patches, write, make_data
-):
-    folder = prepared(PREPARE, "pcam_hdf5_gz", tmp_path, patches, write)
+def test_tfds_set_that_tensorflow_prepared_is_read_without_it(tmp_path, patches, write, make_data):
+    folder = prepare(PREPARE, "pcam_hdf5_gz", tmp_path, patches, write)
     manifest = json.loads(run(READ, folder))
     reference = store.prepare(make_data("pcam_hdf5", tmp_path / "raw"))
     assert manifest["content"] == reference["content"]
@@ -124,20 +126,20 @@ def expect_error(data, *messages):
     assert "\n" not in str(caught.value)
 
 
-def test_set_that_is_not_prepared(tmp_path, make_data):
+def test_error_about_a_missing_set_says_how_to_prepare_it(tmp_path, make_data):
     expect_error(make_data("tfds", tmp_path), str(tmp_path), "bef_jax[tfds]", "tfds build")
     (tmp_path / "patch_camelyon" / "2.0.0").mkdir(parents=True)
     expect_error(make_data("tfds", tmp_path), str(tmp_path), "bef_jax[tfds]", "tfds build")
 
 
-def test_preparing_without_tensorflow(tmp_path, make_data, monkeypatch):
+def test_preparing_without_tensorflow_says_what_to_install(tmp_path, make_data, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     data = make_data("tfds", tmp_path, download=True)
     expect_error(data, "needs tensorflow", "bef_jax[tfds]", "pcam_hdf5")
 
 
-def test_set_in_a_format_that_needs_tensorflow(tmp_path, patches, write, make_data):
-    folder = prepared(PREPARE_WITHOUT_TENSORFLOW, "pcam_hdf5", tmp_path, patches, write)
+def test_set_in_a_format_that_needs_tensorflow_is_refused(tmp_path, patches, write, make_data):
+    folder = prepare(PREPARE_WITHOUT_TENSORFLOW, "pcam_hdf5", tmp_path, patches, write)
     info = folder / "patch_camelyon" / "2.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     for file in list(info.parent.glob("*array_record*")):
@@ -145,8 +147,8 @@ def test_set_in_a_format_that_needs_tensorflow(tmp_path, patches, write, make_da
     expect_error(make_data("tfds", folder), "--file_format=array_record")
 
 
-def test_damaged_set_and_special_files(tmp_path, patches, write, make_data, special, say):
-    folder = prepared(PREPARE_WITHOUT_TENSORFLOW, "pcam_hdf5", tmp_path, patches, write)
+def test_damaged_set_and_special_file_are_named(tmp_path, patches, write, make_data, special, say):
+    folder = prepare(PREPARE_WITHOUT_TENSORFLOW, "pcam_hdf5", tmp_path, patches, write)
     info = folder / "patch_camelyon" / "2.0.0" / "dataset_info.json"
     (records,) = info.parent.glob("*train*")
     whole = records.read_bytes()
