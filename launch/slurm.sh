@@ -8,7 +8,7 @@
 # it takes the nodes. Then the run saves on all of them, exits, and is queued again.
 #
 #   NODES   1 by default      GPUS   of each node, 8 by default     TIME  24:00:00 by default
-#   VENV    the environment   GRACE  120 by default                 SBATCH_*  as sbatch understands
+#   VENV    the environment   GRACE  120 by default                 SBATCH_*  read by sbatch itself
 #   DEVICE  what the nodes have, as for launch/local.sh; cuda by default
 #
 # Without VENV, it uses the environment of launch/local.sh, and sets it up first if needed.

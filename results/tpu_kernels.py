@@ -1,12 +1,12 @@
-"""Counts the cycles of the block's kernels on a TPU v5e in the compiler's schedule; runs none.
+"""Counts the cycles of the block's kernels in the compiler's schedule for a TPU v5e; runs none.
 
     pip install -e .[plan]
     python results/tpu_kernels.py [--total_stride=32]
 
 Each kernel of each different block of EfficientNet-B3 is compiled in a process of its own, for 256
-images. There libtpu writes its instructions, in bundles of what a core does in a cycle. A kernel's
-cycles are the number of bundles times the turns of the loops that they are in. This assumes that
-nothing waits: it leaves out memory, and what XLA does between kernels.
+images. libtpu writes the kernel's instructions to a file, as bundles that a core runs in one cycle
+each. A kernel's cycles are the number of bundles times the turns of the loops that they are in.
+This assumes that nothing waits. It leaves out memory, and what XLA does between kernels.
 """
 
 import argparse
@@ -45,7 +45,7 @@ BUNDLE = re.compile(r"\s*(?:\d+:\s*)?0x[0-9a-f]+\s+(LB|[A-Z]{2})?\s*:\s?(>*)")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A block: side of its input, channels K, E and M, kernel, stride."""
+    """A block: side of its input; input, hidden and output channels; kernel side; stride."""
 
     side: int
     inputs: int
@@ -108,7 +108,7 @@ def kernel_cycles(name: str, shape: Shape, index: int) -> int:
         command = [sys.executable, __file__, "--compile", *numbers]
         environment = os.environ | {"LIBTPU_INIT_ARGS": flags}
         subprocess.run(command, env=environment, check=True, capture_output=True)
-        # The kernel is what one branch of `lax.platform_dependent` calls, hence the file's name.
+        # One branch of `lax.platform_dependent` calls the kernel, so the file's name has "branch_".
         files = glob.glob(f"{folder}/*branch_*-final_bundles.txt")
         (program,) = (file for file in files if "schedule" not in file)
         outside, loops = count_bundles(program)

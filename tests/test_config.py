@@ -1,3 +1,5 @@
+"""Checks the files in configs/, their arguments, and which values validation refuses."""
+
 import importlib
 import math
 import subprocess
@@ -22,7 +24,7 @@ NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__ini
 
 
 def expect_error(*parts, config):
-    """One line that holds every part."""
+    """Checks that validation fails, with one line that holds every part."""
     with pytest.raises(UserError) as caught:
         checks.validate(config)
     message = str(caught.value)
@@ -36,7 +38,7 @@ def load(name, arg=None):
 
 
 def changed(**fields):
-    """The default configuration with fields set past ml_collections' own type checks."""
+    """Returns the default configuration with fields changed past ml_collections' type checks."""
     config = default.get_config()
     for name, value in fields.items():
         *path, leaf = name.split(".")
@@ -60,7 +62,7 @@ def test_every_file_is_valid(name):
 
 
 @pytest.mark.parametrize(("name", "devices"), [("gpu", 1), ("gpu8", 8), ("tpu8", 8)])
-def test_files_for_a_place_fill_its_devices(name, devices):
+def test_files_for_gpus_and_tpus_fill_their_devices(name, devices):
     config = load(name)
     assert config.dtype == "bfloat16"
     assert config.bn_groups == devices  # no statistics cross devices
@@ -92,7 +94,7 @@ def test_paper_is_b3_on_rectified_pcam():
     assert config.data.source == "pcam_hdf5"
 
 
-def test_quickstart_alone_is_synthetic():
+def test_only_quickstart_is_synthetic():
     synthetic = [name for name in NAMES if load(name).data.source == "synthetic"]
     assert synthetic == ["quickstart"]
     assert quickstart.get_config().model.name == "efficientnet_test"
@@ -134,7 +136,7 @@ def test_no_argument_changes_nothing(arg):
         ("seed=1,rcc.fill=3", "rcc.fill=3"),
     ],
 )
-def test_arguments_that_are_wrong_are_named(arg, part):
+def test_wrong_arguments_are_named(arg, part):
     with pytest.raises(ValueError, match=part):
         default.get_config(arg)
 
@@ -166,7 +168,7 @@ def test_a_missing_section_is_named(section):
 
 
 @pytest.mark.parametrize("section", ["model", "augment"])
-def test_a_section_that_is_none_is_named(section):
+def test_a_section_that_is_a_number_is_named(section):
     expect_error(f"config.{section}", config=changed(**{section: 3}))
 
 
@@ -206,12 +208,12 @@ def test_mistyped_fields_are_named(name, value, wanted):
         ("data.test_size", None),
     ],
 )
-def test_values_that_pass_for_the_type(name, value):
+def test_values_that_fit_the_type_are_valid(name, value):
     checks.validate(changed(**{name: value}))
 
 
 @pytest.mark.parametrize("name", checks.CHOICES)
-def test_unknown_choices_are_named_with_those_that_there_are(name):
+def test_unknown_choices_are_refused_with_a_list_of_the_known_ones(name):
     kind = type(checks.CHOICES[name][0])
     value = kind("5") if kind is int else "other"
     listed = [str(choice) for choice in checks.CHOICES[name]]
@@ -246,24 +248,24 @@ def test_values_out_of_range_are_named(name, value):
         ("ablation.seeds", 10**6),
     ],
 )
-def test_values_that_no_run_could_use_are_refused_before_it(name, value):
+def test_values_that_no_run_could_use_are_out_of_range(name, value):
     expect_error(f"config.{name}=", "is out of range", config=changed(**{name: value}))
 
 
-def test_every_whole_number_fits_the_states_int32():
+def test_every_limit_of_a_whole_number_fits_in_int32():
     fields = checks.flatten(default.get_config())
     limits = [most for name, (_, most) in checks.RANGES.items() if type(fields[name]) is int]
     assert len(limits) > 10
     assert max(limits) == 2**31 - 1
 
 
-def test_the_table_has_every_field_once_and_its_default_fits():
+def test_the_table_has_every_field_and_uses_every_effect():
     fields = checks.flatten(default.get_config())
     assert FIELDS.keys() == fields.keys()
-    words = {fields_of_config.NETWORK, fields_of_config.OPTIMIZER, fields_of_config.INPUT}
-    words |= {fields_of_config.SCORE, fields_of_config.TRAINING, fields_of_config.DATA}
-    words |= {fields_of_config.SPEED, fields_of_config.ENVIRONMENT}
-    assert {field.affects for field in FIELDS.values()} == words
+    effects = {fields_of_config.NETWORK, fields_of_config.OPTIMIZER, fields_of_config.INPUT}
+    effects |= {fields_of_config.SCORE, fields_of_config.TRAINING, fields_of_config.DATA}
+    effects |= {fields_of_config.SPEED, fields_of_config.ENVIRONMENT}
+    assert {field.affects for field in FIELDS.values()} == effects
     assert np.finfo(np.float32).max == fields_of_config.MOST_FLOAT
 
 
@@ -332,8 +334,8 @@ def test_possible_combinations_pass(fields):
     checks.validate(changed(**fields))
 
 
-def test_what_validates_builds():
-    """The fields of config.model are the network's: a field that it lacks would end here."""
+def test_a_valid_config_builds_its_network():
+    """Building the network raises at a field of config.model that the network does not have."""
     config = quickstart.get_config("model.total_stride=8")
     checks.validate(config)
     network = create(config.model, config.dtype, config.bn_groups)
@@ -344,11 +346,11 @@ def test_what_validates_builds():
     assert shape.shape == (1, config.model.num_classes)
 
 
-# ---- derived ------------------------------------------------------------------------------------
+# ---- other --------------------------------------------------------------------------------------
 
 
 def test_validation_starts_no_device():
-    """Several processes validate before they meet, and JAX has to meet before it has devices."""
+    """Several processes validate first. Then JAX connects them, before it starts devices."""
     code = """
 import jax
 from bef_jax.config import validate

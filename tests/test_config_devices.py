@@ -1,4 +1,4 @@
-"""What a configuration asks of the devices, none of which is here."""
+"""Checks what a configuration asks of the devices, with stand-ins for devices of each kind."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ def check_on(kind, devices=8, **fields):
     checks.check_devices(config, mesh)
 
 
-def test_micro_batches_are_shared_evenly():
+def test_micro_batches_must_split_evenly_over_devices():
     check_on("cpu")
     with pytest.raises(UserError, match=r"config.batch_size=20 can't be split over 8 devices"):
         check_on("cpu", **{"batch_size": 20})
@@ -32,25 +32,25 @@ def test_micro_batches_are_shared_evenly():
     ("fields", "images"),
     [
         ({"batch_size": 64, "bn_groups": 8}, 8),
-        ({"batch_size": 8}, 8),  # the size of a group counts, and not how many there are
+        ({"batch_size": 8}, 8),  # the size of a group counts, not the number of groups
         ({"batch_size": 1024, "bn_groups": 8, "optim.accumulate": 16}, 8),
         ({"batch_size": 128, "bn_groups": 8}, None),
     ],
 )
-def test_few_images_for_batch_statistics_are_a_warning(fields, images, caplog):
+def test_batch_statistics_over_few_images_give_a_warning(fields, images, caplog):
     check_on("cpu", **fields)
-    said = [f"batch statistics over {images} images are noisy"] if images else []
-    assert [line.partition(":")[0] for line in caplog.messages] == said
+    expected = [f"batch statistics over {images} images are noisy"] if images else []
+    assert [line.partition(":")[0] for line in caplog.messages] == expected
 
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
-def test_kernels_take_whole_groups_on_chips_that_hold_them(kind):
+def test_kernels_run_on_chips_that_hold_them_if_each_has_whole_groups(kind):
     check_on(kind, **{"model.mbconv": "pallas", "bn_groups": 8})
     with pytest.raises(UserError, match=r"config.bn_groups=4 can't be split over 8 devices"):
         check_on(kind, **{"model.mbconv": "pallas", "bn_groups": 4})
 
 
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU7x", "NVIDIA H100 80GB HBM3", "cpu"])
-def test_kernels_are_refused_elsewhere(kind):
+def test_kernels_are_refused_on_other_chips(kind):
     with pytest.raises(UserError, match=f"not for {kind}: choose layers"):
         check_on(kind, **{"model.mbconv": "pallas", "bn_groups": 8})

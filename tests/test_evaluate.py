@@ -1,3 +1,5 @@
+"""Compares evaluation with a loop over single patches, and with what training reported."""
+
 import jax
 import numpy as np
 import pytest
@@ -29,8 +31,8 @@ def variables_of(config, mesh):
     return create_state(config, sharding.replicated(mesh)).eval_variables()
 
 
-def probability_one_by_one(config, variables, images):
-    """Softmax over each patch alone: no batches, no padding."""
+def probabilities_one_by_one(config, variables, images):
+    """Returns the softmax of each patch alone, without batches and padding."""
     model = create(config.model)
     apply = jax.jit(lambda x: model.apply(variables, eval_view(x, config), train=False))
     logits = np.concatenate([apply(image[None]) for image in images]).astype(np.float64)
@@ -43,7 +45,7 @@ def test_every_patch_counts_once_for_any_batch_size(batch_size, small_config, va
     config = small_config(**{"eval.batch_size": batch_size})
     variables = variables_of(config, mesh)
     evaluation = evaluator.make_evaluator(config, mesh)(variables, valid)
-    expected = probability_one_by_one(config, variables, valid.images)
+    expected = probabilities_one_by_one(config, variables, valid.images)
     np.testing.assert_allclose(evaluation.probabilities, expected, rtol=1e-5)
     assert evaluation.metrics["n"] == len(valid) == 21
     np.testing.assert_array_equal(evaluation.ids, valid.ids)
@@ -55,12 +57,12 @@ def test_eight_views_are_averaged(small_config, valid, mesh):
     evaluation = evaluator.make_evaluator(config, mesh)(variables, valid)
     turned = [np.rot90(images, k, (1, 2)) for images in (valid.images, valid.images[:, ::-1])
               for k in range(4)]  # fmt: skip
-    expected = np.mean([probability_one_by_one(config, variables, x) for x in turned], axis=0)
+    expected = np.mean([probabilities_one_by_one(config, variables, x) for x in turned], axis=0)
     np.testing.assert_allclose(evaluation.probabilities, expected, rtol=1e-5)
 
 
-def test_sure_patches_do_not_tie(small_config, valid, mesh, monkeypatch):
-    """Log-odds of 40 and 41 are both 1 in float32."""
+def test_confident_patches_do_not_tie(small_config, valid, mesh, monkeypatch):
+    """In float32, log-odds of 40 and of 41 both have the probability 1."""
     odds = np.linspace(40, 41, len(valid), dtype=np.float32)
     rows = iter(np.split(np.pad(odds, (0, 3)), 3))
     monkeypatch.setattr(evaluator, "make_scorer", lambda *_: lambda _: lambda _: [next(rows)])
@@ -69,7 +71,7 @@ def test_sure_patches_do_not_tie(small_config, valid, mesh, monkeypatch):
 
 
 def leaves(block):
-    """Every figure of a summary's block, by its path."""
+    """Returns every figure of a summary's block by its path."""
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(block)}
 
 
@@ -90,7 +92,7 @@ def test_eval_mode_gives_what_training_reported(split, trained, workdir, scoring
     assert leaves(summary) == approximately(leaves(trained[split]))
 
 
-def test_eight_views_leave_the_plain_figures_beside_theirs(trained, scoring):
+def test_eight_views_report_the_figures_of_one_view_too(trained, scoring):
     plain = evaluate.evaluate_checkpoint(*scoring(), "valid")
     averaged = evaluate.evaluate_checkpoint(*scoring(**{"eval.tta": 8}), "valid")
     assert averaged["plain"]["loss"] == pytest.approx(plain["loss"], rel=1e-5)
@@ -112,7 +114,7 @@ def test_another_network_is_compared_on_the_same_patches(trained, scoring, small
     assert evaluate.evaluate_checkpoint(config, path, "test", path)["comparison"]["delong_p"] == 1.0
 
 
-def test_eval_mode_takes_the_test_split_and_any_checkpoint(trained, workdir, scoring):
+def test_eval_mode_takes_the_test_split_by_default_and_any_checkpoint(trained, workdir, scoring):
     path = workdir / "checkpoints" / "3"
     summary = evaluate.evaluate_checkpoint(scoring()[0], path)
     assert (summary["split"], summary["checkpoint"]) == ("test", str(path))

@@ -1,4 +1,4 @@
-"""The faults of docs/faults.md, injected for real: what is said, what stays, how it goes on."""
+"""Causes faults of docs/faults.md; checks the message, what stays, and how a run goes on."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ import pytest
 from bef_jax.data import store
 from tests.conftest import SHRUNK
 
-# Fills the disk once, and gives it room the second time. A mount in a namespace of its own needs no
-# root, and is gone with its last process.
+# Runs a command on a disk that it fills, and again after the disk has grown. A mount in a namespace
+# of its own needs no root, and disappears with the last process.
 SMALL_DISK = """
 disk=$1 size=$2; shift 2
 mount -t tmpfs -o "size=$size" tmpfs "$disk"
@@ -44,8 +44,12 @@ def command(workdir, data_dir, *flags, **fields):
     ]  # fmt: skip
 
 
-def fill_and_mend(disk, size, words):
-    """Runs a command on a disk of `size`, then with room; returns what each said, and was left."""
+def run_on_small_disk(disk, size, words):
+    """Runs a command on a disk of `size`, which it fills, and again on a larger one.
+
+    Returns:
+        Both statuses, the first run's stderr and the files it left, and the second run's stdout.
+    """
     disk.mkdir()
     assert not in_namespace(SMALL_DISK, disk, size, *words).stderr
     read = lambda name: disk.with_name(f"{disk.name}.{name}").read_text()  # noqa: E731
@@ -54,7 +58,7 @@ def fill_and_mend(disk, size, words):
 
 
 def one_line(errors):
-    """The only line of a message that speaks of a failure."""
+    """Returns the only line of `errors` that reports a failure."""
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if line.startswith(("failed:", "error:"))]
     return line
@@ -64,7 +68,7 @@ def one_line(errors):
 def test_a_disk_that_fills_during_prepare_leaves_no_store(tmp_path):
     disk = tmp_path / "disk"
     words = command(tmp_path / "work", disk, "--mode=prepare")
-    statuses, errors, there, summary = fill_and_mend(disk, "1m", words)
+    statuses, errors, there, summary = run_on_small_disk(disk, "1m", words)
     assert statuses == [1, 0]
     assert "No space left on device" in one_line(errors)
     assert "store" not in there
@@ -76,14 +80,16 @@ def test_a_disk_that_fills_during_saves_costs_no_earlier_checkpoint(data_dir, tm
     disk = tmp_path / "disk"
     fields = {"checkpoint.every_steps": 1, "checkpoint.keep": 99}
     words = command(disk / "run", data_dir, **fields)
-    statuses, errors, there, summary = fill_and_mend(disk, "5m", words)  # three saves of six
+    statuses, errors, there, summary = run_on_small_disk(disk, "5m", words)  # three saves of six
     assert statuses == [1, 0], errors
-    last = errors.splitlines()[-1]  # after what Orbax and tensorstore say in their own threads
+    last = errors.splitlines()[-1]  # after the lines of threads of Orbax and tensorstore
     assert last.startswith("failed:")
     assert "No space left on device" in last
     assert "checkpoints/1/state/manifest.ocdbt" in there
-    still = subprocess.run(command(tmp_path / "still", data_dir, **fields), capture_output=True)
-    assert json.loads(summary)["params_digest"] == json.loads(still.stdout)["params_digest"]
+    undisturbed = subprocess.run(
+        command(tmp_path / "undisturbed", data_dir, **fields), capture_output=True
+    )
+    assert json.loads(summary)["params_digest"] == json.loads(undisturbed.stdout)["params_digest"]
 
 
 def test_a_read_only_workdir_is_refused_before_anything_is_compiled(data_dir, tmp_path):
@@ -96,7 +102,7 @@ def test_a_read_only_workdir_is_refused_before_anything_is_compiled(data_dir, tm
 def start_and_wait(words, folder, lines):
     """Starts a run in `folder`/run; returns it once it has logged `lines` lines.
 
-    Its output goes to files: a pipe that nobody reads fills up, and holds the run.
+    Its output goes to files, because a pipe that nobody reads fills up and blocks the run.
     """
     file = folder / "run" / "metrics.jsonl"
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
@@ -108,7 +114,7 @@ def start_and_wait(words, folder, lines):
     return process
 
 
-def ended(process, folder):
+def wait_for_end(process, folder):
     """Waits for a run; returns its status, its stdout and its stderr."""
     status = process.wait(timeout=300)
     return status, (folder / "out").read_text(), (folder / "err").read_text()
@@ -116,11 +122,11 @@ def ended(process, folder):
 
 @pytest.mark.slow
 def test_a_store_that_is_deleted_under_a_run_is_read_to_the_end(tmp_path):
-    fields = {"eval.every_epochs": 1000.0, "checkpoint.every_steps": 1000}  # at the end alone
+    fields = {"eval.every_epochs": 1000.0, "checkpoint.every_steps": 1000}  # only at the end
     words = command(tmp_path / "run", tmp_path / "data", steps=30, **fields)
     process = start_and_wait(words, tmp_path, 2)
     shutil.rmtree(tmp_path / "data")
-    status, summary, errors = ended(process, tmp_path)
+    status, summary, errors = wait_for_end(process, tmp_path)
     assert status == 0, errors
     assert json.loads(summary)["valid"]["n"] == SHRUNK["data.valid_size"]
 
@@ -133,8 +139,8 @@ def test_a_store_that_is_cut_under_a_run_costs_no_checkpoint(tmp_path):
     (images,) = data.glob("store*/train/images.npy")
     with images.open("r+b") as file:
         file.truncate(4096)
-    status, _, errors = ended(process, tmp_path)
-    # The system's word for it; Python gets none. Threads that die beside it may have the last one.
+    status, _, errors = wait_for_end(process, tmp_path)
+    # The system ends the process by a signal, without Python. A dying thread may change which one.
     assert -status in (signal.SIGBUS, signal.SIGSEGV), errors
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 2
@@ -143,7 +149,7 @@ def test_a_store_that_is_cut_under_a_run_costs_no_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_runs_in_one_workdir_and_signals_that_repeat(data_dir, tmp_path):
+def test_a_second_run_is_refused_and_repeated_signals_stop_the_first(data_dir, tmp_path):
     words = command(tmp_path / "run", data_dir, steps=3000)
     process = start_and_wait(words, tmp_path, 2)
     second = subprocess.run(words, capture_output=True, text=True)
@@ -151,14 +157,14 @@ def test_two_runs_in_one_workdir_and_signals_that_repeat(data_dir, tmp_path):
     assert "another run writes there" in one_line(second.stderr)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
-    status, summary, errors = ended(process, tmp_path)
+    status, summary, errors = wait_for_end(process, tmp_path)
     assert status == 0, errors
     step = json.loads(summary)["step"]
     assert step < 3000
     assert (tmp_path / "run" / "checkpoints" / str(step) / "checksums.json").exists()
 
 
-def test_other_patches_in_the_store_are_told_on_resume(small_config, tmp_path, caplog):
+def test_other_patches_in_the_store_give_a_warning_on_resume(small_config, tmp_path, caplog):
     from bef_jax import train
 
     train.train_and_evaluate(small_config(), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, in saves too: runs end with the bits of an undisturbed one."""
+"""Kills runs at random moments, and compares their final weights with an undisturbed run's."""
 
 import json
 import os
@@ -15,7 +15,7 @@ STEPS = 12
 
 
 def command(workdir, data_dir):
-    # A save at every step, so that most moments are in one.
+    # Save at every step, so that most kills come during a save.
     fields = SHRUNK | {"data.dir": data_dir, "steps": STEPS, "checkpoint.every_steps": 1}
     return [
         sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",
@@ -31,11 +31,11 @@ def finish(workdir, data_dir):
     return json.loads(result.stdout), time.monotonic() - began
 
 
-def kill_somewhere(workdir, data_dir, seconds, rng):
+def kill_at_a_random_moment(workdir, data_dir, seconds, rng):
     """Starts the run and kills it, at any time from its start or soon after any of its steps.
 
     Returns:
-        Whether a save was under way.
+        True if a save was under way.
     """
     process = subprocess.Popen(
         command(workdir, data_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -68,7 +68,7 @@ def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(runs, kills, data_d
     during_saves = 0
     for number in range(runs):
         workdir = tmp_path / f"run_{number}"
-        hits = [kill_somewhere(workdir, data_dir, seconds, rng) for _ in range(kills)]
+        hits = [kill_at_a_random_moment(workdir, data_dir, seconds, rng) for _ in range(kills)]
         during_saves += sum(hits)
         steps = len(logged(workdir))
         summary, seconds = finish(workdir, data_dir)

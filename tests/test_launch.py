@@ -1,4 +1,4 @@
-"""The launch scripts, with the programs that they call replaced by ones that write down how."""
+"""Runs the launch scripts with fake programs, which record how they are called."""
 
 import os
 import shlex
@@ -79,7 +79,7 @@ def test_local_dry_run_prints_the_set_up_and_the_command_and_makes_nothing(
 
 
 def extras(printed):
-    """What local.sh would install of the package's extras, as the commands that it prints say."""
+    """Returns the extras of the package that the printed pip command would install."""
     (command,) = [line for line in map(shlex.split, printed.splitlines()) if "pip" in line]
     return command[-1].removeprefix(str(LAUNCH.parent))
 
@@ -92,7 +92,7 @@ def extras(printed):
         ("/proc/driver/nvidia", "setup", "[cuda]"),
         ("/dev/dxg", "train", "[cuda]"),
         ("/dev/accel0", "test", "[dev,tpu]"),
-        ("/dev/vfio/0", "train", ""),  # what is passed on is not Google's
+        ("/dev/vfio/0", "train", ""),  # VFIO passes on a device that is not Google's
         ("", "train", ""),
         ("", "test", "[dev]"),
     ],
@@ -115,48 +115,48 @@ def test_local_takes_another_device_by_name(run, tmp_path):
     assert extras(run(dry, fakes, BEF_VENV=venv)[0]) == "[cuda13]"
     printed, _ = run(bash("local.sh", "--dry-run", "--device=cpu", "train"), fakes, BEF_VENV=venv)
     assert extras(printed) == ""
-    # A plug-in that is installed already would take the GPU all the same.
+    # Without JAX_PLATFORMS, a plug-in that is installed already would still use the GPU.
     assert shlex.split(printed.splitlines()[-1])[:2] == ["env", "JAX_PLATFORMS=cpu"]
     run(bash("local.sh", "--dry-run", "--device=gpu", "train"), status=2, BEF_VENV=venv)
 
 
-def test_local_makes_anew_what_a_set_up_that_was_cut_short_left(run, tmp_path):
+def test_local_makes_the_environment_again_after_a_set_up_was_cut_short(run, tmp_path):
     (tmp_path / "venv.setup").write_text("under way")
     printed, _ = run(bash("local.sh", "--dry-run", "test"), BEF_VENV=str(tmp_path / "venv"))
     assert shlex.split(printed.splitlines()[0])[1:4] == ["-m", "venv", "--clear"]
     assert (tmp_path / "venv.setup").read_text() == "under way"
 
 
-def first_word_of_the_set_up(run, tmp_path, fakes, **environment):
+def python_of_the_set_up(run, tmp_path, fakes, **environment):
     script = bash("local.sh", "--dry-run", "test")
     printed, _ = run(script, fakes, BEF_VENV=str(tmp_path / "venv"), **environment)
     return shlex.split(printed)[0]
 
 
-def test_local_takes_the_first_python_that_runs_with_what_it_needs(run, tmp_path):
+def test_local_takes_the_first_usable_python(run, tmp_path):
     fakes = {"python3.11": "exit 127", "python3.12": "exit 1", "python3.13": ""}
-    assert first_word_of_the_set_up(run, tmp_path, fakes) == "python3.13"
+    assert python_of_the_set_up(run, tmp_path, fakes) == "python3.13"
 
 
-def test_local_takes_the_python_that_is_given_or_none(run, tmp_path):
+def test_local_takes_only_the_given_python(run, tmp_path):
     (tmp_path / "a b").mkdir()
     given = tmp_path / "a b" / "python"
     given.symlink_to(sys.executable)
     fakes = {"python3.11": ""}
-    assert first_word_of_the_set_up(run, tmp_path, fakes, BEF_PYTHON=str(given)) == str(given)
+    assert python_of_the_set_up(run, tmp_path, fakes, BEF_PYTHON=str(given)) == str(given)
     run(bash("local.sh", "--dry-run", "test"), status=1, BEF_PYTHON="nowhere/python", BEF_VENV="x")
 
 
 @pytest.mark.parametrize(
-    ("version", "served"), [((3, 10), 1), ((3, 11), 0), ((3, 14), 0), ((3, 15), 1)]
+    ("version", "status"), [((3, 10), 1), ((3, 11), 0), ((3, 14), 0), ((3, 15), 1)]
 )
-def test_local_refuses_versions_that_the_package_does_not_take(version, served, run, tmp_path):
-    # A Python that calls itself so, and runs the script's own question.
+def test_local_takes_only_supported_versions_of_python(version, status, run, tmp_path):
+    # A fake Python of this version, which runs the script's own check.
     ask = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
     body = f'[ "$1" != -c ] || exec {sys.executable} -c "{ask}" "$2"'
-    fakes = {"python-of-then": body}
+    fakes = {"fake-python": body}
     script = bash("local.sh", "--dry-run", "test")
-    run(script, fakes, served, BEF_PYTHON="python-of-then", BEF_VENV=str(tmp_path / "venv"))
+    run(script, fakes, status, BEF_PYTHON="fake-python", BEF_VENV=str(tmp_path / "venv"))
 
 
 # ---- Cloud TPU ----------------------------------------------------------------------------------
@@ -177,9 +177,9 @@ def test_tpu_dry_run_prints_what_would_run_and_runs_nothing(step, run):
     assert not called
     fakes = {"gcloud": f'[ "$4" != describe ] || exit {int(step[0] == "create")}'}
     _, called = run(script, fakes, ZONE="us-west4-a", WORKDIR="runs/bef-jax")
-    made = [line for line in called if " describe " not in line]
+    ran = [line for line in called if " describe " not in line]
     planned = [" ".join(shlex.split(line)) + " " for line in printed.splitlines()]
-    assert made == "\n".join(line for line in planned if not line.startswith("mkdir")).splitlines()
+    assert ran == "\n".join(line for line in planned if not line.startswith("mkdir")).splitlines()
 
 
 def test_tpu_hosts_find_each_other_by_themselves(run):
@@ -252,7 +252,7 @@ def pods():
     return spec["metadata"]["name"], job["name"], job["template"]["spec"]
 
 
-def test_gke_pods_meet_at_the_first_of_them():
+def test_gke_pods_connect_to_the_first_one():
     name, job, spec = pods()
     (container,) = spec["template"]["spec"]["containers"]
     flags = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
@@ -282,14 +282,14 @@ def test_gke_pod_passes_the_signal_on(run, tmp_path):
     run(container["command"], {"python": body}, status=1)
 
 
-def test_gke_pod_that_is_stopped_before_its_run_starts_none(run, tmp_path):
+def test_gke_pod_that_is_stopped_early_starts_no_run(run, tmp_path):
     (container,) = pods()[2]["template"]["spec"]["containers"]
     fakes = {"mktemp": f"kill $PPID; echo {tmp_path}/summary", "python": f"echo '{DONE}'"}
     _, called = run(container["command"], fakes, status=1)
     assert called == ["mktemp "]
 
 
-# ---- all ----------------------------------------------------------------------------------------
+# ---- all scripts --------------------------------------------------------------------------------
 
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")

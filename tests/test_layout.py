@@ -1,4 +1,4 @@
-"""The house: which room may know which, and how full a room may be."""
+"""Checks which folder of the package may import which, as docs/architecture.md draws it."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bef_jax"
 
 # Lowest first. A module imports from its own floor and from those below it. A room is a folder of
-# the package, or a single module; the longest name that fits a module decides.
+# the package, or a single module. If several names fit a module, the longest one decides.
 FLOORS = (
     {"errors", "configs", "runtime", "data.patch"},
     {"data"},
@@ -20,11 +20,11 @@ FLOORS = (
     {"train", "evaluate", "predict"},
     {"cli", "main", "__main__"},
 )
-FULL = 13  # modules of one folder
+FULL = 13  # the most modules that one folder may have
 
 
 def names_of(path):
-    """The dotted name of a module below the package: '' is the package itself."""
+    """Returns the dotted name of a module below the package: '' is the package itself."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -33,7 +33,7 @@ MODULES = {names_of(path): path for path in PACKAGE.rglob("*.py")} | {"configs":
 
 
 def imported(path):
-    """The modules of the package that a file imports, at its top or within functions."""
+    """Yields the modules of the package that a file imports, also those in functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -44,12 +44,12 @@ def imported(path):
         for module in modules:
             package, _, name = module.partition(".")
             if package == "bef_jax":
-                # What a module exports is of that module.
+                # A name that is no module is exported by the module before it.
                 yield name if name in MODULES else name.rpartition(".")[0]
 
 
 def room_of(module):
-    """The longest name in FLOORS that a module is, or lies in."""
+    """Returns the longest name in FLOORS that a module has, or lies in."""
     rooms = [room for floor in FLOORS for room in floor]
     return max((room for room in rooms if f"{module}.".startswith(f"{room}.")), key=len)
 
@@ -69,19 +69,19 @@ def test_no_module_imports_from_a_floor_above(module):
     assert not above
 
 
-def test_rooms_know_each_other_in_no_circle():
-    """Where a room imports another one, that one never leads back to it."""
-    doors = {}
+def test_rooms_import_each_other_in_no_circle():
+    """If a room imports another one, that one never leads back to it."""
+    imports = {}
     for module, others in IMPORTS.items():
-        doors.setdefault(room_of(module), set()).update(map(room_of, others))
-    while doors:
-        # A room that knows no other one that is left is taken away, until none is left.
-        free = {room for room, others in doors.items() if not others & doors.keys() - {room}}
-        assert free, doors
-        doors = {room: others for room, others in doors.items() if room not in free}
+        imports.setdefault(room_of(module), set()).update(map(room_of, others))
+    while imports:
+        # Remove the rooms that import no other remaining one, until none remains.
+        free = {room for room, others in imports.items() if not others & imports.keys() - {room}}
+        assert free, imports
+        imports = {room: others for room, others in imports.items() if room not in free}
 
 
-def test_modes_do_not_know_each_other():
+def test_modes_do_not_import_each_other():
     modes = {"train", "evaluate", "predict"}
     assert not {mode: IMPORTS[mode] & modes for mode in modes if IMPORTS[mode] & modes}
 

@@ -1,4 +1,4 @@
-"""What a user sees of a mistake: one line, status 2, and nothing compiled."""
+"""Runs the command: a mistake gives one line and status 2, before anything is compiled."""
 
 import functools
 import json
@@ -64,7 +64,7 @@ def refused(*flags):
         (["--config=configs/b0.py", "--config.data.dir=nowhere"], ["nowhere"]),
     ],
 )
-def test_mistakes_of_flags(flags, words, tmp_path):
+def test_a_wrong_flag_is_named_in_one_line(flags, words, tmp_path):
     line = refused(*flags, f"--workdir={tmp_path / 'run'}")
     assert all(word in line for word in words), line
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -86,8 +86,8 @@ IMPOSSIBLE = ["~no-such-user/x", "x" * 300, "loop"]
 
 
 @pytest.mark.parametrize("given", IMPOSSIBLE)
-def test_paths_that_no_file_can_have_are_mistakes(given, tmp_path, monkeypatch):
-    """Wherever a user names one; the command line, below, hands them to these."""
+def test_impossible_paths_are_refused_by_every_function(given, tmp_path, monkeypatch):
+    """Calls every function that takes a path from a user; the next test checks the flags."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     data = {source: default.get_config().data for source in ("npz", "rpcam", "pcam_hdf5")}
@@ -110,7 +110,7 @@ def test_paths_that_no_file_can_have_are_mistakes(given, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--workdir", "--checkpoint", "--weights"])
-def test_paths_of_flags_that_no_file_can_have_are_mistakes(flag, tmp_path):
+def test_impossible_paths_in_flags_are_refused(flag, tmp_path):
     mode = {"--workdir": "train", "--weights": "import_weights"}.get(flag, "predict")
     (tmp_path / "loop").symlink_to("loop")
     line = refused("--config=quickstart", f"--mode={mode}", f"--workdir={tmp_path}/run",
@@ -126,7 +126,7 @@ def test_paths_of_flags_that_no_file_can_have_are_mistakes(flag, tmp_path):
         (np.zeros((0, 96, 96, 3), np.uint8), [], ["holds no patch"]),
     ],
 )
-def test_mistakes_of_data(images, labels, words, tmp_path):
+def test_wrong_data_is_named_in_one_line(images, labels, words, tmp_path):
     write_npz(tmp_path, images, np.array(labels, np.uint8))
     flags = ["--config=configs/b0.py", "--config.data.source=npz", f"--config.data.dir={tmp_path}"]
     line = refused(*flags, f"--workdir={tmp_path / 'run'}")
@@ -134,7 +134,7 @@ def test_mistakes_of_data(images, labels, words, tmp_path):
     assert not list(tmp_path.glob("store*"))
 
 
-def test_damaged_store_is_named(tmp_path):
+def test_a_damaged_store_is_named(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 96, 96, 3), np.uint8)
     write_npz(tmp_path, images, np.array([0, 1, 0, 1], np.uint8))
@@ -145,11 +145,11 @@ def test_damaged_store_is_named(tmp_path):
     assert "train/images.npy" in refused(*flags)
 
 
-def test_of_a_damaged_picture_one_line_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # of a GPU that is not used, there are lines too
+def test_a_damaged_picture_is_reported_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # because an unused GPU gets a line, too
     file = tmp_path / "one.tif"
     Image.new("RGB", (96, 96)).save(file)
-    # Its height is of no known type: Pillow gives up, and tifffile logs that it goes on without.
+    # Give the height an unknown type: Pillow gives up; tifffile logs that it goes on without it.
     height, nonsense = struct.pack("<HH", 257, 4), struct.pack("<HH", 257, 0x0301)
     assert height in file.read_bytes()
     names = [f"patch{i}" for i in range(40)]  # so many that no split is empty
@@ -161,7 +161,7 @@ def test_of_a_damaged_picture_one_line_is_said(tmp_path, monkeypatch):
     (tmp_path / "train_labels.csv").write_text("\n".join(rows))
     flags = ["--config=b0", "--mode=prepare", "--config.data.source=rpcam"]
     result = run_main(*flags, f"--config.data.dir={tmp_path}")
-    # The first says what it runs on; an empty one ends the progress bar.
+    # The first line names the device, and an empty one ends the progress bar.
     (line,) = filter(None, result.stderr.splitlines()[1:])
     assert result.returncode == 2
     assert line.startswith(f"error: {tmp_path}/train/patch") and ".tif: 96x0 pixels" in line
@@ -178,13 +178,13 @@ def test_help_needs_no_jax(flags):
     assert result.stdout.splitlines()[-1] == "False"
 
 
-def test_help_ends_quietly_where_its_reader_does():
+def test_help_ends_quietly_when_its_reader_closes_the_pipe():
     command = f"'{sys.executable}' -m bef_jax.main --mode=train --help | head -1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (result.stdout.count("\n"), result.stderr) == (1, "")
 
 
-def test_help_is_that_of_the_mode():
+def test_help_with_a_mode_shows_what_that_mode_reads():
     result = run_main("--help", "--mode", "predict")
     assert (result.returncode, result.stderr) == (0, "")
     assert "--input=" in result.stdout and "--config.predict.stride=32" in result.stdout
@@ -217,7 +217,7 @@ def test_workdir_defaults_to_the_name_of_the_config(tmp_path):
     assert (tmp_path / "runs" / "quickstart" / "prepare_summary.json").exists()
 
 
-# Seconds of every start, and extras that most do without.
+# Importing one of these would add seconds to every start, and some are optional extras.
 @pytest.mark.parametrize("package", ["tensorflow", "torch", "huggingface_hub", "safetensors"])
 def test_training_imports_no_other_framework(package):
     code = f"import sys, bef_jax.train; sys.exit({package!r} in sys.modules)"

@@ -1,4 +1,4 @@
-"""Eight CPU devices in a process of their own, against one."""
+"""Compares training on eight CPU devices with training on one."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ STEPS = 20
 def run(workdir, data_dir, devices, **fields):
     """Trains in a fresh process; returns its summary and the loss of every step."""
     fields = SHRUNK | {"data.dir": data_dir, "batch_size": 16, "steps": STEPS} | fields
-    # Only at the end: what is between the steps would take longer than they do.
+    # Evaluate and save only at the end, because both would take longer than the steps.
     fields |= {"eval.every_epochs": 1000.0, "checkpoint.every_steps": 1000}
     command = [
         sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",
@@ -30,7 +30,7 @@ def run(workdir, data_dir, devices, **fields):
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory, data_dir):
-    """The same run on one device."""
+    """Returns the summary and the losses of the same run on one device."""
     return run(tmp_path_factory.mktemp("one"), data_dir, devices=1)
 
 

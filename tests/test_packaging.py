@@ -1,4 +1,4 @@
-"""What an installation and the source distribution hold."""
+"""Compares the wheel, the source distribution and the image with the repository's files."""
 
 import shutil
 import subprocess
@@ -15,13 +15,13 @@ PACKAGE = "bef_jax"
 
 
 def files(folder):
-    """The files of a folder of the repository, relative to it; not those that Python left."""
+    """Returns the files of a folder of the repository, relative to it, without Python's caches."""
     found = (file for file in (ROOT / folder).rglob("*") if file.is_file())
     return {file.relative_to(ROOT / folder) for file in found if file.suffix != ".pyc"}
 
 
 def build(kind, source, folder):
-    """Builds what pip or `python -m build` would, without its network; returns the file."""
+    """Builds what pip or `python -m build` would, without the network; returns the file."""
     pytest.importorskip("setuptools", minversion="77")
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
@@ -35,7 +35,7 @@ def copy(names, source):
         shutil.copy(ROOT / name, source / name)
 
 
-def test_no_folder_of_the_package_is_forgotten():
+def test_pyproject_lists_every_folder_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["packages"]
     folders = {".".join((PACKAGE, *file.parent.parts)) for file in files(PACKAGE)}
@@ -53,7 +53,7 @@ def test_the_wheel_is_one_package_and_a_command(tmp_path):
     assert names == set(mapped)
 
 
-def test_the_source_distribution_is_the_repository(tmp_path):
+def test_the_source_distribution_holds_every_tracked_file(tmp_path):
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     tracked = {name for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
     if "pyproject.toml" not in tracked:

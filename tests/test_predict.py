@@ -1,4 +1,4 @@
-"""The real command over what people have: a store, pictures, arrays."""
+"""Compares predictions for stores, pictures and arrays with the scores of an evaluation."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def rows_of(workdir):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("tta", [1, 8])
-def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, scoring):
+def test_a_store_gets_the_scores_of_an_evaluation(tta, trained, workdir, scoring):
     changes = {"eval.tta": tta, "eval.batch_size": 5, "eval.threshold": 0.499}
     config, best = scoring(**changes)
     path = store.store_path(config.data)
@@ -51,7 +51,7 @@ def test_a_store_gets_what_an_evaluation_gives(tta, trained, workdir, scoring):
     assert summary["heatmaps"] == []
 
 
-def test_files_get_what_their_pixels_get_in_a_store(trained, workdir, scoring, tmp_path):
+def test_files_get_the_scores_of_the_same_pixels_in_a_store(trained, workdir, scoring, tmp_path):
     config, best = scoring()
     path = store.store_path(config.data)
     split = store.open_split(path, "test")
@@ -79,11 +79,11 @@ def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, scoring, tmp_path
     # The windows around the squares at (32, 32) and (32, 128) are the two patches.
     assert rows["two.png:x=32:y=32"] == pytest.approx(alone[0], rel=1e-5)
     assert rows["two.png:x=128:y=32"] == pytest.approx(alone[1], rel=1e-5)
-    # The map is of another input than the predictions are now.
+    # The old map is deleted, because the predictions are of another input now.
     assert not list((workdir / "heatmaps").rglob("*.png"))
 
 
-def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, scoring, tmp_path):
+def test_a_damaged_array_leaves_the_earlier_predictions(trained, workdir, scoring, tmp_path):
     config, best = scoring()
     predict.predict_files(config, workdir, best, store.store_path(config.data), "test")
     before = (workdir / "predictions.csv").read_bytes()
@@ -98,7 +98,7 @@ def test_damage_in_the_middle_leaves_what_was_there(trained, workdir, scoring, t
     assert not (workdir / ".predict.tmp").exists()
 
 
-def test_one_bad_picture_does_not_cost_the_others(trained, workdir, scoring, tmp_path):
+def test_bad_pictures_do_not_cost_the_good_ones(trained, workdir, scoring, tmp_path):
     config, best = scoring()
     image = store.open_split(store.store_path(config.data), "test").images[0]
     for name in ("a.png", "cut.jpg", "z.png"):
@@ -120,7 +120,7 @@ def test_one_bad_picture_does_not_cost_the_others(trained, workdir, scoring, tmp
     assert not reasons
 
 
-def test_bad_pictures_alone_are_a_mistake_that_costs_nothing(trained, workdir, scoring, tmp_path):
+def test_bad_pictures_alone_leave_the_earlier_predictions(trained, workdir, scoring, tmp_path):
     config, best = scoring()
     predict.predict_files(config, workdir, best, store.store_path(config.data), "test")
     before = (workdir / "predictions.csv").read_bytes()
@@ -138,14 +138,13 @@ def test_bad_pictures_alone_are_a_mistake_that_costs_nothing(trained, workdir, s
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_network_that_is_not_finite_decides_nothing(value, trained, workdir, scoring, tmp_path):
-    """Infinite log-odds have the probability 1, and NaN is below any threshold."""
+def test_scores_that_are_not_finite_are_refused(value, trained, workdir, scoring, tmp_path):
+    """Infinite log-odds would give the probability 1, and NaN would be below any threshold."""
     config, best = scoring()
     path = store.store_path(config.data)
     predict.predict_files(config, workdir, best, path, "test")
     before = (workdir / "predictions.csv").read_bytes()
-    variables = tmp_path / "weights"
-    spoiled = spoil(best, config, variables, value)
+    spoiled = spoil(best, config, tmp_path / "weights", value)
     with pytest.raises(RunError, match="no finite score for patch synthetic_test_0:"):
         predict.predict_files(config, workdir, spoiled, path, "test")
     assert (workdir / "predictions.csv").read_bytes() == before
@@ -156,7 +155,7 @@ def test_a_network_that_is_not_finite_decides_nothing(value, trained, workdir, s
 
 
 def spoil(best, config, folder, value):
-    """A copy of a checkpoint whose last bias is `value`."""
+    """Returns a copy of a checkpoint whose bias for class 1 is `value`."""
     everywhere = sharding.replicated(sharding.make_mesh())
     state = checkpoint.restore(best, abstract_state(config), everywhere)
     run = checkpoint.read_metadata(best)
@@ -168,18 +167,18 @@ def spoil(best, config, folder, value):
     return checkpoint.best(folder)
 
 
-def test_two_at_once_do_not_mix(trained, workdir, scoring):
+def test_a_second_prediction_in_the_same_workdir_is_refused(trained, workdir, scoring):
     config, best = scoring()
     path = store.store_path(config.data)
     refused = pytest.raises(UserError, match="another run writes there")
     with lock.held(workdir, ".predict.lock"), refused:
         predict.predict_files(config, workdir, best, path, "test")
-    with lock.held(workdir):  # of a run that trains there
+    with lock.held(workdir):  # as a training run does
         assert predict.predict_files(config, workdir, best, path, "test")["n"] == 13
 
 
-def test_outputs_that_cannot_be_written_are_found_first(small_config, tmp_path):
-    """Before the checkpoint is looked for, which is not there."""
+def test_outputs_that_cannot_be_written_are_found_before_the_work(small_config, tmp_path):
+    """There is no checkpoint, so the outputs must have been checked first."""
     (tmp_path / "a.png").mkdir()
     for name, make in (("predictions.csv", os.mkdir), ("heatmaps", os.mkfifo)):
         workdir = tmp_path / name / "run"
@@ -189,7 +188,7 @@ def test_outputs_that_cannot_be_written_are_found_first(small_config, tmp_path):
             predict.predict_files(small_config(), workdir, tmp_path, tmp_path)
 
 
-def test_maps_of_equal_names_do_not_meet(trained, workdir, scoring, tmp_path):
+def test_pictures_with_similar_names_get_maps_of_their_own(trained, workdir, scoring, tmp_path):
     config, best = scoring()
     wide = np.zeros((96, 128, 3), np.uint8)
     for name in ("a.tif", "a.tif.png", "b/a.tif"):
@@ -200,9 +199,9 @@ def test_maps_of_equal_names_do_not_meet(trained, workdir, scoring, tmp_path):
     assert all(os.path.exists(file) for file in summary["heatmaps"])
 
 
-def test_a_picture_of_another_scale_is_warned_of(trained, workdir, scoring, tmp_path, caplog):
+def test_a_picture_of_another_scale_gives_a_warning(trained, workdir, scoring, tmp_path, caplog):
     config, best = scoring()
-    config.data.source = "pcam_hdf5"  # whose scale is known
+    config.data.source = "pcam_hdf5"  # a source whose scale is known
     for name, mpp in (("a.tif", 0.24), ("b.tif", 0.93)):
         image = np.zeros((96, 96, 3), np.uint8)
         tifffile.imwrite(tmp_path / name, image, photometric="rgb", resolutionunit="CENTIMETER",
@@ -213,14 +212,14 @@ def test_a_picture_of_another_scale_is_warned_of(trained, workdir, scoring, tmp_
     assert "1 of 2 pictures" in line and "a.tif with 0.240" in line
 
 
-def test_what_is_missing_is_said_before_a_checkpoint_is_read(small_config, tmp_path):
+def test_a_missing_input_is_named_before_a_checkpoint_is_read(small_config, tmp_path):
     with pytest.raises(UserError, match="--input is missing"):
         predict.predict_files(small_config(), tmp_path, tmp_path, None)
     with pytest.raises(UserError, match="no such file"):
         predict.predict_files(small_config(), tmp_path, tmp_path, tmp_path / "nowhere")
 
 
-# Peak memory of the whole process, in MiB, after the patches of a file.
+# Prints the peak memory of the whole process, in MiB, after it has scored the patches of a file.
 MEASURE = """
 import resource, sys
 from pathlib import Path
@@ -234,8 +233,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-def write_alike(path, count):
-    """`count` times the same patch: one chunk is compressed, and written again and again."""
+def write_equal_patches(path, count):
+    """Writes `count` patches: the same chunk, compressed once, many times."""
     block = np.zeros((50, 96, 96, 3), np.uint8) + np.arange(96, dtype=np.uint8)[:, None, None]
     packed = zlib.compress(block.tobytes())
     with h5py.File(path, "w") as file:
@@ -245,12 +244,12 @@ def write_alike(path, count):
             x.id.write_direct_chunk((first, 0, 0, 0), packed)
 
 
-def more_memory(few, many, folder, workdir):
-    """How many MiB more the peak is with `many` patches than with `few`."""
-    fast = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # compiled once, used often
+def extra_memory(few, many, folder, workdir):
+    """Returns how many MiB higher the peak is with `many` patches than with `few`."""
+    fast = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # because the program runs often
     peaks = []
     for count in (few, many):
-        write_alike(folder / "patches.h5", count)
+        write_equal_patches(folder / "patches.h5", count)
         words = (sys.executable, "-c", MEASURE, workdir, folder / "patches.h5", count)
         result = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=fast)
         peaks.append(int(result.stdout.splitlines()[-1]))
@@ -259,22 +258,22 @@ def more_memory(few, many, folder, workdir):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_patches(trained, workdir, tmp_path):
-    """16,000 more patches are 420 MiB of pixels; a list of them would show."""
-    assert more_memory(1_000, 17_000, tmp_path, workdir) < 120
+    """16,000 more patches are 420 MiB of pixels, so keeping them would exceed the limit."""
+    assert extra_memory(1_000, 17_000, tmp_path, workdir) < 120
 
 
 @pytest.mark.long
 def test_a_million_patches_need_what_a_few_need(trained, workdir, tmp_path):
-    """A GiB more at most: a thousandth of them is 26 MiB of pixels."""
-    assert more_memory(1_000, 1_000_000, tmp_path, workdir) < 1024
+    """Allows one GiB more, where the pixels of all patches would be 26 GiB."""
+    assert extra_memory(1_000, 1_000_000, tmp_path, workdir) < 1024
 
 
 @pytest.mark.slow
-def test_the_command_line(trained, workdir, small_config, tmp_path):
+def test_the_command_prints_a_summary_and_names_bad_files(trained, workdir, small_config, tmp_path):
     config = small_config()
     image = store.open_split(store.store_path(config.data), "test").images[0]
     Image.fromarray(image).save(tmp_path / "=one.png")
-    shutil.copy(tmp_path / "=one.png", os.fsencode(tmp_path) + b"/\xff.png")  # no UTF-8
+    shutil.copy(tmp_path / "=one.png", os.fsencode(tmp_path) + b"/\xff.png")  # not UTF-8
     command = [
         sys.executable, "-m", "bef_jax.main", "--mode=predict",
         f"--workdir={workdir}", f"--input={tmp_path}",
@@ -283,7 +282,7 @@ def test_the_command_line(trained, workdir, small_config, tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == json.loads((workdir / "predict_summary.json").read_text())
     assert json.loads(result.stdout)["seconds"] > 0
-    # As a spreadsheet shows text, and a terminal.
+    # The quote makes it text for a spreadsheet; the escape can be shown in a terminal.
     assert [row["id"] for row in rows_of(workdir)] == ["'=one.png", "\\udcff.png"]
     (tmp_path / "two\nlines \x1b[31m.png").write_bytes(b"no picture")
     result = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What --config finds, and what it says of a file that fails."""
+"""Checks which file --config finds, and how it reports a file that fails."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from bef_jax.configs import b2, default
 from bef_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-FILE = """
+TEMPLATE = """
 from bef_jax.configs import default
 
 def get_config(arg=None):
@@ -19,9 +19,9 @@ def get_config(arg=None):
 """
 
 
-def write(folder, line):
+def write_config(folder, line):
     file = folder / "mine.py"
-    file.write_text(FILE.format(line=line))
+    file.write_text(TEMPLATE.format(line=line))
     return str(file)
 
 
@@ -43,7 +43,7 @@ def test_a_name_and_a_path_mean_the_same(value, monkeypatch):
 
 def test_a_file_in_the_current_folder_never_hides_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "b2.py").write_text(FILE.format(line="config.name = 'mine'"))
+    (tmp_path / "b2.py").write_text(TEMPLATE.format(line="config.name = 'mine'"))
     (tmp_path / "b2").write_text("not Python")
     assert load("b2").name == "b2"
     assert load("b2.py").name == "mine"
@@ -51,7 +51,7 @@ def test_a_file_in_the_current_folder_never_hides_a_name(tmp_path, monkeypatch):
 
 
 def test_a_config_takes_no_new_fields(tmp_path):
-    config = load(write(tmp_path, "config.name = 'mine'"))
+    config = load(write_config(tmp_path, "config.name = 'mine'"))
     with pytest.raises(AttributeError):
         config.batchsize = 3
 
@@ -67,7 +67,7 @@ def test_a_config_takes_no_new_fields(tmp_path):
     ],
 )
 def test_a_file_that_fails_is_named_with_its_line(line, words, tmp_path):
-    file = write(tmp_path, line)
+    file = write_config(tmp_path, line)
     with pytest.raises(UserError) as caught:
         load(file)
     text = str(caught.value)
@@ -87,7 +87,7 @@ def test_a_path_that_is_not_written_in_the_shortest_way_is_named_the_same(
         load(f"{prefix}b2.py")
 
 
-def test_a_file_without_get_config(tmp_path):
+def test_a_file_without_get_config_is_named(tmp_path):
     (tmp_path / "mine.py").write_text("x = 1")
     with pytest.raises(UserError, match=r"mine.py: AttributeError: .*get_config"):
         load(str(tmp_path / "mine.py"))
@@ -102,7 +102,7 @@ def test_a_file_without_get_config(tmp_path):
         ("/nowhere/b2.py", ["No such file", "--config=b2"]),
     ],
 )
-def test_what_is_not_there(value, words):
+def test_a_missing_config_is_named(value, words):
     with pytest.raises(UserError) as caught:
         load(value)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -118,12 +118,12 @@ def test_what_is_not_there(value, words):
         ("--config.model.stride=16", "model.total_stride"),
     ],
 )
-def test_the_near_field_is_named_in_full(flag, near):
+def test_the_nearest_field_is_suggested_in_full(flag, near):
     with pytest.raises(UserError, match=f"; did you mean --config.{near}\\?$"):
         check_fields(["main", flag])
 
 
-def test_what_is_near_nothing_gets_no_suggestion():
+def test_a_field_near_nothing_gets_no_suggestion():
     with pytest.raises(UserError, match=r"--config\.zzzzz is not a field of the configuration$"):
         check_fields(["--config.zzzzz"])
 

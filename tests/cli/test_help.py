@@ -1,4 +1,4 @@
-"""The help texts, against the modes, flags and fields that there are."""
+"""Compares the help texts with the modes, flags and fields that exist."""
 
 import pytest
 from absl import flags
@@ -21,7 +21,7 @@ def eighty_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def test_the_modes_are_those_that_run():
+def test_help_lists_the_modes_that_run():
     assert list(help.MODES) and set(help.MODES) == set(main.MODES)
 
 
@@ -48,7 +48,7 @@ def test_every_field_has_a_comment_and_is_read_by_a_mode():
     assert all(f"--config.{name}=" in shown for name in fields)
 
 
-def test_comments_are_whole():
+def test_comments_of_fields_are_read_whole():
     comments = help.comments()
     assert comments["seed"] == "decides the initial weights, every batch and every augmentation"
     assert comments["eval.tta"].startswith("1 | 8: views")  # its variable has another name
@@ -59,21 +59,21 @@ def test_comments_are_whole():
 def test_flags_are_shown_where_they_are_read():
     assert "--topology=" in answer("--mode=plan", "--help")
     assert "--topology=" not in answer("--mode=predict", "--help")
-    compared = [answer(f"--mode={mode}", "--help") for mode in ("eval", "benchmark")]
-    assert "another checkpoint" in compared[0] and "depthwise" not in compared[0].split("Fields")[0]
-    assert "another checkpoint" not in compared[1]
+    of_eval, of_benchmark = (answer(f"--mode={mode}", "--help") for mode in ("eval", "benchmark"))
+    assert "another checkpoint" in of_eval and "depthwise" not in of_eval.split("Fields")[0]
+    assert "another checkpoint" not in of_benchmark
 
 
-def test_a_mode_that_there_is_not():
+def test_an_unknown_mode_gets_a_suggestion():
     with pytest.raises(UserError, match=r"did you mean train\?"):
         answer("--mode=trian", "--help")
 
 
-def test_nothing_is_answered_where_nothing_is_asked():
+def test_a_command_that_asks_for_no_help_gets_no_answer():
     assert answer("--config=b2", "--mode=eval") is None
 
 
-def test_version_names_ours_and_jaxs():
+def test_version_names_the_versions_of_the_package_and_of_jax():
     import jax
 
     import bef_jax
