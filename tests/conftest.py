@@ -68,6 +68,15 @@ SHRUNK = {
 }
 
 
+def train_command(workdir, data_dir, *flags: str, **fields) -> list[str]:
+    """Returns the command that trains the shrunk quickstart, with more flags and other fields."""
+    fields = SHRUNK | {"data.dir": data_dir} | fields
+    return [
+        sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py", *flags,
+        f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]  # fmt: skip
+
+
 def environment_of(devices: int) -> dict[str, str]:
     """Returns the environment of a process that has `devices` CPU devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"

@@ -74,7 +74,7 @@ def test_files_for_gpus_and_tpus_fill_their_devices(name, devices):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_takes_an_argument(name):
     config = load(name, "batch_size=24,model.dropout=0.5")
-    assert config.batch_size == 24
+    assert (config.batch_size, config.model.dropout) == (24, 0.5)
 
 
 @pytest.mark.parametrize("variant", [f"b{i}" for i in range(8)])

@@ -62,11 +62,12 @@ def test_eight_views_are_averaged(small_config, valid, mesh):
 
 
 def test_confident_patches_do_not_tie(small_config, valid, mesh, monkeypatch):
-    """In float32, log-odds of 40 and of 41 both have the probability 1."""
-    odds = np.linspace(40, 41, len(valid), dtype=np.float32)
+    """In float32, log-odds of 20 and of 21 both have the probability 1."""
+    odds = np.linspace(20, 21, len(valid), dtype=np.float32)
     rows = iter(np.split(np.pad(odds, (0, 3)), 3))
     monkeypatch.setattr(evaluator, "make_scorer", lambda *_: lambda _: lambda _: [next(rows)])
     evaluation = evaluator.make_evaluator(small_config(), mesh)({}, valid)
+    assert (np.diff(evaluation.probabilities) > 0).all()
     np.testing.assert_array_equal(evaluation.probabilities, expit(odds.astype(np.float64)))
 
 

@@ -4,23 +4,18 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.conftest import SHRUNK
+from tests.conftest import train_command
 
 STEPS = 12
 
 
 def command(workdir, data_dir):
     # Save at every step, so that most kills come during a save.
-    fields = SHRUNK | {"data.dir": data_dir, "steps": STEPS, "checkpoint.every_steps": 1}
-    return [
-        sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",
-        f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items()),
-    ]  # fmt: skip
+    return train_command(workdir, data_dir, steps=STEPS, **{"checkpoint.every_steps": 1})
 
 
 def finish(workdir, data_dir):

@@ -33,6 +33,7 @@ def run(tmp_path):
             fake(name, body)
         result = subprocess.run(
             command,
+            cwd=tmp_path,
             env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
             capture_output=True,
             text=True,
@@ -297,4 +298,5 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck(run):
-    run([SHELLCHECK, *map(str, LAUNCH.glob("*.sh"))])
+    ci = LAUNCH.parent / ".ci"
+    run([SHELLCHECK, *map(str, [*LAUNCH.glob("*.sh"), ci / "run", ci / "smoke"])])

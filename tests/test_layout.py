@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "bef_jax"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "bef_jax"
 
 # Lowest first. A module imports from its own floor and from those below it. A room is a folder of
 # the package, or a single module. If several names fit a module, the longest one decides.
@@ -29,13 +30,16 @@ def names_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {names_of(path): path for path in PACKAGE.rglob("*.py")} | {"configs": None}
+MODULES = {names_of(path): path for path in PACKAGE.rglob("*.py")}
+# The folder configs/ is installed as bef_jax.configs.
+MODULES |= {f"configs.{path.stem}": path for path in (ROOT / "configs").glob("*.py")}
 
 
 def imported(path):
     """Yields the modules of the package that a file imports, also those in functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relative to its place"
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -58,9 +62,7 @@ def floor_of(module):
     return next(number for number, floor in enumerate(FLOORS) if room_of(module) in floor)
 
 
-IMPORTS = {
-    module: set(imported(path)) - {""} for module, path in MODULES.items() if module and path
-}
+IMPORTS = {module: set(imported(path)) - {""} for module, path in MODULES.items() if module}
 
 
 @pytest.mark.parametrize("module", sorted(IMPORTS))
@@ -88,7 +90,7 @@ def test_modes_do_not_import_each_other():
 
 def test_no_folder_is_too_full():
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
-    counts = {folder.name: len([*folder.glob("[!_]*.py")]) for folder in folders}
+    counts = {folder: len([*folder.glob("[!_]*.py")]) for folder in folders}
     assert max(counts.values()) <= FULL, counts
 
 

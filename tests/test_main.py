@@ -21,8 +21,8 @@ from bef_jax.scoring import trained
 from bef_jax.training import pretrained
 
 
-def run_main(*flags, cwd=None, python=sys.executable):
-    command = [python, "-m", "bef_jax.main", *map(str, flags)]
+def run_main(*flags, cwd=None):
+    command = [sys.executable, "-m", "bef_jax.main", *map(str, flags)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
@@ -121,7 +121,11 @@ def test_impossible_paths_in_flags_are_refused(flag, tmp_path):
 @pytest.mark.parametrize(
     ("images", "labels", "words"),
     [
-        (np.zeros((4, 32, 32, 3), np.uint8), [0, 1, 0, 1], ["valid.npz", "96"]),
+        (
+            np.zeros((4, 32, 32, 3), np.uint8),
+            [0, 1, 0, 1],
+            ["valid.npz", "must be uint8 [N, 96, 96, 3], not uint8 [4, 32, 32, 3]"],
+        ),
         (np.zeros((4, 96, 96, 3), np.uint8), [0, 1, 2, 1], ["valid.npz", "label"]),
         (np.zeros((0, 96, 96, 3), np.uint8), [], ["holds no patch"]),
     ],
@@ -179,9 +183,9 @@ def test_help_needs_no_jax(flags):
 
 
 def test_help_ends_quietly_when_its_reader_closes_the_pipe():
-    command = f"'{sys.executable}' -m bef_jax.main --mode=train --help | head -1"
+    command = f"'{sys.executable}' -m bef_jax.main --mode=train --help | true"
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert (result.stdout.count("\n"), result.stderr) == (1, "")
+    assert (result.stdout, result.stderr) == ("", "")
 
 
 def test_help_with_a_mode_shows_what_that_mode_reads():

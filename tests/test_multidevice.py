@@ -2,25 +2,21 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.conftest import SHRUNK, environment_of
+from tests.conftest import environment_of, train_command
 
 STEPS = 20
 
 
 def run(workdir, data_dir, devices, **fields):
     """Trains in a fresh process; returns its summary and the loss of every step."""
-    fields = SHRUNK | {"data.dir": data_dir, "batch_size": 16, "steps": STEPS} | fields
     # Evaluate and save only at the end, because both would take longer than the steps.
-    fields |= {"eval.every_epochs": 1000.0, "checkpoint.every_steps": 1000}
-    command = [
-        sys.executable, "-m", "bef_jax.main", "--config=configs/quickstart.py",
-        f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items()),
-    ]  # fmt: skip
+    fields = {"eval.every_epochs": 1000.0, "checkpoint.every_steps": 1000} | fields
+    fields = {"batch_size": 16, "steps": STEPS} | fields
+    command = train_command(workdir, data_dir, **fields)
     result = subprocess.run(command, env=environment_of(devices), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -19,7 +19,7 @@ from bef_jax import evaluate, predict
 from bef_jax.data import store
 from bef_jax.errors import RunError, UserError
 from bef_jax.runtime import lock, sharding
-from bef_jax.scoring.probabilities_csv import read_probabilities
+from bef_jax.scoring.evaluator import make_evaluator
 from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.state import abstract_state
@@ -41,9 +41,10 @@ def test_a_store_gets_the_scores_of_an_evaluation(tta, trained, workdir, scoring
     split = store.open_split(path, "valid")
     assert [row["id"] for row in rows] == split.ids.tolist()
     found = np.array([float(row["probability"]) for row in rows])
-    if tta == 1:
-        _, _, expected = read_probabilities(workdir / "scores_valid.csv")
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    mesh = sharding.make_mesh()
+    variables = checkpoint.restore_variables(best, config, sharding.replicated(mesh))
+    expected = make_evaluator(config, mesh)(variables, split).probabilities
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     block = evaluate.evaluate_checkpoint(config, best, "valid")
     assert np.mean((found >= 0.499) == split.labels) == pytest.approx(block["accuracy"])
     assert [int(row["decision"]) for row in rows] == (found >= 0.499).astype(int).tolist()

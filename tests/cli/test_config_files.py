@@ -80,7 +80,7 @@ def test_a_path_that_is_not_written_in_the_shortest_way_is_named_the_same(
     prefix, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, "config.name = nowhere")
+    write_config(tmp_path, "config.name = nowhere")
     with pytest.raises(UserError, match=r"^mine\.py, line 6: NameError"):
         load(f"{prefix}mine.py")
     with pytest.raises(UserError, match=r"^b2\.py: No such file.*--config=b2"):
