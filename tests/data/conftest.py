@@ -1,4 +1,4 @@
-"""Fixtures: small random patches, and writers of the layouts that the sources read."""
+"""Small random patches, writers of the layouts that the sources read, and helpers of tests."""
 
 import csv
 import gzip
@@ -14,8 +14,24 @@ import pytest
 from PIL import Image
 
 from bef_jax.configs.default import get_config
+from bef_jax.data.store import Split
+from bef_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def expect_error(message, function, *args):
+    """Calls function(*args), which must raise a UserError of one line that holds `message`."""
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def make_split(name, images, labels=0):
+    """Returns a split whose ids are <name>_<row>; a single label is the label of each row."""
+    ids = np.array([f"{name}_{row}" for row in range(len(images))])
+    return Split(name, images, np.full(len(images), labels, np.uint8), ids)
 
 
 @pytest.fixture

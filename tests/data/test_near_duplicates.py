@@ -13,22 +13,16 @@ from bef_jax.data.near_duplicates import (
     RADIUS,
     TOLERANCE,
     across_splits,
-    difference_hashes,
     luma_grids,
     near_pairs,
 )
-from bef_jax.data.store import Split
+from tests.data.conftest import make_split
 
 
 def smooth_patches(n, seed):
     """Returns smooth random patches: 12 x 12 colours, enlarged."""
     colours = np.random.default_rng(seed).integers(0, 256, (n, 12, 12, 3), dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(c).resize((96, 96))) for c in colours])
-
-
-def split(name, images):
-    ids = np.array([f"{name}_{i}" for i in range(len(images))])
-    return Split(name, images, np.zeros(len(images), np.uint8), ids)
 
 
 def as_jpeg(image, quality=60):
@@ -45,30 +39,40 @@ def test_grid_is_the_mean_luma_of_each_part():
     np.testing.assert_allclose(luma_grids(images)[2], expected, rtol=1e-6)
 
 
+def hash_bits(grid):
+    """Returns the 64 bits of a difference hash, found with loops."""
+    across = [grid[r, c] < grid[r, c + 1] for r in range(0, 8, 2) for c in range(8)]
+    down = [grid[r, c] < grid[r + 1, c] for r in range(8) for c in range(0, 8, 2)]
+    return np.array(across + down)
+
+
 def brute_force(first, second):
-    """Compares all pairs one by one, under the eight symmetries."""
-    pairs = set()
+    """Returns {pair: bits that differ} of all pairs that the tolerance allows.
+
+    The pairs are compared one by one, under the eight symmetries; the fewest bits count.
+    """
+    hashes, distances = np.array([hash_bits(grid) for grid in first]), {}
     for j, grid in enumerate(second):
         for k in range(8):
             turned = np.rot90(grid.T if k >= 4 else grid, k % 4)
             gaps = first - turned
             rms = np.sqrt(((gaps - gaps.mean((1, 2), keepdims=True)) ** 2).mean((1, 2)))
-            bits = difference_hashes(first) ^ difference_hashes(turned[None])
-            distance = np.array([int(x).bit_count() for x in bits])
-            near = (distance <= RADIUS) & (rms <= TOLERANCE * turned.std())
-            pairs |= {(int(i), j) for i in np.flatnonzero(near)}
-    return pairs
+            distance = (hashes != hash_bits(turned)).sum(1)
+            for i in np.flatnonzero(rms <= TOLERANCE * turned.std()).tolist():
+                distances[i, j] = min(distances.get((i, j), 64), distance[i])
+    return distances
 
 
 def test_near_pairs_finds_what_brute_force_over_all_pairs_finds():
     """Uses grids of little contrast: many pairs lie within the radius, and many just outside."""
     rng = np.random.default_rng(0)
     slope = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))
-    first, second = (slope + s * rng.normal(size=(n, 9, 9)) for n, s in ((150, 0.3), (120, 0.2)))
-    found = near_pairs(first, second)
-    expected = brute_force(first, second)
+    first, second = (slope + s * rng.normal(size=(n, 9, 9)) for n, s in ((100, 0.6), (80, 0.5)))
+    found, distances = near_pairs(first, second), brute_force(first, second)
+    expected = {pair for pair, distance in distances.items() if distance <= RADIUS}
     assert set(map(tuple, found.tolist())) == expected
-    assert len(found) == len(expected) > 50
+    assert len(found) == len(expected) > 500
+    assert list(distances.values()).count(RADIUS + 1) > 500
 
 
 @pytest.mark.parametrize(
@@ -94,16 +98,19 @@ def test_slopes_of_very_different_steepness_are_not_near_duplicates():
     assert len(near_pairs(slope, 5 * slope)) == 0
 
 
-def test_background_is_not_a_near_duplicate():
-    blank = luma_grids(np.full((3, 96, 96, 3), 240, np.uint8))
-    assert len(near_pairs(blank, blank)) == 0
+@pytest.mark.parametrize(("deviation", "pairs"), [(0, 0), (1, 0), (3, 0), (5, 1)])
+def test_background_is_not_a_near_duplicate(deviation, pairs):
+    """Compares a grid with itself, so that only a small deviation can keep it from being found."""
+    pattern = np.random.default_rng(0).normal(size=(1, 9, 9))
+    grids = 240 + deviation * pattern / pattern.std()
+    assert len(near_pairs(grids, grids)) == pairs
 
 
 def test_patches_of_the_later_split_are_counted_and_the_result_is_kept(tmp_path, monkeypatch):
     train, valid, test = smooth_patches(30, 1), smooth_patches(20, 2), smooth_patches(10, 3)
     valid[[3, 5]], train[8] = train[4], train[4]  # each of the two in valid is twice in train
-    splits = {"train": split("train", train), "valid": split("valid", valid)}
-    splits["test"] = split("test", test)
+    splits = {"train": make_split("train", train), "valid": make_split("valid", valid)}
+    splits["test"] = make_split("test", test)
     found = across_splits(splits, tmp_path, "abc")
     assert {name: seen["patches"] for name, seen in found.items()} == {
         "train/valid": 2, "train/test": 0, "valid/test": 0,
@@ -112,7 +119,7 @@ def test_patches_of_the_later_split_are_counted_and_the_result_is_kept(tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(near_duplicates, "luma_grids", lambda _: pytest.fail("looked again"))
         assert across_splits(splits, tmp_path, "abc") == found
-    splits["valid"] = split("valid", smooth_patches(20, 2))
+    splits["valid"] = make_split("valid", smooth_patches(20, 2))
     assert across_splits(splits, tmp_path, "other")["train/valid"]["patches"] == 0
 
 
@@ -135,7 +142,7 @@ KEY = {"version": near_duplicates.VERSION, "content": "abc"}
     ],
 )  # fmt: skip
 def test_a_damaged_kept_result_is_made_again(kept, tmp_path):
-    splits = {name: split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
+    splits = {name: make_split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
     file = tmp_path / near_duplicates.FILE
     file.write_text(kept)
     found = across_splits(splits, tmp_path, "abc")
@@ -145,7 +152,7 @@ def test_a_damaged_kept_result_is_made_again(kept, tmp_path):
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
 def test_a_kept_result_that_is_not_a_regular_file_is_not_waited_for(kind, tmp_path, caplog):
-    splits = {name: split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
+    splits = {name: make_split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
     file = tmp_path / near_duplicates.FILE
     {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}[kind](
         file
@@ -159,6 +166,6 @@ def test_a_kept_result_that_is_not_a_regular_file_is_not_waited_for(kind, tmp_pa
 
 
 def test_a_store_that_cannot_be_written_is_still_searched(tmp_path):
-    splits = {name: split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
+    splits = {name: make_split(name, smooth_patches(4, 1)) for name in ("train", "valid")}
     found = across_splits(splits, tmp_path / "missing", "abc")
     assert found["train/valid"]["patches"] == 4

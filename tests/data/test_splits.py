@@ -5,17 +5,13 @@ import pytest
 
 from bef_jax.configs import default
 from bef_jax.data.splits import check_classes, open_splits
-from bef_jax.data.store import Split
 from bef_jax.errors import UserError
-
-
-def split(name, labels):
-    ids = np.array([f"{name}_{row}" for row in range(len(labels))])
-    return Split(name, np.zeros((len(labels), 96, 96, 3), np.uint8), np.uint8(labels), ids)
+from tests.data.conftest import make_split
 
 
 def check(**labels):
-    check_classes({name: split(name, classes) for name, classes in labels.items()})
+    blank = np.zeros((3, 96, 96, 3), np.uint8)
+    check_classes({name: make_split(name, blank[: len(y)], y) for name, y in labels.items()})
 
 
 def test_the_classes_of_each_split_are_counted(caplog):
@@ -49,8 +45,7 @@ def test_a_valid_or_test_split_of_one_class_is_a_warning(name, label, caplog):
 
 def test_a_store_of_one_class_is_refused_when_it_is_opened(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), np.uint8)
-    for name, labels in (("train", [0] * 4), ("valid", [0, 1])):
-        rows = slice(0, 4) if name == "train" else slice(4, 6)
+    for name, rows, labels in (("train", slice(4), [0] * 4), ("valid", slice(4, 6), [0, 1])):
         np.savez(tmp_path / f"{name}.npz", images=images[rows], labels=np.uint8(labels))
     data = default.get_config(f"data.source=npz,data.dir={tmp_path}").data
     with pytest.raises(UserError, match="train split: 4 normal, 0 metastasis"):
