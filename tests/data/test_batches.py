@@ -268,7 +268,7 @@ chosen = batches.selections(split, placed, mesh, 4, 8, 2, [1, 3, 1])
 on_devices = (pick(selection, n) for selection in chosen for n in range(len(selection.indices)))
 on_host = batches.host_batches(split, mesh, 4, 8, 2)
 for stream in (on_host, on_devices):
-    for step, batch in zip(range(2, 7), stream):
+    for step, batch in zip(range(2, 7), itertools.islice(stream, 5), strict=True):
         expected = batches.batch_indices(4, step, 29, 8)
         np.testing.assert_array_equal(batch.labels, expected)
         np.testing.assert_array_equal(np.asarray(batch.images)[:, 5, 7, 1], expected)
