@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bef_jax.data import sources, store
-from bef_jax.errors import UserError
 from bef_jax.runtime.files import sha256
+from tests.data.conftest import expect_error
 
 
 @pytest.fixture
@@ -25,11 +25,9 @@ def folder(data):
     return store.store_path(data)
 
 
-def expect_error(message, function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+@pytest.fixture
+def source_is_not_read(monkeypatch):
+    monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
 
 
 def edit_manifest(folder, change):
@@ -58,6 +56,7 @@ def ids(*names):
     return np.array([*names, *map(str, range(9 - len(names)))])
 
 
+NO_CHARACTERS = (np.arange(9, dtype="u4") + 2**31).view("<U1")
 ARRAYS = {
     "images in Fortran order": ("images", lambda x: np.asfortranarray(x), "in C order"),
     "images of floats": ("images", lambda x: x.astype("f4"), "images must be uint8"),
@@ -67,6 +66,7 @@ ARRAYS = {
     "ids that repeat": ("ids", lambda _: ids("a", "b", "a"), "a names 2 patches"),
     "a surrogate in an id": ("ids", lambda _: ids("a", "b\udfff"), "row 1 is not text"),
     "numbers as ids": ("ids", lambda _: np.arange(9, dtype="u4") + 2**31, "ids are uint32"),
+    "codes of no character": ("ids", lambda _: NO_CHARACTERS, "row 0 is not text"),
     "long ids": ("ids", lambda _: ids("a" * 1025), "write one short text"),
     "objects as ids": ("ids", lambda x: x.astype("O"), "ids.npy holds objects"),
     "bytes as ids": ("ids", lambda x: x.astype("S"), "not text"),
@@ -140,10 +140,14 @@ def test_a_file_outside_of_the_store_counts_as_damaged(folder, say, special, tmp
 
 
 MANIFESTS = {
-    "only brackets": lambda file: file.write_text("[" * 100_000),
-    "not UTF-8": lambda file: file.write_bytes(b'{"format_version": "\xff"}'),
-    "true as format": lambda file: file.write_text('{"format_version": true}'),
-    "null": lambda file: file.write_text("null"),
+    "empty": b"",
+    "cut": b"{",
+    "a list": b"[]",
+    "no field": b"{}",
+    "only brackets": b"[" * 100_000,
+    "not UTF-8": b'{"format_version": "\xff"}',
+    "true as format": b'{"format_version": true}',
+    "null": b"null",
 }
 FIELDS = {
     "no source": lambda m: m.pop("source"),
@@ -168,7 +172,7 @@ def test_a_damaged_manifest_is_refused(mistake, folder, data):
     if mistake in FIELDS:
         edit_manifest(folder, FIELDS[mistake])
     else:
-        MANIFESTS[mistake](folder / store.MANIFEST)
+        (folder / store.MANIFEST).write_bytes(MANIFESTS[mistake])
     for function, argument in ((store.read_manifest, folder), (store.prepare, data)):
         expect_error(f"delete {folder} and run --mode=prepare again", function, argument)
 
@@ -198,28 +202,23 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("field", ["store", "dir"])
-def test_a_path_that_cannot_hold_a_store_is_refused_before_reading(
-    field, place, data, tmp_path, monkeypatch
-):
+@pytest.mark.usefixtures("source_is_not_read")
+def test_a_path_that_cannot_hold_a_store_is_refused_before_reading(field, place, data, tmp_path):
     data[field] = str(PLACES[place](tmp_path / "place"))
-    monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
-    with pytest.raises(UserError) as caught:
-        store.prepare(data)
-    assert "\n" not in str(caught.value)
-    assert "place" in str(caught.value) or "nosuchuser" in str(caught.value)
+    expect_error(data[field], store.prepare, data)
 
 
-def test_a_name_that_gets_too_long_for_a_temporary_folder_is_refused(data, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("source_is_not_read")
+def test_a_name_that_gets_too_long_for_a_temporary_folder_is_refused(data, tmp_path):
     data.store = str(tmp_path / "new" / ("a" * 250))
-    monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
     expect_error("File name too long", store.prepare, data)
 
 
+@pytest.mark.usefixtures("source_is_not_read")
 def test_a_read_only_disk_is_refused_before_reading(data, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
     monkeypatch.setattr("builtins.open", refuse)
     expect_error(
         "cannot be written (Read-only file system); set config.data.store", store.prepare, data
@@ -235,11 +234,11 @@ def test_a_link_to_a_store_is_followed(data, tmp_path):
     assert store.read_manifest(tmp_path / "disk" / "store") == manifest == store.prepare(data)
 
 
+@pytest.mark.usefixtures("source_is_not_read")
 def test_a_mount_point_is_refused_before_reading(data, tmp_path, monkeypatch):
     data.store = str(tmp_path / "mount")
     (tmp_path / "mount").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: pathlib.Path(path).name == "mount")
-    monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
     expect_error("name another config.data.store", store.prepare, data)
 
 
