@@ -64,7 +64,10 @@ def comments() -> dict[str, str]:
 
 _OF_OTHER_MODES = ("ablation.", "benchmark.", "predict.")
 _TRAINING = tuple(name for name in comments() if not name.startswith(_OF_OTHER_MODES))
-_STEP = ("dtype", "batch_size", "bn_groups", "steps_per_call", "model.", "rcc.", "optim.accumulate")
+_STEP = (
+    *("dtype", "batch_size", "bn_groups", "ema_decay", "label_smoothing", "data.placement"),
+    *("model.", "rcc.", "augment.", "optim."),
+)
 _SCORES = ("eval.batch_size", "eval.tta", "eval.threshold", "distributed.", "compile_cache")
 
 MODES = {
@@ -73,8 +76,13 @@ MODES = {
     "predict": Mode("scores pictures, folders, .npz, .h5 or stores", ("predict.", *_SCORES)),
     "export": Mode("turns a checkpoint into StableHLO and ONNX, for serving", ("eval.tta",)),
     "ablate": Mode("makes the paper's table: rows x seeds, pictures", ("ablation.", *_TRAINING)),
-    "benchmark": Mode("measures images/s of training, inference, input", ("benchmark.", *_STEP)),
-    "plan": Mode("compiles for absent hardware, and predicts memory and speed", _STEP),
+    "benchmark": Mode(
+        "measures images/s of training, inference, input",
+        ("benchmark.", "eval.tta", "data.", *_STEP),
+    ),
+    "plan": Mode(
+        "compiles for absent hardware, and predicts memory and speed", ("data.train_size", *_STEP)
+    ),
     "prepare": Mode("decodes a data set into a store", ("data.",)),
     "import_weights": Mode("turns another package's weights into a checkpoint", ("model.", "seed")),
 }
