@@ -1,6 +1,7 @@
 """Names of topologies, and their compilers, which most tests replace."""
 
 import importlib.util
+import os
 
 import jax
 import pytest
@@ -8,6 +9,14 @@ from jax.experimental import topologies
 
 from bef_jax.errors import UserError
 from bef_jax.planning import chips, topology
+
+
+@pytest.fixture(autouse=True)
+def platforms():
+    """Undoes what make_mesh does to the whole process: JAX may only use the CPU."""
+    before = jax.config.jax_platforms
+    yield
+    jax.config.update("jax_platforms", before)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +77,14 @@ def test_a_refusal_of_libtpu_becomes_one_line(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: module)
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
-    # make_mesh sets these if they are missing, and would leave them set after the test.
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setenv(name, "1")
-    for name in ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+    # make_mesh sets these only if they are missing, and would leave them set after the test.
+    names = ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES",
+             "TPU_ACCELERATOR_TYPE")  # fmt: skip
+    for name in names:
         monkeypatch.setenv(name, "kept")
     with pytest.raises(UserError, match=r"v5e:3x5.*3x5 is not divisible$"):
         topology.make_mesh(topology.parse("v5e:3x5"))
+    assert {os.environ[name] for name in names} == {"kept"}
 
 
 @pytest.mark.parametrize("name", ["a100", "h100", "l4"])
