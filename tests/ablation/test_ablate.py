@@ -88,12 +88,18 @@ def test_an_unknown_row_is_refused(small_config, tmp_path):
         ablate.plan_trials(small_config(**{"ablation.rows": ("wings",)}), tmp_path)
 
 
+@pytest.fixture
+def no_training(monkeypatch):
+    """Fails a test in which the data are prepared, the first step of training."""
+    monkeypatch.setattr(ablate, "prepare_with_progress", lambda _: pytest.fail("too late"))
+
+
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
 @pytest.mark.parametrize("name", ["config.json", "train_summary.json"])
 def test_a_damaged_file_of_a_row_is_named_before_any_row_is_trained(
-    name, text, small_config, tmp_path, monkeypatch
+    name, text, small_config, tmp_path
 ):
-    monkeypatch.setattr(ablate, "prepare_with_progress", lambda _: pytest.fail("too late"))
     file = tmp_path / "fusion" / "seed1" / name
     file.parent.mkdir(parents=True)
     file.write_text(text)
@@ -101,15 +107,15 @@ def test_a_damaged_file_of_a_row_is_named_before_any_row_is_trained(
         ablate.run_ablation(small_config(**{"ablation.seeds": 2}), tmp_path, [])
 
 
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("kind", ["FIFO", "folder"])
 @pytest.mark.parametrize(
     "name", ["ablation.md", "ablation.png", "rcc/seed0/config.json", "rcc/seed0/train_summary.json",
              "rcc/seed0/log.txt", "rcc/seed0/scores_test.csv"],
 )  # fmt: skip
 def test_something_in_place_of_an_output_is_named_before_any_row_is_trained(
-    name, kind, small_config, tmp_path, monkeypatch
+    name, kind, small_config, tmp_path
 ):
-    monkeypatch.setattr(ablate, "prepare_with_progress", lambda _: pytest.fail("too late"))
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     {"FIFO": os.mkfifo, "folder": os.mkdir}[kind](tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: is in the way of an output file"):

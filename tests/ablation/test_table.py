@@ -113,11 +113,13 @@ def test_files_hold_the_figures_of_the_table(tmp_path):
     ]
     row = table["rows"]["all"]
     assert f"{row['auc']:.4f} +- {row['auc_std']:.4f}" in line
-    columns = (tmp_path / "ablation.csv").read_text().splitlines()[0].split(",")
-    assert columns[:2] == ["row", "seeds"]
-    assert columns[8:11] == ["auc_difference", "auc_difference_low", "auc_difference_high"]
     rows = {r["row"]: r for r in csv.DictReader((tmp_path / "ablation.csv").open(newline=""))}
-    assert float(rows["all"]["auc"]) == row["auc"]
-    assert float(rows["all"]["delong_p"]) == row["against"]["delong_p"]
+    written, against = rows["all"], row["against"]
+    assert list(written)[:2] == ["row", "seeds"]
+    assert float(written["auc"]) == row["auc"]
+    for name in ("auc_difference", "delong_p"):
+        assert float(written[name]) == against[name]
+    interval = [float(written[f"auc_difference_{end}"]) for end in ("low", "high")]
+    assert interval == list(against["auc_difference_ci95"])
     assert rows["baseline"]["delong_p"] == ""
     assert len(list(csv.DictReader((tmp_path / "ablation_runs.csv").open(newline="")))) == 6

@@ -14,6 +14,12 @@ needs_affinity = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    """Hides the accelerators of this machine from find_workers, which asks a process of its own."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
 def test_one_run_has_the_whole_cpu():
     assert workers.find_workers(None) == [workers.Worker()]
 
