@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bef_jax.configs.default import get_config
 from bef_jax.errors import RunError
@@ -14,7 +14,7 @@ from bef_jax.export import timm
 from bef_jax.models import weights
 from bef_jax.models.weights import reading
 
-safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
+safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
 TORCH = "model.padding=symmetric,model.bn_epsilon=1e-5"
 
 
@@ -58,23 +58,37 @@ def test_written_files_hold_the_network_and_its_settings(arg, architecture, argu
     described = json.loads((tmp_path / "config.json").read_text())
     assert (described["architecture"], described["model_args"]) == (architecture, arguments)
     assert described["num_classes"] == described["pretrained_cfg"]["num_classes"] == 2
+    tensors = safetensors.load_file(file)
+    check_same_arrays(tensors, variables)
     # timm finds the classifier by this name, to replace it for another number of classes.
-    with safetensors.safe_open(file, "np") as tensors:
-        name = described["pretrained_cfg"]["classifier"]
-        kernel = tensors.get_tensor(f"{name}.weight")
-        assert kernel.shape == (2, described["num_features"])
-        np.testing.assert_array_equal(kernel.T, variables["params"]["classifier"]["kernel"])
-        assert f"{described['pretrained_cfg']['first_conv']}.weight" in tensors.keys()  # noqa: SIM118
+    kernel = tensors[f"{described['pretrained_cfg']['classifier']}.weight"]
+    assert kernel.shape == (2, described["num_features"])
+    np.testing.assert_array_equal(kernel.T, variables["params"]["classifier"]["kernel"])
+    assert f"{described['pretrained_cfg']['first_conv']}.weight" in tensors
+
+
+def check_same_arrays(tensors, variables):
+    """Compares all arrays in torch's layouts; test_weights.py compares their names with timm's."""
+    # Transposing keeps an array's first number, and the numbers are random. So it identifies them.
+    unseen = {x.flat[0]: x for x in flatten_dict(variables).values()}
+    for tensor in tensors.values():
+        x = unseen.pop(tensor.flat[0])
+        expected = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T  # HWIO -> OIHW, [I, O] -> [O, I]
+        assert tensor.shape[: x.ndim] == expected.shape
+        np.testing.assert_array_equal(tensor.reshape(expected.shape), expected)
+    assert not unseen
 
 
 def test_another_total_stride_is_noted_and_the_crop_is_timm_s_input_size(tmp_path):
+    from safetensors import safe_open
+
     config = get_config("model.name=efficientnet_b0,model.total_stride=16,rcc.eval_size=64")
     entry = timm.write(config, variables_of("efficientnet_b0"), tmp_path)
     assert "total stride 32, not 16" in entry["note"]
     described = json.loads((tmp_path / "config.json").read_text())
     assert described["total_stride"] == 16
     assert described["pretrained_cfg"]["input_size"] == [3, 64, 64]
-    with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt", "total_stride": "16"}
 
 
