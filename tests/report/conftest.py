@@ -8,6 +8,12 @@ import pytest
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 
+def make_evaluation(
+    probabilities: np.ndarray, labels: np.ndarray, ids: np.ndarray, split: str = "valid"
+) -> Evaluation:
+    return Evaluation(split, ids, labels, probabilities, binary_metrics(probabilities, labels))
+
+
 @pytest.fixture
 def evaluation() -> Callable[..., Evaluation]:
     def make(split="valid", n=40, seed=0):
@@ -15,7 +21,7 @@ def evaluation() -> Callable[..., Evaluation]:
         labels = rng.integers(0, 2, n).astype(np.uint8)
         probabilities = np.clip(0.5 + 0.2 * (2.0 * labels - 1) + 0.3 * rng.normal(size=n), 0, 1)
         ids = np.array([f"{split}/{i}" for i in range(n)])
-        return Evaluation(split, ids, labels, probabilities, binary_metrics(probabilities, labels))
+        return make_evaluation(probabilities, labels, ids, split)
 
     return make
 

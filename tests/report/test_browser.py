@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bef_jax import train
 from tests import chromium
 
 pytestmark = [
@@ -24,15 +23,9 @@ def tab(tmp_path_factory):
         yield tab
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tmp_path_factory.mktemp("run")
-
-
 @pytest.fixture
-def page(workdir, small_config):
-    """Returns the page of a run that the first test trains; later calls find it finished."""
-    train.train_and_evaluate(small_config(), workdir)
+def page(trained, workdir):
+    """Returns the page of the run `trained`."""
     return workdir / "report" / "index.html"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bef_jax.report import Content, write_report
 from bef_jax.report.gallery import ShownPatch, contact_sheet
-from bef_jax.scoring.metrics import Evaluation, binary_metrics
+from tests.report.conftest import make_evaluation
 
 VOID = {"meta", "img", "source"}
 PLOTS = ["loss", "precision_recall", "reliability", "roc", "validation"]
@@ -130,23 +130,17 @@ def test_a_short_run_still_has_its_page(tmp_path, lines, history):
 
 
 def test_undefined_figures_of_a_single_class_are_shown_as_a_dash(tmp_path, images, history):
-    probabilities, labels = np.array([0.1, 0.2]), np.zeros(2, int)
-    seen = Evaluation(
-        "valid", np.array(["a", "b"]), labels, probabilities, binary_metrics(probabilities, labels)
-    )
+    seen = make_evaluation(np.array([0.1, 0.2]), np.zeros(2, int), np.array(["a", "b"]))
     index = write_report(tmp_path, Content(history, {"valid": seen}, {"valid": images}, {}))
     assert "-" in Page(index.read_text()).cells
 
 
 def test_names_that_users_give_are_escaped(tmp_path, images):
     evil = '"><script>alert(1)</script>'
-    ids = np.array([evil, evil])
-    probabilities, labels = np.array([0.9, 0.1]), np.array([0, 1])
-    figures = binary_metrics(probabilities, labels)
-    evaluations = {"valid": Evaluation("valid", ids, labels, probabilities, figures)}
+    seen = make_evaluation(np.array([0.9, 0.1]), np.array([0, 1]), np.array([evil, evil]))
     folder = tmp_path / "<b>$x" / "report"
     tables = {evil: [[evil, evil]]}
-    content = Content([], evaluations, {"valid": images}, {"mode": evil}, tables)
+    content = Content([], {"valid": seen}, {"valid": images}, {"mode": evil}, tables)
     page = write_report(folder, content).read_text()
     assert "<script" not in page and "<b>" not in page and 'patch "' not in page
     assert Page(page).cells.count(evil) == 5
