@@ -9,25 +9,10 @@ import pytest
 
 from bef_jax.errors import UserError
 from bef_jax.runtime import files
-
-
-def special(folder, kind):
-    """Makes something that is not a regular file, and returns its path."""
-    path = folder / "special"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "FIFO":
-        os.mkfifo(path)
-    elif kind == "socket":
-        os.mknod(path, stat.S_IFSOCK | 0o600)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    return path
-
+from tests.special_files import BRACKETS, make_special
 
 KINDS = ["folder", "FIFO", "socket", "device"]
 LONG_NAME = pytest.param("x" * 300, id="300 letters")
-BRACKETS = pytest.param("[" * 100_000, id="100000 brackets")
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -35,7 +20,7 @@ BRACKETS = pytest.param("[" * 100_000, id="100000 brackets")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_files_are_refused_at_once(tmp_path, kind):
-    path = special(tmp_path, kind)
+    path = make_special(kind, tmp_path / "special")
     with pytest.raises(UserError, match=f"{path}: is a {kind}"):
         files.open_user_file(path)
     with pytest.raises(UserError, match=f"is a {kind}"):
@@ -135,7 +120,7 @@ def test_a_new_file_has_the_default_permissions_of_the_user(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_something_in_the_way_of_outputs_is_refused(tmp_path, kind):
-    path = special(tmp_path, kind)
+    path = make_special(kind, tmp_path / "special")
     with pytest.raises(UserError, match="special: is in the way of an output file"):
         files.check_outputs(tmp_path, ["special"])
     if kind != "folder":

@@ -26,7 +26,7 @@ from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.state import create_state
 from tests.memory import growth_of
-from tests.runtime.test_files import special
+from tests.special_files import make_special
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_the_error_about_three_classes_says_what_to_give(small_config, tmp_path)
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
 @pytest.mark.parametrize("name", ["model.onnx", "model.stablehlo"])
 def test_a_special_file_is_refused_when_it_is_loaded(name, kind, tmp_path):
-    (tmp_path / name).symlink_to(special(tmp_path, kind))
+    (tmp_path / name).symlink_to(make_special(kind, tmp_path / "special"))
     with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
         bef_jax.load(tmp_path / name)
 

@@ -17,12 +17,7 @@ from bef_jax.errors import UserError
 from bef_jax.runtime import sharding
 from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
-from tests.checkpoints import STATE, read, save
-
-
-@pytest.fixture
-def saved(tmp_path):
-    return save(tmp_path)
+from tests.checkpoints import STATE, read
 
 
 @pytest.mark.smoke
@@ -143,14 +138,14 @@ def test_what_a_killed_save_left_behind_is_removed(saved):
 # ---- which configurations fit -------------------------------------------------------------------
 
 
-def check_fit(saved, now):
-    """Checks whether a checkpoint with the fields `saved` fits a run with the fields `now`."""
-    old = json.loads(get_config(saved).to_json_best_effort())
-    checkpoint.check_fits(old, get_config(now), Path("runs/b2/checkpoints/5"))
+def check_fit(before, after):
+    """Checks whether a checkpoint with the fields `before` fits a run with the fields `after`."""
+    saved = json.loads(get_config(before).to_json_best_effort())
+    checkpoint.check_fits(saved, get_config(after), Path("runs/b2/checkpoints/5"))
 
 
 @pytest.mark.parametrize(
-    ("saved", "now"),
+    ("before", "after"),
     [
         ("model.name=efficientnet_b0", "model.name=efficientnet_b1"),
         ("model.num_classes=2", "model.num_classes=3"),
@@ -165,15 +160,15 @@ def check_fit(saved, now):
         ("optim.layer_decay=1.0", "optim.layer_decay=0.5"),
     ],
 )
-def test_a_checkpoint_of_another_network_or_optimiser_state_is_refused(saved, now):
+def test_a_checkpoint_of_another_network_or_optimiser_state_is_refused(before, after):
     # The last field differs. A field before it selects an optimiser that uses it.
-    (field, before), (_, after) = (text.split(",")[-1].split("=") for text in (saved, now))
+    (field, old), (_, new) = (text.split(",")[-1].split("=") for text in (before, after))
     message = (
         rf"^checkpoint runs/b2/checkpoints/5 was trained with another {field} "
-        rf"\(saved '?{before}'?, now '?{after}'?\)$"
+        rf"\(saved '?{old}'?, now '?{new}'?\)$"
     )
     with pytest.raises(UserError, match=message):
-        check_fit(saved, now)
+        check_fit(before, after)
 
 
 def test_all_fields_that_differ_are_named():

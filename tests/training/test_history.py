@@ -1,7 +1,6 @@
 """What a run logs, read back from metrics.jsonl and from TensorBoard's files."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from bef_jax.errors import UserError
 from bef_jax.training.history import History
+from tests.special_files import make_special
 
 
 @pytest.fixture
@@ -120,10 +120,7 @@ def test_a_line_that_no_run_wrote_is_left_out(text, history, tmp_path):
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
 def test_a_special_file_is_refused_at_once(kind, tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}[kind](
-        file
-    )
+    make_special(kind, tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match=rf"metrics\.jsonl: is a {kind}"):
         History(tmp_path)
 

@@ -10,6 +10,7 @@ from bef_jax import train
 from bef_jax.errors import UserError
 from bef_jax.training import outputs
 from bef_jax.training.outputs import read_train_summary, write_summary
+from tests.special_files import BRACKETS, make_special
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
@@ -19,8 +20,7 @@ def test_something_in_the_way_of_a_file_is_refused_before_data_are_read(
 ):
     monkeypatch.setattr(train, "open_splits", lambda _: pytest.fail("data were read"))
     (tmp_path / "report").mkdir()
-    make = {"FIFO": os.mkfifo, "folder": os.mkdir, "device": lambda x: x.symlink_to("/dev/zero")}
-    make[kind](tmp_path / name)
+    make_special(kind, tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: is in the way of an output file; move it away"):
         train.train_and_evaluate(small_config(), tmp_path)
 
@@ -60,7 +60,7 @@ def test_a_summary_is_read_as_it_was_written(summary, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "{}", "[]", "3", "null", "\0", pytest.param("[" * 100_000, id="100000 brackets"),
+        "", "{", "{}", "[]", "3", "null", "\0", BRACKETS,
         *(json.dumps(without(name)) for name in GOOD if name != "mode"),
         *(
             json.dumps(GOOD | change)

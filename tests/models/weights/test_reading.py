@@ -16,7 +16,7 @@ from bef_jax.models import weights
 from bef_jax.models.weights import reading
 from tests.memory import growth_of
 from tests.models.weights.test_weights import LITE0, make_model
-from tests.runtime.test_files import special
+from tests.special_files import make_special
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev]'")
 
@@ -169,7 +169,7 @@ def test_strangers_names_of_tensors_stay_one_short_line(state, tmp_path):
 
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "folder"])
 def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path):
-    path = special(tmp_path, kind)
+    path = make_special(kind, tmp_path / "special")
     model = make_model("efficientnet_b0")
     for use in (weights.resolve, weights.normalisation, lambda name: weights.read(name, model)):
         with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
