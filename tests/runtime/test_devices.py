@@ -83,7 +83,11 @@ def test_the_memory_of_accelerators_is_shown(stats, memory, reported, tmp_path, 
         (["dev/null"], None),
     ],
 )
-def test_an_unused_accelerator_is_named_with_what_to_install(nodes, words, reported, tmp_path):
+def test_an_unused_accelerator_is_named_with_what_to_install(
+    nodes, words, reported, tmp_path, monkeypatch
+):
+    # This machine may have a plug-in.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     _, *warnings = reported(True, make_files(tmp_path, *nodes))
     if words is None:
         assert not warnings
@@ -118,7 +122,8 @@ def test_the_reason_why_a_plug_in_fails_is_shown(tmp_path):
     """Runs the whole program with a plug-in that JAX finds as it finds NVIDIA's."""
     failing = 'def initialize():\n    raise RuntimeError("the driver is\\ntoo old")\n'
     (tmp_path / "failing.py").write_text(failing)
-    installed = make_files(tmp_path, "failing-1.dist-info/entry_points.txt") / "failing-1.dist-info"
+    installed = tmp_path / "failing-1.dist-info"
+    installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1\n")
     (installed / "entry_points.txt").write_text("[jax_plugins]\nfailing = failing\n")
     flags = ["--config=b0", "--mode=import_weights", f"--workdir={tmp_path / 'run'}"]

