@@ -37,22 +37,22 @@ class Interrupt:
         if threading.current_thread() is threading.main_thread():
             # In a run of several processes JAX handles SIGTERM itself, because it tells the others.
             signals = SIGNALS[:1] if self._is_distributed else SIGNALS
-            self._previous = {sign: signal.signal(sign, self._request) for sign in signals}
+            self._previous = {signum: signal.signal(signum, self._request) for signum in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
         """Restores the previous handlers."""
-        for sign, handler in self._previous.items():
-            signal.signal(sign, handler)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
 
-    def _request(self, sign: int, _: FrameType | None) -> None:
-        if self.requested and sign == signal.SIGINT:
+    def _request(self, signum: int, _: FrameType | None) -> None:
+        if self.requested and signum == signal.SIGINT:
             # Not for SIGTERM, because launchers may send several of it, and wait before they kill.
             raise KeyboardInterrupt
         # Only set a flag, which the loop reads, because a handler runs between any two bytecodes,
         # even in the middle of a save.
         self.requested = True
-        LOG.warning("%s: saving, then stopping", signal.Signals(sign).name)
+        LOG.warning("%s: saving, then stopping", signal.Signals(signum).name)
         if self._is_distributed:
             # A Ctrl-C may reach only this process, but JAX passes a SIGTERM on to the others.
             os.kill(os.getpid(), signal.SIGTERM)

@@ -12,17 +12,17 @@ from jax.experimental import multihost_utils
 from bef_jax.runtime.interrupt import SIGNALS, Interrupt
 
 
-def send(sign):
-    os.kill(os.getpid(), sign)
+def send(signum):
+    os.kill(os.getpid(), signum)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_only_requests_a_stop(sign, caplog):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_only_requests_a_stop(signum, caplog):
     with caplog.at_level(logging.WARNING), Interrupt() as interrupt:
         assert not interrupt.requested
-        send(sign)
+        send(signum)
         assert interrupt.requested
-    assert signal.Signals(sign).name in caplog.text
+    assert signal.Signals(signum).name in caplog.text
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
@@ -41,13 +41,14 @@ def test_a_second_sigterm_does_not_stop_at_once():
 
 
 def test_handlers_are_restored():
-    before = [signal.getsignal(sign) for sign in SIGNALS]
+    before = [signal.getsignal(signum) for signum in SIGNALS]
     with Interrupt():
-        assert all(signal.getsignal(sign) != old for sign, old in zip(SIGNALS, before, strict=True))
-    assert [signal.getsignal(sign) for sign in SIGNALS] == before
+        for signum, handler in zip(SIGNALS, before, strict=True):
+            assert signal.getsignal(signum) != handler
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
     with pytest.raises(RuntimeError), Interrupt():
         raise RuntimeError
-    assert [signal.getsignal(sign) for sign in SIGNALS] == before
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 
 def test_other_threads_catch_nothing():
@@ -55,9 +56,9 @@ def test_other_threads_catch_nothing():
 
     def work():
         with Interrupt() as interrupt:
-            seen.append(([signal.getsignal(sign) for sign in SIGNALS], interrupt.requested))
+            seen.append(([signal.getsignal(signum) for signum in SIGNALS], interrupt.requested))
 
-    before = [signal.getsignal(sign) for sign in SIGNALS]
+    before = [signal.getsignal(signum) for signum in SIGNALS]
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()

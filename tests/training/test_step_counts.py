@@ -9,10 +9,9 @@ from bef_jax.errors import UserError
 from bef_jax.training.step_counts import StepCounts, call_sizes, check_placement, count_steps
 
 
-def make_config(steps_per_call=1, every_steps=500, placement="auto"):
+def config_with(**fields):
     config = get_config()
-    config.steps_per_call, config.data.placement = steps_per_call, placement
-    config.checkpoint.every_steps = every_steps
+    config.update_from_flattened_dict(fields)
     return config
 
 
@@ -21,7 +20,8 @@ def make_config(steps_per_call=1, every_steps=500, placement="auto"):
 @pytest.mark.parametrize(("eval_steps", "every_steps"), [(5, 8), (8, 4), (1, 3), (100, 100)])
 def test_calls_end_at_every_evaluation_and_save(start, steps_per_call, eval_steps, every_steps):
     counts = StepCounts(steps=30, steps_per_epoch=10, eval_steps=eval_steps)
-    sizes = list(call_sizes(make_config(steps_per_call, every_steps), counts, start))
+    fields = {"steps_per_call": steps_per_call, "checkpoint.every_steps": every_steps}
+    sizes = list(call_sizes(config_with(**fields), counts, start))
     ends = set(itertools.accumulate(sizes, initial=start))
     events = {step for step in range(start, 31) if not (step % eval_steps and step % every_steps)}
     assert events | {start, 30} <= ends
@@ -31,26 +31,20 @@ def test_calls_end_at_every_evaluation_and_save(start, steps_per_call, eval_step
 
 def test_calls_are_as_long_as_possible():
     counts = StepCounts(steps=23, steps_per_epoch=10, eval_steps=10)
-    sizes = list(call_sizes(make_config(4), counts, 0))
+    sizes = list(call_sizes(config_with(steps_per_call=4), counts, 0))
     assert sizes == [4, 4, 1, 1, 4, 4, 1, 1, 1, 1, 1]
 
 
 def test_a_run_at_its_end_makes_no_call():
     counts = StepCounts(steps=30, steps_per_epoch=10, eval_steps=10)
-    assert list(call_sizes(make_config(4), counts, 30)) == []
+    assert list(call_sizes(config_with(steps_per_call=4), counts, 30)) == []
 
 
 def test_several_steps_per_call_are_refused_if_data_are_on_the_host():
     with pytest.raises(UserError, match=r"config.steps_per_call=2 .*config.data.placement=auto "):
-        check_placement(make_config(2), placed=False)
-    check_placement(make_config(2), placed=True)
-    check_placement(make_config(1), placed=False)
-
-
-def config_with(**fields):
-    config = get_config()
-    config.update_from_flattened_dict(fields)
-    return config
+        check_placement(config_with(steps_per_call=2), placed=False)
+    check_placement(config_with(steps_per_call=2), placed=True)
+    check_placement(config_with(steps_per_call=1), placed=False)
 
 
 @pytest.mark.parametrize(
