@@ -22,8 +22,6 @@ def data_card(
         if negative + positive:
             rows.append([name, f"{negative:,} normal, {positive:,} with metastasis"])
     rows.append(["exact duplicates dropped", _dropped(duplicates)])
-    # This takes some 10 s for all of PCam, in addition to reading it. The store keeps the result,
-    # so that it is needed only once.
     found = near_duplicates.across_splits(splits, folder, manifest["content"]["total"])
     for pair, near in found.items():
         first, second = pair.split("/")

@@ -15,7 +15,6 @@ share no slide.
 """
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from bef_jax.data.chunk import ranges
 from bef_jax.data.store import Split
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_types, read_json, write_json
@@ -37,8 +37,10 @@ VERSION = 1  # of the definition of a near duplicate; results of another version
 LISTED = 100  # pairs of ids that a result names, for each pair of splits
 _PARTS = 9  # the hash compares neighbours among 9 x 9 means
 _SIDE = 10  # pixels of such a part; the central 90 x 90 of a patch are read
-_CHUNK = 512  # patches read at once: 14 MB
-_MAX_CANDIDATES = 10**7  # pairs whose hashes are compared at once, on average; limits the memory
+# A hash is cut into this many bands of 16 bits. If two hashes differ in fewer bits than there are
+# bands, at least one band is equal (the pigeonhole principle). So RADIUS < _BANDS must hold.
+_BANDS = 4
+_MAX_CANDIDATES = 10**7  # pairs whose hashes are compared at once; limits the memory
 # BT.601's luma in whole 256ths. Sums over 100 pixels stay below 2^24, so float32 is exact and every
 # machine finds the same pairs.
 _LUMA = (77, 150, 29)
@@ -103,11 +105,11 @@ def luma_grids(images: np.ndarray) -> np.ndarray:
     columns = np.kron(np.eye(_PARTS), np.tile(_LUMA, _SIDE)[:, None]).astype(np.float32)
     edge = (images.shape[1] - _PARTS * _SIDE) // 2
     inside = slice(edge, edge + _PARTS * _SIDE)
-    for start in range(0, len(images), _CHUNK):
-        chunk = images[start : start + _CHUNK, inside, inside]
-        # Add up the rows first, as integers, so that only a tenth of the numbers are converted.
-        rows = chunk.reshape(len(chunk), _PARTS, _SIDE, -1).sum(2, dtype=np.uint16)
-        grids[start : start + _CHUNK] = rows.astype(np.float32) @ columns
+    for rows in ranges(len(images)):
+        pixels = images[rows, inside, inside]
+        # Add up the lines first, as integers, so that only a tenth of the numbers are converted.
+        lines = pixels.reshape(len(pixels), _PARTS, _SIDE, -1).sum(2, dtype=np.uint16)
+        grids[rows] = lines.astype(np.float32) @ columns
     return grids / (256 * _SIDE**2)
 
 
@@ -120,7 +122,7 @@ def difference_hashes(grids: np.ndarray) -> np.ndarray:
     """
     across = grids[:, :8:2, :-1] < grids[:, :8:2, 1:]  # [N, 4, 8]
     down = grids[:, :-1, :8:2] < grids[:, 1:, :8:2]  # [N, 8, 4]
-    bits = np.concatenate([part.reshape(len(grids), -1) for part in (across, down)], axis=1)
+    bits = np.concatenate([part.reshape(len(grids), 32) for part in (across, down)], axis=1)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
 
@@ -131,12 +133,15 @@ def near_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         int [P, 2], rows of `first` and of `second`; each pair once, the nearest first.
     """
     hashes, best = difference_hashes(first), {}
-    for turned in _symmetries(second):
+    spreads = _standard_deviations(second)  # no symmetry changes them
+    # Leave flat grids out before they are hashed, because thousands of them have the same hash.
+    rows = np.flatnonzero(spreads >= FLAT)
+    spreads = spreads[rows]
+    for turned in _symmetries(second[rows]):
         for i, j in _within_radius(hashes, difference_hashes(turned)):
             gaps = _standard_deviations(first[i] - turned[j])
-            spread = _standard_deviations(turned[j])
-            for candidate in np.flatnonzero((gaps <= TOLERANCE * spread) & (spread >= FLAT)):
-                pair = int(i[candidate]), int(j[candidate])
+            for candidate in np.flatnonzero(gaps <= TOLERANCE * spreads[j]):
+                pair = int(i[candidate]), int(rows[j[candidate]])
                 best[pair] = min(best.get(pair, np.inf), float(gaps[candidate]))
     return np.array(sorted(best, key=lambda pair: (best[pair], pair)), int).reshape(-1, 2)
 
@@ -157,20 +162,29 @@ def _within_radius(
     first: np.ndarray, second: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields rows (i, j) of hashes that differ in at most `RADIUS` bits; a pair may repeat."""
-    # By the pigeonhole principle, at least one of the RADIUS + 1 bands of 16 bits is equal. So
-    # sorting by each band finds all candidates. Comparing all 262,144 x 32,768 pairs would take
-    # minutes.
-    for band in range(RADIUS + 1):
-        keys, wanted = (hashes.view(np.uint16)[band::4] for hashes in (first, second))
+    # A near pair has an equal band (`_BANDS`), so sorting by each band finds all candidates.
+    # Comparing all 262,144 x 32,768 pairs would take minutes.
+    for band in range(_BANDS):
+        keys, wanted = (hashes.view(np.uint16)[band::_BANDS] for hashes in (first, second))
         order = np.argsort(keys, kind="stable")
         start, stop = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
         candidates = stop - start  # of each hash of `second`
-        parts = max(1, math.ceil(candidates.sum() / _MAX_CANDIDATES))
-        for rows in np.array_split(np.arange(len(second)), parts):
+        for rows in _row_blocks(candidates):
             counts = candidates[rows]
-            j = np.repeat(rows, counts)
+            j = np.repeat(np.arange(rows.start, rows.stop), counts)
             # 0, 1, 2, ... within each row's run of equal keys.
             offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
             i = order[np.repeat(start[rows], counts) + offsets]
             near = np.bitwise_count(first[i] ^ second[j]) <= RADIUS
             yield i[near], j[near]
+
+
+def _row_blocks(candidates: np.ndarray) -> Iterator[slice]:
+    """Yields slices of rows that have at most `_MAX_CANDIDATES` together, or one row with more."""
+    before = np.append(0, candidates.cumsum())  # candidates of all rows before each one
+    start = 0
+    while start < len(candidates):
+        last = np.searchsorted(before, before[start] + _MAX_CANDIDATES, "right") - 1
+        stop = max(start + 1, int(last))
+        yield slice(start, stop)
+        start = stop

@@ -106,6 +106,38 @@ def test_background_is_not_a_near_duplicate(deviation, pairs):
     assert len(near_pairs(grids, grids)) == pairs
 
 
+def test_flat_patches_are_not_compared(monkeypatch):
+    """Thousands of blank patches have one hash, so comparing them would take long."""
+    blank = np.full((5, 96, 96, 3), 240, np.uint8)
+    train, valid = smooth_patches(4, 1), smooth_patches(4, 2)
+    valid[2] = train[3]
+    compared = []
+
+    def within_radius(first, second):
+        compared.append(len(second))
+        return find(first, second)
+
+    find = near_duplicates._within_radius
+    monkeypatch.setattr(near_duplicates, "_within_radius", within_radius)
+    grids = luma_grids(np.concatenate([blank, valid]))
+    assert near_pairs(luma_grids(np.concatenate([blank, train])), grids).tolist() == [[8, 7]]
+    assert compared == [4] * 8  # in each symmetry
+
+
+def test_few_candidates_are_held_at_once(monkeypatch):
+    """All of them are in rows that follow each other, as those of one slide do in a split."""
+    monkeypatch.setattr(near_duplicates, "_MAX_CANDIDATES", 50)
+    hashes = np.array([7] * 20 + [2**63 - 1] * 60, np.uint64)
+    other = np.array([7] * 30 + [0x5555_5555_5555_5555] * 600 + [2**63 - 1], np.uint64)
+    blocks = list(near_duplicates._within_radius(hashes, other))
+    assert {(int(i), int(j)) for block in blocks for i, j in zip(*block, strict=True)} == (
+        {(i, j) for i in range(20) for j in range(30)} | {(i, 630) for i in range(20, 80)}
+    )
+    # The last row has 60 by itself.
+    assert {len(j) for _, j in blocks if len(set(j.tolist())) > 1} == {40}
+    assert max(len(j) for _, j in blocks) == 60
+
+
 def test_patches_of_the_later_split_are_counted_and_the_result_is_kept(tmp_path, monkeypatch):
     train, valid, test = smooth_patches(30, 1), smooth_patches(20, 2), smooth_patches(10, 3)
     valid[[3, 5]], train[8] = train[4], train[4]  # each of the two in valid is twice in train
