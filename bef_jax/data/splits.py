@@ -42,7 +42,9 @@ def check_classes(splits: Mapping[str, Split]) -> None:
         if normal and metastasis:
             continue
         if name == "train":
-            raise UserError(f"{text}: a network learns nothing from one class; give it both")
+            raise UserError(
+                f"config.data: {text}: a network learns nothing from one class; give it both"
+            )
         warn_of_one_class(name, split.labels)
 
 

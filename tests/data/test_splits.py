@@ -29,7 +29,7 @@ def test_the_classes_of_each_split_are_counted(caplog):
     [([0] * 3, "3 normal, 0 metastasis"), ([1] * 3, "0 normal, 3 metastasis")],
 )
 def test_a_train_split_of_one_class_is_refused(labels, counts):
-    with pytest.raises(UserError, match=rf"^train split: {counts}: .* give it both$"):
+    with pytest.raises(UserError, match=rf"^config.data: train split: {counts}: .* both$"):
         check(train=labels, valid=[0, 1])
 
 
