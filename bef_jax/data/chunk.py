@@ -91,8 +91,12 @@ def kept(count: int, limit: int | None) -> int:
     return count if limit is None else min(count, limit)
 
 
-def batched_rows(rows: Iterable[tuple[np.ndarray, int, str]]) -> Iterator[Chunk]:
-    """Stacks (image, label, id) rows into chunks."""
+def batched_rows(rows: Iterable[tuple[np.ndarray, int, str]], where: str) -> Iterator[Chunk]:
+    """Stacks (image, label, id) rows into chunks.
+
+    Raises:
+        UserError: an id is too long; names `where`, from which the rows were read.
+    """
     rows = iter(rows)
     # Python 3.11 lacks itertools.batched.
     while batch := list(itertools.islice(rows, CHUNK_SIZE)):
@@ -100,7 +104,8 @@ def batched_rows(rows: Iterable[tuple[np.ndarray, int, str]]) -> Iterator[Chunk]
         # Every row of an array of text takes as much memory as the longest one.
         if len(longest := max(ids, key=len)) > _LONGEST_ID:
             raise UserError(
-                f"{longest[:100]}: an id of more than {_LONGEST_ID} characters; shorten it"
+                f"{where}: {longest[:100]} is an id of more than {_LONGEST_ID} characters; "
+                "shorten it"
             )
         yield Chunk(np.stack(images), np.asarray(labels, np.uint8), np.asarray(ids, str))
 
@@ -113,7 +118,7 @@ def numbered(prefix: str, rows: slice) -> np.ndarray:
 # ---- checks of what an array declares, before it is read ----------------------------------------
 
 
-def describe(shape: tuple[int, ...], dtype: np.dtype) -> str:
+def describe_array(shape: tuple[int, ...], dtype: np.dtype) -> str:
     """Returns dtype and shape, cut to 100 characters: a file can declare a thousand axes."""
     return f"{dtype} {list(shape)}"[:100]
 
@@ -125,10 +130,12 @@ def check_images(shape: tuple[int, ...], dtype: np.dtype, where: str) -> None:
         UserError: another shape or dtype, or no patch at all; names `where`.
     """
     # Accept only pixels as they were scanned, because to scale or resample others would be a guess.
-    if len(shape) != 4 or tuple(shape[1:]) != IMAGE_SHAPE or dtype != np.uint8:
+    has_patch_shape = len(shape) == 4 and tuple(shape[1:]) == IMAGE_SHAPE
+    if not has_patch_shape or dtype != np.uint8:
+        fix = "convert them to uint8" if has_patch_shape else "cut or resample them to 96x96 RGB"
         raise UserError(
-            f"{where}: images must be uint8 [N, 96, 96, 3], not {describe(shape, dtype)}; "
-            "cut or resample them to 96x96 RGB first"
+            f"{where}: images must be uint8 [N, 96, 96, 3], not {describe_array(shape, dtype)}; "
+            f"{fix} first"
         )
     if shape[0] <= 0:
         raise UserError(f"{where}: holds no patch; fetch or write the file again")
@@ -143,13 +150,14 @@ def check_label_array(shape: tuple[int, ...], dtype: np.dtype, count: int, where
     # Check the first axis too, because [1, N] has as many entries but means something else.
     if math.prod(shape) != count or tuple(shape[:1]) != (count,):
         raise UserError(
-            f"{where}: {math.prod(shape)} labels for {count} images; "
+            f"{where}: labels are {describe_array(shape, dtype)} for {count} images; "
             "each image needs exactly one label"
         )
     # Refuse texts before they are read, because each of them could have a gigabyte.
     if dtype.kind not in "biuf":
         raise UserError(
-            f"{where}: {describe(shape, dtype)}; labels must be numbers, 0 (normal) or 1 (tumour)"
+            f"{where}: {describe_array(shape, dtype)}; "
+            "labels must be numbers, 0 (normal) or 1 (tumour)"
         )
 
 
@@ -169,7 +177,7 @@ def check_id_array(
     letters = {"U": dtype.itemsize // 4, "S": dtype.itemsize}.get(dtype.kind, 32)
     if tuple(shape) != (count,) or dtype.kind not in "SUbiuf" or letters > _LONGEST_ID:
         raise UserError(
-            f"{where}: ids are {describe(shape, dtype)} for {count} images; "
+            f"{where}: ids are {describe_array(shape, dtype)} for {count} images; "
             "write one short text for each"
         )
     # In memory each id takes as much as the longest one, at four bytes per character.

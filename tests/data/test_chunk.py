@@ -29,8 +29,24 @@ def test_labels_that_are_not_numbers_are_refused(dtype):
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 3), (3, 2), (-3, -1), (10**30,)], ids=str)
 def test_labels_that_do_not_match_the_images_are_refused(shape):
-    with pytest.raises(UserError, match="labels for 3 images"):
+    with pytest.raises(UserError) as caught:
         chunk.check_label_array(shape, np.dtype("u1"), 3, "a")
+    assert str(caught.value) == (
+        f"a: labels are uint8 {list(shape)} for 3 images; each image needs exactly one label"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fix"),
+    [
+        ((3, 96, 96, 3), "f4", "convert them to uint8 first"),
+        ((3, 64, 64, 3), "u1", "cut or resample them to 96x96 RGB first"),
+        ((3, 64, 64, 3), "f4", "cut or resample them to 96x96 RGB first"),
+    ],
+)
+def test_the_fix_for_images_is_about_what_is_wrong(shape, dtype, fix):
+    with pytest.raises(UserError, match=rf"^a: images must be uint8 .*; {fix}$"):
+        chunk.check_images(shape, np.dtype(dtype), "a")
 
 
 def test_the_error_for_a_dtype_of_a_thousand_fields_is_short():
@@ -42,8 +58,8 @@ def test_the_error_for_a_dtype_of_a_thousand_fields_is_short():
 
 def test_an_id_of_a_megabyte_is_refused():
     rows = [(np.zeros((96, 96, 3), np.uint8), 0, name) for name in ("a", "b" * 10**6)]
-    with pytest.raises(UserError, match="an id of more than 1024 characters") as caught:
-        list(chunk.batched_rows(rows))
+    with pytest.raises(UserError, match=r"^file: b+ is an id of more than 1024 char") as caught:
+        list(chunk.batched_rows(rows, "file"))
     assert len(str(caught.value)) < 200
 
 

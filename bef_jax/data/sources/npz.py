@@ -19,7 +19,7 @@ from bef_jax.data.chunk import (
     check_label_array,
     check_labels,
     counted,
-    describe,
+    describe_array,
     kept,
     numbered,
     ranges,
@@ -193,7 +193,7 @@ class _Array(contextlib.AbstractContextManager):
         """
         size = self.header.nbytes + self._member.tell()
         if size != self._info.file_size or size > self._packed * _DENSEST[self._info.compress_type]:
-            declared = describe(self.header.shape, self.header.dtype)
+            declared = describe_array(self.header.shape, self.header.dtype)
             raise UserError(f"{self.where}: declares {declared}, which it does not hold; {_FIX}")
 
     def take(self, rows: slice) -> np.ndarray:

@@ -51,7 +51,7 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
         ids = splits[split][: kept(len(splits[split]), data[f"{split}_size"])]
         # The generator decodes files only when they are needed, so that memory holds one chunk.
         rows = ((_decode(folder / "train" / f"{i}.tif"), labels[i], i) for i in ids)
-        yield from counted(split, batched_rows(rows), len(ids), begin)
+        yield from counted(split, batched_rows(rows, str(folder / "train")), len(ids), begin)
 
 
 def split_of(name: str, ratio: Sequence[float]) -> str:

@@ -49,14 +49,16 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
     folder = user_path(data.dir)
     if not _is_prepared(folder):
         _prepare(folder, data.download)
+    where = str(folder / NAME)
     with _readable(folder):
         builder = _builder(folder)
         for split in READ_ORDER:
             # Read by index, so that patches beyond a size of the config are never read.
             rows = _data_source(builder, TFDS_SPLITS[split])
             count = kept(len(rows), data[f"{split}_size"])
-            chunks = map(_checked, batched_rows(_to_row(rows[i]) for i in range(count)))
-            yield from counted(split, chunks, count, begin)
+            chunks = batched_rows((_to_row(rows[i]) for i in range(count)), where)
+            checked = (_checked(chunk, where) for chunk in chunks)
+            yield from counted(split, checked, count, begin)
 
 
 def download_and_prepare(folder: Path) -> None:
@@ -96,10 +98,6 @@ def _prepare(folder: Path, download: bool) -> None:
             f"{folder}: TFDS has no prepared {NAME} there; install bef_jax[tfds] and set "
             f"--config.data.download=True, or run `{_BUILD} --data_dir={folder}`"
         )
-    _prepare_apart(folder)
-
-
-def _prepare_apart(folder: Path) -> None:
     # Check first, because TFDS imports them only when it needs them, perhaps after the download.
     for module in ("tensorflow", "importlib_resources"):
         if importlib.util.find_spec(module) is None:
@@ -132,7 +130,7 @@ def _to_row(example: dict) -> tuple[np.ndarray, int, str]:
     return example["image"], int(example["label"]), f"pcam_{name}"
 
 
-def _checked(chunk: Chunk) -> Chunk:
-    check_images(chunk.images.shape, chunk.images.dtype, NAME)
-    check_labels(chunk.labels, len(chunk.images), NAME)
+def _checked(chunk: Chunk, where: str) -> Chunk:
+    check_images(chunk.images.shape, chunk.images.dtype, where)
+    check_labels(chunk.labels, len(chunk.images), where)
     return chunk

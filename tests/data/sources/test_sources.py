@@ -185,8 +185,14 @@ HDF5_MISTAKES = {
     "wrong channels": ({"x": zeros(20, 96, 96, 4)}, "train_x.h5: images must be uint8"),
     "wrong type": ({"x": zeros(20, 96, 96, 3, dtype=np.float32)}, "float32"),
     "empty": ({"x": zeros(0, 96, 96, 3), "y": zeros(0, 1, 1, 1)}, "train_x.h5: holds no patch"),
-    "fewer labels": ({"y": zeros(19, 1, 1, 1)}, "train_y.h5: 19 labels for 20 images"),
-    "two labels each": ({"y": zeros(10, 2, 1, 1)}, "train_y.h5: 20 labels for 20 images"),
+    "fewer labels": (
+        {"y": zeros(19, 1, 1, 1)},
+        "train_y.h5: labels are uint8 [19, 1, 1, 1] for 20",
+    ),
+    "two labels each": (
+        {"y": zeros(10, 2, 1, 1)},
+        "train_y.h5: labels are uint8 [10, 2, 1, 1] for 20",
+    ),
     "label 2": ({"y": zeros(20, 1, 1, 1) + 2}, "train_y.h5: label 2 in row 0"),
     "label 0.5": ({"y": zeros(20, 1, 1, 1) + 0.5}, "train_y.h5: label 0.5 in row 0"),
 }

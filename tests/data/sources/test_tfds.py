@@ -8,11 +8,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bef_jax.data import sources, store
+from bef_jax.data.sources import tfds
 from bef_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -136,6 +138,22 @@ def test_preparing_without_tensorflow_says_what_to_install(tmp_path, make_data, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     data = make_data("tfds", tmp_path, download=True)
     expect_error(data, "needs tensorflow", "bef_jax[tfds]", "pcam_hdf5")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": np.zeros((64, 64, 3), np.uint8)}, "images must be uint8"),
+        ({"label": 2}, "label 2 in row 0"),
+        ({"id": "x" * 2000}, "is an id of more than 1024 characters"),
+    ],
+)
+def test_rows_that_are_not_patches(change, message, tmp_path, make_data, monkeypatch):
+    row = {"image": np.zeros((96, 96, 3), np.uint8), "label": 0, "id": "test_0"} | change
+    builder = SimpleNamespace(as_data_source=lambda _: [row])
+    monkeypatch.setattr(tfds, "_is_prepared", lambda _: True)
+    monkeypatch.setattr(tfds, "_builder", lambda _: builder)
+    expect_error(make_data("tfds", tmp_path), f"{tmp_path / 'patch_camelyon'}: ", message)
 
 
 def test_set_in_a_format_that_needs_tensorflow_is_refused(tmp_path, patches, write, make_data):
