@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bef_jax.data import near_duplicates, sources
-from bef_jax.data.sources.description import SAME_FILES, Description
+from bef_jax.data.sources.description import ONLY_SAME_FILES, Description
 from bef_jax.data.store import Split
 
 
@@ -38,7 +38,7 @@ def _comparable(manifest: Mapping[str, Any], description: Description) -> str:
     if not missing:
         return description.comparable
     counts = (f"{_read_count(manifest, name):,} of {whole[name]:,} {name}" for name in missing)
-    return f"{SAME_FILES}: this is a part of PCam, {', '.join(counts)} patches"
+    return f"{ONLY_SAME_FILES}: this is a part of PCam, {', '.join(counts)} patches"
 
 
 def _read_count(manifest: Mapping[str, Any], split: str) -> int:

@@ -18,6 +18,7 @@ from bef_jax.data.patch import IMAGE_SHAPE
 from bef_jax.errors import UserError, reason_of
 
 CHUNK_SIZE = 512  # patches, 13.5 MiB; limits the memory that reading takes
+DEFLATE_RATIO = 1032  # the most bytes that one byte of deflate can unpack to
 _LONGEST_ID = 1024  # characters
 _IDS_ALWAYS_ALLOWED = 256 << 20  # bytes of memory that the ids of any file may take
 

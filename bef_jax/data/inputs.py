@@ -73,18 +73,18 @@ def _check_pictures(path: Path, mpp: float | None, lenient: bool) -> None:
             errors.append(error)
     if errors and not (lenient and scales):
         raise errors[0]
-    others = [(file, own) for file, own in scales if own and mpp and _differ(own, mpp)]
-    if others:
+    mismatched = [(file, scale) for file, scale in scales if scale and mpp and _differ(scale, mpp)]
+    if mismatched:
         LOG.warning(
             "%d of %d pictures have another scale than the network's %.3f um/px, the first of them "
             "%s with %.3f: their scores mean little; resample them",
-            len(others), len(files), mpp, *others[0],
+            len(mismatched), len(files), mpp, *mismatched[0],
         )  # fmt: skip
 
 
-def _differ(own: float, mpp: float) -> bool:
+def _differ(picture_mpp: float, mpp: float) -> bool:
     """Returns whether two scales, in micrometres per pixel, differ too much to count as one."""
-    return not 1 / _SAME_SCALE <= own / mpp <= _SAME_SCALE
+    return not 1 / _SAME_SCALE <= picture_mpp / mpp <= _SAME_SCALE
 
 
 def read(

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from bef_jax.data.patch import SPLITS
 from bef_jax.runtime.files import user_path
 
-SAME_FILES = "runs on the same files, and not with published scores"
+ONLY_SAME_FILES = "runs on the same files, and not with published scores"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from h5py import h5d, h5z
 
 from bef_jax.data.chunk import (
     CHUNK_SIZE,
+    DEFLATE_RATIO,
     Begin,
     Chunk,
     check_images,
@@ -35,7 +36,7 @@ from bef_jax.data.chunk import (
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file
 
-_FIX = "fetch it again, or unpack it yourself"
+_FIX = "fetch it again, or unpack a .gz yourself"
 _REPACK = "repack it: h5repack -l CHUNK=1x96x96x3 -f GZIP=1"
 # The largest file of PCam unpacks to 7.25 GB. A longer one is not PCam's and would fill the disk.
 # Also, PCam's images shrink to nine tenths and its labels to a tenth, not to a hundredth.
@@ -46,8 +47,8 @@ _CHUNK_LIMIT = 64 << 20  # bytes of one of HDF5's chunks, unpacked
 _BAND_LIMIT = 512 << 20  # bytes of the rows that share a chunk and are read together
 # The most bytes that one byte of a chunk can unpack to. HDF5 unpacks all of them, even beyond the
 # size that the chunk declares.
-_DENSEST = {h5z.FILTER_DEFLATE: 1032, h5z.FILTER_LZF: 100}
-_KEEP_SIZE = (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
+_DENSEST = {h5z.FILTER_DEFLATE: DEFLATE_RATIO, h5z.FILTER_LZF: 100}
+_SIZE_KEEPING = (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
 _UNCHECKED_CHUNK_BYTES = 256 << 20  # a chunk that cannot unpack to more is not checked
 
 
@@ -92,14 +93,14 @@ def read_split(
 
 def _read_labels(y: h5py.Dataset, count: int, path: Path) -> np.ndarray:
     check_label_array(y.shape or (), y.dtype, count, str(path))
-    _check_held(y, path)
+    _check_storage(y, path)
     return check_labels(y[:], count, str(path))
 
 
 def _check_patches(x: h5py.Dataset, path: Path) -> int:
     """Checks that `x` holds patches, and returns how many."""
     check_images(x.shape or (), x.dtype, str(path))
-    _check_held(x, path)
+    _check_storage(x, path)
     return len(x)
 
 
@@ -111,7 +112,7 @@ def _dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Data
     """Opens the data set `name` of a .h5 or .h5.gz.
 
     Its data are in the file itself. The caller must check its shape and dtype, and then call
-    `_check_held`, before reading it.
+    `_check_storage`, before reading it.
 
     Raises:
         UserError: the file is damaged, is not a regular file, or has no such data set.
@@ -120,12 +121,14 @@ def _dataset(path: Path, name: str, begin: Begin = silent) -> Iterator[h5py.Data
         # Check its link first, because looking at the data set opens any file that a link names.
         is_own = isinstance(file.get(name, getlink=True), h5py.HardLink)
         if not is_own or not isinstance(file[name], h5py.Dataset):
-            raise UserError(f"{path}: has no data set '{name}'; is it one of PCam's files?")
+            raise UserError(
+                f"{path}: has no data set '{name}'; name images x and labels y, as in PCam's files"
+            )
         _check_not_external(file[name], path)
         yield file[name]
 
 
-def _check_held(data: h5py.Dataset, path: Path) -> None:
+def _check_storage(data: h5py.Dataset, path: Path) -> None:
     """Checks that a data set holds what it declares, and can be read in little memory.
 
     Call it after the data set's shape and dtype are checked, and before the data set is read.
@@ -149,7 +152,7 @@ def _check_held(data: h5py.Dataset, path: Path) -> None:
 def _blocks(data: h5py.Dataset, count: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (slice, rows) for the first `count` rows, at most 512 at a time.
 
-    Each of HDF5's chunks is unpacked once. Call `_check_held` first.
+    Each of HDF5's chunks is unpacked once. Call `_check_storage` first.
     """
     step = data.chunks[0] if data.chunks else 1
     # Read whole chunks. To read 512 rows at a time would unpack a chunk of 8,192 rows 16 times.
@@ -179,13 +182,13 @@ def _check_chunks(data: h5py.Dataset, size: int, path: Path) -> None:
     packing = _packing(data, path)
     large = []
 
-    def look(chunk: h5d.StoreInfo) -> None:
+    def collect_large(chunk: h5d.StoreInfo) -> None:
         # HDF5 leaves the filter out for a chunk that packing would not make smaller.
         is_packed = packing and not chunk.filter_mask >> packing[0] & 1
         if is_packed and chunk.size * _DENSEST[packing[1]] > _UNCHECKED_CHUNK_BYTES:
             large.append(chunk)
 
-    data.id.chunk_iter(look)
+    data.id.chunk_iter(collect_large)
     wanted = math.prod(-(-n // m) for n, m in zip(data.shape, data.chunks, strict=True))
     if data.id.get_num_chunks() < wanted:
         raise UserError(f"{path}: declares {len(data)} rows that it does not hold; {_FIX}")
@@ -200,7 +203,7 @@ def _packing(data: h5py.Dataset, path: Path) -> tuple[int, int] | None:
     """Returns the place and the code of the filter that packs the chunks, or None."""
     plist = data.id.get_create_plist()
     codes = [plist.get_filter(place)[0] for place in range(plist.get_nfilters())]
-    packing = [(place, code) for place, code in enumerate(codes) if code not in _KEEP_SIZE]
+    packing = [(place, code) for place, code in enumerate(codes) if code not in _SIZE_KEEPING]
     if len(packing) > 1 or any(code not in _DENSEST for _, code in packing):
         raise UserError(
             f"{path}: packed by the filters {codes}; only one of gzip and LZF is read; {_REPACK}"
@@ -245,6 +248,9 @@ def _unpack(path: Path, copy: IO[bytes], begin: Begin) -> None:
         while block := packed.read(1 << 20):
             copy.write(block)
             if copy.tell() > limit:
-                raise UserError(f"{path}: unpacks to more than PCam's files do; {_FIX}")
+                raise UserError(
+                    f"{path}: unpacks to more than {_UNPACKED_LIMIT // 10**9} GB or {_MAX_RATIO} "
+                    f"times its size, which no file of PCam does; {_FIX}"
+                )
             advance(raw.tell() - before)
             before = raw.tell()

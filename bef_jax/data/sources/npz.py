@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import (
+    DEFLATE_RATIO,
     Begin,
     Chunk,
     check_id_array,
@@ -28,20 +29,20 @@ from bef_jax.data.chunk import (
 )
 from bef_jax.data.patch import READ_ORDER
 from bef_jax.data.sources import npy
-from bef_jax.data.sources.description import SAME_FILES, Description, folder_identity
+from bef_jax.data.sources.description import ONLY_SAME_FILES, Description, folder_identity
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
 
 _PIECE = 1 << 20  # bytes that are read at once
 # The most bytes that one byte of a member can unpack to. The decoders of other kinds have no limit.
 # They would make gigabytes of a megabyte before the first patch is asked for.
-_DENSEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
+_DENSEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}
 _FIX = "write the file again"
 
 DESCRIPTION = Description(
     shared_slides="not known: it depends on the files; "
     "if yes, a score is higher than on new slides",
-    comparable=SAME_FILES,
+    comparable=ONLY_SAME_FILES,
 )
 identity = folder_identity
 
@@ -81,7 +82,8 @@ def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         count = images.check_patches()
         ids = _read_ids(archive, path, count)
         for rows in ranges(count):
-            yield _ids_of(ids, path.stem, rows), images.take(rows)
+            names = _ids_of(ids, path.stem, rows)
+            yield names, images.take(len(names))
 
 
 def _read_split(
@@ -92,7 +94,7 @@ def _read_split(
         labels = _read_labels(archive, path, count)
         ids = _read_ids(archive, path, count)
         chunks = (
-            Chunk(images.take(rows), labels[rows], _ids_of(ids, f"npz_{split}", rows))
+            Chunk(images.take(len(labels[rows])), labels[rows], _ids_of(ids, f"npz_{split}", rows))
             for rows in ranges(kept(count, limit))
         )
         yield from counted(split, chunks, kept(count, limit), begin)
@@ -102,7 +104,7 @@ def _read_labels(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray
     with _Array(archive, "labels", path) as labels:
         check_label_array(labels.header.shape, labels.header.dtype, count, labels.where)
         labels.check_held()
-        return check_labels(labels.take(slice(0, count)), count, labels.where)
+        return check_labels(labels.take(count), count, labels.where)
 
 
 def _read_ids(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray | None:
@@ -112,7 +114,7 @@ def _read_ids(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray | 
         file_bytes = path.stat().st_size
         check_id_array(array.header.shape, array.header.dtype, count, file_bytes, array.where)
         array.check_held()
-        ids = array.take(slice(0, count))
+        ids = array.take(count)
         # astype(str) would refuse bytes beyond ASCII.
         ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str, copy=False)
         check_ids(ids, array.where)
@@ -196,9 +198,9 @@ class _Array(contextlib.AbstractContextManager):
             declared = describe_array(self.header.shape, self.header.dtype)
             raise UserError(f"{self.where}: declares {declared}, which it does not hold; {_FIX}")
 
-    def take(self, rows: slice) -> np.ndarray:
-        """Returns the next rows, as many as `rows` has."""
-        shape = (rows.stop - rows.start, *self.header.shape[1:])
+    def take(self, count: int) -> np.ndarray:
+        """Returns the next `count` rows."""
+        shape = (count, *self.header.shape[1:])
         flat = np.empty(math.prod(shape) * self.header.dtype.itemsize, np.uint8)
         for start in range(0, len(flat), _PIECE):
             wanted = flat[start : start + _PIECE]

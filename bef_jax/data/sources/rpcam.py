@@ -54,13 +54,13 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
         yield from counted(split, batched_rows(rows, str(folder / "train")), len(ids), begin)
 
 
-def split_of(name: str, ratio: Sequence[float]) -> str:
-    """Returns the split of the patch with the id `name`, for the shares of train, valid, test.
+def split_of(patch_id: str, ratio: Sequence[float]) -> str:
+    """Returns the split of the patch with the id `patch_id`, for the shares of train, valid, test.
 
     It depends only on the id and the ratio, not on the other patches or their order.
     """
     # Do not use hash(), because Python salts it in each process.
-    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 * sum(ratio)
+    share = int.from_bytes(hashlib.sha256(patch_id.encode()).digest()[:8]) / 2**64 * sum(ratio)
     if share < ratio[0]:
         return "train"
     # A share can reach sum(ratio) itself, because 2**64 - 1 rounds to 2**64. Without a test split,
@@ -75,8 +75,8 @@ def _assign_splits(ids: Sequence[str], ratio: Sequence[float]) -> dict[str, list
             "set the shares of train, valid and test, the first two above 0"
         )
     splits = {split: [] for split in READ_ORDER}
-    for name in ids:
-        splits[split_of(name, ratio)].append(name)
+    for patch_id in ids:
+        splits[split_of(patch_id, ratio)].append(patch_id)
     for split, share in zip(SPLITS, ratio, strict=True):
         if share and not splits[split]:
             raise UserError(
@@ -91,14 +91,14 @@ def _read_labels(folder: Path) -> dict[str, int]:
     table = folder / "train_labels.csv"
     try:
         with open_user_file(table) as file:
-            return _parse(file, table, _list(folder / "train"))
+            return _parse(file, table, _tif_names(folder / "train"))
     except FileNotFoundError as error:
         raise UserError(f"{table}: no such file; set config.data.dir to its folder") from error
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"{table}: cannot be read ({reason_of(error)}); fetch it again") from error
 
 
-def _list(folder: Path) -> set[str]:
+def _tif_names(folder: Path) -> set[str]:
     """Returns the names of a folder's .tif files without the suffix; opens none of them."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; set config.data.dir to the folder above it")

@@ -209,7 +209,7 @@ def test_a_gz_that_unpacks_to_much_more_than_pcam_does_is_refused(tmp_path, monk
     file = tmp_path / "a.h5.gz"
     file.write_bytes(gzip.compress(bytes(4 << 20)))
     monkeypatch.setattr(hdf5, "_UNPACKED_ALWAYS_ALLOWED", 1 << 20)
-    expect_error(file, "unpacks to more than PCam's files do")
+    expect_error(file, "unpacks to more than 10 GB or 100 times its size")
     assert os.listdir(tmp_path) == ["a.h5.gz"]
 
 

@@ -250,7 +250,10 @@ def test_hdf5_without_its_data_set_is_refused(tmp_path, patches, write, make_dat
     folder = write("pcam_hdf5", tmp_path, patches)
     with h5py.File(folder / "camelyonpatch_level_2_split_valid_x.h5", "w") as file:
         file["images"] = patches["valid"][0]
-    expect_error(make_data("pcam_hdf5", folder), "valid_x.h5: has no data set 'x'")
+    expect_error(
+        make_data("pcam_hdf5", folder),
+        "valid_x.h5: has no data set 'x'; name images x and labels y",
+    )
 
 
 NPZ_MISTAKES = {
