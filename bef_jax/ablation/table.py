@@ -14,6 +14,7 @@ from bef_jax.scoring.paired_tests import paired_tests
 from bef_jax.scoring.probabilities_csv import read_probabilities
 
 FILES = ("ablation.md", "ablation.csv", "ablation_runs.csv", "ablation.png")
+_RUN_AGAIN = "delete train_summary.json beside it and run again"
 TITLES = {
     "baseline": "baseline",
     "rcc": "+ random center cropping",
@@ -130,20 +131,21 @@ def _averaged_scores(
     row: Mapping[int, Finished], baseline: Mapping[int, Finished], seeds: list[int], split: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the probabilities of both rows, averaged over seeds, and the labels: [N] each."""
-    # [2][seeds] of (ids, labels, scores), [N] each, in the order of the store that all share.
-    read = [
-        [read_probabilities(trials[seed].workdir / f"scores_{split}.csv") for seed in seeds]
-        for trials in (row, baseline)
+    files = [
+        trials[seed].workdir / f"scores_{split}.csv" for trials in (row, baseline) for seed in seeds
     ]
-    ids, labels, _ = read[0][0]
+    # (ids, labels, scores), [N] each, in the order of the store that all share.
+    read = [read_probabilities(file, _RUN_AGAIN) for file in files]
+    ids, labels, _ = read[0]
     # Scores are averaged by position, and a store that was prepared again may have another order.
-    if not all(np.array_equal(ids, other) for of_row in read for other, _, _ in of_row):
-        raise UserError(
-            "the runs of the table were scored on different patches, or in another order: give "
-            "another --workdir"
-        )
-    first, second = (np.mean([scores for _, _, scores in of_row], axis=0) for of_row in read)
-    return first, second, labels
+    for file, (other, _, _) in zip(files, read, strict=True):
+        if not np.array_equal(ids, other):
+            raise UserError(
+                f"{file}: scored on other patches than {files[0]}, or in another order; give "
+                "another --workdir"
+            )
+    scores = np.reshape([scores for _, _, scores in read], (2, len(seeds), len(ids)))
+    return *scores.mean(axis=1), labels
 
 
 # ---- what people read ---------------------------------------------------------------------------

@@ -43,8 +43,11 @@ def csv_cell(text: str) -> str:
     return f"'{text}" if _FORMULA.match(text) else text
 
 
-def read_probabilities(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_probabilities(file: Path, fix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reads what `write_probabilities` wrote.
+
+    Args:
+        fix: what a user can do about a missing or damaged file; it becomes the end of the error.
 
     Returns:
         ids, str [N]; labels, uint8 [N]; and probabilities, float64 [N].
@@ -60,9 +63,10 @@ def read_probabilities(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return _parse(io.TextIOWrapper(io.BytesIO(content), "utf-8", newline=""))
     except UserError:
         raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{file}: no such file; {fix}") from error
     except (OSError, ValueError, OverflowError, csv.Error) as error:
-        again = "delete train_summary.json beside it and run again"
-        raise UserError(f"{file}: damaged ({reason_of(error)}); {again}") from error
+        raise UserError(f"{file}: damaged ({reason_of(error)}); {fix}") from error
 
 
 def _parse(text: TextIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -75,9 +75,14 @@ def test_runs_of_other_patches_or_of_another_order_are_refused(change, tmp_path)
     finished, labels = make_trials(tmp_path)
     ids = change(np.arange(len(labels)).astype(str))
     scores = Evaluation("valid", ids, labels, scores_of(finished[-1]), {})
-    write_probabilities(finished[-1].workdir / "scores_valid.csv", scores)
-    with pytest.raises(UserError, match="scored on different patches, or in another order"):
+    file = finished[-1].workdir / "scores_valid.csv"
+    write_probabilities(file, scores)
+    with pytest.raises(UserError) as caught:
         tabulate(finished, 0.5)
+    other = finished[1].workdir / "scores_valid.csv"  # of the same row, by its first seed
+    assert str(caught.value).startswith(
+        f"{file}: scored on other patches than {other}, or in another order; "
+    )
 
 
 def test_one_seed_has_no_deviation(tmp_path):

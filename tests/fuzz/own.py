@@ -96,7 +96,7 @@ def read(folder: Path) -> None:
         lambda: timm_config.read(folder / "weights" / "model.safetensors"),
         lambda: checkpoint.read_config(folder / "checkpoints" / "6"),
         lambda: checkpoint.best(folder),
-        lambda: read_probabilities(folder / "scores_valid.csv"),
+        lambda: read_probabilities(folder / "scores_valid.csv", "run again"),
     ]
     errors = [error for error in map(_refusal, readers) if error]
     if errors:

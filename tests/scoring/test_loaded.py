@@ -68,7 +68,7 @@ def test_predict_agrees_with_mode_predict_to_the_last_digit(trained, workdir, sc
 def test_a_loaded_run_scores_valid_as_its_training_did(small_config, tmp_path):
     fields = {"model.total_stride": 16, "rcc.eval_size": 64, "eval.tta": 8}
     train.train_and_evaluate(small_config(steps=2, **fields), tmp_path)
-    _, _, expected = read_probabilities(tmp_path / "scores_valid.csv")
+    _, _, expected = read_probabilities(tmp_path / "scores_valid.csv", "")
     model = bef_jax.load(tmp_path)
     split = store.open_split(store.store_path(model.config.data), "valid")
     np.testing.assert_allclose(model.predict(split.images), expected, rtol=1e-5)

@@ -18,7 +18,8 @@ def test_every_digit_and_every_id_comes_back(tmp_path):
     labels = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.uint8)
     file = tmp_path / "scores_valid.csv"
     write_probabilities(file, Evaluation("valid", ids, labels, probabilities, {}))
-    for written, found in zip((ids, labels, probabilities), read_probabilities(file), strict=True):
+    wrote = (ids, labels, probabilities)
+    for written, found in zip(wrote, read_probabilities(file, ""), strict=True):
         np.testing.assert_array_equal(written, found)
     assert next(csv.reader(file.open(newline=""))) == ["id", "label", "probability"]
 
@@ -46,7 +47,7 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text_and_comes_back(text, cell, 
     ids, labels = np.array([text, "other"]), np.array([0, 1], np.uint8)
     write_probabilities(file, Evaluation("valid", ids, labels, np.array([0.25, 0.5]), {}))
     assert list(csv.reader(file.open(newline="")))[1][0] == cell
-    np.testing.assert_array_equal(read_probabilities(file)[0], ids)
+    np.testing.assert_array_equal(read_probabilities(file, "")[0], ids)
 
 
 HEAD = "id,label,probability\n"
@@ -61,23 +62,23 @@ HEAD = "id,label,probability\n"
 def test_the_error_about_a_damaged_file_says_what_to_do(text, tmp_path):
     file = tmp_path / "scores_valid.csv"
     file.write_text(text)
-    with pytest.raises(UserError, match=r"scores_valid\.csv: damaged .*delete train_summary\.json"):
-        read_probabilities(file)
+    with pytest.raises(UserError, match=r"scores_valid\.csv: damaged \(.*\); train again$"):
+        read_probabilities(file, "train again")
 
 
 def test_a_missing_special_or_endless_file_is_named(tmp_path):
     file = tmp_path / "scores_valid.csv"
-    with pytest.raises(UserError, match=r"scores_valid\.csv: damaged \(No such file"):
-        read_probabilities(file)
+    with pytest.raises(UserError, match=r"scores_valid\.csv: no such file; train again$"):
+        read_probabilities(file, "train again")
     file.write_bytes(HEAD.encode() + b"\xff,0,0\n")
     with pytest.raises(UserError, match=r"scores_valid\.csv: damaged"):
-        read_probabilities(file)
+        read_probabilities(file, "train again")
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(UserError, match=r"scores_valid\.csv: is a FIFO"):
-        read_probabilities(file)
+        read_probabilities(file, "train again")
     file.unlink()
     with file.open("wb") as sparse:
         sparse.truncate(1 << 40)
     with pytest.raises(UserError, match="longer than any"):
-        read_probabilities(file)
+        read_probabilities(file, "train again")
