@@ -1,11 +1,10 @@
 """95% confidence intervals of the figures that `metrics` gives without an interval."""
 
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 
-from bef_jax.scoring.metrics import Evaluation
+from bef_jax.scoring.metrics import Evaluation, average_precision, brier, f1
 
 LEVEL = 0.95
 RESAMPLES = 1000  # so that each end of a percentile interval rests on 25 of them
@@ -26,11 +25,11 @@ def intervals(evaluation: Evaluation) -> dict[str, list[float] | None]:
         "accuracy": wilson(called == positive),
         "sensitivity": wilson(called[positive]),
         "specificity": wilson(~called[~positive]),
-        "average_precision": bootstrap(_average_precision, positive, probabilities)
+        "average_precision": bootstrap(average_precision, probabilities, positive)
         if has_both
         else None,
-        "f1": bootstrap(_f1, positive, called),
-        "brier": bootstrap(_brier, positive, probabilities),
+        "f1": bootstrap(f1, called, positive),
+        "brier": bootstrap(brier, probabilities, positive),
     }
 
 
@@ -45,11 +44,11 @@ def wilson(successes: np.ndarray) -> list[float] | None:
     return [float(found.low), float(found.high)]
 
 
-def bootstrap(figure: Callable[..., float], *samples: np.ndarray) -> list[float] | None:
+def bootstrap(figure: Callable[..., float | None], *samples: np.ndarray) -> list[float] | None:
     """Returns the percentile interval [low, high] of `figure(*samples)`, the same at every call.
 
     Args:
-        figure: a function that takes arrays [N] and returns a number.
+        figure: a function that takes arrays [N] and returns a number, or None where undefined.
         samples: those arrays. A resample takes the same rows of each.
 
     Returns:
@@ -57,27 +56,8 @@ def bootstrap(figure: Callable[..., float], *samples: np.ndarray) -> list[float]
     """
     n, rng = len(samples[0]), np.random.default_rng(0)
     draws = (rng.integers(0, n, n) for _ in range(RESAMPLES))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from resamples with one class only
-        found = np.array([figure(*(sample[rows] for sample in samples)) for rows in draws])
+    # NumPy turns None into NaN.
+    found = np.array([figure(*(sample[rows] for sample in samples)) for rows in draws], float)
     tail = 50 * (1 - LEVEL)
     ends = np.percentile(found, [tail, 100 - tail])
     return ends.tolist() if np.isfinite(ends).all() else None
-
-
-def _average_precision(positive: np.ndarray, probabilities: np.ndarray) -> float:
-    # This is scikit-learn's figure. Its own function checks its arguments at each call, so that a
-    # thousand calls would take seconds of a short run.
-    order = np.argsort(-probabilities, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # last row of each tie
-    hits = np.cumsum(positive[order])[last]
-    return np.diff(hits, prepend=0) @ (hits / (last + 1)) / hits[-1]
-
-
-def _f1(positive: np.ndarray, called: np.ndarray) -> float:
-    either = called.sum() + positive.sum()
-    return 2 * (called & positive).sum() / either if either else np.nan
-
-
-def _brier(positive: np.ndarray, probabilities: np.ndarray) -> float:
-    return np.mean((probabilities - positive) ** 2)

@@ -55,15 +55,12 @@ def binary_metrics(
     labels = np.asarray(labels)
     _check(probabilities, labels)
     positive = labels == 1
-    auc, interval = _auc(probabilities, positive)
     return {
         "n": labels.size,
         "loss": _cross_entropy(probabilities, positive),
         **_counts(probabilities >= threshold, positive),
-        "auc": auc,
-        "auc_ci95": interval,
-        "average_precision": _average_precision(probabilities, positive),
-        "brier": float(np.mean((probabilities - positive) ** 2)),
+        **_of_ranking(probabilities, positive),
+        "brier": brier(probabilities, positive),
         "ece": _calibration_error(probabilities, positive),
         "threshold": float(threshold),
     }
@@ -106,12 +103,16 @@ def _check(probabilities: np.ndarray, labels: np.ndarray) -> None:
         raise ValueError("metrics need probabilities in [0, 1]")
 
 
-def _auc(probabilities: np.ndarray, positive: np.ndarray) -> tuple[float | None, list | None]:
+def _of_ranking(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, Any]:
     # With one class only, there is no pair to rank.
     if positive.all() or not positive.any():
-        return None, None
+        return dict.fromkeys(("auc", "auc_ci95", "average_precision"))
     above, _ = structural_components(probabilities, positive)
-    return float(above.mean()), delong_interval(probabilities, positive)
+    return {
+        "auc": float(above.mean()),
+        "auc_ci95": delong_interval(probabilities, positive),
+        "average_precision": average_precision(probabilities, positive),
+    }
 
 
 def structural_components(
@@ -154,12 +155,32 @@ def delong_error(above: np.ndarray, below: np.ndarray) -> float:
     return np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
 
 
-def _average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float | None:
-    if positive.all() or not positive.any():
-        return None
-    from sklearn.metrics import average_precision_score  # slow to import, too
+def average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float | None:
+    """Returns the average precision, as scikit-learn defines it; None without a positive.
 
-    return float(average_precision_score(positive, probabilities))
+    scikit-learn's own function checks its arguments at each call, so that the thousand calls of a
+    bootstrap would take seconds of a short run.
+
+    Args:
+        probabilities: float [N].
+        positive: bool [N].
+    """
+    order = np.argsort(-probabilities, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # last row of each tie
+    hits = np.cumsum(positive[order])[last]
+    if not hits[-1]:
+        return None
+    return float(np.diff(hits, prepend=0) @ (hits / (last + 1)) / hits[-1])
+
+
+def f1(called: np.ndarray, positive: np.ndarray) -> float | None:
+    """Returns the F1 of decisions, bool [N]; None if nothing is positive or called positive."""
+    return _ratio(2 * np.sum(called & positive), called.sum() + positive.sum())
+
+
+def brier(probabilities: np.ndarray, positive: np.ndarray) -> float:
+    """Returns the mean squared error of probabilities, float [N]."""
+    return float(np.mean((probabilities - positive) ** 2))
 
 
 def _cross_entropy(probabilities: np.ndarray, positive: np.ndarray) -> float:
@@ -177,7 +198,7 @@ def _counts(predicted: np.ndarray, positive: np.ndarray) -> dict[str, float | No
         "accuracy": _ratio(true_positive + true_negative, positive.size),
         "sensitivity": _ratio(true_positive, positive.sum()),
         "specificity": _ratio(true_negative, (~positive).sum()),
-        "f1": _ratio(2 * true_positive, predicted.sum() + positive.sum()),
+        "f1": f1(predicted, positive),
     }
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score
 
-from bef_jax.scoring.intervals import _average_precision, bootstrap, intervals, wilson
+from bef_jax.scoring.intervals import bootstrap, intervals, wilson
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 
@@ -45,14 +45,17 @@ def test_bootstrap_agrees_with_scipy():
     assert bootstrap(average_precision_score, *samples) == pytest.approx(expected, abs=0.1 * width)
 
 
-@pytest.mark.parametrize("digits", [1, 2, 17])
-def test_average_precision_agrees_with_scikit_learn(digits):
-    evaluation = make_evaluation()
-    # Rounding to one digit makes many ties.
-    positive, rounded = evaluation.labels == 1, evaluation.probabilities.round(digits)
-    assert _average_precision(positive, rounded) == pytest.approx(
-        average_precision_score(positive, rounded), abs=1e-12
-    )
+def test_bootstrap_of_a_figure_that_a_resample_leaves_undefined_is_none():
+    values = np.arange(10)
+    assert bootstrap(lambda x: x.mean() if 3 in x else None, values) is None
+
+
+def test_one_normal_patch_is_enough_for_an_interval_and_one_metastasis_is_not():
+    """Without a metastasis, a resample has no average precision."""
+    labels = np.repeat([0, 1], [1, 30])
+    low, high = intervals(make_evaluation(labels=labels))["average_precision"]
+    assert 0.8 < low < high == 1.0
+    assert intervals(make_evaluation(labels=1 - labels))["average_precision"] is None
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7])

@@ -7,7 +7,13 @@ import pytest
 from scipy.stats import norm
 from sklearn import metrics as sklearn_metrics
 
-from bef_jax.scoring.metrics import binary_metrics, delong_interval, structural_components
+from bef_jax.scoring.metrics import (
+    average_precision,
+    binary_metrics,
+    delong_interval,
+    f1,
+    structural_components,
+)
 
 
 def predictions(n=400, seed=0, decimals=None):
@@ -46,6 +52,25 @@ def test_metrics_agree_with_scikit_learn(decimals, threshold):
     }
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-12)
     assert (found["n"], found["threshold"]) == (400, threshold)
+
+
+@pytest.mark.parametrize("decimals", [None, 2, 1, 0])
+@pytest.mark.parametrize("n", [2, 9, 400])
+def test_average_precision_is_scikit_learns(n, decimals):
+    for seed in range(20):
+        probabilities, labels = predictions(n, seed, decimals)
+        labels[0] = 1  # scikit-learn gives 0 where nothing is positive, and warns
+        expected = sklearn_metrics.average_precision_score(labels, probabilities)
+        found = average_precision(probabilities, labels == 1)
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_average_precision_and_f1_of_one_class(value):
+    probabilities, positive = np.array([0.2, 0.3, 0.9]), np.full(3, value)
+    assert average_precision(probabilities, positive) == (1.0 if value else None)
+    assert f1(positive, positive) == (1.0 if value else None)
+    assert f1(~positive, positive) == 0.0
 
 
 @pytest.mark.parametrize("decimals", [None, 1, 0])
