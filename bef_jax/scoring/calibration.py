@@ -8,7 +8,7 @@ _TINY = np.finfo(np.float64).tiny  # keeps the log-odds of a probability of 0 fi
 _POINT_FIGURES = ("accuracy", "sensitivity", "specificity", "f1")
 
 
-def tuned(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
+def tuned_figures(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
     """Returns two blocks of a summary, with figures at a chosen temperature and threshold.
 
     Args:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.batches import put_batch
 from bef_jax.data.store import Split
-from bef_jax.scoring.calibration import tuned
+from bef_jax.scoring.calibration import tuned_figures
 from bef_jax.scoring.intervals import intervals
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 from bef_jax.scoring.scorer import (
@@ -54,7 +54,7 @@ def summarise(evaluation: Evaluation, config: ConfigDict, valid: Evaluation) -> 
     chosen on `valid`. Where `tta` views were averaged, `plain` has the figures of one view.
     """
     block = {"split": evaluation.split, **evaluation.metrics, "tta": config.eval.tta}
-    block |= {"ci95": intervals(evaluation), **tuned(valid, evaluation)}
+    block |= {"ci95": intervals(evaluation), **tuned_figures(valid, evaluation)}
     if evaluation.plain is not None:
         block["plain"] = binary_metrics(evaluation.plain, evaluation.labels, config.eval.threshold)
     return block

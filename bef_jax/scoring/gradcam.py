@@ -13,7 +13,7 @@ from bef_jax.data import augment
 from bef_jax.data.patch import PATCH
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
-from bef_jax.scoring.scorer import padded_rows
+from bef_jax.scoring.scorer import log_odds, padded_rows
 
 _BATCH = 8  # patches per call, so that one small program serves any number of them
 
@@ -21,7 +21,7 @@ _BATCH = 8  # patches per call, so that one small program serves any number of t
 def make_explainer(
     config: ConfigDict, variables: dict
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Returns `explain(images, called)`, which computes Grad-CAM maps.
+    """Returns `explain(images, called_positive)`, which computes Grad-CAM maps.
 
     It takes patches, uint8 [n, 96, 96, 3], and whether each was called positive, bool [n]. It
     returns maps, float32 [n, 96, 96], of what supports that decision. A map is the mean of one map
@@ -42,11 +42,11 @@ def make_explainer(
         patch_maps = [_to_patch(heat, inputs.shape[1]) for heat in maps]
         return sum(patch_maps) / len(patch_maps)
 
-    def explain(images: np.ndarray, called: np.ndarray) -> np.ndarray:
-        signs = np.where(called, 1, -1).astype(np.float32)
+    def explain(images: np.ndarray, called_positive: np.ndarray) -> np.ndarray:
+        signs = np.where(called_positive, 1, -1).astype(np.float32)
         batches = padded_rows(len(images), _BATCH)  # so that all calls have one shape
-        found = [np.asarray(explain_batch(variables, images[x], signs[x])) for x in batches]
-        return np.concatenate(found)[: len(images)]
+        maps = [np.asarray(explain_batch(variables, images[rows], signs[rows])) for rows in batches]
+        return np.concatenate(maps)[: len(images)]
 
     return explain
 
@@ -93,7 +93,7 @@ def stage_maps(
         with nn.intercept_methods(intercept):
             logits = model.apply(variables, inputs, train=False)
         # Patches do not mix in inference, so the sum's gradient holds each patch's own gradient.
-        return jnp.sum(signs * (logits[:, 1] - logits[:, 0])), features
+        return jnp.sum(signs * log_odds(logits)), features
 
     # eval_shape finds the shapes without a run: the network runs once, for the gradient.
     shapes = jax.eval_shape(lambda: signed_log_odds({})[1])

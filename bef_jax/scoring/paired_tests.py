@@ -6,7 +6,9 @@ from bef_jax.scoring.intervals import LEVEL
 from bef_jax.scoring.metrics import delong_error, structural_components
 
 
-def paired_tests(first: np.ndarray, second: np.ndarray, labels: np.ndarray, threshold: float):
+def paired_tests(
+    first: np.ndarray, second: np.ndarray, labels: np.ndarray, threshold: float
+) -> dict:
     """Returns DeLong's test of the AUCs and McNemar's of the decisions, as entries of a summary.
 
     Args:

@@ -33,7 +33,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Scorer]:
     """
     model = create(config.model, config.dtype, folded=True)
     # Log-odds go to every device, because each process computes figures of the whole split.
-    log_odds = jax.jit(
+    score_view = jax.jit(
         functools.partial(view_log_odds, model, config), out_shardings=sharding.replicated(mesh)
     )
     fold = _make_fold(config, mesh)
@@ -41,7 +41,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Scorer]:
     def bind(variables: dict) -> Scorer:
         folded = fold(variables)
         # Weights and view are arguments, so one program serves all checkpoints and all views.
-        return lambda images: [log_odds(folded, images, view) for view in range(config.eval.tta)]
+        return lambda images: [score_view(folded, images, view) for view in range(config.eval.tta)]
 
     return bind
 
@@ -62,8 +62,13 @@ def view_log_odds(
         augment.symmetry(images, jnp.full(len(images), view)) if config.eval.tta > 1 else images
     )
     logits = model.apply(variables, augment.eval_view(turned, config), train=False)
-    # The softmax of two classes is the sigmoid of this difference. So only 4 bytes per patch and
-    # view leave the devices. logits[:, 1] would be a gather where N is symbolic, as in an export.
+    # These decide both probabilities, so only 4 bytes per patch and view leave the devices.
+    return log_odds(logits)
+
+
+def log_odds(logits: Array) -> Array:
+    """Returns the log-odds of class 1, [N], from logits [N, 2]; their sigmoid is the softmax."""
+    # logits[:, 1] would be a gather where N is symbolic, as in an export.
     negative, positive = (lax.index_in_dim(logits, i, 1, keepdims=False) for i in (0, 1))
     return positive - negative
 

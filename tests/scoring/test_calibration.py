@@ -6,7 +6,7 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, recall_score
 
-from bef_jax.scoring.calibration import choose_threshold, fit_temperature, temper, tuned
+from bef_jax.scoring.calibration import choose_threshold, fit_temperature, temper, tuned_figures
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
 
@@ -69,7 +69,9 @@ def test_where_nothing_can_be_chosen_all_figures_are_none(case):
     probabilities, labels = map(np.array, NOTHING_TO_CHOOSE[case])
     assert choose_threshold(probabilities, labels) is None
     assert fit_temperature(probabilities, labels) is None
-    blocks = tuned(evaluation("valid", probabilities, labels), evaluation("test", *predictions(50)))
+    blocks = tuned_figures(
+        evaluation("valid", probabilities, labels), evaluation("test", *predictions(50))
+    )
     assert {key: x for block in blocks.values() for key, x in block.items() if x is not None} == {
         "chosen_on": "valid"
     }
@@ -85,7 +87,7 @@ def test_a_network_that_is_right_about_every_patch_has_no_temperature():
 def test_what_is_chosen_on_valid_is_applied_to_test():
     valid = evaluation("valid", *predictions(1000, seed=1))
     test = evaluation("test", *predictions(1000, seed=2))
-    blocks = tuned(valid, test)
+    blocks = tuned_figures(valid, test)
     temperature = fit_temperature(valid.probabilities, valid.labels)
     threshold = choose_threshold(valid.probabilities, valid.labels)
     calibrated = expit(logit(test.probabilities) / temperature)
