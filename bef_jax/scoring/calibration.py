@@ -105,19 +105,22 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float | N
     """Returns the threshold with the largest sensitivity + specificity (Youden 1950).
 
     A probability of at least the threshold counts as class 1. The threshold is a sample's
-    probability, or 1 if none of these does better than calling nothing positive. It is None where
-    nothing can be chosen (`choose_operating_point`).
+    probability, or 1 if none of these does better than calling nothing positive. It is never above
+    1, because users give it as eval.threshold. It is None where nothing can be chosen
+    (`choose_operating_point`).
     """
     from sklearn.metrics import roc_curve
 
     if not _can_choose(probabilities, labels):
         return None
     false_positive, true_positive, thresholds = roc_curve(labels, probabilities)
+    # roc_curve's first threshold is infinite, so that nothing is positive at it. At 1, the same
+    # holds, unless a patch has a probability of 1. The last threshold, at which all are positive,
+    # is then as good.
+    thresholds[0] = 1
+    first = int(probabilities.max() == 1)
     # argmax takes the highest of equally good thresholds, because they come in falling order.
-    best = thresholds[np.argmax(true_positive - false_positive)]
-    # roc_curve's first threshold is infinite, so that nothing is positive at it. A summary needs
-    # a finite number, and a probability is at most 1.
-    return float(best) if np.isfinite(best) else 1.0
+    return float(thresholds[first + np.argmax((true_positive - false_positive)[first:])])
 
 
 def _can_choose(probabilities: np.ndarray, labels: np.ndarray) -> bool:

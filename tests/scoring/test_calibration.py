@@ -56,6 +56,22 @@ def test_threshold_has_the_largest_youden_index(decimals):
     assert youden(chosen) == pytest.approx(max(map(youden, np.unique(probabilities))))
 
 
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "expected"),
+    [
+        ([0.2, 0.9], [1, 0], 1.0),  # nothing positive
+        ([0.2, 1.0], [1, 0], 0.2),  # all positive, because a patch is positive at 1
+        ([0.2, 1.0], [0, 1], 1.0),
+    ],
+)
+def test_threshold_is_as_good_as_it_was_when_chosen(probabilities, labels, expected):
+    probabilities, labels = np.array(probabilities), np.array(labels)
+    chosen = choose_threshold(probabilities, labels)
+    assert chosen == expected
+    called = probabilities >= chosen
+    assert recall_score(labels, called) + recall_score(labels, called, pos_label=0) >= 1
+
+
 NOTHING_TO_CHOOSE = {
     "only positives": ([0.1, 0.9, 0.4], [1, 1, 1]),
     "only negatives": ([0.1, 0.9, 0.4], [0, 0, 0]),
