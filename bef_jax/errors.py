@@ -9,7 +9,8 @@ _LISTED = 20  # texts in a line, because another network's tensors are wrong by 
 class UserError(ValueError):
     """A user's mistake; its text is one line that names the field or file, and how to fix it.
 
-    `main` prints it without a traceback and exits with status 2.
+    `main` prints it without a traceback and exits with status 2. Its text is final, but it
+    is a ValueError. So `except UserError: raise` stands before an `except` that would wrap it.
     """
 
     def __init__(self, text: str) -> None:
