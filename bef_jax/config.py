@@ -12,7 +12,7 @@ from bef_jax.configs.fields import FIELDS, MOST_FLOAT
 from bef_jax.data.sources import SOURCES
 from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, is_frozen, num_stages, parameter_paths
-from bef_jax.models.ops.mbconv.grid import KERNEL_CHIPS, LANES
+from bef_jax.models.ops.mbconv.grid import KERNEL_CHIPS, check_batch
 
 LOG = logging.getLogger(__name__)
 
@@ -121,11 +121,7 @@ def _check_combinations(config: ConfigDict) -> None:
 def _check_kernels(config: ConfigDict) -> None:
     if not config.model.name.startswith("efficientnet"):
         raise UserError("config.model.mbconv=pallas is for EfficientNets: choose layers")
-    if config.batch_size % (LANES * config.optim.accumulate * config.bn_groups):
-        raise UserError(
-            f"config.model.mbconv=pallas takes {LANES} images at a time: choose a batch_size that "
-            f"is a multiple of {LANES} * optim.accumulate * bn_groups"
-        )
+    check_batch(config.batch_size, config.optim.accumulate * config.bn_groups)
 
 
 def _check_triple(name: str, values) -> None:

@@ -292,8 +292,15 @@ def test_every_number_has_a_range_or_choices():
         ({"batch_size": 64, "optim.accumulate": 3}, "config.optim.accumulate"),
         ({"batch_size": 64, "bn_groups": 3}, "config.bn_groups"),
         ({"batch_size": 64, "optim.accumulate": 16, "bn_groups": 8}, "config.bn_groups"),
-        ({"model.mbconv": "pallas", "batch_size": 192}, "multiple of 128"),
-        ({"model.mbconv": "pallas", "batch_size": 256, "bn_groups": 4}, "multiple of 128"),
+        (
+            {"model.mbconv": "pallas", "batch_size": 192},
+            "set config.batch_size to a multiple of 128",
+        ),
+        ({"model.mbconv": "pallas", "batch_size": 256, "bn_groups": 4}, "a multiple of 512"),
+        (
+            {"model.mbconv": "pallas", "batch_size": 256, "bn_groups": 2, "optim.accumulate": 2},
+            "a multiple of 512",
+        ),
         ({"model.mbconv": "pallas", "batch_size": 128, "model.name": "resnet50"}, "EfficientNets"),
         ({"augment.mean": (0.5, 0.5)}, "config.augment.mean"),
         ({"augment.std": (0.5, 0.5, "x")}, "config.augment.std"),

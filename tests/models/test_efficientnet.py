@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bef_jax import models
 from bef_jax.configs.default import get_config
+from bef_jax.errors import UserError
 from bef_jax.models.efficientnet import SCALING, round_channels, scaled
 from bef_jax.models.layers import DropPath
 
@@ -285,8 +286,9 @@ def test_kernels_are_for_training():
 
 
 def test_kernels_refuse_a_part_of_128_images():
-    with pytest.raises(ValueError, match="128 images"):
-        count_kernels(build("test", mbconv="pallas"), jnp.zeros((64, 32, 32, 3)), train=True)
+    network = build("test", mbconv="pallas", bn_groups=2)
+    with pytest.raises(UserError, match=r"set config\.batch_size to a multiple of 256"):
+        count_kernels(network, jnp.zeros((128, 32, 32, 3)), train=True)
 
 
 def test_batch_statistics_move_in_training_only():

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from bef_jax.models.ops.mbconv import algebra, backward, forward
 from bef_jax.models.ops.mbconv.algebra import Expansion, Params
-from bef_jax.models.ops.mbconv.grid import LANES, Strip, Window, strips
+from bef_jax.models.ops.mbconv.grid import Strip, Window, check_batch, strips
 from bef_jax.runtime import sharding
 
 
@@ -61,13 +61,9 @@ def plan_kernels(
         groups, epsilon, activation: options of the norms.
 
     Raises:
-        ValueError: the batch is not a multiple of 128 * groups, or maps do not fit on the chip.
+        UserError: the batch is not a multiple of 128 * groups, or maps do not fit on the chip.
     """
-    if x.shape[0] % (groups * LANES):
-        raise ValueError(
-            f"config.model.mbconv=pallas takes {LANES} images at a time in each of {groups} "
-            "groups: choose a batch that is a multiple of their product"
-        )
+    check_batch(x.shape[0], groups)
     channels = x.shape[-1], x.shape[-1] * expand, features
     return KernelPlan(strips(window, *channels, x.dtype.itemsize), groups, epsilon, activation)
 

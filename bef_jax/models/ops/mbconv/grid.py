@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from bef_jax.errors import UserError
 from bef_jax.models.ops.depthwise import Padding, output_size
 
 # These are JAX's names of v5e, v5p and v6e. Older chips have only 16 MiB of vector memory, and for
@@ -30,6 +31,15 @@ _MOST_CHANNELS = 96
 _VMEM = 58 * 2**20  # bytes, of 64 MiB on v5p and 128 MiB on v5e and v6e; XLA keeps the rest
 _MOST_RESIDENT = 12 * 2**20  # bytes of a map that XLA may keep on the chip between kernels
 _BUDGET = 56 * 2**20  # bytes that tiles are planned for; the compiler needs the rest of _VMEM
+
+
+def check_batch(images: int, groups: int) -> None:
+    """Raises `UserError` unless each of `groups` equal parts of a batch consists of whole tiles."""
+    if images % (groups * LANES):
+        raise UserError(
+            f"config.model.mbconv=pallas takes {LANES} images at a time: set config.batch_size to "
+            f"a multiple of {groups * LANES}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +114,7 @@ def strips(
     The arguments are those of `tile_channels`.
 
     Raises:
-        ValueError: not even one row fits.
+        UserError: not even one row fits.
     """
     height, channels = window.outputs[0], (inputs, hidden, outputs, itemsize)
     # Matrix products with 8 channels leave the matrix unit idle. It is faster to take 16 channels
@@ -116,9 +126,9 @@ def strips(
         found = tuple(_strip(window, *rows, *channels) for rows in itertools.pairwise(ends))
         if all(strip.channels >= least for strip in found):
             return found
-    raise ValueError(
+    raise UserError(
         "config.model.mbconv=pallas: no kernel takes maps of "
-        f"{window.size} with {hidden} channels: choose layers"
+        f"{window.size} with {hidden} channels: set config.model.mbconv=layers"
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, boosted
 from bef_jax.models.layers import padding_of
 from bef_jax.models.ops.mbconv import grid
@@ -73,7 +74,8 @@ def test_a_block_divides_the_channels_or_there_is_none(size, kernel, stride, cha
 
 
 def test_what_no_strip_holds_is_refused():
-    with pytest.raises(ValueError, match=r"maps of \(6, 6\) with 60 channels: choose layers"):
+    fix = r"maps of \(6, 6\) with 60 channels: set config\.model\.mbconv=layers$"
+    with pytest.raises(UserError, match=fix):
         strips(make_window(3, 1, (6, 6), "same"), 10, 60, 10, 2)
 
 
