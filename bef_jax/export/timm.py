@@ -123,7 +123,7 @@ def _config_json(config: ConfigDict, features: int) -> dict:
 def _arguments(model: ConfigDict) -> dict:
     """Returns create_model's arguments where the architecture implies another batch norm."""
     source = of_timm(model.name)
-    implied = recognise([source.sign], _architecture(model), model.name)
+    implied = recognise([source.marker], _architecture(model), model.name)
     arguments = {}
     if model.bn_epsilon != implied.bn_epsilon:
         arguments["bn_eps"] = model.bn_epsilon

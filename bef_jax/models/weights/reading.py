@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 from bef_jax.errors import UserError, install_command, listed
 from bef_jax.models import REGISTRY, create, lacks_pretrained
 from bef_jax.models.weights import hub, timm_config
-from bef_jax.models.weights.names_torchvision import densenet_key
-from bef_jax.models.weights.parameter_names import Source, of_timm, recognise
+from bef_jax.models.weights.parameter_names import Source, densenet_key, of_timm, recognise
 from bef_jax.models.weights.tensor_files import read_tensors, shortened
 from bef_jax.runtime.files import check_regular, user_path
 
