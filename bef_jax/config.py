@@ -11,7 +11,7 @@ from bef_jax.configs import default
 from bef_jax.configs.fields import FIELDS, MOST_FLOAT
 from bef_jax.data.sources import SOURCES
 from bef_jax.errors import UserError
-from bef_jax.models import REGISTRY, is_frozen, num_stages, parameter_paths
+from bef_jax.models import REGISTRY, is_frozen, parameter_paths, stages
 from bef_jax.models.ops.mbconv.grid import KERNEL_CHIPS, check_batch
 
 LOG = logging.getLogger(__name__)
@@ -132,13 +132,13 @@ def _check_triple(name: str, values) -> None:
 
 
 def _check_stages(model: ConfigDict) -> None:
-    stages = range(1, num_stages(model.name) + 1)
+    numbers = range(1, len(stages(model.name)) + 1)
     # Check this without fusion, too, so that a wrong stage is not found only later.
     for stage in model.fusion_stages:
-        if stage not in stages:
+        if stage not in numbers:
             raise UserError(
                 f"config.model.fusion_stages={tuple(model.fusion_stages)}: {model.name} has "
-                f"stages 1 .. {len(stages)}"
+                f"stages 1 .. {len(numbers)}"
             )
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.patch import PATCH
 from bef_jax.errors import RunError
-from bef_jax.models import REGISTRY, weights
+from bef_jax.models import stages, weights
 from bef_jax.models.weights import timm_config
 from bef_jax.models.weights.parameter_names import TIMM, of_timm, recognise
 from bef_jax.runtime.files import write_bytes, write_json
@@ -97,7 +97,6 @@ def _config_json(config: ConfigDict, features: int) -> dict:
     model, source = config.model, of_timm(config.model.name)
     side = config.rcc.eval_size if config.rcc.enabled else PATCH
     ends = {"first_conv": "stem/kernel", "classifier": "classifier/kernel"}
-    stages = REGISTRY[model.name].args[0].stages
     return {
         "architecture": _architecture(model),
         "num_classes": model.num_classes,
@@ -113,7 +112,7 @@ def _config_json(config: ConfigDict, features: int) -> dict:
             "mean": list(config.augment.mean),
             "std": list(config.augment.std),
             **{
-                name: source.translate(end, stages).removesuffix(".weight")
+                name: source.translate(end, stages(model.name)).removesuffix(".weight")
                 for name, end in ends.items()
             },
         },

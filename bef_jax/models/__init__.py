@@ -3,10 +3,19 @@
 from bef_jax.models.registry import (
     REGISTRY,
     create,
+    is_attention,
+    is_classifier,
     is_frozen,
-    lacks_pretrained,
-    num_stages,
     parameter_paths,
+    stages,
 )
 
-__all__ = ["REGISTRY", "create", "is_frozen", "lacks_pretrained", "num_stages", "parameter_paths"]
+__all__ = [
+    "REGISTRY",
+    "create",
+    "is_attention",
+    "is_classifier",
+    "is_frozen",
+    "parameter_paths",
+    "stages",
+]

@@ -13,8 +13,7 @@ from bef_jax.models.densenet import DENSENET121, DenseNet
 from bef_jax.models.efficientnet import LITE_SCALING, SCALING, TEST, EfficientNet, lite, scaled
 from bef_jax.models.resnet import RESNET50, ResNet
 
-# The architecture must stay the first argument of each partial. `num_stages` and the code that
-# names other packages' weights read it as `args[0]`.
+# The architecture must stay the first argument of each partial, where `stages` reads it.
 REGISTRY = {
     "efficientnet_test": functools.partial(EfficientNet, TEST),
     **{
@@ -30,9 +29,9 @@ REGISTRY = {
 }
 
 
-def num_stages(name: str) -> int:
-    """Returns the number of a network's stages; `model.fusion_stages` counts them from 1."""
-    return len(REGISTRY[name].args[0].stages)
+def stages(name: str) -> tuple:
+    """Returns a network's stages at total stride 32; `model.fusion_stages` counts them from 1."""
+    return REGISTRY[name].args[0].stages
 
 
 def create(
@@ -77,14 +76,15 @@ def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def lacks_pretrained(path: str) -> bool:
-    """Returns whether a parameter is the classifier's or attention's.
+def is_classifier(path: str) -> bool:
+    """Returns whether a parameter is the classifier's; pretrained weights have other classes."""
+    # All networks give this part and attention the same names, so no family needs a list.
+    return path.split("/")[0] == "classifier"
 
-    Pretrained weights have no attention, and usually a classifier for other classes.
-    """
-    # All networks give these two parts the same top-level names, so no family needs a list.
-    part = path.split("/")[0]
-    return part == "classifier" or part.startswith("attention_")
+
+def is_attention(path: str) -> bool:
+    """Returns whether a parameter is attention's; the weights of other packages have none."""
+    return path.startswith("attention_")
 
 
 def is_frozen(path: str, pattern: str) -> bool:

@@ -7,7 +7,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from bef_jax.models import is_frozen, lacks_pretrained, parameter_paths
+from bef_jax.models import is_attention, is_classifier, is_frozen, parameter_paths
 
 # Decide by name, because a rule by rank would silently decide about a new kind of parameter.
 _DECAYED = {"kernel": True, "bias": False, "scale": False}
@@ -123,7 +123,7 @@ def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
             (`models.parameter_paths`). The order gives their depth, for any names of modules.
     """
     # Use a dict, because it keeps the order of first use, and a set does not.
-    layers = list(dict.fromkeys(_layer(path) for path in paths if not lacks_pretrained(path)))
+    layers = list(dict.fromkeys(_layer(path) for path in paths if _is_pretrained(path)))
     depth = {layer: len(layers) - i for i, layer in enumerate(layers)}
     # The classifier and attention have no depth here, so their factor is decay^0.
     return {path: decay ** depth.get(_layer(path), 0) for path in paths}
@@ -134,7 +134,11 @@ def _layer(path: str) -> str:
 
 
 def _pretrained_mask(tree):
-    return _map_named(lambda name, _: not lacks_pretrained(name), tree)
+    return _map_named(lambda name, _: _is_pretrained(name), tree)
+
+
+def _is_pretrained(path: str) -> bool:
+    return not (is_classifier(path) or is_attention(path))
 
 
 def stop_frozen(params, pattern: str):

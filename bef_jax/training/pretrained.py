@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from bef_jax.config import as_json, flatten
 from bef_jax.configs.fields import INPUT, NETWORK, affects
 from bef_jax.errors import UserError, listed
-from bef_jax.models import lacks_pretrained
+from bef_jax.models import is_attention, is_classifier
 from bef_jax.runtime.files import check_regular, user_path
 from bef_jax.training import checkpoint
 from bef_jax.training.state import TrainState, abstract_state, create_state
@@ -93,7 +93,7 @@ def fresh_parts(source: Mapping[str, Array], wanted: Mapping[str, Array], path: 
     known = {_part(name) for name in source}
     parts = {_part(name) for name in wrong}
     # Attention of another shape is not fresh, because it was meant to be the same.
-    fresh = {p for p in parts if lacks_pretrained(p) and (p == "classifier" or p not in known)}
+    fresh = {p for p in parts if is_classifier(p) or (is_attention(p) and p not in known)}
     bad = [f"{name} {text}" for name, text in wrong.items() if _part(name) not in fresh]
     if bad:
         raise UserError(f"config.init_from={path} is not of this network: {listed(bad)}")

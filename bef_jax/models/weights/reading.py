@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from bef_jax.errors import UserError, install_command, listed
-from bef_jax.models import REGISTRY, create, lacks_pretrained
+from bef_jax.models import create, is_attention, is_classifier, stages
 from bef_jax.models.weights import hub, timm_config
 from bef_jax.models.weights.parameter_names import Source, densenet_key, of_timm, recognise
 from bef_jax.models.weights.tensor_files import read_tensors, shortened
@@ -80,7 +80,9 @@ def read(path: str | Path, model: ConfigDict) -> dict:
     path = resolve(str(path))
     tensors = _load(path)
     names = _names(_source(path, tensors, model), model)
-    shapes = {name: leaf.shape for name, leaf in _shapes(model).items() if not _is_attention(name)}
+    shapes = {
+        name: leaf.shape for name, leaf in _shapes(model).items() if not is_attention(_inner(name))
+    }
     unused_classifier = _unused_classifier(tensors, names, shapes)
     wanted = {name: shapes[name] for name in sorted(set(shapes) - unused_classifier)}
     # Check before anything is converted, because a tensor that does not fit may claim any size.
@@ -131,14 +133,15 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
         raise UserError(f"config.model.name={model.name}: timm has no such network")
     flat = flatten_dict(variables, sep="/")
     without_place = {
-        name for name in flat if _is_attention(name) or (model.fusion and _is_classifier(name))
+        name
+        for name in flat
+        if is_attention(_inner(name)) or (model.fusion and is_classifier(_inner(name)))
     }
     if without_place:
         parts = sorted({_inner(name).split("/")[0] for name in without_place})
         LOG.info("timm has no place for these parts, so they are left out: %s", ", ".join(parts))
-    stages = _stages(model)
     return {
-        source.translate(_inner(name), stages): _to_torch(np.asarray(leaf), name)
+        source.translate(_inner(name), stages(model.name)): _to_torch(np.asarray(leaf), name)
         for name, leaf in flat.items()
         if name not in without_place
     }
@@ -215,10 +218,6 @@ def _shapes(model: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten_dict(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))), sep="/")
 
 
-def _stages(model: ConfigDict) -> tuple:
-    return REGISTRY[model.name].args[0].stages
-
-
 def _names(source: Source, model: ConfigDict) -> dict[str, str]:
     """Returns {our name: the source's name} for a network without attention.
 
@@ -227,9 +226,9 @@ def _names(source: Source, model: ConfigDict) -> dict[str, str]:
     """
     # KeyError: the source has no such module. AttributeError: stages lack a field that it reads.
     # Both mean that the network is of another family.
-    names = [name for name in _shapes(model) if not _is_attention(name)]
+    names = [name for name in _shapes(model) if not is_attention(_inner(name))]
     try:
-        return {name: source.translate(_inner(name), _stages(model)) for name in names}
+        return {name: source.translate(_inner(name), stages(model.name)) for name in names}
     except (KeyError, AttributeError) as error:
         raise UserError(
             f"config.model.name={model.name} is not one of {source.name}'s networks"
@@ -238,20 +237,12 @@ def _names(source: Source, model: ConfigDict) -> dict[str, str]:
 
 def _unused_classifier(tensors: dict, names: dict[str, str], shapes: dict[str, tuple]) -> set[str]:
     """Returns the classifier's names if the file lacks it or has another shape, else nothing."""
-    classifier = {name: shapes[name] for name in shapes if _is_classifier(name)}
+    classifier = {name: shapes[name] for name in shapes if is_classifier(_inner(name))}
     # .T turns a dense layer's [O, I] into [I, O], and leaves a bias as it is.
     found_shapes = {
         name: tensors[names[name]].T.shape for name in classifier if names[name] in tensors
     }
     return set() if found_shapes == classifier else set(classifier)
-
-
-def _is_attention(name: str) -> bool:
-    return lacks_pretrained(_inner(name)) and not _is_classifier(name)
-
-
-def _is_classifier(name: str) -> bool:
-    return _inner(name).startswith("classifier")
 
 
 def _inner(name: str) -> str:

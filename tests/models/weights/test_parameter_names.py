@@ -1,7 +1,7 @@
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bef_jax.models import REGISTRY
+from bef_jax.models import REGISTRY, stages
 from bef_jax.models.weights.parameter_names import (
     DENSENET,
     EFFICIENTNET_PYTORCH,
@@ -23,7 +23,7 @@ NETWORKS = {
 
 
 def name_of(source, path):
-    return source.translate(path, REGISTRY[NETWORKS[source]].args[0].stages)
+    return source.translate(path, stages(NETWORKS[source]))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.marker)
