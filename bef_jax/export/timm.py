@@ -133,10 +133,10 @@ def _arguments(model: ConfigDict) -> dict:
 
 
 def _check(model: ConfigDict, variables: dict, file: Path) -> None:
-    same = jax.tree.map(np.array_equal, weights.read(file, model), variables)
-    trained_with = weights.convention(file, model)
+    found = weights.read(file, model)
+    same = jax.tree.map(np.array_equal, found.variables, variables)
     fields = ("padding", "bn_epsilon")
-    if not jax.tree.all(same) or any(trained_with[field] != model[field] for field in fields):
+    if not jax.tree.all(same) or any(found.convention[field] != model[field] for field in fields):
         raise RunError(
             f"{file.name} reads back differently from what was written, so it is not kept"
         )

@@ -53,15 +53,15 @@ def import_as_checkpoint(config: ConfigDict, workdir: Path, name: str | None) ->
 
 
 def _import(config: ConfigDict, workdir: Path, path: Path) -> dict:
-    convention = weights.convention(path, config.model)
-    source = convention.pop("source")
-    normalisation = weights.normalisation(path)
+    found = weights.read(path, config.model)
+    source, convention, normalisation = found.source, found.convention, found.normalisation
     # Change a copy, so that the caller's config stays what the user gave.
     config = config.copy_and_resolve_references()
     config.update({"model": convention, "augment": normalisation, "init_from": str(path)})
     trained_with = convention | normalisation
     LOG.info("%s trained with %s; the checkpoint's config has these values", source, trained_with)
-    state, fresh = pretrained.start(config, sharding.replicated(sharding.make_mesh()))
+    everywhere = sharding.replicated(sharding.make_mesh())
+    state, fresh = pretrained.start_from(found.variables, path, config, everywhere)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     # Use the format of training, because eval and train read only that.
     metadata = {"config": as_json(config), "clock": Clock().snapshot()}

@@ -57,7 +57,14 @@ def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]
         UserError: the source does not exist, or does not fit the network.
     """
     path = find(config.init_from)
-    source = _flat(_read(path, config, sharding))
+    return start_from(_read(path, config, sharding), path, config, sharding)
+
+
+def start_from(
+    variables: dict, path: Path, config: ConfigDict, sharding: Sharding
+) -> tuple[TrainState, list[str]]:
+    """Returns what `start` returns, for the {params, batch_stats} that `path` holds."""
+    source = _flat(variables)
     # Check before create_state, which compiles.
     fresh = fresh_parts(source, _flat(_variables(abstract_state(config))), path)
     LOG.info("starting from the weights of %s; fresh: %s", path, ", ".join(fresh) or "nothing")
@@ -119,15 +126,20 @@ def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
         return checkpoint.restore_variables(path, saved, sharding)
     from bef_jax.models import weights  # imported here, because only a file needs it
 
-    _warn(path, config, "model", weights.convention(path, config.model))
-    _warn(path, config, "augment", weights.normalisation(path))
-    return weights.read(path, config.model)
+    found = weights.read(path, config.model)
+    _warn_of_other_settings(path, config, "model", found.convention)
+    _warn_of_other_settings(path, config, "augment", found.normalisation)
+    return found.variables
 
 
-def _warn(path: Path, config: ConfigDict, section: str, trained_with: dict) -> None:
+def _warn_of_other_settings(
+    path: Path, config: ConfigDict, section: str, trained_with: dict
+) -> None:
     for field, value in trained_with.items():
-        if field in config[section] and config[section][field] != value:
-            LOG.warning("%s was trained with config.%s.%s=%s", path, section, field, value)
+        if (ours := config[section][field]) != value:
+            LOG.warning(
+                "%s was trained with config.%s.%s=%s, not %s", path, section, field, value, ours
+            )
 
 
 def _log_differences(saved: ConfigDict, config: ConfigDict) -> None:

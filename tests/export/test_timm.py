@@ -48,13 +48,12 @@ def test_written_files_hold_the_network_and_its_settings(arg, architecture, argu
     assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     # Both files have the same permissions, because a server is often another user.
     assert file.stat().st_mode == (tmp_path / "config.json").stat().st_mode
-    convention = weights.convention(file, config.model)
+    found = weights.read(file, config.model)
     for field in ("padding", "bn_epsilon"):
-        assert convention[field] == config.model[field]
+        assert found.convention[field] == config.model[field]
     if "efficientnet" in architecture:
-        assert convention["bn_momentum"] == config.model.bn_momentum
-    trained = weights.normalisation(file)
-    assert trained == {"mean": config.augment.mean, "std": config.augment.std}
+        assert found.convention["bn_momentum"] == config.model.bn_momentum
+    assert found.normalisation == {"mean": config.augment.mean, "std": config.augment.std}
     described = json.loads((tmp_path / "config.json").read_text())
     assert (described["architecture"], described["model_args"]) == (architecture, arguments)
     assert described["num_classes"] == described["pretrained_cfg"]["num_classes"] == 2

@@ -28,6 +28,7 @@ from bef_jax.data.patch import SPLITS
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.models.weights import reading
+from bef_jax.models.weights.parameter_names import TIMM
 from bef_jax.runtime import sharding
 from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
@@ -259,7 +260,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 def _tensors(rng: random.Random) -> dict[str, np.ndarray]:
     """Returns tensors with timm's names, all so small that their shapes must be refused."""
-    names = reading._names(reading.of_timm("efficientnet_b0"), _model())
+    names = reading._names(Path("weights"), TIMM, _model(), _shapes())
     kept = {ours: theirs for ours, theirs in names.items() if rng.random() < 0.99}
     noise = np.random.default_rng(rng.randrange(2**32))
     return {theirs: maybe_odd(noise.normal(size=(2, 3)), rng) for theirs in kept.values()}

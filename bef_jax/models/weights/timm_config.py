@@ -43,6 +43,11 @@ class TimmConfig:
             fields["bn_momentum"] = 1 - float(self.arguments["bn_momentum"])
         return fields
 
+    def normalisation(self) -> dict:
+        """Returns the fields of `config.augment` that the file states."""
+        fields = {"mean": self.mean, "std": self.std}
+        return {field: value for field, value in fields.items() if value}
+
     def ignored_arguments(self) -> dict:
         """Returns the arguments by which timm's network may differ from ours with equal weights."""
         ours = {"pad_type": ("", "same"), "global_pool": ("avg",)}

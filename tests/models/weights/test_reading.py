@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.models.weights import reading
+from bef_jax.models.weights.timm_config import TimmConfig
 from tests.memory import growth_of
 from tests.models.weights.test_weights import LITE0, make_model
 from tests.special_files import make_special
@@ -31,13 +32,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
     ],
 )
 def test_timm_s_name_of_a_network_tells_its_padding(file, architecture, padding, epsilon, tmp_path):
-    safetensors = pytest.importorskip("safetensors.numpy")
-    safetensors.save_file({"conv_stem.weight": np.zeros(1, np.float32)}, tmp_path / file)
-    if architecture:
-        (tmp_path / "config.json").write_text(f'{{"architecture": "{architecture}"}}')
-    convention = weights.convention(tmp_path / file, make_model("efficientnet_b0"))
-    assert convention["source"] == "timm"
-    assert (convention["padding"], convention["bn_epsilon"]) == (padding, epsilon)
+    saved = architecture and TimmConfig(architecture)
+    tensors = {"conv_stem.weight": np.zeros(1, np.float32)}
+    source = reading._source(tmp_path / file, tensors, saved, make_model("efficientnet_b0"))
+    assert (source.name, source.padding, source.bn_epsilon) == ("timm", padding, epsilon)
 
 
 # ---- files that do not fit ----------------------------------------------------------------------
@@ -51,8 +49,8 @@ def state():
 def test_boosts_and_other_classes_start_from_the_same_weights(caplog):
     caplog.set_level(logging.INFO)
     boosts = {"num_classes": 2, "attention": "cbam", "fusion": True, "total_stride": 16}
-    found = flatten_dict(weights.read(LITE0, make_model("efficientnet_lite0", **boosts)))
-    plain = flatten_dict(weights.read(LITE0, make_model("efficientnet_lite0")))
+    found = flatten_dict(weights.read(LITE0, make_model("efficientnet_lite0", **boosts)).variables)
+    plain = flatten_dict(weights.read(LITE0, make_model("efficientnet_lite0")).variables)
     assert "the classifier is left out, because the file has none, or its" in caplog.text
     assert {name[1] for name in plain} - {name[1] for name in found} == {"classifier"}
     for name, array in found.items():
@@ -64,16 +62,50 @@ def test_all_that_is_wrong_is_listed(state, tmp_path):
     broken = dict(state)
     broken["extra.weight"] = broken.pop("_bn0.bias")
     broken["_conv_head.weight"] = broken["_conv_head.weight"][:7]
+    broken["_blocks.3._depthwise_conv.weight"] = torch.zeros(3)
     torch.save(broken, path)
     with pytest.raises(UserError) as error:
         weights.read(path, make_model("efficientnet_lite0"))
-    for text in ("_bn0.bias is missing", "(7, 320, 1, 1)", "extra.weight is unexpected"):
+    for text in (
+        "_bn0.bias is missing",
+        "_conv_head.weight is [7, 320, 1, 1], not [1280, 320, 1, 1]",
+        "_blocks.3._depthwise_conv.weight is [3], not [144, 1, 5, 5]",
+        "extra.weight is unexpected",
+    ):
         assert text in str(error.value)
+
+
+def test_the_needed_shape_is_told_in_torch_s_layout():
+    shapes = {
+        "params/block_00/squeeze_excite/reduce/kernel": (96, 4),
+        "params/stem_norm/bias": (8,),
+    }
+    names = {name: f"their.{name[-6:]}" for name in shapes}
+    tensors = {"their.kernel": np.zeros((4, 95, 1, 1)), "their.m/bias": np.zeros((2, 8))}
+    assert reading._misfits(tensors, names, shapes) == [
+        "their.kernel is [4, 95, 1, 1], not [4, 96, 1, 1]", "their.m/bias is [2, 8], not [8]"
+    ]  # fmt: skip
 
 
 def test_another_network_s_weights_are_refused():
     with pytest.raises(UserError, match=r"57934424.pth does not fit .*=efficientnet_b0: .* more"):
         weights.read(LITE0, make_model("efficientnet_b0"))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121"])
+def test_another_kind_of_network_is_refused_with_the_file_s_name(name):
+    expected = rf"57934424\.pth does not fit config\.model\.name={name}: .*efficientnet-pytorch's"
+    with pytest.raises(UserError, match=expected):
+        weights.read(LITE0, make_model(name))
+
+
+def test_a_file_is_opened_once_and_its_network_traced_once(monkeypatch):
+    calls = []
+    for name in ("read_tensors", "create"):
+        original = getattr(reading, name)
+        monkeypatch.setattr(reading, name, lambda x, f=original: (calls.append(f), f(x))[1])
+    weights.read(LITE0, make_model("efficientnet_lite0"))
+    assert len(calls) == len({*calls}) == 2
 
 
 @pytest.mark.parametrize("state", [{"a": torch.zeros(1)}, {}, [1, 2], {"a": 1}])
@@ -126,7 +158,7 @@ def test_a_number_that_claims_to_be_a_huge_tensor_takes_no_memory(of_today, key,
     def read():
         expected = (
             contextlib.nullcontext() if fits
-            else pytest.raises(UserError, match=r"_conv_head.weight has shape \(40000, 40000\)$")
+            else pytest.raises(UserError, match=r"_conv_head.weight is \[40000, 40000\], not .*\]$")
         )  # fmt: skip
         with expected:
             weights.read(path, model)
@@ -171,7 +203,7 @@ def test_strangers_names_of_tensors_stay_one_short_line(state, tmp_path):
 def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path):
     path = make_special(kind, tmp_path / "special")
     model = make_model("efficientnet_b0")
-    for use in (weights.resolve, weights.normalisation, lambda name: weights.read(name, model)):
+    for use in (weights.resolve, lambda name: weights.read(name, model)):
         with pytest.raises(UserError, match=f"is a {kind}; name a regular file"):
             use(str(path))
 

