@@ -1,4 +1,4 @@
-"""Files on disk: opens users' files, and reads, checks and replaces the program's own files.
+"""Files on disk: opens users' files, reads and checks JSON, and replaces the program's own files.
 
 A file to read must be a regular one, because opening a FIFO waits for a writer, and a device such
 as /dev/zero has no end. A written file appears whole, under its name, or not at all.
@@ -16,8 +16,7 @@ from typing import IO, Any, BinaryIO
 
 from bef_jax.errors import UserError, reason_of
 
-# Bytes of a JSON file of our own. Its Python objects can take twenty times as much memory.
-_LONGEST_JSON = 32 << 20
+_LONGEST_JSON_MIB = 32  # the Python objects of a JSON file can take twenty times as much memory
 _PROBE = bytes(1 << 16)  # not empty, because a full disk can still make empty files
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -80,11 +79,11 @@ def open_user_file(file: Path) -> BinaryIO:
     return open(file, "rb")
 
 
-# ---- the files of the program itself ------------------------------------------------------------
+# ---- JSON, and the files of the program itself --------------------------------------------------
 
 
 def read_json(file: Path, check: Callable[[Any], object], fix: str) -> Any:
-    """Reads a JSON file that this program wrote, and calls `check` with its content.
+    """Reads a JSON file of this program or of timm, and calls `check` with its content.
 
     Args:
         check: raises ValueError, KeyError, TypeError or the like if the content has another shape
@@ -93,13 +92,14 @@ def read_json(file: Path, check: Callable[[Any], object], fix: str) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        UserError: it is not a regular file, was cut or edited, or is of another version.
+        UserError: it is not a regular file, is too long, was cut or edited, or is of
+            another version.
     """
     try:
         with open_user_file(file) as stream:
-            content = stream.read(_LONGEST_JSON + 1)
-        if len(content) > _LONGEST_JSON:
-            raise ValueError("it is longer than any file that this program writes")
+            content = stream.read((_LONGEST_JSON_MIB << 20) + 1)
+        if len(content) > _LONGEST_JSON_MIB << 20:
+            raise ValueError(f"it is longer than {_LONGEST_JSON_MIB} MiB")
         found = json.loads(content)
         check(found)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -76,7 +76,7 @@ def test_json_that_is_too_long_is_not_read(tmp_path):
     file = tmp_path / "summary.json"
     with file.open("wb") as stream:
         stream.truncate(1 << 40)
-    with pytest.raises(UserError, match="longer than any"):
+    with pytest.raises(UserError, match="longer than 32 MiB"):
         files.read_json(file, dict, "delete it")
 
 
