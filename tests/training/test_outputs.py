@@ -80,6 +80,13 @@ def test_a_damaged_summary_is_named_with_what_to_do(text, tmp_path):
         read_train_summary(tmp_path)
 
 
+@pytest.mark.parametrize("step", [-1, 2**31])
+def test_an_impossible_step_is_told_with_what_is_possible(step, tmp_path):
+    write_summary(tmp_path, GOOD | {"step": step})
+    with pytest.raises(UserError, match=rf"\(step is {step}, not in 0 \.\. 2\^31 - 1\)"):
+        read_train_summary(tmp_path)
+
+
 def test_a_fifo_in_place_of_a_summary_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "train_summary.json")
     with pytest.raises(UserError, match=r"train_summary\.json: is a FIFO"):

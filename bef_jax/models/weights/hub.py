@@ -59,7 +59,9 @@ def _fetch(name: str, repository: str, revision: str | None) -> Path:
         path = _download(repository, file, commit)
         if path:
             return path
-    raise UserError(f"{name} has no weights: neither {' nor '.join(_FILES)}")
+    raise UserError(
+        f"{name} has no weights: neither {' nor '.join(_FILES)}; name another repository"
+    )
 
 
 def _download(repository: str, file: str, revision: str | None) -> Path | None:
@@ -116,7 +118,7 @@ def _reason(error: Exception, revision: str) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"no such repository, or a private one: {token}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"has no revision {revision or constants.DEFAULT_REVISION}"
+        return f"has no revision {revision or constants.DEFAULT_REVISION}; give another after @"
     local = isinstance(error, errors.LocalEntryNotFoundError)
     if local and constants.HF_HUB_OFFLINE:
         place = constants.HF_HUB_CACHE

@@ -221,12 +221,15 @@ def test_on_the_command_line_a_mistake_is_one_line_and_status_2(server, tmp_path
     ("name", "message"),
     [
         ("hf:timm/nowhere", "no such repository, or a private one: set HF_TOKEN"),
-        (f"{NAME}@v9", "has no revision v9"),
-        ("hf:o/unborn", "has no revision main"),
+        (f"{NAME}@v9", "has no revision v9; give another after @"),
+        ("hf:o/unborn", "has no revision main; give another after @"),
         ("hf:o/gated", "is gated: accept its terms"),
         ("hf:o/forbidden", "answers 403: set HF_TOKEN"),
         ("hf:o/broken", "answers 500"),
-        ("hf:o/empty", "has no weights: neither model.safetensors nor pytorch_model.bin"),
+        (
+            "hf:o/empty",
+            "neither model.safetensors nor pytorch_model.bin; name another repository",
+        ),
         ("hf:a/b/c", "write hf:OWNER/REPOSITORY"),
         ("hf:", "write hf:OWNER/REPOSITORY"),
     ],
