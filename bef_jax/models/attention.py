@@ -15,7 +15,9 @@ from bef_jax.models.layers import conv_init, global_pool
 
 # A larger value comes nearer to the maximum, and sends more of the gradient to one position.
 _SHARPNESS = 2.0  # r of the smooth maximum
-_MIN_HIDDEN = 8  # units of the hidden layer; a single unit may be dead from the start
+# Units of the hidden layer. Stages of 24 channels would have one, 24 // 16, and the gates of all
+# channels would depend on one number.
+_MIN_HIDDEN = 8
 
 
 def smooth_maximum(x: Array, axes: tuple[int, ...]) -> Array:

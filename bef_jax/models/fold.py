@@ -30,22 +30,25 @@ def fold_batch_norm(variables: dict, epsilon: float) -> dict:
     # none.
     # Sorted, because a set of strings has another order in each process. A jitted caller would be a
     # different program each time, and would compile although the cache has it.
-    for norm in sorted({path[:-1] for path in statistics}):
-        kernel = _kernel_before(norm, params)
-        if kernel is None:
+    for norm_path in sorted({path[:-1] for path in statistics}):
+        kernel_path = _kernel_before(norm_path, params)
+        if kernel_path is None:
             continue
-        mean, var = statistics.pop((*norm, "mean")), statistics.pop((*norm, "var"))
+        mean, var = statistics.pop((*norm_path, "mean")), statistics.pop((*norm_path, "var"))
         # [C], float32. `layers.BatchNorm` has the same terms in inference, so only the order of
         # roundings differs.
-        multiplier = params.pop((*norm, "scale")) * lax.rsqrt(var + epsilon)
-        params[*norm, "bias"] -= mean * multiplier
-        params[kernel] = params[kernel] * multiplier  # every kernel's last axis is its outputs
+        multiplier = params.pop((*norm_path, "scale")) * lax.rsqrt(var + epsilon)
+        params[*norm_path, "bias"] -= mean * multiplier
+        # Every kernel's last axis is its outputs.
+        params[kernel_path] = params[kernel_path] * multiplier
     kept = {"batch_stats": unflatten_dict(statistics)} if statistics else {}
     return {"params": unflatten_dict(params), **kept}
 
 
-def _kernel_before(norm: tuple[str, ...], params: dict[tuple, Array]) -> tuple[str, ...] | None:
-    *scope, name = norm
+def _kernel_before(
+    norm_path: tuple[str, ...], params: dict[tuple, Array]
+) -> tuple[str, ...] | None:
+    *scope, name = norm_path
     stem = name.removesuffix("_norm")
     # DenseNet calls a norm before a convolution input_norm. Nothing beside it is called input_conv,
     # so it is not mistaken for a norm after a convolution.

@@ -114,5 +114,5 @@ class ResNet(Network):
                 x = block(x, train)
             x = self.attend_and_fuse(x, number, pooled)
         # If the last stage is fused, its pooled features are already those of the head.
-        head = [] if pooled and len(stages) in self.fused_stages() else [global_pool(x)]
+        head = [] if self.fusion and len(stages) in self.fused_stages() else [global_pool(x)]
         return self.classify([*pooled, *head], train)
