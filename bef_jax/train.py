@@ -277,7 +277,7 @@ def _loop(
     while True:
         last = step >= counts.steps
         ended = last or interrupt.should_stop_at(step)
-        evaluates = step > first and (last or step % counts.eval_steps == 0)
+        evaluates = step > first and (last or step % counts.steps_per_eval == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)  # raises before a save if a loss is not finite
         valid = _evaluate(run, state, step, bar) if evaluates else None

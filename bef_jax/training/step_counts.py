@@ -15,7 +15,7 @@ class StepCounts:
 
     steps: int
     steps_per_epoch: int
-    eval_steps: int
+    steps_per_eval: int
 
 
 def count_steps(config: ConfigDict, n_train: int) -> StepCounts:
@@ -32,16 +32,16 @@ def count_steps(config: ConfigDict, n_train: int) -> StepCounts:
             f"config.batch_size={config.batch_size} exceeds the {n_train} training patches: "
             "lower it"
         )
-    # steps and eval_steps are at least 1: a run of 0 steps trains nothing, and the loop takes
-    # step % eval_steps.
+    # steps and steps_per_eval are at least 1: a run of 0 steps trains nothing, and the loop takes
+    # step % steps_per_eval.
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     if steps > MOST_INT:
         raise UserError(
             f"config.epochs={config.epochs:g} are {steps:.3g} steps: lower it, because a run takes "
             f"at most {MOST_INT}"
         )
-    eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
-    return StepCounts(steps, steps_per_epoch, eval_steps)
+    steps_per_eval = max(1, round(config.eval.every_epochs * steps_per_epoch))
+    return StepCounts(steps, steps_per_epoch, steps_per_eval)
 
 
 def call_sizes(config: ConfigDict, counts: StepCounts, start: int) -> Iterator[int]:
@@ -51,7 +51,7 @@ def call_sizes(config: ConfigDict, counts: StepCounts, start: int) -> Iterator[i
     past one, the calls take single steps. So two programs are enough for all calls.
     """
     step, most = start, config.steps_per_call
-    periods = counts.eval_steps, config.checkpoint.every_steps
+    periods = counts.steps_per_eval, config.checkpoint.every_steps
     while step < counts.steps:
         # Count the steps to what comes first: the end, an evaluation or a save.
         ahead = min(counts.steps - step, *(period - step % period for period in periods))
