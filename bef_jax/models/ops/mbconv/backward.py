@@ -15,14 +15,13 @@ from bef_jax.models.ops.mbconv.grid import (
     Strip,
     Window,
     call_kernel,
+    floats,
     maps_spec,
     parts_spec,
-    rows_spec,
+    weights_spec,
     whole_spec,
 )
 from bef_jax.models.ops.norm import ACTIVATIONS, DERIVATIVES
-
-_floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def project_gradients(
@@ -44,11 +43,11 @@ def project_gradients(
     functions = ACTIVATIONS[activation], DERIVATIVES[activation]
     kernel = functools.partial(_project_gradients, functions=functions)
     (hidden, features), images = weights.shape, d.shape[-1]
-    inputs = [(d, maps_spec), (dy, whole_spec), (norm, rows_spec), (gate, maps_spec)]
-    inputs.append((weights, rows_spec))
+    inputs = [(d, maps_spec), (dy, whole_spec), (norm, weights_spec), (gate, maps_spec)]
+    inputs.append((weights, weights_spec))
     outputs = [
-        (_floats((5, hidden, images)), maps_spec),
-        (_floats((images // LANES, hidden, features)), parts_spec),
+        (floats((5, hidden, images)), maps_spec),
+        (floats((images // LANES, hidden, features)), parts_spec),
     ]
     scratch, products = [vectors.wide_shape(2, tile)], 2 * d.size * features
     return call_kernel(kernel, inputs, outputs, scratch, tile, products, 2 * d.size)
@@ -64,15 +63,15 @@ def _project_gradients(
 
     def add(row, _):
         for column in range(d.shape[1]):
-            g, value = dy[row, column], d[row, column].astype(jnp.float32)
+            dy_value, value = dy[row, column], d[row, column].astype(jnp.float32)
             z = vectors.affine(value, wide)
             activated, slope = activation(z), slope_of(z)
-            u = vectors.dot(weights[...], g)
+            u = vectors.dot(weights[...], dy_value)
             terms = u * activated, u * slope, u * slope * value
             for index, term in enumerate((*terms, slope, slope * value)):
                 sums[index] += term
             gated = (activated * gate[...]).astype(d.dtype)
-            dweights[...] += vectors.dot(gated, g, over=1)
+            dweights[...] += vectors.dot(gated, dy_value, over=1)
 
     lax.fori_loop(0, d.shape[0], add, None)
 
@@ -106,18 +105,18 @@ def expand_and_convolve_gradients(
     functions = ACTIVATIONS[activation], DERIVATIVES[activation]
     window, tile = strip.window, strip.channels
     kernel = functools.partial(_expand_and_convolve_gradients, window=window, functions=functions)
-    (hidden, features), count, taps = weights[2].shape, x.shape[-1], window.kernel**2
-    expands, parts = weights[0] is not None, count // LANES
+    (hidden, features), images, taps = weights[2].shape, x.shape[-1], window.kernel**2
+    expands, parts = weights[0] is not None, images // LANES
     x_spec, width = whole_spec if expands else maps_spec, x.shape[-2]
     inputs = [(x, x_spec), (d, maps_spec), (dy, whole_spec)]
-    inputs += [*((array, rows_spec) for array in weights), (gate_and_pull, maps_spec)]
+    inputs += [*((array, weights_spec) for array in weights), (gate_and_pull, maps_spec)]
     outputs = [
         (jax.ShapeDtypeStruct(x.shape, x.dtype), x_spec),
-        (_floats((parts, hidden, width)) if expands else None, parts_spec),
-        (_floats((hidden, count)) if expands else None, maps_spec),
-        (_floats((parts, hidden, taps)), parts_spec),
+        (floats((parts, hidden, width)) if expands else None, parts_spec),
+        (floats((hidden, images)) if expands else None, maps_spec),
+        (floats((parts, hidden, taps)), parts_spec),
     ]
-    expanded = math.prod(window.size) * hidden * count if expands else 0
+    expanded = math.prod(window.size) * hidden * images if expands else 0
     products = 3 * expanded * width + d.size * (features + 2 * taps)
     scratch = _gradients_scratch(x, strip, expands)
     return call_kernel(kernel, inputs, outputs, scratch, tile, products, 2 * expanded + d.size)
@@ -172,14 +171,14 @@ def _expand_and_convolve_gradients(
             lax.fori_loop(*window.inside(0, phase), row, None)
 
     def one_row(phase, a, _):
-        for position, dz in _input_gradient(
+        for position, dexpanded in _input_gradient(
             d_gradient, wide_taps, slopes, gradients, dshift, phase, a, window
         ):
             if expand is None:
-                dx[position] = dz
+                dx[position] = dexpanded
             else:
-                total[position] += vectors.dot(expand[...], dz, over=0)
-                dexpand[...] += vectors.dot(dz, x[position], over=1)
+                total[position] += vectors.dot(expand[...], dexpanded, over=0)
+                dexpand[...] += vectors.dot(dexpanded, x[position], over=1)
 
     vectors.each_hidden(x, expand, wide.at[4], window, fill)
     _depthwise_gradient(d, dy, weights, wide, gate_and_pull, d_gradient, window.margin, slope_of)
@@ -227,13 +226,13 @@ def _input_gradient(d_gradient, taps, slopes, gradients, dshift, phase: int, a, 
     """
     stride, margin, (top, left) = window.stride, window.margin, (pad[0] for pad in window.padding)
     for q in range(stride):
-        first, last = window.inside(1, q)
-        for columns, channels in vectors.pieces(last - first, taps.shape[1]):
+        start, stop = window.inside(1, q)
+        for columns, channels in vectors.pieces(stop - start, taps.shape[1]):
             # Sum only over the taps that read this phase.
             total = sum(
                 d_gradient[
                     a - i // stride + margin,
-                    vectors.shifted(columns, first - j // stride + margin),
+                    vectors.shifted(columns, start - j // stride + margin),
                     channels,
                 ]
                 * taps[index, channels]
@@ -241,8 +240,8 @@ def _input_gradient(d_gradient, taps, slopes, gradients, dshift, phase: int, a, 
                 if (i % stride, j % stride) == (phase, q)
             )
             if slopes is not None:
-                total *= slopes[a, phase, vectors.shifted(columns, first), q, channels]
+                total *= slopes[a, phase, vectors.shifted(columns, start), q, channels]
                 dshift[channels] += total.sum(0)
-            gradients[vectors.shifted(columns, first), channels] = total.astype(gradients.dtype)
-        for b in range(first, last):
+            gradients[vectors.shifted(columns, start), channels] = total.astype(gradients.dtype)
+        for b in range(start, stop):
             yield (stride * a + phase - top, stride * b + q - left), gradients[b]

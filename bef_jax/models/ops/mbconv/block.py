@@ -46,7 +46,7 @@ class KernelPlan:
 def plan_kernels(
     window: Window,
     x: Array,
-    expand: int,
+    expand_ratio: int,
     features: int,
     groups: int,
     epsilon: float,
@@ -56,7 +56,7 @@ def plan_kernels(
 
     Args:
         window: geometry of the depthwise convolution.
-        expand: hidden channels divided by K; 1 for a block without expansion.
+        expand_ratio: hidden channels divided by K; 1 for a block without expansion.
         features: M, channels of the output.
         groups, epsilon, activation: options of the norms.
 
@@ -64,7 +64,7 @@ def plan_kernels(
         UserError: the batch is not a multiple of 128 * groups, or maps do not fit on the chip.
     """
     check_batch(x.shape[0], groups)
-    channels = x.shape[-1], x.shape[-1] * expand, features
+    channels = x.shape[-1], x.shape[-1] * expand_ratio, features
     return KernelPlan(strips(window, *channels, x.dtype.itemsize), groups, epsilon, activation)
 
 
@@ -95,8 +95,8 @@ def _forward(x: Array, params: Params, plan: KernelPlan):
 
 def _backward(plan: KernelPlan, residuals, cotangents):
     parts, params, kept = residuals
-    g, _ = cotangents  # no gradient flows through the statistics
-    dy = g.reshape(plan.groups, -1, *g.shape[1:])
+    dy, _ = cotangents  # no gradient flows through the statistics
+    dy = dy.reshape(plan.groups, -1, *dy.shape[1:])
     function = functools.partial(_group_backward, plan)
     dx, dparams = _by_group(function, (parts, kept, dy), params)
     # Sum over groups, and so over devices, here and not in the kernels. So XLA can merge this sum
@@ -114,7 +114,7 @@ def _by_group(function: Callable, parts: Any, params: Params) -> Any:
     The results are stacked along a new first axis.
     """
 
-    def here(parts, params):
+    def on_one_device(parts, params):
         leaves, structure = jax.tree.flatten(parts)
         each = (structure.unflatten(leaves) for leaves in zip(*leaves, strict=True))
         results = [function(part, params) for part in each]
@@ -122,11 +122,11 @@ def _by_group(function: Callable, parts: Any, params: Params) -> Any:
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return here(parts, params)
+        return on_one_device(parts, params)
     # XLA can't split our kernels over devices by itself. It would copy all parts to all devices.
     sharded, replicated = PartitionSpec(sharding.AXIS), PartitionSpec()
     specs = {"in_specs": (sharded, replicated), "out_specs": sharded, "check_vma": False}
-    return jax.shard_map(here, mesh=mesh, **specs)(parts, params)
+    return jax.shard_map(on_one_device, mesh=mesh, **specs)(parts, params)
 
 
 # ---- one group ----------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def _group_forward(plan: KernelPlan, x: Array, params: Params):
     x is [n, H, W, K].
     """
     x, act = x.transpose(1, 2, 3, 0), plan.activation
-    taps, project = _taps_and_projection(params, x.dtype)
+    taps, projection = _taps_and_projection(params, x.dtype)
     expand, statistics = algebra.expansion(x, params, plan.epsilon)
     convolved = [
         forward.expand_and_convolve(
@@ -153,7 +153,7 @@ def _group_forward(plan: KernelPlan, x: Array, params: Params):
     tiled = [(maps, strip.channels) for maps, strip in zip(d, plan.strips, strict=True)]
     pooled = _sum([forward.pool(maps, coefficients, tile, act) for maps, tile in tiled]) / positions
     gate = algebra.excite(params.get("squeeze_excite"), pooled)
-    y = [forward.project(maps, coefficients, gate, project, tile, act) for maps, tile in tiled]
+    y = [forward.project(maps, coefficients, gate, projection, tile, act) for maps, tile in tiled]
     y = jnp.concatenate(y).transpose(3, 0, 1, 2)
     statistics["depthwise_norm"] = norm.mean, variance
     return y, statistics, (expand, norm, pooled, d)
@@ -168,10 +168,10 @@ def _group_backward(plan: KernelPlan, part, params: Params) -> tuple[Array, Para
     x, dy, act = x.transpose(1, 2, 3, 0), dy.transpose(1, 2, 3, 0), plan.activation
     by_strip = [(s, maps, _rows(dy, s.outputs)) for s, maps in zip(plan.strips, d, strict=True)]
     dparams, coefficients, gate_and_pull = _gated_backward(by_strip, norm, pooled, params, act)
-    taps, project = _taps_and_projection(params, x.dtype)
+    taps, projection = _taps_and_projection(params, x.dtype)
     weights, shift = _expansion_arrays(expand)
     shift = jnp.zeros_like(coefficients[:, :1]) if shift is None else shift
-    weights = weights, taps, project, jnp.concatenate([coefficients, shift], 1)
+    weights = weights, taps, projection, jnp.concatenate([coefficients, shift], 1)
     results = [
         backward.expand_and_convolve_gradients(
             _rows(x, strip.inputs), *maps, weights, gate_and_pull, strip, act
@@ -179,8 +179,8 @@ def _group_backward(plan: KernelPlan, part, params: Params) -> tuple[Array, Para
         for strip, *maps in by_strip
     ]
     dx = _overlapped([result[0] for result in results], plan.strips, len(x))
-    *dexpand, dtaps = _sum([result[1:] for result in results])
-    dx, dexpansion = algebra.expansion_gradient(x, expand, params, dx, *dexpand)
+    dexpand, dshift, dtaps = _sum([result[1:] for result in results])
+    dx, dexpansion = algebra.expansion_gradient(x, expand, params, dx, dexpand, dshift)
     dtaps = algebra.kernel_gradient(params["depthwise_conv"], dtaps.sum(0).T)
     dparams = {**dparams, **dexpansion, "depthwise_conv": dtaps}
     return dx.transpose(3, 0, 1, 2), {name: dparams[name] for name in params}
@@ -199,20 +199,20 @@ def _gated_backward(
         gate_and_pull [2, E, n], as `backward.expand_and_convolve_gradients` takes them.
     """
     positions = _positions([d for _, d, _ in by_strip])
-    _, project = _taps_and_projection(params, by_strip[0][1].dtype)
+    _, projection = _taps_and_projection(params, by_strip[0][1].dtype)
     coefficients = jnp.stack([norm.factor, norm.offset], 1)
     gate, excite_gradient = jax.vjp(algebra.excite, params.get("squeeze_excite"), pooled)
     results = [
-        backward.project_gradients(*maps, coefficients, gate, project, strip.channels, act)
+        backward.project_gradients(*maps, coefficients, gate, projection, strip.channels, act)
         for strip, *maps in by_strip
     ]
-    sums, dproject = _sum(results)
+    sums, dprojection = _sum(results)
     dexcite, dpooled = excite_gradient(sums[0])
     pull = dpooled / positions  # the share of each position in the gradient of the mean
     dnorm, from_statistics = algebra.depthwise_norm_gradient(norm, sums, gate, pull, positions)
-    dproject = algebra.kernel_gradient(params["project_conv"], dproject.sum(0))
+    dprojection = algebra.kernel_gradient(params["project_conv"], dprojection.sum(0))
     dparams = {
-        "depthwise_norm": dnorm, "project_conv": dproject, "squeeze_excite": dexcite,
+        "depthwise_norm": dnorm, "project_conv": dprojection, "squeeze_excite": dexcite,
     }  # fmt: skip
     coefficients = jnp.stack([norm.factor, norm.offset, *from_statistics], 1)
     return dparams, coefficients, jnp.stack([gate, pull])
@@ -244,5 +244,5 @@ def _expansion_arrays(expand: Expansion | None) -> tuple[Array | None, Array | N
 
 def _taps_and_projection(params: Params, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Returns the depthwise taps [E, k * k] and the projection [E, M], for the kernels."""
-    taps, project = params["depthwise_conv"]["kernel"], params["project_conv"]["kernel"]
-    return taps.reshape(-1, taps.shape[-1]).T, project[0, 0].astype(dtype)
+    taps, projection = params["depthwise_conv"]["kernel"], params["project_conv"]["kernel"]
+    return taps.reshape(-1, taps.shape[-1]).T, projection[0, 0].astype(dtype)

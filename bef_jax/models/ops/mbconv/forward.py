@@ -15,13 +15,12 @@ from bef_jax.models.ops.mbconv.grid import (
     Strip,
     Window,
     call_kernel,
+    floats,
     maps_spec,
-    rows_spec,
+    weights_spec,
     whole_spec,
 )
 from bef_jax.models.ops.norm import ACTIVATIONS
-
-_floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def expand_and_convolve(
@@ -51,9 +50,9 @@ def expand_and_convolve(
     )
     (hidden, count), images = taps.shape, x.shape[-1]
     x_spec = maps_spec if expand is None else whole_spec
-    inputs = [(x, x_spec), (expand, rows_spec), (shift, rows_spec), (taps, rows_spec)]
+    inputs = [(x, x_spec), (expand, weights_spec), (shift, weights_spec), (taps, weights_spec)]
     result = jax.ShapeDtypeStruct((*window.outputs, hidden, images), x.dtype)
-    outputs = [(result, maps_spec), (_floats((2, hidden, images)), maps_spec)]
+    outputs = [(result, maps_spec), (floats((2, hidden, images)), maps_spec)]
     scratch = [((*window.phases, tile, LANES), jnp.float32), vectors.wide_shape(count, tile)]
     expanded = 0 if expand is None else math.prod(window.size) * hidden * images
     products = expanded * x.shape[-2] + result.size * count
@@ -96,7 +95,7 @@ def pool(d: Array, norm: Array, tile: int, activation: str) -> Array:
         norm: [E, 2], float32, factor and offset.
     """
     kernel = functools.partial(_pool, activation=ACTIVATIONS[activation])
-    inputs, outputs = [(d, maps_spec), (norm, rows_spec)], [(_floats(d.shape[2:]), maps_spec)]
+    inputs, outputs = [(d, maps_spec), (norm, weights_spec)], [(floats(d.shape[2:]), maps_spec)]
     return call_kernel(
         kernel, inputs, outputs, [vectors.wide_shape(2, tile)], tile, d.size, d.size
     )[0]
@@ -125,7 +124,7 @@ def project(
     """
     kernel = functools.partial(_project, activation=ACTIVATIONS[activation])
     shape = (*d.shape[:2], weights.shape[1], d.shape[3])
-    inputs = [(d, maps_spec), (norm, rows_spec), (gate, maps_spec), (weights, rows_spec)]
+    inputs = [(d, maps_spec), (norm, weights_spec), (gate, maps_spec), (weights, weights_spec)]
     outputs = [(jax.ShapeDtypeStruct(shape, d.dtype), whole_spec)]
     scratch = [((*shape[:3], LANES), jnp.float32), vectors.wide_shape(2, tile)]
     products = d.size * weights.shape[1]

@@ -12,6 +12,8 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -24,7 +26,7 @@ from bef_jax.models.ops.depthwise import Padding, output_size
 KERNEL_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 
 LANES = 128  # images of a tile
-_SUBLANES = 8  # the number of channels of a tile is a multiple of this
+SUBLANES = 8  # channels of a register; the number of channels of a tile is a multiple of this
 # Channels of a tile. Every 8 channels need their own instructions, and 96 are enough to keep the
 # matrix unit busy.
 _MOST_CHANNELS = 96
@@ -84,7 +86,7 @@ class Window:
         return [(i, j) for i in range(self.kernel) for j in range(self.kernel)]
 
     def inside(self, axis: int, phase: int) -> tuple[int, int]:
-        """Returns [first, last) of the elements of a phase along an axis that are not padding."""
+        """Returns [start, stop) of the elements of a phase along an axis that are not padding."""
         before = self.padding[axis][0] - phase
         return -(-before // self.stride), (before + self.size[axis] - 1) // self.stride + 1
 
@@ -94,8 +96,8 @@ class Strip:
     """Rows of a block's maps that the kernels take at once, for all columns.
 
     Attributes:
-        inputs: [first, last) of the rows of x, which include rows that neighbours read, too.
-        outputs: [first, last) of the rows of d and y.
+        inputs: [start, stop) of the rows of x, which include rows that neighbours read, too.
+        outputs: [start, stop) of the rows of d and y.
         window: geometry of these rows. It has no padding at an end that is inside the map.
         channels: hidden channels that the kernels take at a time.
     """
@@ -120,7 +122,7 @@ def strips(
     # Matrix products with 8 channels leave the matrix unit idle. It is faster to take 16 channels
     # at a time and more strips, although neighbours read a few rows of the map twice. Compiled for
     # v5e, B3's blocks of 48 x 48 then take 7.3 M cycles instead of 9.4 M.
-    wanted = (_SUBLANES,) if inputs == hidden else (2 * _SUBLANES, _SUBLANES)
+    wanted = (SUBLANES,) if inputs == hidden else (2 * SUBLANES, SUBLANES)
     for least, count in itertools.product(wanted, range(1, height + 1)):
         ends = [height * i // count for i in range(count + 1)]
         found = tuple(_strip(window, *rows, *channels) for rows in itertools.pairwise(ends))
@@ -132,15 +134,15 @@ def strips(
     )
 
 
-def _strip(window: Window, first: int, last: int, *channels: int) -> Strip:
+def _strip(window: Window, start: int, stop: int, *channels: int) -> Strip:
     (top, _), columns = window.padding
-    # The strip's taps read the rows [start, stop), of which those outside of the map are padding.
-    start = first * window.stride - top
-    stop = (last - 1) * window.stride + window.kernel - top
-    rows = max(start, 0), min(stop, window.size[0])
-    padding = (rows[0] - start, stop - rows[1]), columns
+    # The taps read the rows [read_start, read_stop), of which those outside of the map are padding.
+    read_start = start * window.stride - top
+    read_stop = (stop - 1) * window.stride + window.kernel - top
+    rows = max(read_start, 0), min(read_stop, window.size[0])
+    padding = (rows[0] - read_start, read_stop - rows[1]), columns
     part = Window((rows[1] - rows[0], window.size[1]), window.kernel, window.stride, padding)
-    return Strip(rows, (first, last), part, tile_channels(part, *channels))
+    return Strip(rows, (start, stop), part, tile_channels(part, *channels))
 
 
 def tile_channels(window: Window, inputs: int, hidden: int, outputs: int, itemsize: int) -> int:
@@ -172,8 +174,11 @@ def tile_channels(window: Window, inputs: int, hidden: int, outputs: int, itemsi
         (_BUDGET // LANES - result * outputs * (itemsize + 4)) // bytes_common,  # `project`
         _MOST_CHANNELS,
     )
-    sizes = range(_SUBLANES, most + 1, _SUBLANES)
+    sizes = range(SUBLANES, most + 1, SUBLANES)
     return max((tile for tile in sizes if hidden % tile == 0), default=0)
+
+
+floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)  # an output of `call_kernel`
 
 
 def call_kernel(
@@ -250,7 +255,7 @@ def maps_spec(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     return pl.BlockSpec((*shape[:-2], tile, LANES), lambda n, e: (*(0,) * rest, e, n))
 
 
-def rows_spec(shape: Sequence[int], tile: int) -> pl.BlockSpec:
+def weights_spec(shape: Sequence[int], tile: int) -> pl.BlockSpec:
     """Returns the spec of [..., E, K], cut by channels and the same for all images."""
     rest = len(shape) - 2
     return pl.BlockSpec((*shape[:-2], tile, shape[-1]), lambda n, e: (*(0,) * rest, e, 0))

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from bef_jax.models.ops.mbconv.grid import LANES, Window
+from bef_jax.models.ops.mbconv.grid import LANES, SUBLANES, Window
 
 _REGISTERS = 24  # of 64, for the sums of a row's positions
-_SUBLANES = 8  # channels of a register
 
 
 def wide_shape(count: int, tile: int) -> tuple[tuple[int, ...], jnp.dtype]:
@@ -89,8 +88,8 @@ def tap(padded, row, columns, channels, i: int, j: int, stride: int) -> Array:
 def pieces(positions: int, channels: int) -> list[tuple[pl.Slice, pl.Slice]]:
     """Cuts a row into pieces (columns, channels) of 8 channels, whose sums fit into registers."""
     return [
-        (pl.ds(start, min(_REGISTERS, positions - start)), pl.ds(channel, _SUBLANES))
-        for channel in range(0, channels, _SUBLANES)
+        (pl.ds(start, min(_REGISTERS, positions - start)), pl.ds(channel, SUBLANES))
+        for channel in range(0, channels, SUBLANES)
         for start in range(0, positions, _REGISTERS)
     ]
 
