@@ -20,6 +20,7 @@ def test_what_timm_writes(tmp_path):
     arguments = {"num_classes": 1000, "in_chans": 3, "global_pool": "avg"}
     found = read(tmp_path, config_of_timm("resnet50", *IMAGENET, model_args=arguments))
     assert (found.architecture, found.mean, found.std) == ("resnet50", *map(tuple, IMAGENET))
+    assert found.normalisation() == {"mean": found.mean, "std": found.std}
     assert found.convention() == found.ignored_arguments() == {}
 
 
@@ -41,7 +42,7 @@ def test_what_timm_wrote_at_first_is_one_dict(tmp_path):
 def test_arguments_override_what_the_architecture_means(arguments, fields, tmp_path):
     found = read(tmp_path, {"architecture": "efficientnet_b0", "model_args": arguments})
     assert found.convention() == fields
-    assert found.ignored_arguments() == {}
+    assert found.normalisation() == found.ignored_arguments() == {}
 
 
 def test_arguments_of_another_network_are_named(tmp_path):
