@@ -27,8 +27,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 ROOT = Path(__file__).resolve().parents[1]
-# Prints what a user reads for each line of code; it may take at most one GiB more memory.
-SAY = """
+# Prints what a user reads for each line of code. It may take at most one GiB more memory.
+PRINT_RESULTS = """
 import resource, sys
 from pathlib import Path
 from bef_jax.configs.default import get_config
@@ -84,13 +84,16 @@ def environment_of(devices: int) -> dict[str, str]:
 
 
 @pytest.fixture
-def say():
-    """Returns say(*code): what a user reads for each line, which must not hang or take a GiB."""
+def printed_by():
+    """Returns printed_by(*code): what a user reads for each line.
+
+    A line must not hang, or take one GiB more memory.
+    """
     if not Path("/proc/self/statm").exists():
         pytest.skip("only Linux reports how much memory a process has")
 
     def run(*code):
-        command = [sys.executable, "-c", SAY, *code]
+        command = [sys.executable, "-c", PRINT_RESULTS, *code]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert ran.returncode == 0, ran.stderr[-3000:]
         lines = ran.stdout.splitlines()
@@ -128,12 +131,12 @@ def small_config(data_dir: Path) -> Callable[..., ConfigDict]:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder in which the tests of one module find the run of `trained`."""
+    """Returns the folder in which the tests of one module find the run of `run_summary`."""
     return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture
-def trained(workdir: Path, small_config: Callable[..., ConfigDict]) -> dict:
+def run_summary(workdir: Path, small_config: Callable[..., ConfigDict]) -> dict:
     """Returns the summary of a run of four steps, which the first test of a module trains."""
     from bef_jax import train  # here: JAX reads the environment, set above, when it is imported
 
@@ -142,7 +145,7 @@ def trained(workdir: Path, small_config: Callable[..., ConfigDict]) -> dict:
 
 @pytest.fixture
 def scoring(workdir: Path) -> Callable[..., tuple[ConfigDict, Path]]:
-    """Returns scoring(**changes) -> (config, path) of the best checkpoint of `trained`."""
+    """Returns scoring(**changes) -> (config, path) of the best checkpoint of `run_summary`."""
     from bef_jax.scoring import trained
     from bef_jax.training import checkpoint
 

@@ -84,16 +84,16 @@ def approximately(figures):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_eval_mode_gives_what_training_reported(split, trained, workdir, scoring):
+def test_eval_mode_gives_what_training_reported(split, run_summary, workdir, scoring):
     config, path = scoring(**{"eval.batch_size": 4})
     summary = evaluate.evaluate_checkpoint(config, path, split)
     assert summary.pop("mode") == "eval"
     assert summary.pop("checkpoint") == str(checkpoint.best(workdir))
     assert summary["split"] == split
-    assert leaves(summary) == approximately(leaves(trained[split]))
+    assert leaves(summary) == approximately(leaves(run_summary[split]))
 
 
-def test_eight_views_report_the_figures_of_one_view_too(trained, scoring):
+def test_eight_views_report_the_figures_of_one_view_too(run_summary, scoring):
     plain = evaluate.evaluate_checkpoint(*scoring(), "valid")
     averaged = evaluate.evaluate_checkpoint(*scoring(**{"eval.tta": 8}), "valid")
     assert averaged["plain"]["loss"] == pytest.approx(plain["loss"], rel=1e-5)
@@ -101,7 +101,9 @@ def test_eight_views_report_the_figures_of_one_view_too(trained, scoring):
     assert "plain" not in plain
 
 
-def test_another_network_is_compared_on_the_same_patches(trained, scoring, small_config, tmp_path):
+def test_another_network_is_compared_on_the_same_patches(
+    run_summary, scoring, small_config, tmp_path
+):
     other = {"model.fusion": False, "model.attention": "none", "seed": 1}
     second = train.train_and_evaluate(small_config(steps=4, **other), tmp_path)
     config, path = scoring()
@@ -115,7 +117,9 @@ def test_another_network_is_compared_on_the_same_patches(trained, scoring, small
     assert evaluate.evaluate_checkpoint(config, path, "test", path)["comparison"]["delong_p"] == 1.0
 
 
-def test_eval_mode_takes_the_test_split_by_default_and_any_checkpoint(trained, workdir, scoring):
+def test_eval_mode_takes_the_test_split_by_default_and_any_checkpoint(
+    run_summary, workdir, scoring
+):
     path = workdir / "checkpoints" / "3"
     summary = evaluate.evaluate_checkpoint(scoring()[0], path)
     assert (summary["split"], summary["checkpoint"]) == ("test", str(path))

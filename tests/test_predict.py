@@ -32,7 +32,7 @@ def rows_of(workdir):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("tta", [1, 8])
-def test_a_store_gets_the_scores_of_an_evaluation(tta, trained, workdir, scoring):
+def test_a_store_gets_the_scores_of_an_evaluation(tta, run_summary, workdir, scoring):
     changes = {"eval.tta": tta, "eval.batch_size": 5, "eval.threshold": 0.499}
     config, best = scoring(**changes)
     path = store.store_path(config.data)
@@ -52,7 +52,9 @@ def test_a_store_gets_the_scores_of_an_evaluation(tta, trained, workdir, scoring
     assert summary["heatmaps"] == []
 
 
-def test_files_get_the_scores_of_the_same_pixels_in_a_store(trained, workdir, scoring, tmp_path):
+def test_files_get_the_scores_of_the_same_pixels_in_a_store(
+    run_summary, workdir, scoring, tmp_path
+):
     config, best = scoring()
     path = store.store_path(config.data)
     split = store.open_split(path, "test")
@@ -65,7 +67,7 @@ def test_files_get_the_scores_of_the_same_pixels_in_a_store(trained, workdir, sc
     assert rows_of(workdir)[3]["id"] == "03, \u00e4.png"
 
 
-def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, scoring, tmp_path):
+def test_a_larger_picture_is_tiled_and_drawn(run_summary, workdir, scoring, tmp_path):
     config, best = scoring(**{"predict.stride": 16})
     split = store.open_split(store.store_path(config.data), "test")
     Image.fromarray(np.concatenate(split.images[:2], axis=1)).save(tmp_path / "two.png")
@@ -84,7 +86,7 @@ def test_a_larger_picture_is_tiled_and_drawn(trained, workdir, scoring, tmp_path
     assert not list((workdir / "heatmaps").rglob("*.png"))
 
 
-def test_a_damaged_array_leaves_the_earlier_predictions(trained, workdir, scoring, tmp_path):
+def test_a_damaged_array_leaves_the_earlier_predictions(run_summary, workdir, scoring, tmp_path):
     config, best = scoring()
     predict.predict_files(config, workdir, best, store.store_path(config.data), "test")
     before = (workdir / "predictions.csv").read_bytes()
@@ -99,7 +101,7 @@ def test_a_damaged_array_leaves_the_earlier_predictions(trained, workdir, scorin
     assert not (workdir / ".predict.tmp").exists()
 
 
-def test_bad_pictures_do_not_cost_the_good_ones(trained, workdir, scoring, tmp_path):
+def test_bad_pictures_do_not_cost_the_good_ones(run_summary, workdir, scoring, tmp_path):
     config, best = scoring()
     image = store.open_split(store.store_path(config.data), "test").images[0]
     for name in ("a.png", "cut.jpg", "z.png"):
@@ -121,7 +123,7 @@ def test_bad_pictures_do_not_cost_the_good_ones(trained, workdir, scoring, tmp_p
     assert not reasons
 
 
-def test_bad_pictures_alone_leave_the_earlier_predictions(trained, workdir, scoring, tmp_path):
+def test_bad_pictures_alone_leave_the_earlier_predictions(run_summary, workdir, scoring, tmp_path):
     config, best = scoring()
     predict.predict_files(config, workdir, best, store.store_path(config.data), "test")
     before = (workdir / "predictions.csv").read_bytes()
@@ -139,7 +141,7 @@ def test_bad_pictures_alone_leave_the_earlier_predictions(trained, workdir, scor
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_scores_that_are_not_finite_are_refused(value, trained, workdir, scoring, tmp_path):
+def test_scores_that_are_not_finite_are_refused(value, run_summary, workdir, scoring, tmp_path):
     """Infinite log-odds would give the probability 1, and NaN would be below any threshold."""
     config, best = scoring()
     path = store.store_path(config.data)
@@ -168,7 +170,7 @@ def spoil(best, config, folder, value):
     return checkpoint.best(folder)
 
 
-def test_a_second_prediction_in_the_same_workdir_is_refused(trained, workdir, scoring):
+def test_a_second_prediction_in_the_same_workdir_is_refused(run_summary, workdir, scoring):
     config, best = scoring()
     path = store.store_path(config.data)
     refused = pytest.raises(UserError, match="another run writes there")
@@ -189,7 +191,7 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(small_config, 
             predict.predict_files(small_config(), workdir, tmp_path, tmp_path)
 
 
-def test_pictures_with_similar_names_get_maps_of_their_own(trained, workdir, scoring, tmp_path):
+def test_pictures_with_similar_names_get_maps_of_their_own(run_summary, workdir, scoring, tmp_path):
     config, best = scoring()
     wide = np.zeros((96, 128, 3), np.uint8)
     for name in ("a.tif", "a.tif.png", "b/a.tif"):
@@ -200,7 +202,9 @@ def test_pictures_with_similar_names_get_maps_of_their_own(trained, workdir, sco
     assert all(os.path.exists(file) for file in summary["heatmaps"])
 
 
-def test_a_picture_of_another_scale_gives_a_warning(trained, workdir, scoring, tmp_path, caplog):
+def test_a_picture_of_another_scale_gives_a_warning(
+    run_summary, workdir, scoring, tmp_path, caplog
+):
     config, best = scoring()
     config.data.source = "pcam_hdf5"  # a source whose scale is known
     for name, mpp in (("a.tif", 0.24), ("b.tif", 0.93)):
@@ -258,19 +262,21 @@ def extra_memory(few, many, folder, workdir):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_patches(trained, workdir, tmp_path):
+def test_memory_does_not_grow_with_the_patches(run_summary, workdir, tmp_path):
     """16,000 more patches are 420 MiB of pixels, so keeping them would exceed the limit."""
     assert extra_memory(1_000, 17_000, tmp_path, workdir) < 120
 
 
 @pytest.mark.long
-def test_a_million_patches_need_what_a_few_need(trained, workdir, tmp_path):
+def test_a_million_patches_need_what_a_few_need(run_summary, workdir, tmp_path):
     """Allows one GiB more, where the pixels of all patches would be 26 GiB."""
     assert extra_memory(1_000, 1_000_000, tmp_path, workdir) < 1024
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_summary_and_names_bad_files(trained, workdir, small_config, tmp_path):
+def test_the_command_prints_a_summary_and_names_bad_files(
+    run_summary, workdir, small_config, tmp_path
+):
     config = small_config()
     image = store.open_split(store.store_path(config.data), "test").images[0]
     Image.fromarray(image).save(tmp_path / "=one.png")

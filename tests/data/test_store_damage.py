@@ -81,14 +81,14 @@ def test_an_array_that_prepare_would_not_write_is_refused(mistake, folder):
     assert len(store.open_split(folder, "train")) == 20
 
 
-def test_a_header_of_gigabytes_is_refused(folder, say):
+def test_a_header_of_gigabytes_is_refused(folder, printed_by):
     file = folder / "valid" / "images.npy"
     with open(file, "wb") as stream:
         stream.write(b"\x93NUMPY\2\0\xff\xff\xff\x7f")
         stream.truncate(3 << 30)  # takes no room on the disk
     size = file.stat().st_size
     edit_manifest(folder, lambda manifest: manifest["files"]["valid/images.npy"].update(bytes=size))
-    (told,) = say(f"store.open_split(Path({str(folder)!r}), 'valid')")
+    (told,) = printed_by(f"store.open_split(Path({str(folder)!r}), 'valid')")
     assert f"{folder / 'valid'}: damaged (a header of 2147483647 bytes is too long); delete" in told
 
 
@@ -96,7 +96,9 @@ def test_a_header_of_gigabytes_is_refused(folder, say):
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_an_array_that_is_not_a_regular_file_is_refused(kind, folder, special, say, tmp_path):
+def test_an_array_that_is_not_a_regular_file_is_refused(
+    kind, folder, special, printed_by, tmp_path
+):
     code, starts = [], []
     for name in ("images", "labels", "ids"):
         path = tmp_path / name
@@ -106,7 +108,7 @@ def test_an_array_that_is_not_a_regular_file_is_refused(kind, folder, special, s
         code.append(f"store.open_split(Path({str(path)!r}), 'valid')")
         code.append(f"store.verify(Path({str(path)!r}))")
         starts += [f"{path}/valid/{name}.npy: is {kind}", f"{path}/valid/{name}.npy: damaged"]
-    for line, start in zip(say(*code), starts, strict=True):
+    for line, start in zip(printed_by(*code), starts, strict=True):
         assert line.startswith(start)
 
 
@@ -117,9 +119,9 @@ def test_an_array_of_0_bytes_in_the_manifest_is_refused(folder):
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_a_manifest_that_is_not_a_regular_file_is_refused(kind, folder, special, say, data):
+def test_a_manifest_that_is_not_a_regular_file_is_refused(kind, folder, special, printed_by, data):
     special(kind, folder / store.MANIFEST)
-    told = say(
+    told = printed_by(
         f"store.open_split(Path({str(folder)!r}), 'valid')",
         f"store.prepare(data_of('npz', {data.dir!r}))",
     )
@@ -127,12 +129,12 @@ def test_a_manifest_that_is_not_a_regular_file_is_refused(kind, folder, special,
     assert "exists and is not a store" in told[1]
 
 
-def test_a_file_outside_of_the_store_counts_as_damaged(folder, say, special, tmp_path):
+def test_a_file_outside_of_the_store_counts_as_damaged(folder, printed_by, special, tmp_path):
     special("a FIFO", tmp_path / "fifo")
     name = os.path.relpath(tmp_path / "fifo", folder)
     entry = {"bytes": 5, "sha256": "0" * 64}
     edit_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
-    (told,) = say(f"store.verify(Path({str(folder)!r}))")
+    (told,) = printed_by(f"store.verify(Path({str(folder)!r}))")
     assert f"{folder / name}: damaged, because its sha256 is not" in told
 
 

@@ -175,7 +175,7 @@ def test_a_name_that_leads_out_of_the_folder_counts_as_damaged(tmp_path):
         assert files.first_damaged(folder, {name: ABC}) == folder / name
 
 
-def test_a_special_file_or_one_without_an_end_counts_as_damaged(tmp_path, say):
+def test_a_special_file_or_one_without_an_end_counts_as_damaged(tmp_path, printed_by):
     os.mkfifo(tmp_path / "fifo")
     for name, place in (("zero", "/dev/zero"), ("kmsg", "/proc/kmsg"), ("loop", "loop")):
         (tmp_path / name).symlink_to(place)
@@ -183,7 +183,7 @@ def test_a_special_file_or_one_without_an_end_counts_as_damaged(tmp_path, say):
     # Not every user may read kmsg. For those who may, its size is 0, so nothing of it is read.
     names += ["kmsg"] if os.access("/proc/kmsg", os.R_OK) else []
     call = "files.first_damaged(Path({!r}), {!r})".format
-    lines = say(*[call(str(tmp_path), {name: ABC}) for name in names])
+    lines = printed_by(*[call(str(tmp_path), {name: ABC}) for name in names])
     assert lines == [f"read: {tmp_path / name}" for name in names]
 
 

@@ -49,7 +49,7 @@ def logits_of(config, variables, images):
     return create(config.model).apply(variables, eval_view(images, config), train=False)
 
 
-def test_predict_agrees_with_mode_predict_to_the_last_digit(trained, workdir, scoring, images):
+def test_predict_agrees_with_mode_predict_to_the_last_digit(run_summary, workdir, scoring, images):
     np.savez(workdir / "patches.npz", images=images)
     config, path = scoring()
     predict.predict_files(config, workdir, path, workdir / "patches.npz")
@@ -102,7 +102,7 @@ def test_features_are_what_the_classifier_reads(small_config, images, tmp_path):
     np.testing.assert_allclose(features @ layer["kernel"] + layer["bias"], expected, atol=1e-4)
 
 
-def test_gradcam_maps_lie_between_0_and_1(trained, workdir, images):
+def test_gradcam_maps_lie_between_0_and_1(run_summary, workdir, images):
     model = bef_jax.load(workdir)
     maps = model.gradcam(images)
     assert (maps.shape, maps.dtype) == ((len(images), 96, 96), np.float32)
@@ -114,7 +114,7 @@ def test_gradcam_maps_lie_between_0_and_1(trained, workdir, images):
     np.testing.assert_allclose(model.gradcam(images[2:3]), maps[2:3], atol=1e-4)
 
 
-def test_any_number_of_patches_is_scored_even_none(trained, workdir, images):
+def test_any_number_of_patches_is_scored_even_none(run_summary, workdir, images):
     model = bef_jax.load(workdir)
     whole = model.predict(images)
     assert model.predict(images[:0]).shape == (0,)
@@ -143,7 +143,7 @@ def test_a_loaded_model_has_its_classes_scale_and_threshold(small_config, tmp_pa
         ("nowhere.png", "no such file"),
     ],
 )
-def test_images_of_another_shape_or_dtype_are_refused(wrong, message, trained, workdir):
+def test_images_of_another_shape_or_dtype_are_refused(wrong, message, run_summary, workdir):
     with pytest.raises(UserError, match=message):
         bef_jax.load(workdir).predict(wrong)
 
@@ -263,7 +263,9 @@ def test_a_file_whose_checksum_differs_from_its_description_is_not_read(name, tm
 
 
 @pytest.mark.slow
-def test_an_exported_file_predicts_as_its_checkpoint(trained, workdir, scoring, images, tmp_path):
+def test_an_exported_file_predicts_as_its_checkpoint(
+    run_summary, workdir, scoring, images, tmp_path
+):
     pytest.importorskip("onnxruntime")
     config, path = scoring()
     export.export_checkpoint(config, workdir, path)
@@ -283,7 +285,7 @@ def test_an_exported_file_predicts_as_its_checkpoint(trained, workdir, scoring, 
 
 
 @pytest.mark.slow
-def test_a_picture_is_cut_into_windows(trained, workdir, images, tmp_path):
+def test_a_picture_is_cut_into_windows(run_summary, workdir, images, tmp_path):
     Image.fromarray(np.concatenate(images[:2], axis=1)).save(tmp_path / "two.png")
     model = bef_jax.load(workdir)
     found = model.predict(tmp_path / "two.png")
@@ -292,7 +294,7 @@ def test_a_picture_is_cut_into_windows(trained, workdir, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_scores_on_eight_devices_equal_those_on_one(trained, workdir, images, tmp_path):
+def test_scores_on_eight_devices_equal_those_on_one(run_summary, workdir, images, tmp_path):
     np.save(tmp_path / "images.npy", images)
     code = (
         "import sys, jax, numpy, bef_jax; assert jax.device_count() == 8\n"

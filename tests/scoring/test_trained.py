@@ -17,12 +17,6 @@ from bef_jax.scoring import trained
 from bef_jax.training import checkpoint
 
 
-@pytest.fixture
-def run_summary(request):
-    """Returns the summary of the run in `workdir`; here, `trained` is the name of a module."""
-    return request.getfixturevalue("trained")
-
-
 def test_a_workdir_stands_for_its_best_checkpoint(run_summary, workdir):
     best = checkpoint.best(workdir)
     assert trained.find(workdir) == trained.find(best) == best.resolve()

@@ -70,23 +70,23 @@ NAMING_OTHER_FILES = {
 }
 
 
-def test_other_files_that_a_file_names_are_not_opened(tmp_path, say, path):
+def test_other_files_that_a_file_names_are_not_opened(tmp_path, printed_by, path):
     os.mkfifo(tmp_path / "fifo")
     lines = []
     for number, make in enumerate(NAMING_OTHER_FILES):
         make(file := tmp_path / f"{number}.h5", tmp_path / "fifo")
         lines.append(f"list(hdf5.stream(Path({str(file)!r})))")
-    for line, message in zip(say(*lines), NAMING_OTHER_FILES.values(), strict=True):
+    for line, message in zip(printed_by(*lines), NAMING_OTHER_FILES.values(), strict=True):
         assert message in line
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".h5.gz"])
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_a_special_file_is_refused(kind, suffix, tmp_path, patches, special, say, write):
+def test_a_special_file_is_refused(kind, suffix, tmp_path, patches, special, printed_by, write):
     folder = write("pcam_hdf5_gz" if suffix == ".h5.gz" else "pcam_hdf5", tmp_path, patches)
     file = folder / f"camelyonpatch_level_2_split_test_x{suffix}"
     special(kind, file)
-    printed = say(
+    printed = printed_by(
         f"list(pcam_hdf5.read(data_of('pcam_hdf5', {str(folder)!r})))",
         f"list(hdf5.stream(Path({str(file)!r})))",
     )
@@ -110,14 +110,14 @@ def test_small_chunks_are_refused_if_their_rows_together_are_gigabytes(path):
     expect_error(path, "too large to be read; repack it: h5repack")
 
 
-def test_a_chunk_that_unpacks_to_more_than_it_declares_is_refused(tmp_path, say):
+def test_a_chunk_that_unpacks_to_more_than_it_declares_is_refused(tmp_path, printed_by):
     path = tmp_path / "a.h5"
     create(path, (1, *PATCH), chunks=(1, *PATCH), **GZIP)
     packer = zlib.compressobj(1)
     stream = b"".join(packer.compress(bytes(1 << 24)) for _ in range(80)) + packer.flush()
     with h5py.File(path, "r+") as file:
         file["x"].id.write_direct_chunk((0, 0, 0, 0), stream)
-    (line,) = say(f"list(hdf5.stream(Path({str(path)!r})))")
+    (line,) = printed_by(f"list(hdf5.stream(Path({str(path)!r})))")
     assert "the chunk at (0, 0, 0, 0) may be too large to be read; repack it" in line
 
 

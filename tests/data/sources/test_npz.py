@@ -53,14 +53,14 @@ def labels(n):
     return array(np.arange(n) % 2)
 
 
-def test_an_archive_that_does_not_hold_what_it_declares_is_refused(tmp_path, say):
+def test_an_archive_that_does_not_hold_what_it_declares_is_refused(tmp_path, printed_by):
     paths = [tmp_path / f"{name}.npz" for name in ("none", "short", "long", "header", "ids")]
     write_zip(paths[0], images_npy=header((10**12, 96, 96, 3)))
     write_zip(paths[1], images_npy=[header((600_000, 96, 96, 3)), (b"\0", 10**6)], ids_npy=LONG_IDS)
     write_zip(paths[2], images_npy=[*images(2), b"more"])
     write_zip(paths[3], images_npy=[b"\x93NUMPY\2\0\0\0\0\x50", (b" ", 5 << 28)])
     write_zip(paths[4], images_npy=images(10), ids_npy=[header((10,), "<U4000"), (b"\0", 160_000)])
-    lines = say(*[f"next(npz.stream(Path({str(path)!r})))" for path in paths])
+    lines = printed_by(*[f"next(npz.stream(Path({str(path)!r})))" for path in paths])
     for path, line in zip(paths[:3], lines[:3], strict=True):
         assert line.startswith(f"{path} (images): declares uint8 [") and "does not hold" in line
     assert "header.npz: cannot be read (a header of 1342177280 bytes is too long)" in lines[3]
@@ -93,13 +93,14 @@ def test_a_member_list_that_claims_more_bytes_than_the_file_has_is_refused(tmp_p
         next(npz.stream(path))
 
 
-def test_a_member_without_the_suffix_npy_is_not_read(tmp_path, say):
+def test_a_member_without_the_suffix_npy_is_not_read(tmp_path, printed_by):
     # np.load prefers a member `labels` to `labels.npy`, so a check of the latter would not help.
     for split in ("train", "valid"):
         parts = [header((5 << 28,)), (b"\0", 5 << 28)] if split == "train" else labels(4)
         arrays = {"labels": parts, "labels_npy": labels(4)}
         write_zip(tmp_path / f"{split}.npz", images_npy=images(4), **arrays)
-    (line,) = say(f"[c.labels.tolist() for _, c in npz.read(data_of('npz', {str(tmp_path)!r}))]")
+    read = f"npz.read(data_of('npz', {str(tmp_path)!r}))"
+    (line,) = printed_by(f"[chunk.labels.tolist() for _, chunk in {read}]")
     assert line == "read: [[0, 1, 0, 1], [0, 1, 0, 1]]"
 
 
@@ -110,7 +111,7 @@ def test_bzip2_and_lzma_are_refused(tmp_path):
             next(npz.stream(tmp_path / "a.npz"))
 
 
-def test_millions_of_members_are_refused(tmp_path, say):
+def test_millions_of_members_are_refused(tmp_path, printed_by):
     path = tmp_path / "a.npz"
     write_zip(path, images_npy=images(2))
     content = path.read_bytes()
@@ -126,16 +127,16 @@ def test_millions_of_members_are_refused(tmp_path, say):
         for _ in range(23):
             file.write(entry * 100_000)
         file.write(record + locator + content[end:])
-    (line,) = say(f"next(npz.stream(Path({str(path)!r})))")
+    (line,) = printed_by(f"next(npz.stream(Path({str(path)!r})))")
     assert "a.npz: cannot be read (its list of members is too long)" in line
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_a_special_file_is_refused(kind, tmp_path, patches, special, say, write):
+def test_a_special_file_is_refused(kind, tmp_path, patches, special, printed_by, write):
     folder = write("npz", tmp_path / "raw", patches)
     special(kind, folder / "train.npz")
     special(kind, folder / "only.npz")
-    lines = say(
+    lines = printed_by(
         f"list(npz.read(data_of('npz', {str(folder)!r})))",
         f"next(npz.stream(Path({str(folder / 'only.npz')!r})))",
     )
@@ -143,7 +144,8 @@ def test_a_special_file_is_refused(kind, tmp_path, patches, special, say, write)
         assert line == f"{folder / name}.npz: is {kind}; name a regular file"
     # The test split may be absent, but a special file in its place is an error.
     special(kind, folder / "test.npz")
-    assert f"test.npz: is {kind}" in say(f"list(npz.read(data_of('npz', {str(folder)!r})))")[0]
+    (line,) = printed_by(f"list(npz.read(data_of('npz', {str(folder)!r})))")
+    assert f"test.npz: is {kind}" in line
 
 
 BAD_IDS = {

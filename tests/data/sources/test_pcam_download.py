@@ -130,11 +130,13 @@ def test_progress_of_fetching_is_reported(server, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.h5.gz", "a.h5", "a.h5.gz.part"])
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
-def test_special_file_in_the_place_of_a_download_is_refused(kind, name, tmp_path, special, say):
+def test_special_file_in_the_place_of_a_download_is_refused(
+    kind, name, tmp_path, special, printed_by
+):
     special(kind, tmp_path / name)
     files = "{'a.h5.gz': pcam_download.RemoteFile(1, '0' * 64)}"
     call = f"pcam_download.fetch_pcam(Path({str(tmp_path)!r}), 'http://127.0.0.1:9/', {files})"
-    assert say(call) == [f"{tmp_path / name}: is {kind}; name a regular file"]
+    assert printed_by(call) == [f"{tmp_path / name}: is {kind}; name a regular file"]
 
 
 def test_file_with_a_wrong_checksum_is_an_error_and_is_removed(server, tmp_path):

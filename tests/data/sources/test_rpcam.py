@@ -22,9 +22,9 @@ def read(folder):
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
 @pytest.mark.parametrize("name", ["train_labels.csv", "train/x.tif"])
-def test_a_special_file_is_refused(name, kind, folder, special, say):
+def test_a_special_file_is_refused(name, kind, folder, special, printed_by):
     special(kind, folder / name)
-    assert say(read(folder)) == [f"{folder / name}: is {kind}; name a regular file"]
+    assert printed_by(read(folder)) == [f"{folder / name}: is {kind}; name a regular file"]
 
 
 def test_a_link_to_a_picture_is_read_and_a_broken_link_counts_as_missing(
@@ -66,10 +66,10 @@ def test_the_error_about_a_long_field_is_short(text, folder, make_data):
     assert "train_labels.csv" in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_a_line_of_gigabytes_is_refused(folder, say):
+def test_a_line_of_gigabytes_is_refused(folder, printed_by):
     with open(folder / "train_labels.csv", "ab") as table:
         table.truncate(3 << 30)
-    (line,) = say(read(folder))
+    (line,) = printed_by(read(folder))
     assert line.startswith(
         f"{folder / 'train_labels.csv'}: has a line of more than 65536 characters"
     )

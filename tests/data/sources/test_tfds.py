@@ -165,7 +165,9 @@ def test_set_in_a_format_that_needs_tensorflow_is_refused(tmp_path, patches, wri
     expect_error(make_data("tfds", folder), "--file_format=array_record")
 
 
-def test_damaged_set_and_special_file_are_named(tmp_path, patches, write, make_data, special, say):
+def test_damaged_set_and_special_file_are_named(
+    tmp_path, patches, write, make_data, special, printed_by
+):
     folder = prepare(PREPARE_WITHOUT_TENSORFLOW, "pcam_hdf5", tmp_path, patches, write)
     info = folder / "patch_camelyon" / "2.0.0" / "dataset_info.json"
     (records,) = info.parent.glob("*train*")
@@ -176,7 +178,7 @@ def test_damaged_set_and_special_file_are_named(tmp_path, patches, write, make_d
     records.write_bytes(whole)
     special("a FIFO", records)
     read = f"list(sources.read(data_of('tfds', {str(folder)!r})))"
-    assert say(read) == [f"{records}: is a FIFO; name a regular file"]
+    assert printed_by(read) == [f"{records}: is a FIFO; name a regular file"]
     for text in ("{", "[]", '{"splits": 3}'):
         info.write_text(text)
         expect_error(make_data("tfds", folder), str(folder))
