@@ -24,7 +24,7 @@ def tab(tmp_path_factory):
 
 
 @pytest.fixture
-def page(trained, workdir):
+def page(run_summary, workdir):
     """Returns the page of the run `trained`."""
     return workdir / "report" / "index.html"
 

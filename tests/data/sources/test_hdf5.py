@@ -13,6 +13,7 @@ import pytest
 
 from bef_jax.data.sources import hdf5, pcam_hdf5
 from bef_jax.errors import UserError
+from tests.data.sources.conftest import expect_error
 
 GZIP = {"compression": "gzip", "compression_opts": 1}
 PATCH = (96, 96, 3)
@@ -28,11 +29,8 @@ def create(path, shape=(4, *PATCH), dtype="u1", name="x", **options):
         return file.create_dataset(name, shape, dtype, **options).shape
 
 
-def expect_error(path, message):
-    with pytest.raises(UserError) as caught:
-        list(hdf5.stream(path))
-    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
-    assert "\n" not in str(caught.value)
+def expect_stream_error(path, message):
+    expect_error(path, f"{path}: ", message, read=hdf5.stream)
 
 
 # --- files that name other files, which are not opened
@@ -70,7 +68,7 @@ NAMING_OTHER_FILES = {
 }
 
 
-def test_other_files_that_a_file_names_are_not_opened(tmp_path, printed_by, path):
+def test_other_files_that_a_file_names_are_not_opened(tmp_path, printed_by):
     os.mkfifo(tmp_path / "fifo")
     lines = []
     for number, make in enumerate(NAMING_OTHER_FILES):
@@ -101,17 +99,16 @@ def test_a_chunk_that_is_too_large_is_refused(rows, path):
     create(path, (rows, *PATCH), chunks=(rows, *PATCH), fillvalue=0, **GZIP)
     with h5py.File(path, "r+") as file:
         file["x"].id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(1000)))
-    expect_error(path, "too large to be read; repack it: h5repack")
+    expect_stream_error(path, "too large to be read; repack it: h5repack")
 
 
 def test_small_chunks_are_refused_if_their_rows_together_are_gigabytes(path):
     # A chunk holds a column of pixels of all patches, so it is small. Each patch is in 288 chunks.
     create(path, (60_000, *PATCH), chunks=(60_000, 96, 1, 1), **GZIP)
-    expect_error(path, "too large to be read; repack it: h5repack")
+    expect_stream_error(path, "too large to be read; repack it: h5repack")
 
 
-def test_a_chunk_that_unpacks_to_more_than_it_declares_is_refused(tmp_path, printed_by):
-    path = tmp_path / "a.h5"
+def test_a_chunk_that_unpacks_to_more_than_it_declares_is_refused(path, printed_by):
     create(path, (1, *PATCH), chunks=(1, *PATCH), **GZIP)
     packer = zlib.compressobj(1)
     stream = b"".join(packer.compress(bytes(1 << 24)) for _ in range(80)) + packer.flush()
@@ -158,12 +155,14 @@ def test_each_chunk_is_unpacked_once(chunks, path, monkeypatch):
 @pytest.mark.parametrize("chunks", [(1, *PATCH), None])
 def test_rows_that_are_declared_but_missing_are_refused(chunks, path):
     create(path, (10**9, *PATCH), chunks=chunks)
-    expect_error(path, "declares")
+    expect_stream_error(path, "declares")
 
 
 def test_filters_other_than_one_of_gzip_and_lzf_are_refused(path):
     create(path, chunks=(1, *PATCH), scaleoffset=0)
-    expect_error(path, "packed by the filters [6]; only one of gzip and LZF is read; repack it")
+    expect_stream_error(
+        path, "packed by the filters [6]; only one of gzip and LZF is read; repack it"
+    )
     with h5py.File(path, "w") as file:
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_chunk((1, *PATCH))
@@ -171,7 +170,9 @@ def test_filters_other_than_one_of_gzip_and_lzf_are_refused(path):
         plist.set_deflate(1)
         space = h5py.h5s.create_simple((4, *PATCH))
         h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_UINT8, space, plist)
-    expect_error(path, "packed by the filters [1, 1]; only one of gzip and LZF is read; repack it")
+    expect_stream_error(
+        path, "packed by the filters [1, 1]; only one of gzip and LZF is read; repack it"
+    )
 
 
 NOT_LABELS = {
@@ -209,7 +210,7 @@ def test_a_gz_that_unpacks_to_much_more_than_pcam_does_is_refused(tmp_path, monk
     file = tmp_path / "a.h5.gz"
     file.write_bytes(gzip.compress(bytes(4 << 20)))
     monkeypatch.setattr(hdf5, "_UNPACKED_ALWAYS_ALLOWED", 1 << 20)
-    expect_error(file, "unpacks to more than 10 GB or 100 times its size")
+    expect_stream_error(file, "unpacks to more than 10 GB or 100 times its size")
     assert os.listdir(tmp_path) == ["a.h5.gz"]
 
 

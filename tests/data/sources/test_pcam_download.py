@@ -40,6 +40,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def registry_of(files):
+    return {
+        name: pcam_download.RemoteFile(len(content), hashlib.sha256(content).hexdigest())
+        for name, content in files.items()
+    }
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(pcam_download, "RETRIES", 0)
@@ -50,10 +57,7 @@ def server(monkeypatch):
         server.files = {"a.h5.gz": body, "b.h5.gz": b"small"}
         server.requests, server.hang_ups, server.ranges = [], 0, True
         server.url = f"http://127.0.0.1:{server.server_address[1]}/files/"
-        server.registry = {
-            name: pcam_download.RemoteFile(len(content), hashlib.sha256(content).hexdigest())
-            for name, content in server.files.items()
-        }
+        server.registry = registry_of(server.files)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -170,10 +174,7 @@ def test_server_that_cannot_be_reached_is_an_error(tmp_path, monkeypatch):
 def test_source_fetches_only_when_asked(server, tmp_path, patches, write, make_data, monkeypatch):
     raw = write("pcam_hdf5_gz", tmp_path / "raw", patches)
     server.files = {file.name: file.read_bytes() for file in raw.iterdir()}
-    files = {
-        name: pcam_download.RemoteFile(len(content), hashlib.sha256(content).hexdigest())
-        for name, content in server.files.items()
-    }
+    files = registry_of(server.files)
     assert files.keys() == pcam_download.PCAM_FILES.keys()
     local = functools.partial(pcam_download.fetch_pcam, base_url=server.url, files=files)
     monkeypatch.setattr(pcam_download, "fetch_pcam", local)

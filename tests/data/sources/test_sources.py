@@ -12,7 +12,7 @@ from PIL import Image
 
 from bef_jax.data import sources
 from bef_jax.data.sources import rpcam
-from bef_jax.errors import UserError
+from tests.data.sources.conftest import expect_error
 
 
 def read_all(data):
@@ -154,9 +154,7 @@ def test_a_split_depends_only_on_the_ratio_and_the_id():
     assert all(new == "train" for old, new in zip(splits, grown, strict=True) if old == "train")
 
 
-def test_rpcam_decodes_with_tifffile_what_pillow_cannot(
-    tmp_path, patches, write, make_data, monkeypatch
-):
+def test_rpcam_decodes_with_tifffile_what_pillow_cannot(tmp_path, patches, write):
     folder = write("rpcam", tmp_path, patches)
     path = min((folder / "train").iterdir())
     pixels = tifffile.imread(path)
@@ -169,11 +167,10 @@ def test_rpcam_decodes_with_tifffile_what_pillow_cannot(
 # --- mistakes: the error is one line, and names the file or the field
 
 
-def overwrite_hdf5(folder, split="train", x=None, y=None):
-    for name, array in (("x", x), ("y", y)):
-        if array is not None:
-            with h5py.File(folder / f"camelyonpatch_level_2_split_{split}_{name}.h5", "w") as file:
-                file[name] = array
+def overwrite_train(folder, **arrays):
+    for name, array in arrays.items():
+        with h5py.File(folder / f"camelyonpatch_level_2_split_train_{name}.h5", "w") as file:
+            file[name] = array
 
 
 def zeros(*shape, dtype=np.uint8):
@@ -202,15 +199,8 @@ HDF5_MISTAKES = {
 def test_hdf5_mistakes_are_named(mistake, tmp_path, patches, write, make_data):
     folder = write("pcam_hdf5", tmp_path, patches)
     arrays, message = HDF5_MISTAKES[mistake]
-    overwrite_hdf5(folder, **arrays)
+    overwrite_train(folder, **arrays)
     expect_error(make_data("pcam_hdf5", folder), message)
-
-
-def expect_error(data, message):
-    with pytest.raises(UserError) as caught:
-        list(sources.read(data))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
