@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,32 +37,38 @@ def test_a_reduced_map_has_the_largest_probability_of_each_area(scale):
             assert small[row, column] == whole[area].max()
 
 
+def pixels_of(drawing):
+    return np.asarray(Image.open(drawing).convert("RGB")).astype(int)
+
+
 def test_the_drawing_differs_only_in_the_square_that_differs(tmp_path):
-    """Two drawings whose tiles differ in one square differ in the pixels of one square."""
-    picture = tmp_path / "grey.png"
+    picture, file = tmp_path / "grey.png", tmp_path / "maps" / "a.png"
     Image.fromarray(np.full((192, 192, 3), 128, np.uint8)).save(picture)
+    *corners, last = [(y, x) for y in range(0, 192, 32) for x in range(0, 192, 32)]
     drawn = []
-    for probability in (0.1, 0.3):
-        squares = [(y, x, 0.1) for y in range(0, 192, 32) for x in range(0, 192, 32)]
-        squares[14] = (64, 64, probability)
-        file = tmp_path / "maps" / "a.png"
-        write_heatmap(file, picture, tiles(*squares), 0.5)
-        drawn.append(np.asarray(Image.open(file).convert("RGB")).astype(int))
-    below_title = np.abs(drawn[0] - drawn[1]).sum(axis=2)[100:]
-    rows, columns = np.nonzero(below_title)
-    width = drawn[0].shape[1]
-    assert columns.min() > width * 0.45  # the map, not the plain picture beside it
-    side = width * 0.45 / 6
-    assert np.ptp(rows) == pytest.approx(side, rel=0.2)
-    assert np.ptp(columns) == pytest.approx(side, rel=0.2)
+    for raised in ([], [(64, 96)], corners):
+        squares = [(*corner, 0.2 if corner in raised else 0.1) for corner in corners]
+        # The last square keeps the largest probability, which the title shows.
+        write_heatmap(file, picture, tiles(*squares, (*last, 0.3)), 0.5)
+        drawn.append(pixels_of(file))
+    one, all_but_last = (np.argwhere((drawn[0] != other).any(axis=2)) for other in drawn[1:])
+    # Without the last square, the others still reach all sides of the map, which is on the right.
+    start, length = all_but_last.min(axis=0), np.ptp(all_but_last, axis=0)
+    assert start[1] > drawn[0].shape[1] * 0.45
+    np.testing.assert_allclose((one.min(axis=0) - start) / length * 192, (64, 96), atol=1)
+    np.testing.assert_allclose((one.max(axis=0) - start) / length * 192, (96, 128), atol=1)
+    assert len(one) == np.prod(np.ptp(one, axis=0) + 1)  # the square is full
 
 
-def test_a_map_is_drawn_when_nothing_or_everything_is_found(tmp_path):
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_a_map_is_drawn_when_nothing_or_everything_is_found(probability, tmp_path):
     Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
-    for probability in (0.0, 1.0):
-        squares = [(y, x, probability) for y in (0, 32, 64) for x in (0, 32, 64, 96)]
-        write_heatmap(tmp_path / "out.png", tmp_path / "a.png", tiles(*squares), 0.5)
-    assert (tmp_path / "out.png").stat().st_size > 1000
+    squares = [(y, x, probability) for y in (0, 32, 64) for x in (0, 32, 64, 96)]
+    write_heatmap(tmp_path / "out.png", tmp_path / "a.png", tiles(*squares), 0.5)
+    # The map has an opacity of 0.6, over a black picture.
+    colour = 0.6 * 255 * np.array(matplotlib.colormaps["cividis"](probability)[:3])
+    is_map = (np.abs(pixels_of(tmp_path / "out.png") - colour) < 3).all(axis=2)
+    assert is_map.mean() > 0.35
 
 
 @pytest.mark.parametrize("name", ["$\\frac{1$.png", b"\xff.png"], ids=["formula", "not text"])

@@ -21,10 +21,12 @@ from bef_jax.errors import UserError
 from bef_jax.export import export
 from bef_jax.models import create
 from bef_jax.runtime import sharding
+from bef_jax.scoring import gradcam
 from bef_jax.scoring.probabilities_csv import read_probabilities
 from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.state import create_state
+from tests.conftest import environment_of
 from tests.memory import growth_of
 from tests.special_files import make_special
 
@@ -112,6 +114,15 @@ def test_gradcam_maps_lie_between_0_and_1(run_summary, workdir, images):
     # The network sees only the central 48 x 48 pixels.
     assert not maps[:, :24].any()
     np.testing.assert_allclose(model.gradcam(images[2:3]), maps[2:3], atol=1e-4)
+
+
+def test_gradcam_maps_are_those_of_class_1(small_config, images, tmp_path):
+    config = small_config()
+    explain = gradcam.make_explainer(config, save(config, tmp_path))
+    model = bef_jax.load(tmp_path)
+    for_1 = explain(images, np.ones(len(images), bool))
+    expected = for_1 / for_1.max((1, 2), keepdims=True)
+    np.testing.assert_allclose(model.gradcam(images), expected, atol=1e-4)
 
 
 def test_any_number_of_patches_is_scored_even_none(run_summary, workdir, images):
@@ -232,16 +243,26 @@ def test_a_file_larger_than_any_export_is_not_read(name, tmp_path):
 DESCRIPTION = {"classes": ["a", "b"], "mpp": 0.5, "files": {"model.onnx": {"sha256": "0" * 64}}}
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "3", "null", "{}", "[" * 100_000, json.dumps(DESCRIPTION)[:50], "\0" * 100,
-     *(json.dumps(DESCRIPTION | {name: wrong}) for name, wrong in
-       [("classes", None), ("classes", [1, 2]), ("classes", "ab"), ("mpp", "0.5"), ("mpp", True),
-        ("files", []), ("files", {"model.onnx": 3}), ("files", {"model.onnx": {"sha256": 3}})])],
-)  # fmt: skip
-def test_the_error_about_a_damaged_description_is_one_line(content, tmp_path):
+WRONG_FIELDS = [
+    ("classes", None), ("classes", [1, 2]), ("classes", "ab"), ("mpp", "0.5"), ("mpp", True),
+    ("files", []), ("files", {"model.onnx": 3}), ("files", {"model.onnx": {"sha256": 3}}),
+]  # fmt: skip
+DAMAGED_DESCRIPTIONS = {
+    "empty": "",
+    "a list": "[]",
+    "a number": "3",
+    "null": "null",
+    "no fields": "{}",
+    "nested deeply": "[" * 100_000,
+    "cut": json.dumps(DESCRIPTION)[:50],
+    "zeros": "\0" * 100,
+} | {f"{name}={wrong!r}": json.dumps(DESCRIPTION | {name: wrong}) for name, wrong in WRONG_FIELDS}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_DESCRIPTIONS)
+def test_the_error_about_a_damaged_description_is_one_line(damage, tmp_path):
     (tmp_path / "model.onnx").touch()
-    (tmp_path / "export.json").write_text(content)
+    (tmp_path / "export.json").write_text(DAMAGED_DESCRIPTIONS[damage])
     model = bef_jax.load(tmp_path / "model.onnx")
     for use in (lambda: model.classes, lambda: model.predict(np.zeros((1, 96, 96, 3), np.uint8))):
         with pytest.raises(UserError, match=r"export.json: damaged .*; export again") as error:
@@ -293,22 +314,37 @@ def test_a_picture_is_cut_into_windows(run_summary, workdir, images, tmp_path):
     np.testing.assert_allclose(found[[7, 10]], model.predict(images[:2]), rtol=1e-5)
 
 
+# Prints probabilities, the number of features' rows, and how many rows of a batch each device has.
+SCORE = """
+import json, sys
+import numpy
+import bef_jax
+from bef_jax.scoring import scorer
+
+map_patches, rows = scorer.map_patches, []
+
+def map_and_note_rows(function, *rest):
+    def noted(images):
+        rows.append([len(shard.data) for shard in images.addressable_shards])
+        return function(images)
+    return map_patches(noted, *rest)
+
+scorer.map_patches = map_and_note_rows
+model, images = bef_jax.load(sys.argv[1]), numpy.load(sys.argv[2])
+print(json.dumps([model.predict(images).tolist(), len(model.features(images)), rows]))
+"""
+
+
 @pytest.mark.slow
 def test_scores_on_eight_devices_equal_those_on_one(run_summary, workdir, images, tmp_path):
     np.save(tmp_path / "images.npy", images)
-    code = (
-        "import sys, jax, numpy, bef_jax; assert jax.device_count() == 8\n"
-        "model = bef_jax.load(sys.argv[1]); images = numpy.load(sys.argv[2])\n"
-        "print(model.predict(images).tolist()); print(model.features(images).shape[0])"
-    )
-    from tests.conftest import environment_of
-
-    command = [sys.executable, "-c", code, str(workdir), str(tmp_path / "images.npy")]
+    command = [sys.executable, "-c", SCORE, str(workdir), str(tmp_path / "images.npy")]
     result = subprocess.run(command, env=environment_of(8), capture_output=True, text=True)
-    probabilities, count = result.stdout.splitlines()
+    probabilities, count, rows = json.loads(result.stdout)
     expected = bef_jax.load(workdir).predict(images)
-    np.testing.assert_allclose(json.loads(probabilities), expected, rtol=1e-5)
-    assert int(count) == len(images)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
+    assert count == len(images) == 13
+    assert rows == [[1] * 8] * 4  # two batches of eight patches, for each of the two results
 
 
 def test_importing_the_package_does_not_import_jax():
