@@ -14,6 +14,7 @@ from bef_jax.scoring.metrics import (
     f1,
     structural_components,
 )
+from tests.scoring.test_paired_tests import brute_force_delong
 
 
 def predictions(n=400, seed=0, decimals=None):
@@ -24,14 +25,11 @@ def predictions(n=400, seed=0, decimals=None):
     return probabilities if decimals is None else probabilities.round(decimals), labels
 
 
-def brute_force_delong(probabilities, labels):
-    """Returns the interval of DeLong et al. 1988, from every positive with every negative."""
-    positives, negatives = probabilities[labels == 1], probabilities[labels == 0]
-    wins = np.array([[(p > q) + 0.5 * (p == q) for q in negatives] for p in positives], dtype=float)
-    by_positive, by_negative = wins.mean(axis=1), wins.mean(axis=0)
-    variance = by_positive.var(ddof=1) / len(positives) + by_negative.var(ddof=1) / len(negatives)
-    half = norm.ppf(0.975) * np.sqrt(variance)
-    return [max(0.0, wins.mean() - half), min(1.0, wins.mean() + half)]
+def brute_force_interval(probabilities, labels):
+    # One probability for all has an AUC of a half, which is certain.
+    difference, error = brute_force_delong(probabilities, np.zeros(len(labels)), labels)
+    auc, half = 0.5 + difference, norm.ppf(0.975) * error
+    return [max(0.0, auc - half), min(1.0, auc + half)]
 
 
 @pytest.mark.parametrize("decimals", [None, 1])
@@ -77,7 +75,7 @@ def test_average_precision_and_f1_of_one_class(value):
 @pytest.mark.parametrize("n", [8, 60, 150])
 def test_interval_agrees_with_delongs_formula(n, decimals):
     probabilities, labels = predictions(n, seed=n, decimals=decimals)
-    expected = brute_force_delong(probabilities, labels)
+    expected = brute_force_interval(probabilities, labels)
     assert delong_interval(probabilities, labels) == pytest.approx(expected, abs=1e-12)
     assert binary_metrics(probabilities, labels)["auc_ci95"] == pytest.approx(expected, abs=1e-12)
 

@@ -51,17 +51,28 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text_and_comes_back(text, cell, 
 
 
 HEAD = "id,label,probability\n"
+DAMAGED = {
+    "empty": "",
+    "zeros": "\0\0",
+    "one letter": "x",
+    "no probabilities": "id,label\na,0\n",
+    "cut row": HEAD + "a,0",
+    "four cells": HEAD + "a,0,0.5,1\n",
+    "label 2": HEAD + "a,2,0.5\n",
+    "label -1": HEAD + "a,-1,0\n",
+    "label 999": HEAD + "a,999,0\n",
+    "probability NaN": HEAD + "a,0,nan\n",
+    "probability 2": HEAD + "a,0,2\n",
+    "empty row": HEAD + "\n",
+    "long id": HEAD + "x" * 200_000 + ",0,0\n",
+    "long id in many rows": HEAD + "x" * 9000 + ",0,0\n" + "a,0,0\n" * 9000,
+}
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "\0\0", "x", "id,label\na,0\n", HEAD + "a,0", HEAD + "a,0,0.5,1\n", HEAD + "a,2,0.5\n",
-     HEAD + "a,0,nan\n", HEAD + "a,0,2\n", HEAD + "a,-1,0\n", HEAD + "a,999,0\n",
-     HEAD + "x" * 200_000 + ",0,0\n", HEAD + "\n", HEAD + "x" * 9000 + ",0,0\n" + "a,0,0\n" * 9000],
-)  # fmt: skip
-def test_the_error_about_a_damaged_file_says_what_to_do(text, tmp_path):
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_the_error_about_a_damaged_file_says_what_to_do(damage, tmp_path):
     file = tmp_path / "scores_valid.csv"
-    file.write_text(text)
+    file.write_text(DAMAGED[damage])
     with pytest.raises(UserError, match=r"scores_valid\.csv: damaged \(.*\); train again$"):
         read_probabilities(file, "train again")
 

@@ -10,11 +10,30 @@ import subprocess
 import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 from bef_jax import evaluate
 from bef_jax.errors import UserError
 from bef_jax.scoring import trained
 from bef_jax.training import checkpoint
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def change_saved(monkeypatch):
+    """Returns change_saved({"a.b": value}), which changes the config that checkpoints have."""
+    read = checkpoint.read_metadata
+
+    def change(fields):
+        def read_changed(path):
+            run = read(path)
+            config = ConfigDict(run["config"])
+            config.update_from_flattened_dict(fields)
+            return run | {"config": config.to_dict()}
+
+        monkeypatch.setattr(checkpoint, "read_metadata", read_changed)
+
+    return change
 
 
 def test_a_workdir_stands_for_its_best_checkpoint(run_summary, workdir):
@@ -82,47 +101,28 @@ def test_scoring_ignores_flags_of_training(run_summary, scoring):
     )
 
 
-def test_scoring_ignores_the_coordinator_of_training(run_summary, scoring, monkeypatch):
+def test_scoring_ignores_the_coordinator_of_training(run_summary, scoring, change_saved):
     """A laptop that scores a cluster's checkpoint does not wait for other hosts."""
-    read = checkpoint.read_metadata
-
-    def read_metadata(path):
-        run = read(path)
-        run["config"]["distributed"] |= {"coordinator": "node0:1234", "num_processes": 16}
-        return run
-
-    monkeypatch.setattr(checkpoint, "read_metadata", read_metadata)
+    change_saved({"distributed.coordinator": "node0:1234", "distributed.num_processes": 16})
     found = scoring()[0].distributed
     assert (found.coordinator, found.num_processes) == ("", None)
     given = scoring(**{"distributed.coordinator": "auto"})[0].distributed
     assert given.coordinator == "auto"
 
 
-def test_scoring_ignores_how_training_computed_blocks(run_summary, scoring, monkeypatch):
+def test_scoring_ignores_how_training_computed_blocks(run_summary, scoring, change_saved):
     """The checkpoint is as from a TPU: Pallas kernels, and a batch size that they take."""
-    read, forms = checkpoint.read_metadata, {"mbconv": "pallas", "remat": "block"}
-
-    def read_metadata(path):
-        run = read(path)
-        run["config"]["model"] |= forms
-        run["config"]["batch_size"] = 128
-        return run
-
-    monkeypatch.setattr(checkpoint, "read_metadata", read_metadata)
-    for changes in ({}, {f"model.{name}": value for name, value in forms.items()}):
-        summary = evaluate.evaluate_checkpoint(*scoring(**changes), "valid")
+    forms = {"model.mbconv": "pallas", "model.remat": "block"}
+    change_saved(forms | {"batch_size": 128})
+    for changes in ({}, forms):
+        config, path = scoring(**changes)
+        assert (config.model.mbconv, config.model.remat) == ("layers", "none")
+        summary = evaluate.evaluate_checkpoint(config, path, "valid")
         assert summary["loss"] == pytest.approx(run_summary["valid"]["loss"], rel=1e-5)
 
 
-def test_the_error_about_an_unknown_field_names_the_checkpoint(run_summary, workdir, monkeypatch):
-    read = checkpoint.read_metadata
-
-    def read_metadata(path):
-        run = read(path)
-        run["config"]["model"]["gone"] = 1
-        return run
-
-    monkeypatch.setattr(checkpoint, "read_metadata", read_metadata)
+def test_the_error_about_an_unknown_field_names_the_checkpoint(run_summary, workdir, change_saved):
+    change_saved({"model.gone": 1})
     with pytest.raises(UserError, match=r"^checkpoint \S*/3: config\.model\.gone"):
         trained.scoring_config(workdir / "checkpoints" / "3")
 
@@ -142,7 +142,7 @@ def test_the_checkpoint_has_the_operating_point_that_valid_chose(run_summary, wo
 
 def run_main(*flags, cwd):
     command = [sys.executable, "-m", "bef_jax.main", *map(str, flags)]
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
