@@ -80,7 +80,7 @@ def train_command(workdir, data_dir, *flags: str, **fields) -> list[str]:
 def environment_of(devices: int) -> dict[str, str]:
     """Returns the environment of a process that has `devices` CPU devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags}
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture
