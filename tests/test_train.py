@@ -48,7 +48,7 @@ def undisturbed(finished_folder, small_config):
     return finished_folder / "run", json.loads(summary.read_text())
 
 
-def stop_before(monkeypatch, step, sign=signal.SIGTERM):
+def stop_before(monkeypatch, step, signum=signal.SIGTERM):
     """Sends this process a real signal just before the call that takes step `step`."""
     original = train.compile_step
 
@@ -59,7 +59,7 @@ def stop_before(monkeypatch, step, sign=signal.SIGTERM):
             # A Batch is the input of one step, a Selection that of len(indices) steps.
             steps = len(call_input.indices) if hasattr(call_input, "indices") else 1
             if int(state.step) < step <= int(state.step) + steps:
-                os.kill(os.getpid(), sign)
+                os.kill(os.getpid(), signum)
             return compiled(state, call_input, key)
 
         step_fn.memory_analysis = compiled.memory_analysis
@@ -113,7 +113,7 @@ def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("step", "sign"),  # before a save, at one, at an evaluation, and after it
+    ("step", "signum"),  # before a save, at one, at an evaluation, and after it
     [
         (1, signal.SIGINT),
         (3, signal.SIGTERM),
@@ -122,11 +122,11 @@ def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_pa
     ],
 )
 def test_stopped_and_resumed_is_the_undisturbed_run(
-    step, sign, undisturbed, small_config, tmp_path, monkeypatch
+    step, signum, undisturbed, small_config, tmp_path, monkeypatch
 ):
     _, expected = undisturbed
     with monkeypatch.context() as patch:
-        stop_before(patch, step, sign)
+        stop_before(patch, step, signum)
         stopped = train.train_and_evaluate(small_config(), tmp_path)
     assert (stopped["step"], stopped["valid"]) == (step, None)
     resumed = train.train_and_evaluate(small_config(), tmp_path)

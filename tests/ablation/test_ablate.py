@@ -18,6 +18,7 @@ from bef_jax.configs import ablation, densenet121, resnet50
 from bef_jax.errors import UserError
 from bef_jax.planning.flops import training_flops
 from tests.conftest import SHRUNK
+from tests.special_files import BRACKETS, make_special
 
 TINY = SHRUNK | {
     "steps": 2,
@@ -95,7 +96,7 @@ def no_training(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_training")
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", BRACKETS])
 @pytest.mark.parametrize("name", ["config.json", "train_summary.json"])
 def test_a_damaged_file_of_a_row_is_named_before_any_row_is_trained(
     name, text, small_config, tmp_path
@@ -117,7 +118,7 @@ def test_something_in_place_of_an_output_is_named_before_any_row_is_trained(
     name, kind, small_config, tmp_path
 ):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    {"FIFO": os.mkfifo, "folder": os.mkdir}[kind](tmp_path / name)
+    make_special(kind, tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: is in the way of an output file"):
         ablate.run_ablation(small_config(**{"ablation.seeds": 1}), tmp_path, [])
 
