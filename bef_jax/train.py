@@ -289,7 +289,7 @@ def _loop(
             call_steps, call_input = next(sizes), next(inputs)
         state, metrics = programs[call_steps](state, call_input, key)
         if step == first:
-            jax.block_until_ready(metrics)  # only here: later ones are read during a later call
+            jax.block_until_ready(metrics)  # only here: the log reads others during a later call
             run.laps.mark("step")
             bar.log(f"first step {run.laps}")
         step += call_steps
@@ -320,7 +320,7 @@ def _evaluate_split(run: Run, variables: dict, split: str, step: int) -> Evaluat
     try:
         return run.evaluate(variables, run.splits[split])
     except RunError as error:
-        # The loss of this step was finite, but it was computed before the update of that step.
+        # The loss of `step` was finite, but it judges the state of step - 1, before the update.
         raise DivergedError(f"step {step}: {error}", last_good=step - 1) from error
 
 

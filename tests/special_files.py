@@ -18,7 +18,7 @@ MAKERS = {
 
 
 def make_special(kind, path):
-    """Makes something that is not a regular file, in place of one if it exists; returns `path`."""
+    """Puts something that is not a regular file at `path`, in place of a file; returns `path`."""
     path.unlink(missing_ok=True)
     MAKERS[kind](path)
     return path

@@ -53,7 +53,7 @@ def comments() -> dict[str, str]:
         if group := _GROUP.match(line):
             groups[group["variable"]] = f"{group['name']}."
         elif field := _FIELD.match(line):
-            # A group with a function of its own, such as _model, has a variable of its own name.
+            # Where a function makes a group, as _model does, its variable is named after the group.
             name = groups.get(field["variable"], f"{field['variable']}.") + field["name"]
             text = " ".join([*above, field["comment"] or ""]).strip()
             if name in known and text:

@@ -217,7 +217,7 @@ def check_ids(ids: np.ndarray, where: str) -> None:
     try:
         names = ids.tolist()
         "".join(names).encode()
-    # NumPy raises SystemError for a number that is the code of no character.
+    # NumPy raises SystemError for a code point that does not exist.
     except (ValueError, SystemError) as error:
         row = next(row for row in range(len(ids)) if not _is_text(ids, row))
         reason = reason_of(error)

@@ -1,7 +1,7 @@
 """Finds patches of one split that look like patches of another: a score on them says less.
 
 The store drops patches that are equal to the last bit. Here two patches are near duplicates if both
-conditions hold under one of the eight flips and turns, which training shows as well.
+conditions hold under one of the eight flips and turns. Training augments with the same eight.
 
 1. Their difference hashes (dHash: Krawetz, "Kind of like that", 2013) differ in at most `RADIUS`
    of 64 bits.
@@ -120,6 +120,7 @@ def difference_hashes(grids: np.ndarray) -> np.ndarray:
     along columns. With rows alone, as in Krawetz, forty times as many unrelated pairs of real
     patches lie within the radius.
     """
+    # Take every second row and every second column, so that both fit into 64 bits.
     across = grids[:, :8:2, :-1] < grids[:, :8:2, 1:]  # [N, 4, 8]
     down = grids[:, :-1, :8:2] < grids[:, 1:, :8:2]  # [N, 8, 4]
     bits = np.concatenate([part.reshape(len(grids), 32) for part in (across, down)], axis=1)

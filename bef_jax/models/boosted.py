@@ -34,7 +34,8 @@ def reduce_downsampling(stem_stride: int, stages: Sequence, total_stride: int) -
 def fused_stages(strides: Sequence[int]) -> tuple[int, ...]:
     """Returns the last stage of every resolution below the stem's, counted from 1.
 
-    In EfficientNet, these are stages 2, 3, 5 and 7, whose last blocks in B3 are 4, 7, 17 and 25.
+    In EfficientNet, these are stages 2, 3, 5 and 7. In B3, they end with block_04, block_07,
+    block_17 and block_25.
 
     Args:
         strides: those of the stages at total stride 32, so that the choice is the same at 16 and 8.

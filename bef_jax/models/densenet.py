@@ -129,7 +129,7 @@ class DenseNet(Network):
                     name=f"block_{index:02d}",
                 )
                 x = layer(x, train)
-            x = self.attend_and_fuse(x, number, pooled)
+            x = self.attend_and_fuse(x, number, pooled)  # a fused stage appends to pooled
         # Fusion pools a stage's features before any norm, as the next stage gets them.
         x = input_norm(name="head_norm")(x, train)
         return self.classify([*pooled, global_pool(x)], train)

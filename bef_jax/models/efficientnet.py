@@ -160,7 +160,7 @@ class MBConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         inputs = x
-        # Initialisation uses the layers, because only they make parameters; kernels read the same.
+        # Initialisation uses the layers, because only they make parameters. The kernels read these.
         if self.mbconv == "pallas" and train and not self.is_initializing():
             x = self._by_kernels(x)
         else:
@@ -175,9 +175,10 @@ class MBConv(nn.Module):
         return DropPath(self.drop_path)(x, train) + inputs
 
     def _by_layers(self, x: Array, train: bool) -> Array:
-        stage, inputs = self.stage, x.shape[-1]
+        stage, channels_in = self.stage, x.shape[-1]
         if stage.expand != 1:
-            x = pointwise_conv_norm(x, inputs * stage.expand, self.active_norm, "expand", train)
+            hidden = channels_in * stage.expand
+            x = pointwise_conv_norm(x, hidden, self.active_norm, "expand", train)
         # [N, H', W', hidden] from here to the projection.
         x = DepthwiseConv(
             kernel=stage.kernel,
@@ -191,7 +192,7 @@ class MBConv(nn.Module):
         if self.squeeze_excite:
             # As in the paper's code, this is a quarter of the block's input, not of its hidden
             # features.
-            x = SqueezeExcite(max(inputs // 4, 1), name="squeeze_excite")(x)
+            x = SqueezeExcite(max(channels_in // 4, 1), name="squeeze_excite")(x)
         return Conv(stage.channels, kernel=1, dtype=self.dtype, name="project_conv")(x)
 
     def _by_kernels(self, x: Array) -> Array:
@@ -244,7 +245,7 @@ class EfficientNet(Network):
                     name=f"block_{index:02d}",
                 )
                 x = block(x, train)
-            x = self.attend_and_fuse(x, number, pooled)
+            x = self.attend_and_fuse(x, number, pooled)  # a fused stage appends to pooled
         # [N, H', W', C] -> [N, H', W', head]. A 96 px patch has 3x3, 6x6 or 12x12 positions here.
         x = Conv(architecture.head, kernel=1, dtype=self.dtype, name="head")(x)
         x = active_norm(name="head_norm")(x, train)

@@ -124,7 +124,7 @@ class Network(nn.Module):
 
     def block_indices(self, number: int) -> range:
         """Returns the indices of the blocks of stage `number`; the network counts them from 0."""
-        # The numbers go on from stage to stage, as in the paper's list of fused blocks.
+        # The numbers go on from stage to stage, as in the list of fused blocks of Wang et al.
         repeats = [stage.repeats for stage in self.architecture.stages]
         return range(sum(repeats[: number - 1]), sum(repeats[:number]))
 

@@ -49,7 +49,7 @@ def create(
         folded: whether the convolutions include batch normalisation, as after
             `fold.fold_batch_norm`.
     """
-    # Every field is passed on, because Linen refuses an attribute that the network does not have.
+    # Pass every field on: then Linen refuses one that the network does not have.
     fields = {key: value for key, value in model.items() if key != "name"}
     network = REGISTRY[model.name]
     return network(**fields, dtype=jnp.dtype(dtype), bn_groups=bn_groups, folded=folded)
@@ -78,7 +78,7 @@ def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
 
 def is_classifier(path: str) -> bool:
     """Returns whether a parameter is the classifier's; pretrained weights have other classes."""
-    # All networks give this part and attention the same names, so no family needs a list.
+    # Every network uses this name, and the prefix in `is_attention`. So no family needs a list.
     return path.split("/")[0] == "classifier"
 
 

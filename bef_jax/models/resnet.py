@@ -112,7 +112,7 @@ class ResNet(Network):
                     name=f"block_{index:02d}",
                 )
                 x = block(x, train)
-            x = self.attend_and_fuse(x, number, pooled)
+            x = self.attend_and_fuse(x, number, pooled)  # a fused stage appends to pooled
         # If the last stage is fused, its pooled features are already those of the head.
         head = [] if self.fusion and len(stages) in self.fused_stages() else [global_pool(x)]
         return self.classify([*pooled, *head], train)

@@ -87,23 +87,25 @@ def _moved(line: str, types: dict[str, str]) -> int:
     _, result, kind, rest = match.groups()
     operands = set(re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
     if kind in ("copy-start", "slice-start"):
-        # ((source), destination) or (destination, source): the smaller of the two is copied.
-        sides = [array for array in _ARRAY.findall(result) if array[1]]
-        copied = min((_bytes(*array) for array in sides), default=0)
-        return copied * sum(not array[2] for array in sides)
+        # ((source), destination) or (destination, source), and scalars, which are not counted. The
+        # smaller of the two is copied. It counts once for each of them that is in main memory.
+        sides = [(dtype, dims, memory) for dtype, dims, memory in _ARRAY.findall(result) if dims]
+        copied = min((_bytes(*side) for side in sides), default=0)
+        return copied * sum(not memory for _, _, memory in sides)
     arrays = [result, *(types.get(name, "") for name in operands)]
     return sum(_main_memory_bytes(array) for array in arrays)
 
 
 def _main_memory_bytes(shape: str) -> int:
-    return sum(_bytes(*array) for array in _ARRAY.findall(shape) if not array[2])
+    arrays = _ARRAY.findall(shape)
+    return sum(_bytes(dtype, dims) for dtype, dims, memory in arrays if not memory)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Returns the lines of each computation by its name, and the name of the entry computation."""
     bodies, entry, lines = {}, "", []
     for line in text.splitlines():
-        # A computation's first line has no indent and ends in a brace; its operations have one.
+        # A computation's first line is not indented and ends in a brace; the others are indented.
         match = _COMPUTATION.match(line)
         if match:
             lines = bodies.setdefault(match[2], [])
@@ -142,8 +144,8 @@ def _called(line: str) -> list[str]:
 def _result_bytes(shape: str, started: bool, kind: str) -> int:
     """Returns the bytes of a collective's result, an array or a tuple of arrays.
 
-    A start yields its operands, as many results, and scalars of its own. Only the start of an
-    all-reduce yields nothing but its results.
+    The start of an all-reduce yields only its results. Any other start yields its operands, then
+    the same number of results, and u32 scalars.
     """
     arrays = _ARRAY.findall(shape)
     if started and kind != "all-reduce":

@@ -21,7 +21,8 @@ def find(config: ConfigDict, mesh: Mesh, chip: Chip, figures: Figures) -> int | 
     """Returns the largest batch per device that fits, among those that the configuration allows."""
     if chip.hbm_bytes is None:
         return None
-    # Each micro-batch is split over the devices and over the groups of batch normalisation.
+    # Each micro-batch is split over the devices and over the groups of batch normalisation. The
+    # Pallas kernels also need a multiple of LANES images in each group.
     lanes = LANES if config.model.mbconv == "pallas" else 1
     divisor = config.optim.accumulate * math.lcm(lanes * config.bn_groups, mesh.size)
     unit = math.lcm(divisor // mesh.size, BATCH_UNIT)

@@ -114,9 +114,9 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float | N
     if not _can_choose(probabilities, labels):
         return None
     false_positive, true_positive, thresholds = roc_curve(labels, probabilities)
-    # roc_curve's first threshold is infinite, so that nothing is positive at it. At 1, the same
-    # holds, unless a patch has a probability of 1. The last threshold, at which all are positive,
-    # is then as good.
+    # roc_curve's first threshold is infinite, so that nothing is positive. Use 1 in its place: then
+    # nothing is positive either. But if a patch has a probability of 1, leave that entry out. The
+    # last threshold, at which all are positive, has the same difference of 0.
     thresholds[0] = 1
     first = int(probabilities.max() == 1)
     # argmax takes the highest of equally good thresholds, because they come in falling order.

@@ -58,7 +58,7 @@ def binary_metrics(
     return {
         "n": labels.size,
         "loss": _cross_entropy(probabilities, positive),
-        **_counts(probabilities >= threshold, positive),
+        **_of_decisions(probabilities >= threshold, positive),
         **_of_ranking(probabilities, positive),
         "brier": brier(probabilities, positive),
         "ece": _calibration_error(probabilities, positive),
@@ -85,10 +85,10 @@ def delong_interval(
     positive = np.asarray(labels) == 1
     if min(positive.sum(), (~positive).sum()) < 2 or np.ptp(probabilities) == 0:
         return None
-    above, below = structural_components(probabilities, positive)
-    half = NormalDist().inv_cdf(0.5 + level / 2) * delong_error(above, below)
+    of_positives, of_negatives = structural_components(probabilities, positive)
+    half = NormalDist().inv_cdf(0.5 + level / 2) * delong_error(of_positives, of_negatives)
     # A normal interval has no bounds: near an AUC of 1 it would go past 1.
-    return [float(np.clip(above.mean() + side, 0, 1)) for side in (-half, half)]
+    return [float(np.clip(of_positives.mean() + side, 0, 1)) for side in (-half, half)]
 
 
 def _check(probabilities: np.ndarray, labels: np.ndarray) -> None:
@@ -107,9 +107,9 @@ def _of_ranking(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, An
     # With one class only, there is no pair to rank.
     if positive.all() or not positive.any():
         return dict.fromkeys(("auc", "auc_ci95", "average_precision"))
-    above, _ = structural_components(probabilities, positive)
+    of_positives, _ = structural_components(probabilities, positive)
     return {
-        "auc": float(above.mean()),
+        "auc": float(of_positives.mean()),
         "auc_ci95": delong_interval(probabilities, positive),
         "average_precision": average_precision(probabilities, positive),
     }
@@ -125,8 +125,9 @@ def structural_components(
         positive: bool [N], with samples of both classes.
 
     Returns:
-        For each positive, the share of negatives below it, [positives]. For each negative, the
-        share of positives above it, [negatives]. Ties count half.
+        of_positives: for each positive, the share of negatives below it, [positives].
+        of_negatives: for each negative, the share of positives above it, [negatives]. Ties count
+            half.
     """
     # Imported here, because scipy.stats is slow, and the first training step should not wait.
     from scipy.stats import rankdata
@@ -137,22 +138,23 @@ def structural_components(
     ranks = rankdata(probabilities)
     own_positive = rankdata(probabilities[positive])
     own_negative = rankdata(probabilities[~positive])
-    above = (ranks[positive] - own_positive) / own_negative.size
-    below = 1 - (ranks[~positive] - own_negative) / own_positive.size
-    return above, below
+    of_positives = (ranks[positive] - own_positive) / own_negative.size
+    of_negatives = 1 - (ranks[~positive] - own_negative) / own_positive.size
+    return of_positives, of_negatives
 
 
-def delong_error(above: np.ndarray, below: np.ndarray) -> float:
+def delong_error(of_positives: np.ndarray, of_negatives: np.ndarray) -> float:
     """Returns DeLong's standard error of the AUC, from its structural components.
 
     Given the differences of two models' components, it returns the standard error of the difference
     of their AUCs.
 
     Args:
-        above: float64 [positives], two at least.
-        below: float64 [negatives], two at least.
+        of_positives: float64 [positives], two at least; see `structural_components`.
+        of_negatives: float64 [negatives], two at least.
     """
-    return np.sqrt(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
+    variances = (x.var(ddof=1) / x.size for x in (of_positives, of_negatives))
+    return np.sqrt(sum(variances))
 
 
 def average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float | None:
@@ -191,7 +193,7 @@ def _cross_entropy(probabilities: np.ndarray, positive: np.ndarray) -> float:
     return float(-np.log(np.clip(right, tiny, 1)).mean())
 
 
-def _counts(predicted: np.ndarray, positive: np.ndarray) -> dict[str, float | None]:
+def _of_decisions(predicted: np.ndarray, positive: np.ndarray) -> dict[str, float | None]:
     true_positive = np.sum(predicted & positive)
     true_negative = np.sum(~predicted & ~positive)
     return {
@@ -207,9 +209,10 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def _calibration_error(probabilities: np.ndarray, positive: np.ndarray) -> float:
-    """Returns the gap between a bin's mean probability and its share of positives.
+    """Returns the expected calibration error.
 
-    It is the mean of the absolute gaps of all bins, weighted by the bins' counts.
+    A bin's gap is the distance between its mean probability and its share of positives. The error
+    is the mean of the gaps, weighted by the bins' counts.
     """
     bins = probability_bins(probabilities, ECE_BINS)
     # The sum of p - y is a bin's gap times its count, so no empty bin divides by 0.

@@ -37,10 +37,12 @@ def delong_test(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> di
         return dict.fromkeys(("auc_difference", "auc_difference_ci95", "delong_p"))
     # [positives] and [negatives]: how much better the first model places each patch.
     components = (structural_components(x, positive) for x in (first, second))
-    above, below = (of_first - of_second for of_first, of_second in zip(*components, strict=True))
+    of_positives, of_negatives = (
+        of_first - of_second for of_first, of_second in zip(*components, strict=True)
+    )
     # This is the error of the mean of the differences, so there is no covariance to add.
-    error = delong_error(above, below)
-    difference, half = above.mean(), norm.ppf(0.5 + LEVEL / 2) * error
+    error = delong_error(of_positives, of_negatives)
+    difference, half = of_positives.mean(), norm.ppf(0.5 + LEVEL / 2) * error
     if error:
         p = 2 * norm.sf(abs(difference) / error)
     elif difference == 0:  # both models rank all patches alike, so they certainly do not differ

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import flax.linen as nn
@@ -161,21 +160,18 @@ def map_patches(
         patches: uint8 [96, 96, 3] each.
         size: patches per batch, a multiple of the number of devices.
     """
-    counts = deque()
 
     def start_batches() -> Iterator:
         padded_size = None
         for batch in in_batches(patches, size):
-            counts.append(len(batch))
             # The first batch fixes the size, because no later one is longer.
             if padded_size is None:
                 padded_size = _padded_size(len(batch), size, mesh)
-            (rows,) = padded_rows(len(batch), padded_size)
+            rows = padded_rows(len(batch), padded_size)[0]
             images = np.stack([batch[row] for row in rows])
-            yield function(jax.device_put(images, sharding.by_rows(mesh)))
+            yield len(batch), function(jax.device_put(images, sharding.by_rows(mesh)))
 
-    for result in fetch_one_behind(start_batches()):
-        count = counts.popleft()
+    for count, result in fetch_one_behind(start_batches()):
         yield jax.tree.map(lambda x, count=count: x[:count], result)
 
 

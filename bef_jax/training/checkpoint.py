@@ -114,8 +114,10 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Writes checksums.json. Orbax calls this before it renames the complete folder."""
+        if not distributed.is_first():
+            return
         # This reads each file again, in Orbax's thread: the next save waits, training does not.
-        for folder in self.directory.glob(f"*{_UNFINISHED}*") if distributed.is_first() else ():
+        for folder in self.directory.glob(f"*{_UNFINISHED}*"):
             # Hash only the items, because Orbax still adds its commit time to the file
             # _CHECKPOINT_METADATA beside them.
             files = [file for item in folder.glob("*/") for file in item.rglob("*")]
@@ -305,7 +307,7 @@ def _check_sha256(path: Path, items: Iterable[str]) -> None:
     # Hash only these items, so that reading the configuration does not read the weights.
     chosen = {name: value for name, value in expected.items() if name.split("/")[0] in items}
     # Do not open names that `_files_below` did not find, because they may lead out of the folder.
-    # A list without any file of the items is damaged too, because everything would pass.
+    # If checksums.json names no file of the items, it is damaged, because nothing was compared.
     wrong = sorted(chosen.keys() - there) if chosen else [CHECKSUMS]
     damaged = path / wrong[0] if wrong else first_damaged(path, chosen)
     if damaged:

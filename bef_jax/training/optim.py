@@ -58,7 +58,7 @@ def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTran
     multiplying the learning rate, and moments are still gathered. Parameters frozen by optim.freeze
     have no moments, and their gradient does not count for clipping.
     """
-    # The factors come last, so that they scale the whole update, with decay and momentum.
+    # The factors come last, so that they scale the whole update, with weight decay and momentum.
     tx = optax.chain(*_base_optimizer(config.optim, schedule), *_fine_tuning(config))
     if not config.optim.freeze:
         return tx
@@ -70,8 +70,8 @@ def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTran
 def _base_optimizer(optim: ConfigDict, schedule: Callable) -> list[optax.GradientTransformation]:
     """Returns clipping and the optimiser that `optim.name` names.
 
-    AdamW's decay is decoupled (Loshchilov & Hutter 2019); the others add weight_decay * kernel to
-    the gradient. RMSprop has the EfficientNet paper's decay 0.9 and epsilon 1e-3.
+    AdamW's weight decay is decoupled (Loshchilov & Hutter 2019); the others add weight_decay *
+    kernel to the gradient. RMSprop averages with the EfficientNet paper's 0.9, and epsilon is 1e-3.
     """
     # Clip before the optimiser, because an outlier would stay in its moments for many steps.
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()

@@ -47,7 +47,7 @@ def find(name: str) -> Path:
 
 
 def start(config: ConfigDict, sharding: Sharding) -> tuple[TrainState, list[str]]:
-    """Returns a state at step 0 with the weights of config.init_from, also in their average.
+    """Returns a state at step 0: its weights and their moving average are config.init_from's.
 
     Returns:
         The state, and the modules that start from config.seed: the classifier, if it differs, and
@@ -76,7 +76,7 @@ def start_from(
     }
     # The arrays of a file are on the first device only; those of a checkpoint are in place.
     weights = jax.device_put(unflatten_dict(weights, sep="/"), sharding)
-    # Copy, because the step may overwrite the buffers of both.
+    # Copy, because the whole state is donated to the step, and no buffer may be donated twice.
     ema = jax.tree.map(jnp.copy, weights) if state.ema else None
     return state.replace(**weights, ema=ema), fresh
 

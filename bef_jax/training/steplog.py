@@ -63,8 +63,12 @@ class StepLog:
         # Reading a step in flight would block the host until the devices are done. Then the devices
         # would be idle until the host dispatches again.
         done = self._pending if everything else self._pending[: -self._in_flight]
+        if not done:
+            return
         # Without `everything`, a line ends at a multiple of log_every, for calls of any size.
-        ready = [item for item in done if everything or item[0] <= done[-1][0] // every * every]
+        last = done[-1][0]
+        due = last if everything else last // every * every
+        ready = [item for item in done if item[0] <= due]
         if not ready:
             return
         self._pending = self._pending[len(ready) :]
@@ -79,9 +83,11 @@ class StepLog:
         # neither logged nor followed by a save.
         self._check_finite(steps, values)
         rates = self._rates(len(steps))
+        # A line has the steps after a multiple of log_every up to the next one.
         lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)
         for _, line in lines:
-            self._write(*zip(*line, strict=True), rates)
+            line_steps, line_values = zip(*line, strict=True)
+            self._write(line_steps, line_values, rates)
 
     def _write(self, steps: list[int], values: list[dict], rates: dict[str, float]) -> None:
         figures = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
@@ -94,7 +100,7 @@ class StepLog:
     def _rates(self, steps: int) -> dict[str, float]:
         """Returns images per second and the share of time spent waiting, since the last line."""
         now = self._clock.training_seconds(), self._clock.seconds("wait")
-        # Keep both above 0: two flushes can come at the same time, and a rate divides by it.
+        # Keep `spent` above 0, because two flushes can come at the same time.
         spent, waited = (max(a - b, 1e-9) for a, b in zip(now, self._mark, strict=True))
         self._mark = now
         return {

@@ -133,7 +133,8 @@ def test_few_candidates_are_held_at_once(monkeypatch):
     assert {(int(i), int(j)) for block in blocks for i, j in zip(*block, strict=True)} == (
         {(i, j) for i in range(20) for j in range(30)} | {(i, 630) for i in range(20, 80)}
     )
-    # The last row has 60 by itself.
+    # A row of 7s has 20 candidates, so two of them fit into 50. The last row has 60 candidates, and
+    # is a block by itself.
     assert {len(j) for _, j in blocks if len(set(j.tolist())) > 1} == {40}
     assert max(len(j) for _, j in blocks) == 60
 

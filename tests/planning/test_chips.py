@@ -27,7 +27,8 @@ def test_figures_have_the_magnitude_of_one_device(chip):
     assert 1e14 < chip.peak_flops < 1e15
     if chip.name:
         assert 1e10 < chip.hbm_bytes < 1e11
-        # Ratios differ less from chip to chip than figures do, so they show bits in place of bytes.
+        # Ratios differ less from chip to chip than figures do, so a figure in bits instead of bytes
+        # falls outside these bounds.
         assert 0.015 < chip.hbm_bytes / chip.hbm_bandwidth < 0.1  # seconds to read all memory
         assert 0.1 < chip.link_bandwidth / chip.hbm_bandwidth < 0.3
 

@@ -46,14 +46,16 @@ def test_the_drawing_differs_only_in_the_square_that_differs(tmp_path):
     Image.fromarray(np.full((192, 192, 3), 128, np.uint8)).save(picture)
     *corners, last = [(y, x) for y in range(0, 192, 32) for x in range(0, 192, 32)]
     drawn = []
-    for raised in ([], [(64, 96)], corners):
-        squares = [(*corner, 0.2 if corner in raised else 0.1) for corner in corners]
+    for higher in ([], [(64, 96)], corners):
+        squares = [(*corner, 0.2 if corner in higher else 0.1) for corner in corners]
         # The last square keeps the largest probability, which the title shows.
         write_heatmap(file, picture, tiles(*squares, (*last, 0.3)), 0.5)
         drawn.append(pixels_of(file))
-    one, all_but_last = (np.argwhere((drawn[0] != other).any(axis=2)) for other in drawn[1:])
-    # Without the last square, the others still reach all sides of the map, which is on the right.
-    start, length = all_but_last.min(axis=0), np.ptp(all_but_last, axis=0)
+    # The places of the drawing that change with one square, and with all squares but the last.
+    one, most = (np.argwhere((drawn[0] != other).any(axis=2)) for other in drawn[1:])
+    # `most` reaches all sides of the map, which is on the right of the drawing. The map is drawn at
+    # another size than the picture's 192 pixels.
+    start, length = most.min(axis=0), np.ptp(most, axis=0)
     assert start[1] > drawn[0].shape[1] * 0.45
     np.testing.assert_allclose((one.min(axis=0) - start) / length * 192, (64, 96), atol=1)
     np.testing.assert_allclose((one.max(axis=0) - start) / length * 192, (96, 128), atol=1)

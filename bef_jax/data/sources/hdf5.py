@@ -1,6 +1,6 @@
-"""Reads patches and labels from HDF5 files of somebody else, which are laid out like PCam's.
+"""Reads patches and labels from PCam's HDF5 files, and from others of the same layout.
 
-Their data must be in the files themselves: other files that they name are never opened.
+No file is trusted. Its data must be in the file itself: files that it names are never opened.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ from bef_jax.runtime.files import check_regular, open_user_file
 _FIX = "fetch it again, or unpack a .gz yourself"
 _REPACK = "repack it: h5repack -l CHUNK=1x96x96x3 -f GZIP=1"
 # The largest file of PCam unpacks to 7.25 GB. A longer one is not PCam's and would fill the disk.
-# Also, PCam's images shrink to nine tenths and its labels to a tenth, not to a hundredth.
 _UNPACKED_LIMIT = 10**10  # bytes
 _UNPACKED_ALWAYS_ALLOWED = 64 << 20  # bytes
+# PCam's images shrink to nine tenths, and its labels to a tenth.
 _MAX_RATIO = 100  # of unpacked bytes to packed ones
 _CHUNK_LIMIT = 64 << 20  # bytes of one of HDF5's chunks, unpacked
 _BAND_LIMIT = 512 << 20  # bytes of the rows that share a chunk and are read together
@@ -177,23 +177,24 @@ def _check_not_external(data: h5py.Dataset, path: Path) -> None:
         )
 
 
-def _check_chunks(data: h5py.Dataset, size: int, path: Path) -> None:
-    """Checks that all chunks are there, and that none unpacks to much more than its `size`."""
-    packing = _packing(data, path)
+def _check_chunks(data: h5py.Dataset, unpacked_size: int, path: Path) -> None:
+    """Checks that all chunks are there, and that none unpacks to more than it declares."""
+    place, code = _packing(data, path) or (None, None)
     large = []
 
     def collect_large(chunk: h5d.StoreInfo) -> None:
         # HDF5 leaves the filter out for a chunk that packing would not make smaller.
-        is_packed = packing and not chunk.filter_mask >> packing[0] & 1
-        if is_packed and chunk.size * _DENSEST[packing[1]] > _UNCHECKED_CHUNK_BYTES:
+        is_left_out = (chunk.filter_mask >> place) & 1
+        if not is_left_out and chunk.size * _DENSEST[code] > _UNCHECKED_CHUNK_BYTES:
             large.append(chunk)
 
-    data.id.chunk_iter(collect_large)
+    if code is not None:
+        data.id.chunk_iter(collect_large)
     wanted = math.prod(-(-n // m) for n, m in zip(data.shape, data.chunks, strict=True))
     if data.id.get_num_chunks() < wanted:
         raise UserError(f"{path}: declares {len(data)} rows that it does not hold; {_FIX}")
     for chunk in large:
-        if not _unpacks_within(data, chunk, size, packing[1]):
+        if not _unpacks_within(data, chunk, unpacked_size, code):
             raise UserError(
                 f"{path}: the chunk at {chunk.chunk_offset} may be too large to be read; {_REPACK}"
             )
@@ -213,7 +214,8 @@ def _packing(data: h5py.Dataset, path: Path) -> tuple[int, int] | None:
 
 def _unpacks_within(data: h5py.Dataset, chunk: h5d.StoreInfo, size: int, code: int) -> bool:
     """Returns whether a packed chunk certainly unpacks to no more than `size` bytes."""
-    # Packing adds a thousandth at most. A stream of LZF cannot be checked here.
+    # Packing adds less than a hundredth, so a larger chunk unpacks to more. A stream of LZF cannot
+    # be checked here.
     if code != h5z.FILTER_DEFLATE or chunk.size > size * 1.01 + 1024:
         return False
     _, packed = data.id.read_direct_chunk(chunk.chunk_offset)

@@ -104,7 +104,8 @@ def _padded_phases(x: Array, stride: int, padding: Padding) -> list[list[Array]]
     """Returns the padded input, split into its stride * stride phases.
 
     The caller puts a barrier after it. Otherwise XLA would fuse the padding into every view, and
-    test each element for the border instead of loading vectors. A strided load is as bad.
+    test each element for the border instead of loading vectors. Views that skip elements would be
+    as slow, so the phases are made once, too.
     """
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     return [[padded[:, p::stride, q::stride] for q in range(stride)] for p in range(stride)]
@@ -135,8 +136,8 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
     padded_g = jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
     phases = _padded_phases(x, stride, padding)
     # The phases and g share one barrier. A barrier for the phases alone would equal that of the
-    # forward pass, so XLA would merge the two barriers. Then both passes would use every view, and
-    # it would be written to memory.
+    # forward pass, so XLA would merge the two barriers. Then both passes would use each view, so
+    # XLA would write all views to memory.
     phases, padded_g = lax.optimization_barrier((phases, padded_g))
     dx = _input_gradient(padded_g, kernel, stride, spans)
     return dx, _kernel_gradient(phases, kernel, _crop(padded_g, corner, size))
@@ -161,8 +162,9 @@ def _span(k: int, stride: int, side: int, outputs: int, pad: tuple[int, int]) ->
     # The values of a at the first and the last element of the unpadded input.
     first, last = pad[0] // stride, (pad[0] + side - 1) // stride
     start = pad[0] - stride * first
-    before = -(-k // stride) - 1 - first
-    return _Span(before, max(last - outputs + 1, 0), last - first + 1, start, side)
+    # The tap with the largest i reads the first element for output first - i, which may be below 0.
+    largest_i = (k - 1) // stride
+    return _Span(largest_i - first, max(last - outputs + 1, 0), last - first + 1, start, side)
 
 
 def _input_gradient(padded_g: Array, kernel: Array, stride: int, spans: list[_Span]) -> Array:
@@ -183,6 +185,7 @@ def _input_gradient(padded_g: Array, kernel: Array, stride: int, spans: list[_Sp
     weights = jnp.pad(kernel[:, :, 0], (rest, rest, (0, 0)))
     weights = weights.reshape(reach, stride, reach, stride, channels)
     size = tuple(span.length for span in spans)
+    # [N, a, 1, b, 1, C] * [phase, 1, phase, C]
     whole = sum(
         _crop(padded_g, (reach - 1 - i, reach - 1 - j), size)[:, :, None, :, None]
         * weights[i, :, None, j]

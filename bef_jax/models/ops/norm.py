@@ -130,10 +130,10 @@ def pointwise_batch_norm(
 
     The product is linear, so its mean is mean(x) @ kernel, and its variance is the diagonal of
     kernel^T cov(x) kernel. Both are known before the product, so scale / std goes into the kernel,
-    and the mean and the bias go into the shift. The gradient is similar: batch normalisation adds a
-    linear map of x to dx. The cost is two more products over all positions: centered^T @ centered
-    forwards, and centered @ correction backwards. This saves five passes over [N, H, W, C], where
-    C = 6 * K in EfficientNet.
+    and the mean and the bias go into a shift [C] of the product. The gradient is similar: batch
+    normalisation adds a linear map of x to dx. The cost is two more products over all positions:
+    centered^T @ centered forwards, and centered @ correction backwards. This saves five passes over
+    [N, H, W, C], where C = 6 * K in EfficientNet.
 
     Args:
         x: [N, H, W, K]; N a multiple of `groups`.
@@ -149,9 +149,9 @@ def pointwise_batch_norm(
 
 def _pointwise_forward(x, kernel, scale, bias, groups: int, epsilon: float, activation: str):
     parts = x.reshape(groups, -1, *x.shape[1:])
-    # x is centered first, unlike in `batch_norm`. kernel^T cov(x) kernel sums K^2 terms that
-    # cancel. The rounding errors of E[x_k x_l] - E[x_k] E[x_l] would not cancel, and would count
-    # most. x is narrow, so its copy is cheap.
+    # x is centered first, unlike in `batch_norm`. kernel^T cov(x) kernel sums K^2 terms that nearly
+    # cancel. The rounding errors of E[x_k x_l] - E[x_k] E[x_l] would not cancel, and could be
+    # larger than the sum. x is narrow, so its copy is cheap.
     center, centered = _centered(parts)
     covariance = grouped_moments(centered, centered) / _positions(parts)
     # mean and var are [groups, C]. cov_kernel [groups, K, C] is kept for the gradient.
@@ -208,7 +208,8 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     factor, dscale_over_std = (scale * inverse_std)[:, None], (inverse_std * dscale)[:, None]
     dkernel = jnp.sum(factor * (moments - cov_kernel * dscale_over_std), 0)
     scaled = kernel * factor
-    # The matrix is symmetric, so "gkl" would be the same but for rounding: dx would change by 1e-7.
+    # The matrix is symmetric, so "glk" equals "gkl" up to rounding. It stays as it was, because
+    # another rounding would change dx by 1e-7, and so every result that was recorded.
     correction = _product("gkc,lc->glk", scaled * dscale_over_std, kernel) / _positions(parts)
     constant = _product("gc,gkc->gk", dbias, scaled) / _positions(parts)
     # [groups, N / groups, H, W, K].

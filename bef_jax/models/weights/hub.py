@@ -84,7 +84,7 @@ def _download(repository: str, file: str, revision: str | None) -> Path | None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the two lines of warnings at each retry, unless the user set another level."""
-    # Import this before setting the level, because its first import sets the level again.
+    # The first import of the package sets the level, so import it before the level is changed.
     from huggingface_hub.utils import logging as hub_logging
 
     level = hub_logging.get_verbosity()

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The names that a package gives to a family of networks, and how it computes with them.
+    """The names that packages give to a family of networks, and how they compute with them.
 
     Attributes:
-        marker: the name of a tensor that no other package has, so that it identifies this one.
+        marker: the name of a tensor that no other source has, so that it identifies the source.
         translate: maps (our name, the network's stages) to the package's name.
         padding, bn_epsilon, bn_momentum: fields of `config.model` that the weights were trained
             with.

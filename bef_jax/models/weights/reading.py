@@ -203,9 +203,10 @@ def _misfits(
         key = names[name]
         if key not in tensors:
             wrong.append(f"{key} is missing")
-        # Our own rank counts, because squeeze-excite is a 1x1 convolution there and dense here.
+        # Compare in our layout, because squeeze-excite is a 1x1 convolution there and dense here.
         elif _from_torch(tensors[key], len(shape)).shape != shape:
-            # Turn a view of one number, which takes no memory, to get the shape in torch's layout.
+            # To get the shape in torch's layout, transpose an array of our shape. It is a view of
+            # one number, so it takes no memory.
             needed = _to_torch(np.broadcast_to(False, shape), name).shape
             wrong.append(f"{key} is {[*tensors[key].shape]}, not {[*needed]}")
     # `names` has the classifier even if it is left out, because it is expected in any shape. Any
@@ -277,7 +278,7 @@ def _from_torch(x: np.ndarray, rank: int) -> np.ndarray:
 
 
 def _to_torch(x: np.ndarray, name: str) -> np.ndarray:
-    """Turns a variable of this name into torch's layout, as `_from_torch` turns it back."""
+    """Turns a variable of this name into torch's layout: the inverse of `_from_torch`."""
     if x.ndim == 4:
         return x.transpose(3, 2, 0, 1)
     # Squeeze-excite consists of 1 x 1 convolutions there.

@@ -49,7 +49,7 @@ class TimmConfig:
         return {field: value for field, value in fields.items() if value}
 
     def ignored_arguments(self) -> dict:
-        """Returns the arguments by which timm's network may differ from ours with equal weights."""
+        """Returns the arguments that may make timm's network differ, although weights are equal."""
         ours = {"pad_type": ("", "same"), "global_pool": ("avg",)}
         return {
             key: value
