@@ -175,11 +175,12 @@ def _write(stage: Path, predictions: Iterator[Prediction], threshold: float) -> 
 def _write_rows(
     out: Any, predictions: Iterator[Prediction], threshold: float, folder: Path
 ) -> dict:
-    """Writes a row for each patch, and a heat map after the last patch of each larger picture."""
+    """Writes a row for each patch, and a heat map of each picture that is larger than a patch."""
     n = positives = 0
     maps: dict[str, None] = {}  # a set that keeps the order
     out.writerow(_HEAD)
-    # The tiles of a picture follow each other, so memory holds one map at a time.
+    # The tiles of a picture follow each other, so memory holds one map at a time. A patch that was
+    # not cut from a picture has None as its picture.
     for picture, of_picture in itertools.groupby(predictions, key=lambda each: each.patch.picture):
         tiles = TileProbabilities()
         for patch, probability in of_picture:
@@ -196,7 +197,8 @@ def _write_rows(
     return {"n": n, "positives": positives, "heatmaps": list(maps)}
 
 
-def _new_name(picture: str, taken: dict[str, None]) -> str:
-    """Returns a free name for a picture's map: a.tif and a.tif.png would both get a.tif.png."""
-    name = name_of(picture)
-    return name if name not in taken else name_of(f"{picture}.map")
+def _new_name(picture_name: str, taken: dict[str, None]) -> str:
+    """Returns a free name for a picture's map."""
+    # `name_of` turns a.tif into a.tif.png, and keeps a.tif.png, which may be there, too.
+    name = name_of(picture_name)
+    return name if name not in taken else name_of(f"{picture_name}.map")

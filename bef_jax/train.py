@@ -142,8 +142,8 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
     """Returns the summary of a run that has already reached `steps`; otherwise None."""
     summary = read_train_summary(workdir)
-    # Without an evaluation the run was stopped early. A lower step than `steps` means that, too,
-    # or that the user has since raised the number of steps.
+    # A summary without an evaluation is from a run that was stopped early. So is one of a lower
+    # step, unless the user has since raised the number of steps.
     if summary is None or summary["step"] < steps or summary["valid"] is None:
         return None
     newest = workdir / "checkpoints" / str(summary["step"])
@@ -289,7 +289,7 @@ def _loop(
             call_steps, call_input = next(sizes), next(inputs)
         state, metrics = programs[call_steps](state, call_input, key)
         if step == first:
-            jax.block_until_ready(metrics)  # only here: the log reads others during a later call
+            jax.block_until_ready(metrics)  # only once: `log` reads those of later calls
             run.laps.mark("step")
             bar.log(f"first step {run.laps}")
         step += call_steps
@@ -320,7 +320,7 @@ def _evaluate_split(run: Run, variables: dict, split: str, step: int) -> Evaluat
     try:
         return run.evaluate(variables, run.splits[split])
     except RunError as error:
-        # The loss of `step` was finite, but it judges the state of step - 1, before the update.
+        # The finite loss of `step` was computed with the state of step - 1, before its update.
         raise DivergedError(f"step {step}: {error}", last_good=step - 1) from error
 
 
@@ -362,7 +362,7 @@ def _summary(run: Run, state: TrainState) -> dict:
 
 def _evaluate_best(run: Run, summary: dict) -> None:
     """Evaluates the best checkpoint, adds its figures to the summary, and writes the report."""
-    # Load it even if the last state is the best, so that the figures are of what others load.
+    # Load it even if the last state is the best, so that the figures are of the file itself.
     path = checkpoint.best(run.workdir)  # by valid AUC
     step, everywhere = int(path.name), sharding.replicated(run.mesh)
     variables = checkpoint.restore_variables(path, run.config, everywhere)

@@ -1,1 +1,1 @@
-"""Configurations, one per file: `--config=configs/<name>.py`."""
+"""Configurations, one per file: `--config=<name>`. The package imports them as bef_jax.configs."""

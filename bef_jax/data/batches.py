@@ -141,7 +141,7 @@ def _prefetch(make: Callable[[int], Batch], start: int) -> Iterator[Batch]:
             if isinstance(item, Exception):
                 raise item
             yield item
-    # This also runs when the caller's loop ends or fails, because that closes the generator.
+    # This also runs when the generator is closed, or when nothing refers to it any more.
     finally:
         stop.set()
 

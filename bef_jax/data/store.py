@@ -178,20 +178,21 @@ def open_split(path: Path, split: str) -> Split:
         ) from error
 
 
-def _map(split: str, count: int, images: Path, labels: Path, ids: Path) -> Split:
+def _map(split: str, count: int, images_file: Path, labels_file: Path, ids_file: Path) -> Split:
     """Maps the arrays; everything that they declare is checked before they are read."""
-    header, pixels = _mapped(images)
+    header, images = _mapped(images_file)
     check_images(header.shape, header.dtype, "images")
-    if len(pixels) != count or header.fortran_order:
+    if len(images) != count or header.fortran_order:
         raise ValueError(f"images are not the {count} of the manifest, in C order")
-    header, classes = _mapped(labels)
+    header, labels = _mapped(labels_file)
     check_label_array(header.shape, header.dtype, count, "labels")
-    header, names = _mapped(ids)
-    check_id_array(header.shape, header.dtype, count, pixels.nbytes, "ids")
+    header, ids = _mapped(ids_file)
+    check_id_array(header.shape, header.dtype, count, images.nbytes, "ids")
     if header.dtype.kind != "U":
         raise ValueError(f"ids are {header.dtype}, not text")
-    check_ids(names := np.array(names), "ids")
-    return Split(split, pixels, check_labels(np.array(classes), count, "labels"), names)
+    ids = np.array(ids)  # in memory, as are the labels
+    check_ids(ids, "ids")
+    return Split(split, images, check_labels(np.array(labels), count, "labels"), ids)
 
 
 def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
@@ -233,7 +234,8 @@ def _check_split(manifest: dict, split: str, count: int) -> None:
         check_types(manifest["duplicates"][dropped], **{split: int})
     names = [f"{split}/{name}.npy" for name in ("images", "labels", "ids")] if count else []
     for name in names:
-        # An empty file holds no array. Some files of the system report size 0 but never end.
+        # An empty file holds no array. A link to a file of the system would pass as one of size 0:
+        # some report this size, but never end.
         if manifest["files"][name]["bytes"] < 1:
             raise ValueError(f"{name} is empty")
 
@@ -332,7 +334,8 @@ def _temporary_path(path: Path) -> Path:
 
 
 def _prefix(path: Path) -> str:
-    # The name holds host and process, because others may write theirs to a shared disk.
+    # Others may write theirs to a shared disk. So the name holds the host, and `_temporary_path`
+    # adds the process.
     return f"{path.name}.tmp-{platform.node()}-"
 
 

@@ -92,8 +92,8 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         listed = " and ".join(missing)
         raise UserError(f"--mode=export needs {listed}: {install_command('export')}")
     names = ("model.stablehlo", "model.onnx", timm.FILE, timm_config.NAME, DESCRIPTION)
-    outputs = [summary_file(workdir, "export").name, *(f"export/{name}" for name in names)]
-    files.check_outputs(workdir, outputs, ["export"])
+    written = [summary_file(workdir, "export").name, *(f"export/{name}" for name in names)]
+    files.check_outputs(workdir, written, ["export"])
 
 
 def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:

@@ -36,7 +36,10 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What differs between EfficientNets. The strides are those of total stride 32."""
+    """What differs between EfficientNets.
+
+    The strides of `stages` are for total_stride=32; `Network.stem_stride_and_stages` lowers them.
+    """
 
     stem: int
     stages: tuple[Stage, ...]

@@ -69,7 +69,7 @@ def check_regular(file: Path) -> None:
 
 
 def open_user_file(file: Path) -> BinaryIO:
-    """Opens a file to read bytes; every file that the program did not write is opened here.
+    """Opens a user's file to read bytes. Where a library opens it, use `check_regular` before.
 
     Raises:
         UserError: it is not a regular file.
@@ -116,8 +116,8 @@ def check_types(content: Any, /, **types: Any) -> None:
     """Raises TypeError or KeyError unless `content` is a dict with values of these types.
 
     Args:
-        types: for each key, a type or several, such as `dict | None`. An int is accepted
-            only for a plain `float`, and a bool only for a plain `bool`.
+        types: for each key, a type or several, such as `dict | None`. A plain `float` also accepts
+            an int. Only a plain `bool` accepts a bool.
     """
     if not isinstance(content, dict):
         raise TypeError(f"{type(content).__name__} where a dict is expected")

@@ -36,8 +36,8 @@ Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
 _BATCH = 64  # patches per call of an exported file, and per call of the explainer
 _LARGEST = 400 << 20  # bytes of an exported file at most; EfficientNet-B7 has 0.3 GB
 _EXPORT_AGAIN = "export again, or move export.json away"
-# Pixels from one window of a picture to the next: the side of the square that decides, so that
-# each pixel is decided once.
+# Pixels from one window of a picture to the next. It is the side of a window's central square,
+# whose tissue decides the label, so that each pixel is decided once.
 _STRIDE = 32
 
 
@@ -121,6 +121,7 @@ class TrainedModel:
         A map is all 0 if no part of the patch raises the log-odds. Takes what `predict` takes.
         """
         batches = map(np.stack, scorer.in_batches(self._patches(images), _BATCH))
+        # Explain all patches as called positive, so that every map is of class 1.
         maps = (_scaled(self._explain(batch, np.ones(len(batch), bool))) for batch in batches)
         return _concatenate(maps, np.empty((0, PATCH, PATCH), np.float32))
 
@@ -228,7 +229,8 @@ def _read_onnx_metadata(file: Path) -> dict[str, Any]:
         return {}
     said = _onnx_session(file).get_modelmeta().custom_metadata_map
     try:
-        found = {name: json.loads(said[name]) for name in ("classes", "mpp")} | {"files": {}}
+        found = {name: json.loads(said[name]) for name in ("classes", "mpp")}
+        found["files"] = {}  # as export.json has, but metadata describe no files
         _check_description(found)
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
@@ -255,7 +257,7 @@ def _read_stablehlo(file: Path) -> scorer.Scorer:
     content = _read_verified(file)
     try:
         call = jax.export.deserialize(bytearray(content)).call
-        jitted = jax.jit(lambda images: [call(images)[1]])
+        jitted = jax.jit(lambda images: [call(images)[1]])  # of (probability, log_odds)
         # Lower now, so that deeper damage or a wrong program is an error here, not when it scores.
         jitted.lower(jax.ShapeDtypeStruct((1, PATCH, PATCH, 3), np.uint8))
     except Exception as error:  # parsers of flatbuffers and of MLIR raise many types

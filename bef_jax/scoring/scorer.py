@@ -95,14 +95,15 @@ def make_featurizer(
     model = create(config.model, config.dtype, folded=True)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def features(folded: dict, images: Array) -> Array:
+    def batch_features(variables: dict, images: Array) -> Array:
         x = augment.eval_view(images, config)
-        _, sown = model.apply(folded, x, train=False, mutable=["intermediates"])
+        _, sown = model.apply(variables, x, train=False, mutable=["intermediates"])
         return sown["intermediates"]["features"][0]
 
     folded = _make_fold(config, mesh)(variables)
     size = batch_size(config, mesh)
-    return lambda patches: map_patches(functools.partial(features, folded), patches, size, mesh)
+    function = functools.partial(batch_features, folded)
+    return lambda patches: map_patches(function, patches, size, mesh)
 
 
 def mean_probabilities(log_odds: Sequence[np.ndarray]) -> np.ndarray:

@@ -205,12 +205,12 @@ def _check_metadata(found: Any) -> None:
     found = {"clock": {}, "content": "", "operating_point": None} | found
     check_types(found, clock=dict, content=str, operating_point=dict | None)
     check_types(found["clock"], **dict.fromkeys(found["clock"], float))
-    figures, point = [*found["clock"].values()], found["operating_point"]
+    numbers, point = [*found["clock"].values()], found["operating_point"]
     if point is not None:
-        figure = int | float | None  # None if nothing could be chosen on the valid split
-        check_types(point, chosen_on=str, temperature=figure, threshold=figure)
-        figures += [point[name] or 0 for name in ("temperature", "threshold")]
-    if not all(map(math.isfinite, figures)):
+        optional = int | float | None  # None if nothing could be chosen on the valid split
+        check_types(point, chosen_on=str, temperature=optional, threshold=optional)
+        numbers += [point[name] or 0 for name in ("temperature", "threshold")]
+    if not all(map(math.isfinite, numbers)):
         raise ValueError("a number is not finite")
 
 

@@ -1,6 +1,7 @@
 """Depthwise convolution, in the form that each platform runs fastest.
 
-The shift form multiplies shifted views of the input and adds them up. On CPU, XLA's grouped
+The shift form multiplies shifted views of the input, one for each position of the kernel (a tap),
+and adds them up. On CPU, XLA's grouped
 convolution is 15 to 25 times slower. JAX's own gradient of the shift form costs 20 times its
 forward pass, so the shift form has a custom gradient. GPU and TPU get the native convolution. By
 default the form is chosen when a program is lowered (`jax.lax.platform_dependent`).
@@ -163,7 +164,7 @@ def _span(k: int, stride: int, side: int, outputs: int, pad: tuple[int, int]) ->
     first, last = pad[0] // stride, (pad[0] + side - 1) // stride
     start = pad[0] - stride * first
     # The tap with the largest i reads the first element for output first - i, which may be below 0.
-    largest_i = (k - 1) // stride
+    largest_i = -(-k // stride) - 1
     return _Span(largest_i - first, max(last - outputs + 1, 0), last - first + 1, start, side)
 
 
@@ -185,7 +186,8 @@ def _input_gradient(padded_g: Array, kernel: Array, stride: int, spans: list[_Sp
     weights = jnp.pad(kernel[:, :, 0], (rest, rest, (0, 0)))
     weights = weights.reshape(reach, stride, reach, stride, channels)
     size = tuple(span.length for span in spans)
-    # [N, a, 1, b, 1, C] * [phase, 1, phase, C]
+    # [N, a, 1, b, 1, C] * [phase, 1, phase, C]. The first output in padded_g is that of the largest
+    # i, reach - 1, for the first a.
     whole = sum(
         _crop(padded_g, (reach - 1 - i, reach - 1 - j), size)[:, :, None, :, None]
         * weights[i, :, None, j]
