@@ -265,8 +265,8 @@ def _loop(
 ) -> TrainState:
     """Runs the loop in this order: log, evaluate, save; then the next batch, and the step.
 
-    The order must not change: the saved step decides the next batch, and the losses before a save
-    have been found finite.
+    The order must not change: a state is saved after the losses up to it were found finite, and a
+    run that is stopped ends after its save.
     """
     config, counts, train = run.config, run.counts, run.splits["train"]
     first = step = int(state.step)
@@ -285,7 +285,7 @@ def _loop(
             _save(run, state, step, valid)
         if ended:
             return state
-        with run.clock.measure("wait"):  # input that did not overlap with the previous step
+        with run.clock.measure("wait"):  # of the host: the devices may still compute
             call_steps, call_input = next(sizes), next(inputs)
         state, metrics = programs[call_steps](state, call_input, key)
         if step == first:
@@ -343,7 +343,7 @@ def _save(run: Run, state: TrainState, step: int, valid: Evaluation | None) -> N
 def _summary(run: Run, state: TrainState) -> dict:
     """Returns the summary without its evaluations."""
     clock, step = run.clock, int(state.step)
-    trained = max(clock.training_seconds(), 1e-9)  # 0 after a signal before the first step
+    trained = max(clock.training_seconds(), 1e-9)  # a divisor; a signal may come at once
     return {
         "mode": "train",
         "step": step,

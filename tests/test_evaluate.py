@@ -7,7 +7,7 @@ from scipy.special import expit, softmax
 
 from bef_jax import evaluate, train
 from bef_jax.data import store
-from bef_jax.data.augment import eval_view
+from bef_jax.data.augment import eval_inputs
 from bef_jax.models import create
 from bef_jax.runtime import sharding
 from bef_jax.scoring import evaluator
@@ -34,7 +34,7 @@ def variables_of(config, mesh):
 def probabilities_one_by_one(config, variables, images):
     """Returns the softmax of each patch alone, without batches and padding."""
     model = create(config.model)
-    apply = jax.jit(lambda x: model.apply(variables, eval_view(x, config), train=False))
+    apply = jax.jit(lambda x: model.apply(variables, eval_inputs(x, config), train=False))
     logits = np.concatenate([apply(image[None]) for image in images]).astype(np.float64)
     return softmax(logits, axis=1)[:, 1]
 

@@ -1,7 +1,7 @@
-"""Augmentation on the device: jitted, batched, from uint8.
+"""Augmentation on the device: in the jitted step, of whole batches, from uint8.
 
-Every function takes a whole batch. The random ones take a key, so that a batch is augmented the
-same way on any number of devices. The order is: flips and turns, random center cropping, stain
+The random functions take a key, so that a batch is augmented the same way on any number of devices.
+The order is: flips and turns, random center cropping, stain
 jitter, normalisation.
 """
 
@@ -47,8 +47,11 @@ def augment(key: Array, images: Array, config: ConfigDict) -> Array:
     return jnp.where(inside, x, fill)
 
 
-def eval_view(images: Array, config: ConfigDict) -> Array:
-    """Returns the central crop of side rcc.eval_size (96 without RCC), normalised, float32."""
+def eval_inputs(images: Array, config: ConfigDict) -> Array:
+    """Returns the inputs of the network in evaluation: the central crop, normalised, float32.
+
+    Its side is rcc.eval_size, or 96 without RCC.
+    """
     size = config.rcc.eval_size if config.rcc.enabled else PATCH
     return normalise(center_crop(images, size), config.augment)
 
@@ -101,8 +104,8 @@ def random_center_crop(key: Array, images: Array, rcc: ConfigDict) -> tuple[Arra
         A canvas [N, S, S, C] with S = rcc.max_size around each window, at the patch's own scale;
         and a mask of the pixels that belong to the window, bool [N, S, S, 1].
     """
-    sizes, offsets = sample_windows(key, images.shape[0], rcc.min_size, rcc.max_size)
-    return crop_windows(images, sizes, offsets, rcc.max_size)
+    sizes, corners = sample_windows(key, images.shape[0], rcc.min_size, rcc.max_size)
+    return crop_windows(images, sizes, corners, rcc.max_size)
 
 
 def sample_windows(key: Array, n: int, min_size: int, max_size: int) -> tuple[Array, Array]:
@@ -113,13 +116,13 @@ def sample_windows(key: Array, n: int, min_size: int, max_size: int) -> tuple[Ar
     """
     # Draw the size first. Some sizes fit in more places, so they would come more often if all
     # windows were equally likely. randint excludes its upper end.
-    size_key, offset_key = jax.random.split(key)
+    size_key, corner_key = jax.random.split(key)
     sizes = jax.random.randint(size_key, (n,), min_size, max_size + 1)
-    first, last = offset_bounds(sizes[:, None])
-    return sizes, jax.random.randint(offset_key, (n, 2), first, last + 1)
+    first, last = corner_bounds(sizes[:, None])
+    return sizes, jax.random.randint(corner_key, (n, 2), first, last + 1)
 
 
-def offset_bounds(size):
+def corner_bounds(size):
     """Returns the first and last corner where a window holds the center and is inside the patch.
 
     Args:
@@ -129,23 +132,23 @@ def offset_bounds(size):
     return jnp.maximum(0, CENTER[1] - size), jnp.minimum(CENTER[0], PATCH - size)
 
 
-def crop_windows(images: Array, sizes: Array, offsets: Array, canvas: int) -> tuple[Array, Array]:
+def crop_windows(images: Array, sizes: Array, corners: Array, canvas: int) -> tuple[Array, Array]:
     """Cuts canvases of equal size around windows of any size; see `random_center_crop`."""
     # All canvases have one shape, so that one program handles windows of every size. The pixels
     # around a window are the patch's own and are masked later. Resampling the window to one shape
     # instead would change how large nuclei are.
     margin = (canvas - sizes[:, None]) // 2
     # Keep the canvas inside the patch, because dynamic_slice would silently move one that is not.
-    corners = jnp.clip(offsets - margin, 0, PATCH - canvas)
+    canvas_corners = jnp.clip(corners - margin, 0, PATCH - canvas)
     if canvas < PATCH:
         cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(
             image, (*at, 0), (canvas, canvas, image.shape[-1])
         ))  # fmt: skip
-        images = cut(images, corners)
+        images = cut(images, canvas_corners)
     positions = jnp.arange(canvas)
     # `first` is [N, 2, 1] and `within` is [N, 2, S], each for rows and for columns. The mask is the
-    # outer product of both.
-    first = (offsets - corners)[..., None]
+    # outer product of the rows and the columns of `within`.
+    first = (corners - canvas_corners)[..., None]
     within = (positions >= first) & (positions < first + sizes[:, None, None])
     return images, (within[:, 0, :, None] & within[:, 1, None, :])[..., None]
 

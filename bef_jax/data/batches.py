@@ -41,7 +41,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """S batches that the step will gather: rows `indices` [S, B] of a split on the devices."""
+    """The batches of S steps, not gathered yet: rows `indices` [S, B] of a split on the devices."""
 
     split: Batch
     indices: Array

@@ -170,7 +170,7 @@ def open_split(path: Path, split: str) -> Split:
     for name, file in files.items():
         _check_size(file, manifest["files"][f"{split}/{name}.npy"]["bytes"])
     try:
-        return _map(split, manifest["counts"][split], **files)
+        return _map(split, manifest["counts"][split], *files.values())
     except Exception as error:  # NumPy's parser of headers raises many kinds of errors
         raise UserError(
             f"{path / split}: damaged ({reason_of(error)}); "

@@ -38,7 +38,7 @@ class Stage:
 class Architecture:
     """What differs between EfficientNets.
 
-    The strides of `stages` are for total_stride=32; `Network.stem_stride_and_stages` lowers them.
+    The strides of `stages` are for total_stride=32; see `Network.stem_stride_and_stages`.
     """
 
     stem: int

@@ -17,10 +17,11 @@ class Network(nn.Module):
     """A network: normalised images [N, H, W, 3] -> logits [N, num_classes], float32.
 
     Attributes:
-        architecture: sizes that differ between the networks of a family. Its `stages` have fields
+        architecture: what differs between the networks of a family. Its `stages` have fields
             `stride` and `repeats`. With a stem of stride 2, the total stride is 32.
         total_stride: 32, 16 or 8 (`boosted.reduce_downsampling`).
-        attention: `cbam` gates the output of every fused stage, on the trunk; or `none`.
+        attention: `cbam` gates the output of every fused stage, on the trunk, even if `fusion` is
+            off; or `none`.
         fusion: concatenates the pooled output of every fused stage to the head's features.
         fusion_stages: the fused stages, after which attention and fusion act; counted from 1.
             Empty: the last stage of every resolution below the stem's.

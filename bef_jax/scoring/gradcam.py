@@ -37,7 +37,7 @@ def make_explainer(
     def explain_batch(variables: dict, images: Array, signs: Array) -> Array:
         # Fold inside this program, because folding by itself would be another one to compile.
         folded = fold_batch_norm(variables, config.model.bn_epsilon)
-        inputs = augment.eval_view(images, config)
+        inputs = augment.eval_inputs(images, config)
         maps = stage_maps(model, folded, inputs, signs, targets)
         patch_maps = [_to_patch(heat, inputs.shape[1]) for heat in maps]
         return sum(patch_maps) / len(patch_maps)

@@ -36,8 +36,8 @@ Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
 _BATCH = 64  # patches per call of an exported file, and per call of the explainer
 _LARGEST = 400 << 20  # bytes of an exported file at most; EfficientNet-B7 has 0.3 GB
 _EXPORT_AGAIN = "export again, or move export.json away"
-# Pixels from one window of a picture to the next. It is the side of a window's central square,
-# whose tissue decides the label, so that each pixel is decided once.
+# For exported files: pixels from one window of a picture to the next. It is the side of a window's
+# central square, whose tissue decides the label, so that each pixel is decided once.
 _STRIDE = 32
 
 

@@ -60,13 +60,13 @@ def view_log_odds(
     turned = (
         augment.symmetry(images, jnp.full(len(images), view)) if config.eval.tta > 1 else images
     )
-    logits = model.apply(variables, augment.eval_view(turned, config), train=False)
+    logits = model.apply(variables, augment.eval_inputs(turned, config), train=False)
     # These decide both probabilities, so only 4 bytes per patch and view leave the devices.
     return log_odds(logits)
 
 
 def log_odds(logits: Array) -> Array:
-    """Returns the log-odds of class 1, [N], from logits [N, 2]; their sigmoid is the softmax."""
+    """Returns the log-odds of class 1, [N], from logits [N, 2]; its sigmoid is the probability."""
     # logits[:, 1] would be a gather where N is symbolic, as in an export.
     negative, positive = (lax.index_in_dim(logits, i, 1, keepdims=False) for i in (0, 1))
     return positive - negative
@@ -96,7 +96,7 @@ def make_featurizer(
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def batch_features(variables: dict, images: Array) -> Array:
-        x = augment.eval_view(images, config)
+        x = augment.eval_inputs(images, config)
         _, sown = model.apply(variables, x, train=False, mutable=["intermediates"])
         return sown["intermediates"]["features"][0]
 

@@ -2,10 +2,10 @@
 
     <workdir>/checkpoints/<step>/{state,run,metrics,checksums.json}
 
-`state` is a `TrainState`. `run` is JSON: the configuration, the clock, the sha256 of the data and
-the operating point. `checksums.json` has the sha256 of each file of state, run and metrics. Saving
-is asynchronous and atomic. The newest few checkpoints and the best one by AUC on the valid split
-are kept.
+`state` is a `TrainState`. `run` is JSON: the configuration, the clock, the sha256 of the data and,
+after an evaluation, the operating point. `checksums.json` has the sha256 of each file of state,
+run and metrics. Saving is asynchronous and atomic. The newest few checkpoints and the best one by
+AUC on the valid split are kept.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class Checkpoints:
         check_outputs(self.directory.parent, output_folders=[self.directory.name])
         self._check_what_is_there()
         # Keep what either policy keeps, so that the best stays when newer ones come. By default,
-        # `BestN` would also keep every save between evaluations, because these have no score.
+        # `BestN` would also keep every save between evaluations, because those have no score.
         keep_any = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
@@ -94,7 +94,7 @@ class Checkpoints:
         for step in saved_steps(self.directory.parent):
             _files_below(self.directory / str(step))  # raises if damaged
             _valid_auc(self.directory / str(step))  # raises if damaged
-        # Orbax takes digits of other scripts for a step number, but does not find its folder.
+        # Orbax takes digits that are not ASCII for a step number, but does not find its folder.
         for file in self.directory.glob("*"):
             if file.name.isdecimal() and not file.name.isascii():
                 raise UserError(f"{file}: is not a checkpoint of a run; move it away")
@@ -170,7 +170,7 @@ def best(workdir: Path) -> Path:
 def _valid_auc(path: Path) -> float:
     try:
         return read_json(path / "metrics" / "metrics", _check_auc, _HOW_TO_FIX)[_AUC]
-    except FileNotFoundError:  # saved between evaluations
+    except FileNotFoundError:  # saved without an AUC, such as between evaluations
         return -1.0
 
 
@@ -184,9 +184,9 @@ def _check_auc(found: Any) -> None:
 
 
 def read_metadata(path: Path) -> dict:
-    """Returns `run` of a checkpoint: `config`, `clock`, `content` and `operating_point`.
+    """Returns `run` of a checkpoint: `config`, and `clock`, `content`, `operating_point` if known.
 
-    Older versions wrote fewer of these, but all wrote `config`. `with_defaults` checks its fields.
+    `with_defaults` checks the fields of `config`.
 
     Raises:
         UserError: it does not exist, or is damaged.

@@ -45,8 +45,9 @@ def make_schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Calla
 def placeholder_schedule(config: ConfigDict) -> Callable:
     """Returns a schedule for a step that is compiled or timed, but trains nothing.
 
-    A schedule changes only constants of the program, so any length will do. This one has a long
-    warm-up, which keeps the weights nearly as they are where a step is timed on random labels.
+    A schedule changes only constants of the program, so any length will do. Unless the
+    configuration has no warm-up, this one has a long one. It keeps the weights nearly as they are
+    where a step is timed on random labels.
     """
     return make_schedule(config, steps=1_000_000, steps_per_epoch=10_000)
 
@@ -54,9 +55,9 @@ def placeholder_schedule(config: ConfigDict) -> Callable:
 def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransformation:
     """Returns clipping, then adamw, rmsprop or sgd, then the factors of fine-tuning.
 
-    Layer-wise decay and head_only_steps multiply the finished update. This is the same as
-    multiplying the learning rate, and moments are still gathered. Parameters frozen by optim.freeze
-    have no moments, and their gradient does not count for clipping.
+    Layer-wise decay and head_only_steps multiply the finished update, so moments and momentum are
+    gathered as without them. Parameters frozen by optim.freeze have no moments, and their gradient
+    does not count for clipping.
     """
     # The factors come last, so that they scale the whole update, with weight decay and momentum.
     tx = optax.chain(*_base_optimizer(config.optim, schedule), *_fine_tuning(config))
@@ -115,8 +116,9 @@ def _scale_by_layer(config: ConfigDict, updates, params=None):
 def layer_multipliers(paths: Sequence[str], decay: float) -> dict[str, float]:
     """Returns a factor of the learning rate per parameter (layer-wise decay; BEiT, ELECTRA).
 
-    The classifier and attention have 1, the layer `head` has `decay`, the last block decay^2, and
-    so on down to the stem. A layer is a top-level module together with its batch normalisation.
+    The classifier and attention have 1, the layer before the classifier has `decay`, the one before
+    that decay^2, and so on down to the stem. A layer is a top-level module together with its batch
+    normalisation.
 
     Args:
         paths: the parameters in the order in which the network uses them

@@ -19,8 +19,8 @@ from bef_jax.training.step_counts import StepCounts
 class StepLog:
     """Holds the metrics of steps on the device until the next line is due.
 
-    A line is written while the next step runs, so that the devices never wait for the host. One
-    call of the compiled function runs n steps.
+    A line is written while the next step runs, so that the devices do not wait for the host; only a
+    save or an evaluation waits. One call of the compiled function runs n steps.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class StepLog:
         # neither logged nor followed by a save.
         self._check_finite(steps, values)
         rates = self._rates(len(steps))
-        # A line has the steps after a multiple of log_every up to the next one.
+        # A line has the steps after a multiple of log_every up to the next one, or up to a save.
         lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)
         for _, line in lines:
             line_steps, line_values = zip(*line, strict=True)
@@ -100,7 +100,7 @@ class StepLog:
     def _rates(self, steps: int) -> dict[str, float]:
         """Returns images per second and the share of time spent waiting, since the last line."""
         now = self._clock.training_seconds(), self._clock.seconds("wait")
-        # Keep `spent` above 0, because two flushes can come at the same time.
+        # Keep `spent` above 0, because it is a divisor.
         spent, waited = (max(a - b, 1e-9) for a, b in zip(now, self._mark, strict=True))
         self._mark = now
         return {

@@ -43,7 +43,7 @@ def allowed_corners(size):
 
 def test_offset_bounds_are_exactly_the_corners_that_keep_the_center():
     for size in range(32, 97):
-        first, last = augment.offset_bounds(size)
+        first, last = augment.corner_bounds(size)
         assert list(range(int(first), int(last) + 1)) == allowed_corners(size)
 
 
@@ -233,7 +233,7 @@ def test_eval_view_is_the_normalised_center(enabled, size, side):
     images, first = make_images(2), (96 - side) // 2
     center = images[:, first : first + side, first : first + side]
     expected = (np.float64(center) / 255 - config.augment.mean) / config.augment.std
-    view = augment.eval_view(jnp.asarray(images), config)
+    view = augment.eval_inputs(jnp.asarray(images), config)
     assert view.shape == (2, side, side, 3)
     np.testing.assert_allclose(view, expected, atol=1e-5)
 
@@ -291,7 +291,7 @@ FUNCTIONS = {
     ),
     "stain_jitter": lambda x, i: augment.stain_jitter(jax.random.key(i[0]), x, 0.2, 0.05),
     "normalise": lambda x, i: augment.normalise(x, get_config().augment),
-    "eval_view": lambda x, i: augment.eval_view(x, get_config("rcc.eval_size=48")),
+    "eval_inputs": lambda x, i: augment.eval_inputs(x, get_config("rcc.eval_size=48")),
 }
 
 

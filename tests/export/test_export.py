@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from bef_jax.data.augment import eval_view
+from bef_jax.data.augment import eval_inputs
 from bef_jax.errors import RunError, UserError
 from bef_jax.export import export
 from bef_jax.models import create
@@ -38,7 +38,7 @@ def make_images(n):
 
 
 def probability(config, variables, images):
-    logits = create(config.model).apply(variables, eval_view(images, config), train=False)
+    logits = create(config.model).apply(variables, eval_inputs(images, config), train=False)
     return np.asarray(jax.nn.softmax(logits)[:, 1])
 
 

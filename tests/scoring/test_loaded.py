@@ -16,7 +16,7 @@ from scipy.special import softmax
 import bef_jax
 from bef_jax import predict, train
 from bef_jax.data import store
-from bef_jax.data.augment import eval_view
+from bef_jax.data.augment import eval_inputs
 from bef_jax.errors import UserError
 from bef_jax.export import export
 from bef_jax.models import create
@@ -48,7 +48,7 @@ def save(config, workdir):
 
 
 def logits_of(config, variables, images):
-    return create(config.model).apply(variables, eval_view(images, config), train=False)
+    return create(config.model).apply(variables, eval_inputs(images, config), train=False)
 
 
 def test_predict_agrees_with_mode_predict_to_the_last_digit(run_summary, workdir, scoring, images):

@@ -1,10 +1,10 @@
 """Depthwise convolution, in the form that each platform runs fastest.
 
 The shift form multiplies shifted views of the input, one for each position of the kernel (a tap),
-and adds them up. On CPU, XLA's grouped
-convolution is 15 to 25 times slower. JAX's own gradient of the shift form costs 20 times its
-forward pass, so the shift form has a custom gradient. GPU and TPU get the native convolution. By
-default the form is chosen when a program is lowered (`jax.lax.platform_dependent`).
+and adds them up. On CPU, XLA's grouped convolution is 15 to 25 times slower. JAX's own gradient of
+the shift form costs 20 times its forward pass, so the shift form has a custom gradient. GPU and TPU
+get the native convolution. By default the form is chosen when a program is lowered
+(`jax.lax.platform_dependent`).
 """
 
 import dataclasses

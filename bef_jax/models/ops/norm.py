@@ -208,8 +208,8 @@ def _pointwise_backward(groups: int, epsilon: float, activation: str, residuals,
     factor, dscale_over_std = (scale * inverse_std)[:, None], (inverse_std * dscale)[:, None]
     dkernel = jnp.sum(factor * (moments - cov_kernel * dscale_over_std), 0)
     scaled = kernel * factor
-    # "glk" makes the transpose, because the matrix is symmetric. Do not change it to "gkl": another
-    # rounding would change dx by 1e-7, and so every result that was recorded.
+    # "glk" makes the transpose. It is the same matrix, because it is symmetric. Do not change it to
+    # "gkl": another rounding would change dx by 1e-7, and so every result that was recorded.
     correction = _product("gkc,lc->glk", scaled * dscale_over_std, kernel) / _positions(parts)
     constant = _product("gc,gkc->gk", dbias, scaled) / _positions(parts)
     # [groups, N / groups, H, W, K].
