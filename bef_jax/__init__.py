@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bef_jax.scoring.loaded import ExportedModel, TrainedModel
 
-# A command runs this line of ours first, so its time to the first step counts from here. The
-# interpreter's own start, about 50 ms, is not counted.
+# A command runs this line of ours first, so its time to the first step counts from here. Not
+# counted are the interpreter's own start, about 50 ms, and what ran before `glibc.restart`.
 STARTED = time.perf_counter()
 
 __version__ = "0.1.0"

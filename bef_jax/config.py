@@ -124,11 +124,11 @@ def _check_kernels(config: ConfigDict) -> None:
     check_batch(config.batch_size, config.optim.accumulate * config.bn_groups)
 
 
-def _check_triple(name: str, values) -> None:
+def _check_triple(name: str, values, meaning: str = "one per channel") -> None:
     # Compare, because math.isfinite fails at a huge int. The comparison is also False for NaN.
     numbers = all(isinstance(x, (int, float)) and abs(x) <= MOST_FLOAT for x in values)
     if len(values) != 3 or not numbers:
-        raise UserError(f"config.{name}={values!r}: give three numbers, one per channel")
+        raise UserError(f"config.{name}={values!r}: give three numbers, {meaning}")
 
 
 def _check_stages(model: ConfigDict) -> None:
@@ -155,7 +155,7 @@ def _check_freeze(pattern: str, paths: tuple[str, ...]) -> None:
 
 
 def _check_ratio(ratio) -> None:
-    _check_triple("data.split_ratio", ratio)
+    _check_triple("data.split_ratio", ratio, "the shares of train, valid and test")
     if min(ratio) < 0 or sum(ratio) <= 0:
         raise UserError(
             f"config.data.split_ratio={tuple(ratio)}: give three shares of at least 0, not all 0"

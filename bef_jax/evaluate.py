@@ -38,8 +38,8 @@ def evaluate_checkpoint(
     # Read this before the first evaluation, so that a wrong path is an error at once.
     other_config = _config_of_other(other, config) if other else None
     evaluate = _evaluator(path, config)
-    # Temperature and threshold are chosen on valid, which costs an extra pass if the user asked
-    # for another split.
+    # Temperature and threshold are chosen on valid, which costs an extra pass if another split is
+    # evaluated.
     evaluation = valid = evaluate(patches)
     if patches.name != "valid" and counts.get("valid"):
         valid = evaluate(store.open_split(folder, "valid"))

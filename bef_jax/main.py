@@ -65,8 +65,8 @@ _DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost;
 
 # These modes take from the checkpoint what --config would say.
 _FROM_CHECKPOINT = ("eval", "predict", "export")
-# These modes leave JAX's devices alone: `plan` compiles for others, `prepare` only reads files, and
-# the processes that `ablate` starts want the devices for themselves.
+# These modes leave JAX's devices alone until they run: `plan` compiles for others, `prepare` needs
+# none, and the processes that `ablate` starts want the devices for themselves.
 _WITHOUT_DEVICES = ("plan", "prepare", "ablate")
 _NO_CONFIG = "--config is missing: give a name or a file, such as --config=b2; --help lists them"
 
@@ -171,7 +171,11 @@ def _run_mode() -> dict:
 
 
 def _workdir(mode: str, given: ConfigDict | None) -> Path:
-    """Returns --workdir; or runs/<name of --config>; or the run of --checkpoint."""
+    """Returns --workdir; or runs/<name of --config>; or the run of --checkpoint.
+
+    Raises:
+        UserError: none of them is given, or a mode that needs --config has none.
+    """
     if given is None and mode not in _FROM_CHECKPOINT:
         raise UserError(_NO_CONFIG)
     if _WORKDIR.value:

@@ -144,10 +144,12 @@ def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
 # ---- predicting ---------------------------------------------------------------------------------
 
 
-def _predict(path: Path, config: ConfigDict, patches: Iterator[Patch]) -> Iterator[Prediction]:
+def _predict(
+    checkpoint_path: Path, config: ConfigDict, patches: Iterator[Patch]
+) -> Iterator[Prediction]:
     """Predicts batch by batch, so that memory holds a few batches for any number of patches."""
     mesh = sharding.make_mesh()
-    variables = checkpoint.restore_variables(path, config, sharding.replicated(mesh))
+    variables = checkpoint.restore_variables(checkpoint_path, config, sharding.replicated(mesh))
     predict = make_predictor(config, variables, mesh)
     waiting: deque[Patch] = deque()
 

@@ -1,6 +1,6 @@
 """Every field of a configuration, with its default and what it means.
 
-The other files of this folder call `get_config` and change a few fields. `get_config(arg)` takes
+The configurations in this folder call `get_config` and change a few fields. `get_config(arg)` takes
 fields and values in one string. Dots reach into the tree:
 
     --config=configs/b2.py:batch_size=64,seed=3,model.total_stride=32
@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     rcc.enabled = True  # random center cropping in training
     rcc.min_size = 64  # smallest window, in pixels; never below 32, the label's region
     rcc.max_size = 96  # largest window, and side of the network's input in training
-    rcc.eval_size = 96  # side of the central crop that evaluation sees
+    rcc.eval_size = 96  # side of the central crop that evaluation sees, if rcc is enabled
     rcc.fill = "mean"  # mean | white: fill around a window smaller than max_size
 
     config.augment = augment = ConfigDict()
@@ -84,8 +84,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.predict = predict = ConfigDict()
     # Pixels from one tile to the next, for pictures above 96x96. With 32, the side of the region
-    # that decides the label, each pixel is decided once. 16 takes four times as long, and gives a
-    # smoother heat map.
+    # that decides the label, each pixel is decided once, but for the last tiles of a row or column.
+    # 16 takes four times as long, and gives a smoother heat map.
     predict.stride = 32
 
     config.ablation = ablation = ConfigDict()
@@ -103,13 +103,15 @@ def _model() -> ConfigDict:
     model.num_classes = 2  # classes of the softmax; evaluation scores class 1 against class 0
     model.total_stride = 32  # 32 | 16 (stem stride 1) | 8 (and the trunk's last stride 1)
     model.attention = "none"  # none | cbam: channel, then spatial attention on fused stages
-    model.attention_reduction = 16  # channels divided by the width of CBAM's hidden layer
+    # Channels divided by the width of CBAM's hidden layer, which is 8 at least.
+    model.attention_reduction = 16
     model.attention_kernel = 7  # side of CBAM's spatial convolution, odd
-    model.fusion = False  # appends the pooled features of the fused stages to the head's
-    model.fusion_stages = ()  # fused stages, counted from 1; empty: the last of each resolution
+    model.fusion = False  # the classifier also sees the pooled features of the fused stages
+    # Fused stages, counted from 1; empty: the last of each resolution below the stem's.
+    model.fusion_stages = ()
     model.dropout = 0.2  # rate before the classifier
     model.drop_path = 0.2  # rate of stochastic depth: block i of n, counted from 0, has i / n of it
-    model.bn_momentum = 0.9  # share of the running statistics that each step keeps
+    model.bn_momentum = 0.9  # share of the running statistics that each (micro-)batch keeps
     model.bn_epsilon = 1e-3  # added to the variance
     model.depthwise = "auto"  # auto (by platform) | native | shift: form of the convolution
     model.mbconv = "layers"  # layers | pallas (experimental): kernels for TPU v5e, v5p, v6e
@@ -128,11 +130,11 @@ def _optim() -> ConfigDict:
     optim.momentum = 0.9  # for sgd and rmsprop
     optim.clip_norm = 1.0  # limit of the gradient's global norm; 0 switches clipping off
     optim.accumulate = 1  # micro-batches that a step splits the batch into
-    # For fine-tuning. The learning rate is multiplied by this once for each layer between a
-    # parameter and the classifier; 1 switches it off.
+    # For fine-tuning. The update of the last layer before the classifier is multiplied by this
+    # once, that of the layer before it twice, and so on; 1 switches it off.
     optim.layer_decay = 1.0
     # Parameters that are not trained: a regular expression for the start of names such as
-    # block_00/expand_conv/kernel; empty: none. Their batch statistics still follow the data.
+    # block_00/project_conv/kernel; empty: none. Their batch statistics still follow the data.
     optim.freeze = ""
     optim.head_only_steps = 0  # first steps in which only classifier and attention learn
     return optim
@@ -142,12 +144,13 @@ def _data() -> ConfigDict:
     data = ConfigDict()
     data.source = "pcam_hdf5"  # pcam_hdf5 | rpcam | npz | tfds | synthetic
     data.dir = "data/pcam"  # folder of the source's files; ~ is your home
-    data.store = ""  # folder of the decoded store; empty: <dir>/store_<source>
+    # Folder of the decoded store; empty: <dir>/store_<source>, for synthetic with sizes and seed.
+    data.store = ""
     data.download = False  # fetches PCam into dir when it is missing (pcam_hdf5, tfds)
     data.rectify = True  # drops exact duplicates, within and across splits
     data.train_size = placeholder(int)  # patches of train that synthetic makes, or others keep
-    data.valid_size = placeholder(int)  # patches of valid; empty: all
-    data.test_size = placeholder(int)  # patches of test; empty: all
+    data.valid_size = placeholder(int)  # the same of valid; empty: all
+    data.test_size = placeholder(int)  # the same of test; empty: all
     data.split_ratio = (0.8, 0.1, 0.1)  # train, valid, test, for a source without splits
     data.seed = 0  # seed of the synthetic patches
     data.placement = "auto"  # auto | device | host: where the training patches are kept

@@ -11,7 +11,7 @@ from bef_jax.data.patch import CENTER_SIDE, PATCH
 
 # What a field affects:
 NETWORK = "network"  # the weights, or what they mean: another value needs another checkpoint
-OPTIMIZER = "optimizer"  # the state of training: another value cannot resume it
+OPTIMIZER = "optimizer"  # the state of training: another value cannot resume it (but see `off`)
 INPUT = "input"  # the input and the precision of the network; the same weights fit
 SCORE = "score"  # how logits become probabilities and decisions
 TRAINING = "training"  # the result of a run
@@ -33,8 +33,8 @@ class Field:
         affects: one of the words above.
         least, most: bounds of a number, both included.
         choices: all possible values, if they are few.
-        off: the value that switches a mechanism off. If a field has one, the optimiser's state
-            depends only on whether the mechanism is on or off.
+        off: the value that switches a mechanism off. If a field has one, a run can be resumed with
+            another value, but not with the mechanism switched on or off.
     """
 
     affects: str

@@ -309,7 +309,7 @@ def test_every_number_has_a_range_or_choices():
         ({"augment.mean": (0.5, 0.5, 10**400)}, "config.augment.mean"),
         ({"optim.freeze": "(" * 10_000, "model.name": "efficientnet_test"}, "config.optim.freeze"),
         ({"optim.freeze": "a{9999999999}", "model.name": "efficientnet_test"}, "not a regular exp"),
-        ({"data.split_ratio": (0.5, 0.5)}, "config.data.split_ratio"),
+        ({"data.split_ratio": (0.5, 0.5)}, "numbers, the shares of train, valid and test"),
         ({"data.split_ratio": (1.2, -0.1, -0.1)}, "config.data.split_ratio"),
         ({"data.split_ratio": (0, 0, 0)}, "config.data.split_ratio"),
         ({"model.fusion": True, "model.fusion_stages": (9,)}, "config.model.fusion_stages"),

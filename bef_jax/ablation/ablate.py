@@ -71,12 +71,13 @@ def run_ablation(
         dry_run: trains nothing, and estimates what the missing trials would cost.
 
     Returns:
-        The summary: mode, runs (the number of trials), finished, split, rows (`table.tabulate`) and
-        files. For a dry run: mode, runs, finished, rows (`cost.estimate`) and seconds.
+        The summary: mode, runs (the number of trials), finished and, once a trial has finished,
+        split, rows (`table.tabulate`) and files. For a dry run: mode, runs, finished, rows
+        (`cost.estimate`) and seconds.
 
     Raises:
         UserError: a row is unknown, a trial's configuration or data are invalid, or a file of an
-            earlier trial is damaged or in the way of an output.
+            earlier trial is damaged, of other settings or in the way of an output.
         RunError: a trial failed.
     """
     trials = plan_trials(config, workdir)

@@ -20,7 +20,7 @@ from bef_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """A mode: its help in one line, and the fields of the configuration that it reads.
+    """A mode: its help in one line, and the fields of the configuration that its help lists.
 
     Attributes:
         fields: names, or beginnings of names: "data." means all fields of config.data.
@@ -68,14 +68,16 @@ _STEP = (
     *("dtype", "batch_size", "bn_groups", "ema_decay", "label_smoothing", "data.placement"),
     *("model.", "rcc.", "augment.", "optim."),
 )
-_SCORES = ("eval.batch_size", "eval.tta", "eval.threshold", "distributed.", "compile_cache")
+_SCORES = ("eval.batch_size", "eval.tta", "eval.threshold", "compile_cache")
 
 MODES = {
     "train": Mode("trains, or resumes; then evaluates and reports", _TRAINING),
-    "eval": Mode("computes metrics of a checkpoint on a split", (*_SCORES, "data.")),
+    "eval": Mode(
+        "computes metrics of a checkpoint on a split", (*_SCORES, "data.", "distributed.")
+    ),
     "predict": Mode("scores pictures, folders, .npz, .h5 or stores", ("predict.", *_SCORES)),
-    "export": Mode("turns a checkpoint into StableHLO and ONNX, for serving", ("eval.tta",)),
-    "ablate": Mode("makes the paper's table: rows x seeds, pictures", ("ablation.", *_TRAINING)),
+    "export": Mode("turns a checkpoint into StableHLO and ONNX, for serving", ("eval.threshold",)),
+    "ablate": Mode("trains the rows of the paper's table, and draws it", ("ablation.", *_TRAINING)),
     "benchmark": Mode(
         "measures images/s of training, inference, input",
         ("benchmark.", "eval.tta", "data.", *_STEP),

@@ -10,7 +10,7 @@ MAX_REPORTED = 100  # pairs of ids with conflicting labels that the manifest lis
 class Duplicates:
     """Remembers every patch by a digest of its pixels; the first of equal patches stays.
 
-    A pair of equal patches with different labels is always reported.
+    A patch whose label differs from that of the first equal patch is always counted and reported.
     """
 
     def __init__(self, rectify: bool):

@@ -96,8 +96,8 @@ def read(
     """Yields the patches of an input in an order that does not depend on the file system.
 
     Args:
-        path: a picture, a folder of pictures, a .npz with `images`, a .h5 or .h5.gz with `x`, or a
-            store.
+        path: a picture, a folder of pictures, a .npz with `images`, a .h5, .hdf5 or .h5.gz with
+            `x`, or a store.
         split: of a store; without it, all splits.
         stride: distance between the tiles of larger pictures, in pixels.
         unreadable: is filled with the names of pictures that cannot be read, each with the reason;

@@ -56,8 +56,8 @@ class Header(NamedTuple):
     """The facts that a picture's header gives before the picture is decoded.
 
     Attributes:
-        height: in pixels, as stored; the picture may still be turned.
-        width: in pixels, as stored.
+        height: in pixels; height and width may change places when the picture is turned upright.
+        width: in pixels.
         mode: Pillow's name of its channels, such as RGB.
         mpp: micrometres per pixel, if it is a TIFF that gives them.
     """

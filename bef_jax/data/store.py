@@ -218,7 +218,8 @@ def _check_manifest(manifest: Any) -> None:
         raise TypeError("config.dir is not text")
     check_types(manifest["counts"], **dict.fromkeys(SPLITS, int))
     check_types(manifest["class_counts"], **dict.fromkeys(SPLITS, list))
-    check_types(manifest["duplicates"], dropped_within=dict, dropped_across=dict, conflicts=list)
+    check_types(manifest["duplicates"], dropped_within=dict, dropped_across=dict)
+    check_types(manifest["duplicates"], conflicting_labels=int, conflicts=list)
     check_types(manifest["content"], total=str)
     for entry in manifest["files"].values():
         check_types(entry, bytes=int, sha256=str)

@@ -37,7 +37,7 @@ from bef_jax.training.outputs import summary_file
 PLATFORMS = ("cpu", "cuda", "tpu")  # in one file, each with its form of depthwise convolution
 OUTPUTS = ("probability", "log_odds")
 DESCRIPTION = "export.json"
-TOLERANCE = 1e-5  # of probabilities, compared with the network as it was trained
+TOLERANCE = 1e-5  # of probabilities, compared with the network in float32 and not folded
 _CHECKED = 16  # patches on which the files are compared
 
 # Takes uint8 [n, 96, 96, 3], and returns OUTPUTS, float32 [n] each.

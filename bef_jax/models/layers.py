@@ -1,7 +1,7 @@
 """The layers that the networks are built of.
 
-Activations have the dtype of the configuration. Parameters, batch statistics and every reduction
-over positions or images are float32.
+Activations have the dtype of the configuration. Parameters, batch statistics and the reductions
+over positions or images that layers make are float32.
 """
 
 from collections.abc import Callable
@@ -92,7 +92,7 @@ class BatchNorm(nn.Module):
         groups: number of consecutive parts of the batch that have their own statistics. One part
             per device needs no collective. The running statistics get the mean over the parts.
         activation: a name in `norm.ACTIVATIONS`, applied to the result. One gradient rule
-            for both keeps only x. Two rules would also keep the normalised map.
+            for both keeps one map less than two rules (`norm`).
     """
 
     momentum: float = 0.9
@@ -207,7 +207,7 @@ def max_pool(x: Array, padding: str) -> Array:
 
 
 def average_pool(x: Array, side: int) -> Array:
-    """Returns the mean of each square of `side` positions, without incomplete ones at far edges."""
+    """Returns the mean of each side x side square, without incomplete ones at far edges."""
     window = (side, side)
     return nn.avg_pool(x.astype(jnp.float32), window, window).astype(x.dtype)
 

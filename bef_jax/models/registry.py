@@ -58,7 +58,7 @@ def create(
 def parameter_paths(model: ConfigDict) -> tuple[str, ...]:
     """Returns the paths of the network's parameters, in the order in which it uses them.
 
-    A path looks like 'block_00/expand_conv/kernel'. Nothing is computed, but tracing a network
+    A path looks like 'block_01/expand_conv/kernel'. Nothing is computed, but tracing a network
     takes a second or two.
     """
     # Layer-wise decay needs the order of use. Sorted by name, block_02 would come before stem, and

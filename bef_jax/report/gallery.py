@@ -20,7 +20,7 @@ _CONTACT_ZOOM = 2  # for most_wrong.png, because its patches are tiny on today's
 _TEXT, _LINE = 15, 22  # pixels: the size of a caption's letters, and the height of its line
 
 # Takes patches, uint8 [n, 96, 96, 3], and whether each is called positive, bool [n]. Returns
-# Grad-CAM maps [n, 96, 96]; each adds up to 1, or is 0.
+# Grad-CAM maps [n, 96, 96] (`gradcam.make_explainer`).
 Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -32,7 +32,7 @@ class ShownPatch:
         kind: such as "false positives".
         pixels: uint8 [96, 96, 3], or [96, 196, 3] with its heat map at the right.
         in_centre: share of the attribution in the square that decides the label; None without a
-            map, or if it is 0.
+            map, or if the map is 0 everywhere.
     """
 
     kind: str

@@ -46,7 +46,8 @@ class Content:
 def write_report(report_dir: Path, content: Content) -> Path:
     """Writes plots, most_wrong.png and index.html into `report_dir`, and returns the page's path.
 
-    The folder is made if it is missing; its files are replaced one by one.
+    The folder is made if it is missing; its files are replaced one by one. There is no
+    most_wrong.png if no patch is shown.
     """
     report_dir.mkdir(parents=True, exist_ok=True)
     pictures = {

@@ -1,7 +1,7 @@
 """Several processes as one run: how they meet, what only the first does, and when all stop.
 
-JAX finds the other processes by itself if a launcher announces them (SLURM, Open MPI, Cloud TPU,
-TPUs on GKE). This module decides when to ask JAX, and what a user reads when a host is lost.
+JAX finds the other processes by itself under SLURM, Open MPI, TPUs on GKE, and on Cloud TPU VMs.
+This module decides when to ask JAX, and what a user reads when a host is lost.
 """
 
 import contextlib

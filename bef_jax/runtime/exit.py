@@ -15,8 +15,8 @@ import jax
 
 from bef_jax.errors import RunError, UserError, one_line, printable
 
-RESUME_HINT = "run the same command on all hosts to continue from the last checkpoint"
-_FREE_SPACE = "free some space, and the same command goes on from the last checkpoint"
+RESUME_HINT = "run the same command on all hosts; training goes on from its last checkpoint"
+_FREE_SPACE = "free some space, and run it again; training goes on from its last checkpoint"
 # Look for these in the text, because what Orbax's threads raise in C++ carries no errno.
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
 

@@ -44,8 +44,8 @@ def user_path(given: str | os.PathLike) -> Path:
     """Returns the path that a user means; `~` is their home. It need not exist.
 
     Raises:
-        UserError: no file can have that name: a loop of links, a name that is too long, or the
-            home of an unknown user.
+        UserError: it cannot be looked at: a loop of links, a name that is too long, the home of an
+            unknown user, or a folder that may not be read.
     """
     try:
         path = Path(given).expanduser()
@@ -178,7 +178,7 @@ def check_outputs(
         folder: the folder of the outputs; it need not exist yet.
         output_files: names in it of files that will be written or replaced.
         output_folders: names in it of folders that will be written to.
-        fix: what a user can do about it; it becomes the end of the error.
+        fix: what a user can do about a folder that cannot be written; the end of that error.
 
     Raises:
         UserError: something else has one of these names, or nothing can be written there.

@@ -1,4 +1,4 @@
-"""One mesh axis, `data`, over all devices: it cuts the batch, and every device has the whole state.
+"""One mesh axis, `data`, over all devices: it cuts patches, and every device has the whole state.
 
 The same code runs on one device and on many. A jitted function over a sharded batch computes what
 one device would compute, and XLA adds the collectives.
@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-# Every accelerator can hold the whole state of these networks, so only the batch is cut.
+# Every accelerator can hold the whole state of these networks, so only patches are cut.
 AXIS = "data"
 
 

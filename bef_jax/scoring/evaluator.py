@@ -49,7 +49,7 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
 def summarise(evaluation: Evaluation, config: ConfigDict, valid: Evaluation) -> dict:
     """Returns the block of a summary that describes one evaluation.
 
-    It has the network's own figures. `ci95` has the intervals of those that have none beside them.
+    It has the network's own figures. `ci95` has intervals of six of them (`intervals.intervals`).
     `calibrated` and `operating_point` have figures with a temperature and at a threshold that were
     chosen on `valid`. Where `tta` views were averaged, `plain` has the figures of one view.
     """

@@ -16,8 +16,8 @@ from bef_jax.errors import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LONGEST = 1600  # pixels of a drawing's longer side: what a screen shows
-_INCHES = 10  # length of the same side
+_LONGEST = 1600  # pixels to which a larger picture is reduced: more than a drawing shows
+_INCHES = 10  # length of a drawing's longer side
 _STRIP = 10  # a strip is more than this many times as long as it is wide
 _BAND = 1 << 22  # pixels that are reduced at a time
 _MARK = "bef_jax heat map"  # in each PNG, so that `remove_heatmaps` recognises it
@@ -116,7 +116,7 @@ def _draw(pixels: np.ndarray, found: np.ndarray, name: str, threshold: float) ->
     for axes in (plain, covered):
         axes.imshow(pixels, interpolation="nearest", aspect="auto" if is_strip else "equal")
         axes.set_axis_off()
-    # Cividis also works for colour-blind readers, and is dark where nothing was found.
+    # Cividis also works for colour-blind readers, and is dark where the probability is low.
     layer = covered.imshow(
         found, cmap="cividis", vmin=0, vmax=1, alpha=0.6, aspect=covered.get_aspect()
     )

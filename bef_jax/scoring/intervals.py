@@ -1,4 +1,4 @@
-"""95% confidence intervals of the figures that `metrics` gives without an interval."""
+"""95% confidence intervals of six figures of `metrics`; the AUC has its own there."""
 
 from collections.abc import Callable
 

@@ -44,8 +44,8 @@ def scoring_config(
 ) -> ConfigDict:
     """Returns the configuration to score with: the checkpoint's, with the user's changes.
 
-    The checkpoint decides the network, its input and its threshold. A field that is newer than the
-    checkpoint has its default.
+    The checkpoint decides the network; its input and its threshold, too, unless `changes` has them.
+    A field that is newer than the checkpoint has its default.
 
     Args:
         path: the checkpoint's folder.

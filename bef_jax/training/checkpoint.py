@@ -108,7 +108,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(metadata)
         )
         metrics = None if auc is None else {_AUC: auc}
-        if step == self._manager.latest_step():  # the run was stopped again before its first step
+        if step == self._manager.latest_step():  # the run took no step since it resumed
             return
         self._manager.save(step, args=items, metrics=metrics)
 
@@ -377,6 +377,6 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
 def _decides_state(name: str, old: dict, new: dict) -> bool:
     """Returns whether another value of a field needs other weights or other optimiser state."""
     field = FIELDS[name]
-    if field.off is not None:  # then only on or off matters, not the value
+    if field.off is not None:  # then only on or off counts, not the value
         return (old[name] == field.off) != (new[name] == field.off)
     return field.affects in (NETWORK, OPTIMIZER)

@@ -1,4 +1,4 @@
-"""Clocks that show where the time of a run goes, over all its restarts."""
+"""Clocks that show where the time of a run goes: until its first step, and over all restarts."""
 
 import contextlib
 import time

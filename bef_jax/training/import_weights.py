@@ -46,7 +46,7 @@ def import_as_checkpoint(config: ConfigDict, workdir: Path, name: str | None) ->
     check_outputs(workdir, [summary_file(workdir, "import_weights").name], ["checkpoints"])
     path = weights.resolve(name)
     with lock.held(workdir):
-        # Beside a run's own checkpoints, 0 would never be used, because the newest is taken.
+        # Beside a run's own checkpoints, 0 would not be used: it is not the newest, and has no AUC.
         if checkpoint.saved_steps(workdir):
             raise UserError(f"{workdir} has checkpoints already: give another --workdir")
         return _import(config, workdir, path)

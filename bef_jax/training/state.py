@@ -55,7 +55,9 @@ def create_state(config: ConfigDict, sharding: Sharding) -> TrainState:
 
 def abstract_state(config: ConfigDict) -> TrainState:
     """Returns the shapes and dtypes of the state that `config` trains; computes nothing."""
-    return jax.eval_shape(functools.partial(_init_state, config), jax.random.key(config.seed))
+    # The key has only a shape, too, because a real key would start the devices.
+    key = jax.eval_shape(jax.random.key, config.seed)
+    return jax.eval_shape(functools.partial(_init_state, config), key)
 
 
 def _init_state(config: ConfigDict, key: Array) -> TrainState:
@@ -68,7 +70,7 @@ def _init_state(config: ConfigDict, key: Array) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        # Copy, because the whole state is donated to the step, and no buffer may be donated twice.
+        # A copy has buffers of its own: the whole state is donated to the step, each buffer once.
         ema=jax.tree.map(jnp.copy, dict(variables)) if config.ema_decay else None,
         opt_state=tx.init(variables["params"]),
     )

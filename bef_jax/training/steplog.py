@@ -83,7 +83,7 @@ class StepLog:
         # neither logged nor followed by a save.
         self._check_finite(steps, values)
         rates = self._rates(len(steps))
-        # A line has the steps after a multiple of log_every up to the next one, or up to a save.
+        # A line has the steps after a multiple of log_every, or a save, up to the next of either.
         lines = itertools.groupby(zip(steps, values, strict=True), lambda x: (x[0] - 1) // every)
         for _, line in lines:
             line_steps, line_values = zip(*line, strict=True)
@@ -98,7 +98,7 @@ class StepLog:
         self._bar.update(steps[-1], **figures, **rates)
 
     def _rates(self, steps: int) -> dict[str, float]:
-        """Returns images per second and the share of time spent waiting, since the last line."""
+        """Returns images per second and the share of time spent waiting, since the last flush."""
         now = self._clock.training_seconds(), self._clock.seconds("wait")
         # Keep `spent` above 0, because it is a divisor.
         spent, waited = (max(a - b, 1e-9) for a, b in zip(now, self._mark, strict=True))

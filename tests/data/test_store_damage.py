@@ -160,6 +160,7 @@ FIELDS = {
     "one class count": lambda m: m["class_counts"].update(train=[20]),
     "class counts of text": lambda m: m["class_counts"].update(train=["10", "10"]),
     "no dropped_within": lambda m: m["duplicates"].pop("dropped_within"),
+    "no conflicting_labels": lambda m: m["duplicates"].pop("conflicting_labels"),
     "a list as config": lambda m: m.update(config=[]),
     "a number as folder": lambda m: m["config"].update(dir=5),
     "no total content": lambda m: m["content"].update(total=None),

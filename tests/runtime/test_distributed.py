@@ -234,7 +234,7 @@ def test_a_killed_process_ends_the_other_with_one_clear_line(victim, data_dir, t
         _, errors = survivor.communicate(timeout=60)
         assert time.monotonic() - killed_at < 60
     assert survivor.returncode not in (0, None)
-    assert "to continue from the last checkpoint" in errors.splitlines()[-1]
+    assert "goes on from its last checkpoint" in errors.splitlines()[-1]
 
 
 @pytest.mark.long

@@ -67,7 +67,7 @@ def test_an_error_that_may_be_a_lost_host_names_the_process_last(second_of_two, 
     assert first.startswith("Traceback")
     assert last == (
         "failed: process 1 of 2: Gloo: connection closed; if the cause is that another process was "
-        "lost, run the same command on all hosts to continue from the last checkpoint"
+        "lost, run the same command on all hosts; training goes on from its last checkpoint"
     )
 
 
@@ -92,7 +92,7 @@ def test_on_a_full_disk_the_reason_is_the_last_line_and_no_thread_delays_the_end
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
         "failed: write: No space left on device; "
-        "free some space, and the same command goes on from the last checkpoint\n"
+        "free some space, and run it again; training goes on from its last checkpoint\n"
     )
 
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bef_jax.configs.default import get_config
 from bef_jax.runtime import sharding
 from bef_jax.training import state
+from tests.conftest import ROOT
 
 
 def small_config(**fields):
@@ -64,6 +68,23 @@ def test_average_shares_no_memory_with_the_parameters(created):
     """The step donates both, so it would donate a shared buffer twice."""
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(created) if leaf.size > 1]
     assert len(set(pointers)) == len(pointers)
+
+
+def test_the_shapes_of_a_state_are_found_without_starting_the_devices():
+    """Once JAX has its devices, it takes no other number of them."""
+    code = (
+        "import jax; from bef_jax.configs.default import get_config\n"
+        "from bef_jax.training.state import abstract_state\n"
+        "abstract_state(get_config('model.name=efficientnet_test'))\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"
+        "print(jax.device_count())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert (result.stdout, result.returncode) == ("3\n", 0), result.stderr
 
 
 def test_without_an_average_evaluation_uses_the_parameters():

@@ -2,8 +2,8 @@
 
 A training step spends more time on moving bytes than on arithmetic, on CPU and on accelerators.
 Batch normalisation moves most of these bytes. So the backward pass computes cheap values again
-instead of reading them. If a 1 x 1 convolution has many positions per input channel, the statistics
-come from its input.
+instead of reading them. If an expansion (a 1 x 1 convolution to more channels) has many positions
+per input channel, the statistics come from its input.
 
 Symbols: x is the input, mean and var are its statistics per channel over n positions, and
 
