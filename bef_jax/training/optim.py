@@ -157,7 +157,7 @@ def _freeze_labels(pattern: str, params):
 
 
 def _map_named(function: Callable, tree):
-    """Applies `function(name, leaf)`, with names like 'block_00/expand_conv/kernel'."""
+    """Applies `function(name, leaf)`, with names like 'block_01/expand_conv/kernel'."""
 
     def named(path, leaf):
         return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
