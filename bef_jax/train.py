@@ -55,7 +55,7 @@ def train_and_evaluate(
     Args:
         config: as `configs.default.get_config` makes it.
         workdir: the run writes everything here, except the store.
-        started: when the program began, by time.perf_counter; the log counts from there.
+        started: when the program began, by time.perf_counter; for the log's time to the first step.
 
     Returns:
         The summary; its keys are stable.
@@ -289,7 +289,7 @@ def _loop(
             call_steps, call_input = next(sizes), next(inputs)
         state, metrics = programs[call_steps](state, call_input, key)
         if step == first:
-            jax.block_until_ready(metrics)  # only once: `log` reads those of later calls
+            jax.block_until_ready(metrics)  # only once; `log.flush` fetches a call later
             run.laps.mark("step")
             bar.log(f"first step {run.laps}")
         step += call_steps

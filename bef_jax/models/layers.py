@@ -107,7 +107,7 @@ class BatchNorm(nn.Module):
 
         The kernel comes from `pointwise_conv_norm`.
         """
-        # (C,). With a kernel, x has K channels. Without one, `pointwise` returns x.
+        # (C,). With a kernel, x has K channels.
         channels = (x if kernel is None else kernel).shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
@@ -117,6 +117,7 @@ class BatchNorm(nn.Module):
             # This is one multiplication and one addition per element, less than (x - mean) / std
             # with its scale and bias.
             multiplier = scale * lax.rsqrt(var.value + self.epsilon)
+            # Without a kernel, `pointwise` returns x.
             y = pointwise(x, kernel) * multiplier + (bias - mean.value * multiplier)
             return ACTIVATIONS[self.activation](y).astype(self.dtype)
         y, batch_mean, batch_var = self._normalise(x, kernel, scale, bias)

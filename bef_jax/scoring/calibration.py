@@ -1,6 +1,7 @@
 """A temperature and a threshold, chosen on the valid split and kept for every other split."""
 
 import numpy as np
+from scipy.special import expit, logit
 
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 
@@ -45,7 +46,7 @@ def choose_operating_point(valid: Evaluation) -> dict[str, float | str | None]:
     """Returns the temperature and the threshold that fit a split best, and the split's name.
 
     Both are None where the split has one class only, or one probability for all patches, because
-    nothing can be chosen there. The temperature may also be None for other splits
+    nothing can be chosen there. The temperature is also None where the cross-entropy has no minimum
     (`fit_temperature`).
     """
     return {
@@ -71,7 +72,6 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | No
     """
     # Imported here so that the first training step does not wait for it.
     from scipy.optimize import minimize_scalar
-    from scipy.special import logit
 
     if not _can_choose(probabilities, labels):
         return None
@@ -90,8 +90,6 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | No
 
 def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Returns probabilities of class 1, [N], with their log-odds divided by `temperature`."""
-    from scipy.special import expit, logit
-
     return expit(logit(_clip_open(probabilities)) / temperature)
 
 
@@ -105,7 +103,7 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float | N
     """Returns the threshold with the largest sensitivity + specificity (Youden 1950).
 
     A probability of at least the threshold counts as class 1. The threshold is a sample's
-    probability, or 1 if none of these does better than calling nothing positive. It is never above
+    probability; or 1, if that calls nothing positive and no sample's does better. It is never above
     1, because users give it as eval.threshold. It is None where nothing can be chosen
     (`choose_operating_point`).
     """

@@ -98,7 +98,7 @@ class StepLog:
         self._bar.update(steps[-1], **figures, **rates)
 
     def _rates(self, steps: int) -> dict[str, float]:
-        """Returns images per second and the share of time spent waiting, since the last flush."""
+        """Returns images per second and the share of time spent waiting, since the last lines."""
         now = self._clock.training_seconds(), self._clock.seconds("wait")
         # Keep `spent` above 0, because it is a divisor.
         spent, waited = (max(a - b, 1e-9) for a, b in zip(now, self._mark, strict=True))
