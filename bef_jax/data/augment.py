@@ -1,8 +1,7 @@
 """Augmentation on the device: in the jitted step, of whole batches, from uint8.
 
 The random functions take a key, so that a batch is augmented the same way on any number of devices.
-The order is: flips and turns, random center cropping, stain
-jitter, normalisation.
+The order is: flips and turns, random center cropping, stain jitter, normalisation.
 """
 
 import jax

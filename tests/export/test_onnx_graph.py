@@ -40,6 +40,7 @@ def test_a_select_between_broadcast_arrays_is_broadcast_too():
         (lambda x: _conv(x, batch_group_count=2), "batch_group_count"),
         (lambda x: _conv(x, lhs_dilation=(2, 2)), "lhs_dilation"),
     ],
+    ids=["dilated window", "dilated input", "grouped batch", "transposed convolution"],
 )
 def test_an_option_that_onnx_lacks_is_refused(function, reason):
     argument = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
