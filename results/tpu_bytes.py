@@ -20,7 +20,7 @@ from bef_jax.configs.default import get_config
 from bef_jax.models import layers
 from bef_jax.models.ops import norm
 from bef_jax.models.ops.depthwise import Padding
-from bef_jax.planning import hlo, topology
+from bef_jax.planning import counts, hlo, topology
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import bytes_accessed, flops, memory_bytes
 from bef_jax.training.optim import placeholder_schedule
@@ -47,7 +47,7 @@ def main() -> None:
     cycles = estimated_cycles(text)
     depthwise_cycles = estimated_cycles(text, "/depthwise_conv/")
     print(f"{version}, per image: {bytes_accessed(step) / IMAGES / 1e6:.1f} MB by XLA's count")
-    print(f"to and from main memory: {hlo.hbm_traffic(text) / IMAGES / 1e6:.1f} MB")
+    print(f"to and from main memory: {counts.hbm_traffic(hlo.read(text)) / IMAGES / 1e6:.1f} MB")
     print(f"arithmetic: {flops(step) / IMAGES / 1e9:.2f} GFLOP")
     print(f"memory per chip: {memory_bytes(step) / 1e9:.2f} GB")
     print(f"XLA's estimate of a step: {cycles / 1e6:.1f} M cycles")

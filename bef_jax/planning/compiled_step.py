@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.batches import Batch, fits_memory
 from bef_jax.data.patch import PATCH
-from bef_jax.planning import hlo
+from bef_jax.planning import counts, hlo
 from bef_jax.planning.chips import Chip
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import bytes_accessed, flops, memory_bytes
@@ -37,9 +37,10 @@ class Figures:
     Attributes:
         flops: floating-point operations, with those of the augmentation and the optimiser.
         bytes_accessed: bytes that operations read and write, in on-chip memory and in main memory.
-        hbm_traffic: bytes that move between main memory and the chip (`hlo.hbm_traffic`).
+        hbm_traffic: bytes that move between main memory and the chip (`counts.hbm_traffic`).
+        kernels: launches on a GPU (`counts.kernels`); None for others.
         hbm_bytes: bytes of memory that the step needs.
-        collectives: as `hlo.collectives` counts them.
+        collectives: as `counts.collectives` counts them.
         seconds: time to compile.
         refused: whether the compiler stopped because the step needs more memory than there is.
     """
@@ -47,6 +48,7 @@ class Figures:
     flops: float | None = None
     bytes_accessed: float | None = None
     hbm_traffic: float | None = None
+    kernels: int | None = None
     hbm_bytes: int | None = None
     collectives: dict[str, dict[str, int]] | None = None
     seconds: float
@@ -69,24 +71,31 @@ def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
         seconds = time.perf_counter() - start
         return Figures(hbm_bytes=bytes_wanted(str(error)), seconds=seconds, refused=True)
     seconds = time.perf_counter() - start
-    figures = _reported(compiled, config, seconds)
+    figures = _reported(compiled, config, chip, seconds)
     memory = format_figure(figures.hbm_bytes, "GB", 1e9)
     LOG.info("compiled in %.0f s; memory per device: %s", seconds, memory)
     return figures
 
 
-def _reported(compiled: jax.stages.Compiled, config: ConfigDict, seconds: float) -> Figures:
-    text = compiled.as_text()
-    # Accumulation is a loop. XLA counts one turn of it, so its figures are not those of a step.
-    whole = config.optim.accumulate == 1
+def _reported(
+    compiled: jax.stages.Compiled, config: ConfigDict, chip: Chip, seconds: float
+) -> Figures:
+    program = hlo.read(compiled.as_text())
+    # Accumulation is a loop. XLA counts one turn of it, so its figures are not those of a step. Our
+    # own counts have all turns, if the text says how many there are.
+    whole, known = config.optim.accumulate == 1, counts.turns_known(program)
     accessed = bytes_accessed(compiled) if whole else None
+    traffic = counts.hbm_traffic(program) if known else None
+    if None not in (accessed, traffic):
+        # XLA's count may be lower, because it knows more operations that read a part of an array.
+        traffic = min(accessed, traffic)
     return Figures(
         flops=flops(compiled) if whole else None,
         bytes_accessed=accessed,
-        # XLA's count is lower if an operation reads a part of an array, as a gather does.
-        hbm_traffic=None if accessed is None else min(accessed, hlo.hbm_traffic(text)),
+        hbm_traffic=traffic,
+        kernels=counts.kernels(program) if known and chip.platform == "cuda" else None,
         hbm_bytes=memory_bytes(compiled),
-        collectives=hlo.collectives(text),
+        collectives=counts.collectives(program),
         seconds=seconds,
     )
 

@@ -1,4 +1,4 @@
-"""Compilers' errors, and where the training split is placed on other hardware."""
+"""Compilers' figures and errors, and where the training split is placed on other hardware."""
 
 import pytest
 
@@ -13,6 +13,56 @@ def test_bytes_wanted_are_read_from_the_error_of_libtpu():
     message = "RESOURCE_EXHAUSTED: ... Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
     assert compiled_step.bytes_wanted(message) == 17.5 * 2**30
     assert compiled_step.bytes_wanted("RESOURCE_EXHAUSTED: no more") is None
+
+
+class Program:
+    """A compiled program, as far as the plan looks at it, that negates 8 numbers in a loop."""
+
+    def __init__(self, trips, costs):
+        self.trips, self.costs = trips, costs
+
+    def as_text(self):
+        return f"""%body (a: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter(0)
+  ROOT %b = f32[8]{{0}} negate(%a)
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  ROOT %w = f32[8]{{0}} while(%p), condition=%c, body=%body{self.trips}
+}}
+"""
+
+    def cost_analysis(self):
+        return self.costs
+
+    def memory_analysis(self):
+        return None
+
+
+TRIPS = ', backend_config={"known_trip_count":{"n":"3"}}'
+COSTS = {"flops": 8.0, "bytes accessed": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("chip", "accumulate", "trips", "costs", "expected"),
+    [
+        # (flops, bytes accessed, bytes of main memory, kernels)
+        ("v5e", 1, TRIPS, COSTS, (8.0, 100.0, 100.0, None)),
+        ("v5e", 2, TRIPS, COSTS, (None, None, 192, None)),
+        ("v5e", 2, "", COSTS, (None, None, None, None)),
+        ("h100", 1, TRIPS, None, (None, None, 192, 3)),
+        ("h100", 2, TRIPS, None, (None, None, 192, 3)),
+        ("h100", 1, "", None, (None, None, None, None)),
+    ],
+)
+def test_figures_of_a_loop_are_those_of_all_turns(chip, accumulate, trips, costs, expected):
+    config = get_config()
+    config.optim.accumulate = accumulate
+    program = Program(trips, costs)
+    figures = compiled_step._reported(program, config, chips.by_name(chip), seconds=1.0)
+    found = (figures.flops, figures.bytes_accessed, figures.hbm_traffic, figures.kernels)
+    assert found == expected
 
 
 @pytest.mark.parametrize(

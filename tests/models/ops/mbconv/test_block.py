@@ -195,7 +195,7 @@ SCRIPT = """
 import json
 import jax
 from bef_jax.runtime import sharding
-from bef_jax.planning.hlo import collectives
+from bef_jax.planning import counts, hlo
 from bef_jax.models.ops.mbconv.block import mbconv
 from tests.models.ops.mbconv.test_block import *
 
@@ -206,7 +206,7 @@ with jax.set_mesh(mesh):
     x = jax.device_put(x, sharding.by_rows(mesh))
     eight = everything(mbconv, x, params, plan)
     program = jax.jit(lambda x: mbconv(x, params, plan)[0]).lower(x).compile().as_text()
-print(json.dumps([mesh.size, max(errors(eight, one)), collectives(program)]))
+print(json.dumps([mesh.size, max(errors(eight, one)), counts.collectives(hlo.read(program))]))
 """
 
 
