@@ -1,8 +1,8 @@
 """--mode=plan: compiles the training step for hardware that this machine does not need to have.
 
 The step is the one that training compiles. The plan compares what the compiler reports (memory,
-arithmetic, bytes moved, collectives) with the chip's published peaks. What a compiler does not
-report is None.
+arithmetic, collectives) and what its program's text shows (bytes moved, kernels) with the chip's
+published peaks. What is not known is None.
 """
 
 import logging
@@ -19,7 +19,7 @@ from bef_jax.planning import largest_batch, topology
 from bef_jax.planning.chips import Chip
 from bef_jax.planning.compiled_step import Figures, format_figure, measure, placed_split
 from bef_jax.planning.flops import training_flops
-from bef_jax.planning.roofline import roofline
+from bef_jax.planning.roofline import LAUNCH_US, bounds, roofline
 from bef_jax.planning.topology import Topology
 from bef_jax.training.state import abstract_state
 
@@ -60,8 +60,9 @@ def summarise(
 ) -> dict:
     """Returns the summary of a plan; `largest` is the largest batch per device, if it is known."""
     chip, state = target.chip, abstract_state(config)
-    seconds, bound = roofline(figures, chip, mesh.size)
-    images = config.batch_size // mesh.size
+    images, network_flops = config.batch_size // mesh.size, training_flops(config)
+    limits = bounds(figures, chip, mesh.size, images * network_flops)
+    seconds, bound = roofline(limits)
     return {
         "mode": "plan",
         "topology": target.name,
@@ -76,9 +77,10 @@ def summarise(
         "flops_per_device": figures.flops,
         "flops_per_image": None if figures.flops is None else figures.flops / images,
         # Only the network's arithmetic: the compiled figures have augmentation and optimiser too.
-        "model_flops_per_image": training_flops(config),
+        "model_flops_per_image": network_flops,
         "bytes_accessed_per_device": figures.bytes_accessed,
         "hbm_traffic_per_device": figures.hbm_traffic,
+        "kernels": figures.kernels,
         "hbm_bytes_per_device": figures.hbm_bytes,
         "hbm_capacity_bytes": None if chip.hbm_bytes is None else int(chip.hbm_bytes),
         "fits": _fits(figures, chip),
@@ -86,11 +88,19 @@ def summarise(
         "parameter_bytes": count_bytes(state.params),
         "state_bytes": count_bytes(state),
         "collectives": figures.collectives,
-        "roofline_step_ms": None if seconds is None else 1e3 * seconds,
+        "bytes_bound_ms": _milliseconds(limits.memory),
+        "flops_bound_ms": _milliseconds(limits.compute),
+        "launch_bound_ms": _milliseconds(limits.launches),
+        "launch_us_assumed": LAUNCH_US.get(chip.platform),
+        "roofline_step_ms": _milliseconds(seconds),
         "roofline_images_per_second": None if seconds is None else config.batch_size / seconds,
         "bound_by": bound,
         "compile_seconds": figures.seconds,
     }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
 
 
 def _fits(figures: Figures, chip: Chip) -> bool | None:
@@ -125,6 +135,8 @@ def _rows(summary: dict) -> list[tuple[str, str]]:
 
     needed = figure("hbm_bytes_per_device", "GB", 1e9)
     capacity = figure("hbm_capacity_bytes", "GB", 1e9)
+    launch = summary["launch_us_assumed"]
+    assumed = "" if launch is None else f", {launch:.1f} us assumed for each"
     return [
         ("images per device and step", figure("batch_per_device")),
         ("memory per device", f"{needed} of {capacity}"),
@@ -133,8 +145,12 @@ def _rows(summary: dict) -> list[tuple[str, str]]:
         ("arithmetic per image, as compiled", figure("flops_per_image", "GFLOP", 1e9)),
         ("network arithmetic per image", figure("model_flops_per_image", "GFLOP", 1e9)),
         ("memory traffic per device", figure("hbm_traffic_per_device", "GB", 1e9)),
+        ("kernels per step", figure("kernels")),
         ("parameters", figure("parameter_bytes", "MB", 1e6)),
         *_collective_rows(summary["collectives"]),
+        ("time of memory traffic", figure("bytes_bound_ms", "ms", 1)),
+        ("time of arithmetic", figure("flops_bound_ms", "ms", 1)),
+        (f"time of launches{assumed}", figure("launch_bound_ms", "ms", 1)),
         ("time of a step, at least", figure("roofline_step_ms", "ms", 1)),
         ("images/s, upper bound", figure("roofline_images_per_second")),
         ("bound by", summary["bound_by"] or "not known"),

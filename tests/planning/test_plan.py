@@ -12,6 +12,7 @@ import pytest
 from bef_jax.planning import chips, plan
 from bef_jax.planning.compiled_step import Figures
 from bef_jax.runtime import sharding
+from bef_jax.runtime.devices import CUDA_PLUGINS
 from bef_jax.training import checkpoint
 from bef_jax.training.state import abstract_state
 from tests.conftest import SHRUNK
@@ -75,7 +76,8 @@ def test_plan_compiles_the_step_for_eight_devices_of_this_machine(small_config, 
     norms = len(jax.tree.leaves(abstract_state(small_config()).batch_stats)) // 2
     assert reduced["count"] < norms
     assert summary["hbm_bytes_per_device"] > summary["state_bytes"]
-    for key in ("hbm_capacity_bytes", "fits", "roofline_step_ms", "bound_by"):
+    unknown = ("kernels", "bytes_bound_ms", "flops_bound_ms", "launch_bound_ms")
+    for key in (*unknown, "hbm_capacity_bytes", "fits", "roofline_step_ms", "bound_by"):
         assert summary[key] is None
     assert "upper bound" in result.stderr
 
@@ -89,9 +91,10 @@ def test_a_batch_that_the_topology_cannot_share_is_refused(tmp_path):
 # ---- with the compilers of other hardware -------------------------------------------------------
 
 
-def require(module):
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not installed: it compiles for hardware that is not here")
+def require(*modules):
+    if not any(map(importlib.util.find_spec, modules)):
+        names = " or ".join(modules)
+        pytest.skip(f"{names} is not installed: it compiles for hardware that is not here")
 
 
 @pytest.mark.compilers
@@ -102,6 +105,8 @@ def test_plan_compiles_the_step_for_a_tpu_slice(tmp_path):
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
     assert summary["fits"] and summary["roofline_images_per_second"] > 0
+    check_bounds(summary, peak=197e12, bandwidth=819e9, flops=summary["flops_per_device"])
+    assert summary["kernels"] is summary["launch_bound_ms"] is None  # a step is one program
     # The optimiser reads and writes the state. Most of the rest stays on the chip.
     moved = summary["hbm_traffic_per_device"]
     assert summary["state_bytes"] < moved < summary["bytes_accessed_per_device"]
@@ -129,11 +134,32 @@ def test_kernels_move_less_on_a_tpu_slice(tmp_path):
 
 
 @pytest.mark.compilers
-def test_plan_compiles_the_step_for_a_gpu_node(tmp_path):
-    require("jax_cuda12_plugin")
-    flags = ["--config.bn_groups=8", "--config.batch_size=64", "--nolargest_batch"]
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_plan_compiles_the_step_for_a_gpu_node(tmp_path, accumulate):
+    require(*CUDA_PLUGINS)
+    flags = ["--config.bn_groups=8", "--config.batch_size=128", "--nolargest_batch"]
+    flags.append(f"--config.optim.accumulate={accumulate}")
     result = run_plan("h100:8", tmp_path, *flags, "--config.data.placement=host")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
     assert summary["fits"] and summary["collectives"]["all-reduce"]["count"] >= 1
+    # Every gradient is summed once in each micro-batch, with a few statistics and metrics.
+    reduced = summary["collectives"]["all-reduce"]["bytes"] / summary["parameter_bytes"]
+    assert accumulate <= reduced < 1.5 * accumulate
     assert summary["flops_per_device"] is None  # XLA's GPU compiler does not count
+    flops = summary["model_flops_per_image"] * summary["batch_per_device"]
+    check_bounds(summary, peak=989e12, bandwidth=3350e9, flops=flops)
+    # The optimiser alone reads and writes the state, and has a kernel for each of its arrays.
+    assert summary["hbm_traffic_per_device"] > summary["state_bytes"]
+    assert 500 < summary["kernels"] / accumulate < 5000
+    assert summary["launch_bound_ms"] == pytest.approx(summary["kernels"] * 0.0025)
+    assert "2.5 us assumed for each" in result.stderr
+
+
+def check_bounds(summary, peak, bandwidth, flops):
+    """Compares the times of a plan with its figures; no other limit is longer here."""
+    moved = summary["hbm_traffic_per_device"]
+    assert summary["bytes_bound_ms"] == pytest.approx(1e3 * moved / bandwidth)
+    assert summary["flops_bound_ms"] == pytest.approx(1e3 * flops / peak)
+    assert summary["roofline_step_ms"] == summary["bytes_bound_ms"] > summary["flops_bound_ms"]
+    assert summary["bound_by"] == "memory"
