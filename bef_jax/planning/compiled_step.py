@@ -86,9 +86,11 @@ def _reported(
     whole, known = config.optim.accumulate == 1, counts.turns_known(program)
     accessed = bytes_accessed(compiled) if whole else None
     traffic = counts.hbm_traffic(program) if known else None
-    if None not in (accessed, traffic):
-        # XLA's count may be lower, because it knows more operations that read a part of an array.
-        traffic = min(accessed, traffic)
+    if accessed is not None:
+        # A TPU's text does not say how often the loop over the crops of a batch turns. So one turn
+        # counts, as in XLA's count. That may be lower than ours, because it knows more operations
+        # that read a part of an array.
+        traffic = min(accessed, counts.hbm_traffic(program))
     return Figures(
         flops=flops(compiled) if whole else None,
         bytes_accessed=accessed,

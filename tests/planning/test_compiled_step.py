@@ -49,6 +49,7 @@ COSTS = {"flops": 8.0, "bytes accessed": 100.0}
     [
         # (flops, bytes accessed, bytes of main memory, kernels)
         ("v5e", 1, TRIPS, COSTS, (8.0, 100.0, 100.0, None)),
+        ("v5e", 1, "", COSTS, (8.0, 100.0, 64, None)),
         ("v5e", 2, TRIPS, COSTS, (None, None, 192, None)),
         ("v5e", 2, "", COSTS, (None, None, None, None)),
         ("h100", 1, TRIPS, None, (None, None, 192, 3)),
