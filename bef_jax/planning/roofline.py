@@ -71,7 +71,8 @@ def roofline(limits: Bounds) -> tuple[float | None, str | None]:
 
     This assumes that arithmetic, memory and links work all the time, at their published peak and
     all at once (Williams et al. 2009). A real step takes longer, so images/s are an upper bound.
-    Launches are left out, because their time is assumed, and a CUDA graph hides a part of it.
+    A GPU's may be shorter where its caches save bytes that `counts.hbm_traffic` has. Launches are
+    left out, because their time is assumed, and a CUDA graph hides a part of it.
 
     Returns:
         Seconds, and compute, memory or interconnect; (None, None) if one of the first two is

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from bef_jax.planning import chips, plan
+from bef_jax.planning import chips, plan, topology
 from bef_jax.planning.compiled_step import Figures
 from bef_jax.runtime import sharding
 from bef_jax.runtime.devices import CUDA_PLUGINS
@@ -43,6 +45,31 @@ def test_counted_bytes_are_those_of_a_restored_checkpoint(small_config, tmp_path
     assert plan.count_bytes(abstract_state(config).params) == sum(
         x.nbytes for x in jax.tree.leaves(state.params)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "flops", "kernels", "expected"),
+    [
+        # (ms of bytes, of arithmetic, of launches, of a step)
+        ("h100:1", None, 400, (2.0, "network", 1.0, 2.0)),
+        ("v5e:1x1", 197e9, None, (2.0 * 3350 / 819, 1.0, None, 2.0 * 3350 / 819)),
+    ],
+)
+def test_the_table_has_the_time_of_each_limit(small_config, name, flops, kernels, expected):
+    config, target = small_config(), topology.parse(name)
+    figures = Figures(flops=flops, hbm_traffic=6.7e9, kernels=kernels, collectives={}, seconds=0.0)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    summary = plan.summarise(config, mesh, target, figures, largest=None)
+    network = 1e3 * summary["model_flops_per_image"] * config.batch_size / 989e12
+    expected = [network if value == "network" else value for value in expected]
+    limits = ("bytes_bound_ms", "flops_bound_ms", "launch_bound_ms", "roofline_step_ms")
+    assert [summary[key] for key in limits] == pytest.approx(expected)
+    assert (summary["kernels"], summary["flops_per_device"]) == (kernels, flops)
+    assumed = ", 2.5 us assumed for each" if kernels else ""
+    rows = dict(plan._rows(summary))
+    assert rows[f"time of launches{assumed}"] == ("1.00 ms" if kernels else "not reported")
+    assert rows["kernels per step"] == ("400" if kernels else "not reported")
+    assert rows["time of memory traffic"] == rows["time of a step, at least"]
 
 
 # ---- on the command line ------------------------------------------------------------------------
