@@ -18,9 +18,11 @@ from bef_jax.models.layers import (
     pointwise_conv_norm,
 )
 from bef_jax.models.network import Network
+from bef_jax.models.ops.gpu_norm import norm_excite_project
 from bef_jax.models.ops.mbconv.block import mbconv as mbconv_kernels
 from bef_jax.models.ops.mbconv.block import plan_kernels
 from bef_jax.models.ops.mbconv.grid import Window
+from bef_jax.runtime import target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,7 @@ class MBConv(nn.Module):
         norm: norm(name=...) makes a norm without activation.
         active_norm: active_norm(name=...) makes a norm with the activation after it.
         padding, depthwise, mbconv: as in `Network`.
-        pallas_options: (bn_groups, bn_epsilon, activation), the norms' options for the kernels.
+        norm_options: (bn_groups, bn_epsilon, activation), for norms inside larger operations.
     """
 
     stage: Stage
@@ -157,7 +159,7 @@ class MBConv(nn.Module):
     padding: str
     depthwise: str
     mbconv: str
-    pallas_options: tuple[int, float, str]
+    norm_options: tuple[int, float, str]
     dtype: jnp.dtype
 
     @nn.compact
@@ -191,6 +193,9 @@ class MBConv(nn.Module):
             dtype=self.dtype,
             name="depthwise_conv",
         )(x)
+        # Initialisation uses the layers, because only they make parameters.
+        if self.squeeze_excite and train and target.for_gpu() and not self.is_initializing():
+            return self._excite_and_project(x)
         x = self.active_norm(name="depthwise_norm")(x, train)
         if self.squeeze_excite:
             # As in the paper's code, this is a quarter of the block's input, not of its hidden
@@ -198,9 +203,18 @@ class MBConv(nn.Module):
             x = SqueezeExcite(max(channels_in // 4, 1), name="squeeze_excite")(x)
         return Conv(stage.channels, kernel=1, dtype=self.dtype, name="project_conv")(x)
 
+    def _excite_and_project(self, x: Array) -> Array:
+        """Computes the rest of `_by_layers` in training as one operation, for GPUs."""
+        params = self.variables["params"]
+        norm, excite = params["depthwise_norm"], params["squeeze_excite"]
+        kernel = params["project_conv"]["kernel"][0, 0]
+        x, *moments = norm_excite_project(x, norm, excite, kernel, *self.norm_options)
+        self.norm(name="depthwise_norm").record(*moments)
+        return x
+
     def _by_kernels(self, x: Array) -> Array:
         """Computes the same as `_by_layers` in training, by experimental Pallas kernels for TPU."""
-        stage, (groups, epsilon, activation) = self.stage, self.pallas_options
+        stage, (groups, epsilon, activation) = self.stage, self.norm_options
         padding = padding_of(stage.kernel, self.stride, x.shape[1:3], self.padding)
         window = Window(x.shape[1:3], stage.kernel, self.stride, padding)
         plan = plan_kernels(window, x, stage.expand, stage.channels, groups, epsilon, activation)
@@ -242,7 +256,7 @@ class EfficientNet(Network):
                     padding=self.padding,
                     depthwise=self.depthwise,
                     mbconv=self.mbconv,
-                    pallas_options=(self.bn_groups, self.bn_epsilon, architecture.activation),
+                    norm_options=(self.bn_groups, self.bn_epsilon, architecture.activation),
                     dtype=self.dtype,
                     # No stride in the name, so weights of total stride 32 also fit 16 and 8.
                     name=f"block_{index:02d}",

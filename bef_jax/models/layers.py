@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bef_jax.models.ops.activations import ACTIVATIONS
 from bef_jax.models.ops.depthwise import Padding, depthwise_conv
-from bef_jax.models.ops.norm import ACTIVATIONS, batch_norm, pointwise_batch_norm
+from bef_jax.models.ops.norm import batch_norm, pointwise_batch_norm
 from bef_jax.models.ops.pointwise import pointwise
+from bef_jax.runtime import target
 
 # The variance is 2 / fan_out, as in the EfficientNet paper's code. The fan_out of a depthwise
 # kernel is k * k, which is what Flax computes as its fan_in.
@@ -81,6 +83,8 @@ class DepthwiseConv(nn.Module):
 # From this many positions per input channel on, a covariance of the K input channels is cheaper
 # than statistics of the C output channels (`norm.pointwise_batch_norm`).
 _POSITIONS_PER_CHANNEL = 8
+# On a GPU it takes 12 more kernels than the statistics, so that only large maps gain.
+_POSITIONS_PER_CHANNEL_ON_GPU = 1024
 
 
 class BatchNorm(nn.Module):
@@ -91,7 +95,7 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         groups: number of consecutive parts of the batch that have their own statistics. One part
             per device needs no collective. The running statistics get the mean over the parts.
-        activation: a name in `norm.ACTIVATIONS`, applied to the result. One gradient rule
+        activation: a name in `ACTIVATIONS`, applied to the result. One gradient rule
             for both keeps one map less than two rules (`norm`).
     """
 
@@ -141,7 +145,8 @@ class BatchNorm(nn.Module):
         # N H W / groups. With few positions and a large K, as in late maps, the [K, K] covariance
         # would cost more than the passes that it saves.
         positions = x.size // (x.shape[-1] * self.groups)
-        if kernel is not None and positions >= _POSITIONS_PER_CHANNEL * x.shape[-1]:
+        least = _POSITIONS_PER_CHANNEL_ON_GPU if target.for_gpu() else _POSITIONS_PER_CHANNEL
+        if kernel is not None and positions >= least * x.shape[-1]:
             return pointwise_batch_norm(x, kernel, scale, bias, *options)
         return batch_norm(pointwise(x, kernel), scale, bias, *options)
 

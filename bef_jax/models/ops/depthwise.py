@@ -3,8 +3,8 @@
 The shift form multiplies shifted views of the input, one for each position of the kernel (a tap),
 and adds them up. On CPU, XLA's grouped convolution is 15 to 25 times slower. JAX's own gradient of
 the shift form costs 20 times its forward pass, so the shift form has a custom gradient. GPU and TPU
-get the native convolution. By default the form is chosen when a program is lowered
-(`jax.lax.platform_dependent`).
+get the native convolution, except that a GPU shifts for dx at stride 2. By default the form is
+chosen when a program is lowered (`jax.lax.platform_dependent`).
 """
 
 import dataclasses
@@ -59,11 +59,15 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding, form: str):
 def _backward(stride: int, padding: Padding, form: str, residuals, g: Array):
     shifted = functools.partial(_shifted_gradients, stride=stride, padding=padding)
     native = functools.partial(_native_gradients, stride=stride, padding=padding)
-    return _choose_form(form, shifted, native)(*residuals, g)
+    mixed = functools.partial(_mixed_gradients, stride=stride, padding=padding)
+    return _choose_form(form, shifted, native, mixed if stride > 1 else native)(*residuals, g)
 
 
-def _choose_form(form: str, shifted: Callable, native: Callable) -> Callable:
-    by_platform = functools.partial(lax.platform_dependent, cpu=shifted, default=native)
+def _choose_form(
+    form: str, shifted: Callable, native: Callable, on_gpu: Callable | None = None
+) -> Callable:
+    options = {"cpu": shifted, "cuda": on_gpu or native, "default": native}
+    by_platform = functools.partial(lax.platform_dependent, **options)
     return {"auto": by_platform, "shift": shifted, "native": native}[form]
 
 
@@ -88,6 +92,17 @@ def _native_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: P
     # XLA leaves out the forward convolution, because its result is not used here.
     _, pullback = jax.vjp(lambda x, kernel: _native(x, kernel, stride, padding), x, kernel)
     return pullback(g)
+
+
+def _mixed_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: Padding):
+    """Returns dkernel by XLA's convolution, and dx by shifting.
+
+    At stride 2, XLA's dx is a convolution of g with zeros between its elements. A GPU would write
+    these zeros and read them, and they are four times as many numbers as g.
+    """
+    _, pullback = jax.vjp(lambda kernel: _native(x, kernel, stride, padding), kernel)
+    padded_g, spans = _padded_gradient(x, kernel, g, stride, padding)
+    return _input_gradient(padded_g, kernel, stride, spans), *pullback(g)
 
 
 # ---- shift, multiply, add -----------------------------------------------------------------------
@@ -131,17 +146,22 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
     Both results read one padded copy of g, which is kept in memory. Without it, XLA would repeat,
     in every tap, the code that computes g: the gradients of batch normalisation and SiLU.
     """
-    k, size = kernel.shape[0], g.shape[1:3]
-    spans = [_span(k, stride, *axis) for axis in zip(x.shape[1:3], size, padding, strict=True)]
+    padded_g, spans = _padded_gradient(x, kernel, g, stride, padding)
     corner = [span.before for span in spans]
-    padded_g = jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0)))
     phases = _padded_phases(x, stride, padding)
     # The phases and g share one barrier. A barrier for the phases alone would equal that of the
     # forward pass, so XLA would merge the two barriers. Then both passes would use each view, so
     # XLA would write all views to memory.
     phases, padded_g = lax.optimization_barrier((phases, padded_g))
     dx = _input_gradient(padded_g, kernel, stride, spans)
-    return dx, _kernel_gradient(phases, kernel, _crop(padded_g, corner, size))
+    return dx, _kernel_gradient(phases, kernel, _crop(padded_g, corner, g.shape[1:3]))
+
+
+def _padded_gradient(x: Array, kernel: Array, g: Array, stride: int, padding: Padding):
+    """Returns g with the zeros that `_input_gradient` needs around it, and its spans."""
+    sides = zip(x.shape[1:3], g.shape[1:3], padding, strict=True)
+    spans = [_span(kernel.shape[0], stride, *side) for side in sides]
+    return jnp.pad(g, ((0, 0), *((span.before, span.after) for span in spans), (0, 0))), spans
 
 
 @dataclasses.dataclass(frozen=True)

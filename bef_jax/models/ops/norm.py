@@ -3,7 +3,8 @@
 A training step spends more time on moving bytes than on arithmetic, on CPU and on accelerators.
 Batch normalisation moves most of these bytes. So the backward pass computes cheap values again
 instead of reading them. If an expansion (a 1 x 1 convolution to more channels) has many positions
-per input channel, the statistics come from its input.
+per input channel, the statistics come from its input. For GPUs, `gpu_norm` divides the same
+arithmetic into other passes.
 
 Symbols: x is the input, mean and var are its statistics per channel over n positions, and
 
@@ -15,32 +16,14 @@ Symbols: x is the input, mean and var are its statistics per channel over n posi
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bef_jax.models.ops import gpu_norm
+from bef_jax.models.ops.activations import ACTIVATIONS, DERIVATIVES
 from bef_jax.models.ops.pointwise import grouped_moments, grouped_pointwise
-
-# Layers pass an activation by its name, because the static arguments of a custom gradient must be
-# hashable and compare equal in every trace: a lambda made in a layer would be compiled again each
-# time.
-ACTIVATIONS = {"none": lambda x: x, "silu": nn.silu, "relu": nn.relu, "relu6": nn.relu6}
-
-
-def _silu_derivative(z: Array) -> Array:
-    # This is (z sigmoid)' = sigmoid + z sigmoid (1 - sigmoid), with only one exponential.
-    sigmoid = nn.sigmoid(z)
-    return sigmoid * (1 + z * (1 - sigmoid))
-
-
-# activation'(z), which is 0 at a corner, as in torch.
-DERIVATIVES = {
-    "none": jnp.ones_like,
-    "silu": _silu_derivative,
-    "relu": lambda z: (z > 0).astype(z.dtype),
-    "relu6": lambda z: ((z > 0) & (z < 6)).astype(z.dtype),
-}
+from bef_jax.runtime import target
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -65,6 +48,8 @@ def batch_norm(
 
 
 def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation: str):
+    if target.for_gpu():
+        return gpu_norm.forward(x, scale, bias, groups, epsilon, activation)
     parts, axes = _parts(x.astype(jnp.float32), groups)  # XLA fuses the cast into what reads x
     # mean, square and var are [groups, 1, ..., 1, C], or [1, ..., 1, C] for one group. Both sums
     # take one pass together; sums of x - mean would need a second one. The difference below loses
@@ -93,8 +78,10 @@ def _batch_norm_backward(groups: int, epsilon: float, activation: str, residuals
     inserted. n is the number of positions of a group, and all sums are over these. The returned
     dscale and dbias are sums over the groups.
     """
-    x, scale, bias, mean, var = residuals
     g, _, _ = cotangents  # mean and var only feed the running statistics, not the loss
+    if target.for_gpu():
+        return gpu_norm.backward(groups, activation, residuals, g)
+    x, scale, bias, mean, var = residuals
     # This keeps XLA from reusing values of the forward pass, which it would have to keep in memory.
     x = lax.optimization_barrier(x)
     parts, axes = _parts(x.astype(jnp.float32), groups)

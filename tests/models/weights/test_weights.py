@@ -17,7 +17,7 @@ from bef_jax import models
 from bef_jax.configs.default import get_config
 from bef_jax.export import timm as export_timm
 from bef_jax.models import weights
-from bef_jax.models.ops import norm
+from bef_jax.models.ops import activations
 from bef_jax.models.weights import reading, timm_config
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[dev]'")
@@ -134,8 +134,8 @@ def silu_for_relu():
         patch.setattr(torch.nn.functional, "relu", silu)
         patch.setattr(torch.nn.functional, "hardtanh", silu)  # torch computes ReLU6 by this
         for name in ("relu", "relu6"):
-            patch.setitem(norm.ACTIVATIONS, name, nn.silu)
-            patch.setitem(norm.DERIVATIVES, name, norm.DERIVATIVES["silu"])
+            patch.setitem(activations.ACTIVATIONS, name, nn.silu)
+            patch.setitem(activations.DERIVATIVES, name, activations.DERIVATIVES["silu"])
         patch.setattr(nn, "relu", nn.silu)
         jax.clear_caches()  # the network has been compiled with ReLU
         yield

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from bef_jax.models.ops.activations import ACTIVATIONS, DERIVATIVES
 from bef_jax.models.ops.mbconv import vectors
 from bef_jax.models.ops.mbconv.grid import (
     LANES,
@@ -21,7 +22,6 @@ from bef_jax.models.ops.mbconv.grid import (
     weights_spec,
     whole_spec,
 )
-from bef_jax.models.ops.norm import ACTIVATIONS, DERIVATIVES
 
 
 def project_gradients(

@@ -34,7 +34,7 @@ class KernelPlan:
         strips: the strips of rows that the maps are cut into (`grid.strips`).
         groups: number of parts of the batch that have their own statistics.
         epsilon: added to variances.
-        activation: a name in `norm.ACTIVATIONS`.
+        activation: a name in `ACTIVATIONS`.
     """
 
     strips: tuple[Strip, ...]

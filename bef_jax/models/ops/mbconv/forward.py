@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from bef_jax.models.ops.activations import ACTIVATIONS
 from bef_jax.models.ops.mbconv import vectors
 from bef_jax.models.ops.mbconv.grid import (
     LANES,
@@ -20,7 +21,6 @@ from bef_jax.models.ops.mbconv.grid import (
     weights_spec,
     whole_spec,
 )
-from bef_jax.models.ops.norm import ACTIVATIONS
 
 
 def expand_and_convolve(

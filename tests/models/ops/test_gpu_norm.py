@@ -1,0 +1,179 @@
+"""Tests the passes for GPUs, run on a CPU, against the definition and JAX's own gradient of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bef_jax.models.layers import global_pool
+from bef_jax.models.ops import gpu_norm
+from bef_jax.models.ops.norm import batch_norm
+from bef_jax.runtime import target
+
+EPSILON = 1e-3
+ACTIVATIONS = {"silu": jax.nn.silu, "none": lambda x: x, "relu6": jax.nn.relu6}
+# (images, side, channels). The rows are few, many enough for several parts, and an odd number.
+SHAPES = [(4, 4, 16), (16, 34, 8), (3, 5, 6)]
+
+
+@pytest.fixture(autouse=True)
+def for_gpu(monkeypatch):
+    monkeypatch.setattr(target, "for_gpu", lambda: True)
+    jax.clear_caches()  # what was traced before is not for GPUs
+    yield
+    jax.clear_caches()
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def defined_norm(x, scale, bias, groups, activation):
+    """Returns y, means and variances, group by group, from the definition."""
+    parts = jnp.split(x, groups)
+    means = [part.mean((0, 1, 2)) for part in parts]
+    variances = [jnp.square(p - m).mean((0, 1, 2)) for p, m in zip(parts, means, strict=True)]
+    normalised = [
+        (part - mean) / jnp.sqrt(var + EPSILON) * scale + bias
+        for part, mean, var in zip(parts, means, variances, strict=True)
+    ]
+    y = ACTIVATIONS[activation](jnp.concatenate(normalised))
+    return y, jnp.stack(means), jnp.stack(variances)
+
+
+def gradients(function, arrays, cotangent):
+    return jax.jit(lambda *arrays: jax.vjp(function, *arrays)[1](cotangent))(*arrays)
+
+
+def assert_close(actual, expected, tolerance):
+    leaves = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for a, e in leaves:
+        assert a.shape == e.shape
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * max(1e-3, np.abs(e).max()))
+
+
+# ---- batch normalisation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("n", "side", "channels"), SHAPES)
+def test_batch_norm_and_its_gradients(n, side, channels, activation, groups):
+    n = n // groups * groups
+    x = normal(n, side, side, channels) * 2 + 1
+    scale, bias = normal(channels, seed=1) + 1, normal(channels, seed=2)
+    cotangent = normal(*x.shape, seed=3)
+
+    def ours(*arrays):
+        return batch_norm(*arrays, groups, EPSILON, activation)
+
+    def definition(*arrays):
+        return defined_norm(*arrays, groups, activation)
+
+    arrays = (x, scale, bias)
+    assert_close(jax.jit(ours)(*arrays), definition(*arrays), 1e-5)
+    actual = gradients(lambda *a: ours(*a)[0], arrays, cotangent)
+    expected = gradients(lambda *a: definition(*a)[0], arrays, cotangent)
+    assert_close(actual, expected, 1e-5)
+
+
+def test_a_constant_channel_has_finite_gradients():
+    x = np.full((4, 4, 4, 8), 7.0, np.float32)
+    ones = np.ones(8, np.float32)
+    loss = jax.grad(lambda *a: batch_norm(*a, 1, EPSILON, "silu")[0].sum(), (0, 1, 2))
+    for gradient in loss(x, ones, ones):
+        assert np.isfinite(gradient).all()
+
+
+# ---- with squeeze-excite and the projection -----------------------------------------------------
+
+
+def make_excite(channels, hidden):
+    return {
+        "reduce": {"kernel": normal(channels, hidden, seed=4), "bias": normal(hidden, seed=5)},
+        "expand": {"kernel": normal(hidden, channels, seed=6), "bias": normal(channels, seed=7)},
+    }
+
+
+def make_arrays(n, side, channels, outputs):
+    norm = {"scale": normal(channels, seed=1) + 1, "bias": normal(channels, seed=2)}
+    kernel = normal(channels, outputs, seed=8)
+    return normal(n, side, side, channels) * 2 + 1, norm, make_excite(channels, 5), kernel
+
+
+def defined_excite(x, norm, excite, kernel, groups):
+    a, *statistics = defined_norm(x, norm["scale"], norm["bias"], groups, "silu")
+    hidden = jax.nn.silu(a.mean((1, 2)) @ excite["reduce"]["kernel"] + excite["reduce"]["bias"])
+    gate = jax.nn.sigmoid(hidden @ excite["expand"]["kernel"] + excite["expand"]["bias"])
+    return (a * gate[:, None, None]) @ kernel, *statistics
+
+
+# 16 positions are enough for a kernel of each image with 4 outputs, but not with 6.
+@pytest.mark.parametrize(("side", "outputs", "by_kernel"), [(4, 4, True), (4, 6, False)])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_excited_projection_and_its_gradients(side, outputs, by_kernel, groups):
+    arrays = make_arrays(6, side, 16, outputs)
+    maps = gpu_norm._maps(arrays[0], groups)
+    assert gpu_norm._gates_kernel(maps, arrays[-1]) == by_kernel
+    cotangent = normal(6, side, side, outputs, seed=9)
+
+    def ours(*arrays):
+        return gpu_norm.norm_excite_project(*arrays, groups, EPSILON, "silu")
+
+    def definition(*arrays):
+        return defined_excite(*arrays, groups)
+
+    assert_close(jax.jit(ours)(*arrays), definition(*arrays), 1e-5)
+    actual = gradients(lambda *a: ours(*a)[0], arrays, cotangent)
+    expected = gradients(lambda *a: definition(*a)[0], arrays, cotangent)
+    assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("outputs", [4, 6])
+def test_bfloat16_is_as_near_to_float32_as_the_layers(outputs):
+    """Compares errors with those of the same operations, each rounded to bfloat16."""
+    x, norm, excite, kernel = make_arrays(32, 4, 16, outputs)
+    cotangent = normal(32, 4, 4, outputs, seed=9)
+
+    def ours(x, *rest):
+        return gpu_norm.norm_excite_project(x, *rest, 1, EPSILON, "silu")[0]
+
+    def layers(x, norm, excite, kernel):
+        y = defined_norm(jnp.float32(x), norm["scale"], norm["bias"], 1, "silu")[0]
+        y = y.astype(x.dtype)
+        gate = gpu_norm.excite(excite, global_pool(y)[None])[0].astype(x.dtype)
+        return (y * gate[:, None, None]) @ kernel.astype(x.dtype)
+
+    def both(function, dtype):
+        arrays = jnp.asarray(x, dtype), norm, excite, kernel
+        y = function(*arrays)
+        assert y.dtype == dtype
+        return [y, *gradients(function, arrays, jnp.asarray(cotangent, dtype))]
+
+    def errors(function):
+        pairs = zip(
+            jax.tree.leaves(both(function, jnp.bfloat16)),
+            jax.tree.leaves(both(layers, jnp.float32)),
+            strict=True,
+        )
+        return [np.linalg.norm(np.float32(a) - e) / np.linalg.norm(e) for a, e in pairs]
+
+    ours, theirs = errors(ours), errors(layers)
+    assert max(theirs) < 0.05
+    # A single one may be larger by chance, because both are rounding errors.
+    assert np.mean(ours) < 1.1 * np.mean(theirs)
+    assert max(ours) < 1.5 * max(theirs)
+
+
+# ---- how the sums are divided -------------------------------------------------------------------
+
+
+def test_sums_are_those_of_all_rows_for_any_number_of_rows():
+    for rows in (1, 15, 16, 1 << 10, 3 << 12, 1 << 15):
+        a, b = normal(2, rows, 1, 5), normal(2, rows, 1, 5, seed=1)
+        mean, square = gpu_norm._moments(a)
+        np.testing.assert_allclose(mean, a.mean((1, 2)), atol=1e-5)
+        np.testing.assert_allclose(square, (a * a).mean((1, 2)), rtol=1e-4)
+        dbias, dscale = gpu_norm._sums_of_gradient(a, b)
+        np.testing.assert_allclose(dbias, a.sum((1, 2)), atol=2e-6 * rows)
+        np.testing.assert_allclose(dscale, (a * b).sum((1, 2)), atol=2e-6 * rows)
