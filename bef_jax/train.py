@@ -30,6 +30,7 @@ from bef_jax.training.clock import Clock, Laps
 from bef_jax.training.history import History
 from bef_jax.training.optim import make_schedule
 from bef_jax.training.outputs import read_train_summary, write_summary
+from bef_jax.training.packing import Packing, make_packing
 from bef_jax.training.state import (
     TrainState,
     abstract_state,
@@ -82,6 +83,7 @@ class Run:
     splits: dict[str, Split]
     manifest: dict  # of the store
     counts: StepCounts
+    packing: Packing  # of the state in the loop
     evaluate: Callable[[dict, Split], Evaluation]
     checkpoints: Checkpoints
     history: History
@@ -114,6 +116,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
         splits=splits,
         manifest=store.read_manifest(store.store_path(config.data)),
         counts=counts,
+        packing=make_packing(config, mesh),
         evaluate=make_evaluator(config, mesh),
         checkpoints=Checkpoints(workdir, config.checkpoint.keep),
         history=History(workdir),
@@ -163,18 +166,14 @@ def _train(run: Run) -> TrainState:
         run.history.truncate(first)  # a kill may have left lines of later steps
         _write_config(run)
         run.laps.mark("state")
-
-        placed = (
-            batches.place_split(train, run.mesh)
-            if batches.should_place(train, config.data.placement)
-            else None
-        )
+        places = batches.should_place(train, config.data.placement)
+        placed = batches.place_split(train, run.mesh) if places else None
         with run.clock.measure("compile"):
             programs = _compile(run, state, placed)
         run.laps.mark("compile")
         distributed.wait_for_all("compiled")  # compile times differ, and Gloo waits for 30 s only
 
-        inputs = _inputs(run, placed, first)
+        state, inputs = run.packing.pack(state), _inputs(run, placed, first)
         console = Console(stderr=True, quiet=not distributed.is_first())
         with Progress(run.counts.steps, first, console) as bar, run.clock.measure("loop"):
             return _loop(run, programs, inputs, state, bar, interrupt)
@@ -237,7 +236,7 @@ def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Cal
     config, counts = run.config, run.counts
     schedule = make_schedule(config, counts.steps, counts.steps_per_epoch)
     programs = {
-        size: compile_step(config, schedule, run.mesh, state, placed, size)
+        size: compile_step(config, schedule, run.mesh, run.packing.shapes(state), placed, size)
         for size in set(call_sizes(config, counts, int(state.step)))
     }
     if programs:  # there are none if only the report of a run was missing
@@ -280,11 +279,12 @@ def _loop(
         evaluates = step > first and (last or step % counts.steps_per_eval == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)  # raises before a save if a loss is not finite
-        valid = _evaluate(run, state, step, bar) if evaluates else None
+        whole = run.packing.unpack(state) if saves else None
+        valid = _evaluate(run, whole, step, bar) if evaluates else None
         if saves:
-            _save(run, state, step, valid)
+            _save(run, whole, step, valid)
         if ended:
-            return state
+            return whole
         with run.clock.measure("wait"):  # of the host: the devices may still compute
             call_steps, call_input = next(sizes), next(inputs)
         state, metrics = programs[call_steps](state, call_input, key)

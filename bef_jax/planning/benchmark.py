@@ -42,6 +42,7 @@ from bef_jax.runtime import devices, sharding
 from bef_jax.runtime.compiled import flops, memory_bytes
 from bef_jax.scoring.scorer import make_scorer
 from bef_jax.training.optim import placeholder_schedule
+from bef_jax.training.packing import make_packing
 from bef_jax.training.state import create_state
 from bef_jax.training.step import compile_step
 from bef_jax.training.step_counts import count_steps
@@ -205,6 +206,7 @@ def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
     state = create_state(config, sharding.replicated(mesh))
     # Copy the variables, because the step overwrites the state.
     scorer = make_scorer(config, mesh)(jax.tree.map(jnp.copy, state.eval_variables()))
+    state = make_packing(config, mesh).pack(state)
     LOG.info("compiling with config.model.depthwise=%s", config.model.depthwise)
     start = time.perf_counter()
     compiled = compile_step(config, placeholder_schedule(config), mesh, state)

@@ -18,6 +18,7 @@ from bef_jax.planning.chips import Chip
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import bytes_accessed, flops, memory_bytes
 from bef_jax.training.optim import placeholder_schedule
+from bef_jax.training.packing import make_packing
 from bef_jax.training.state import abstract_state
 from bef_jax.training.step import compile_step
 
@@ -58,7 +59,7 @@ class Figures:
 def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
     """Compiles the step for `mesh`, and returns what the compiler reports of it."""
     schedule = placeholder_schedule(config)
-    state = sharding.with_sharding(abstract_state(config), sharding.replicated(mesh))
+    state = make_packing(config, mesh).shapes(abstract_state(config))
     placed = placed_split(config, mesh, chip)
     start = time.perf_counter()
     try:

@@ -20,6 +20,7 @@ from bef_jax.data.patch import PATCH
 from bef_jax.models import create, is_frozen
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import memory_bytes
+from bef_jax.training import packing
 from bef_jax.training.optim import make_optimizer, stop_frozen
 from bef_jax.training.state import TrainState, count_params, update_ema
 
@@ -31,8 +32,8 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
 
     All randomness comes from (key, state.step), so no random state passes from step to step. The
     key is the same for all steps of a run. It is an argument, so that every seed finds the same
-    program in the compilation cache. The metrics are float32 scalars: loss, accuracy, grad_norm,
-    learning_rate.
+    program in the compilation cache. A packed state (`packing`) stays packed. The metrics are
+    float32 scalars: loss, accuracy, grad_norm, learning_rate.
     """
     model = create(config.model, config.dtype, config.bn_groups)
     tx = make_optimizer(config, schedule)
@@ -42,7 +43,9 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
     ) -> tuple[TrainState, dict[str, Array]]:
         # Fold in state.step, so that a resumed run draws the same numbers.
         key = jax.random.fold_in(key, state.step)
-        grads, batch_stats, metrics = _accumulate(model, config, state, batch, key)
+        whole = packing.with_leaves(state, config)
+        grads, batch_stats, metrics = _accumulate(model, config, whole, batch, key)
+        grads, batch_stats = (packing.pack_like(state, tree) for tree in (grads, batch_stats))
         # Pass the parameters, because weight decay needs them.
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
