@@ -125,8 +125,8 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     with _batches(config, mesh) as (batches, source):  # first, because a store can be damaged
         reading = _time_and_log("input", config, lambda: next(batches))
     # Put the batch on the devices now, because the input is measured by itself.
-    batch = put_batch(_random_patches(batch_size), mesh, np.arange(batch_size))
-    ours = _build(config, mesh, batch)
+    batch = put_batch(random_patches(batch_size), mesh, np.arange(batch_size))
+    ours = build(config, mesh, batch)
     train = _time_and_log("training", config, ours.calls["train"])
     peak = peak_bytes(ours.compiled)  # before inference, because this is the peak so far
     evaluation = _time_and_log("inference", config, ours.calls["eval"])
@@ -202,7 +202,8 @@ def _seconds(call: Callable, count: int) -> float:
 # ---- what is timed ------------------------------------------------------------------------------
 
 
-def _build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
+def build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
+    """Returns the programs that train a fresh network of `config` on `batch`, and score it."""
     state = create_state(config, sharding.replicated(mesh))
     # Copy the variables, because the step overwrites the state.
     scorer = make_scorer(config, mesh)(jax.tree.map(jnp.copy, state.eval_variables()))
@@ -237,7 +238,7 @@ def _compare(config: ConfigDict, mesh: Mesh, batch: Batch, ours: Programs, name:
     other = config.copy_and_resolve_references()
     other.model.depthwise = COMPARISONS[name]
     # Both states are in memory at once, which takes twice as much as a plain benchmark.
-    theirs = _build(other, mesh, batch)
+    theirs = build(other, mesh, batch)
     figures = {}
     for work, call in ours.calls.items():
         our_seconds, their_seconds = measure(config.benchmark.runs, call, theirs.calls[work])
@@ -279,7 +280,7 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
         yield store.open_split(folder, "train"), folder
         return
     # Map them from a file, as a store's are: a gather from memory would measure something else.
-    patches = _random_patches(max(INPUT_PATCHES, config.batch_size))
+    patches = random_patches(max(INPUT_PATCHES, config.batch_size))
     with tempfile.TemporaryDirectory(prefix="bef_jax_benchmark_") as temporary:
         file = Path(temporary) / "images.npy"
         np.save(file, patches.images)
@@ -287,7 +288,8 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
         yield dataclasses.replace(patches, images=images), None
 
 
-def _random_patches(n: int) -> Split:
+def random_patches(n: int) -> Split:
+    """Returns a split of n random patches with random labels, in memory."""
     # Random bytes will do, because no branch and no memory traffic depends on the pixels' values.
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, PATCH, PATCH, 3), np.uint8)
