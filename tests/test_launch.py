@@ -298,5 +298,6 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck(run):
-    ci = LAUNCH.parent / ".ci"
-    run([SHELLCHECK, *map(str, [*LAUNCH.glob("*.sh"), ci / "run", ci / "smoke"])])
+    root = LAUNCH.parent
+    scripts = [*LAUNCH.glob("*.sh"), root / ".ci/run", root / ".ci/smoke"]
+    run([SHELLCHECK, *map(str, [*scripts, root / "results/gpu_check.sh"])])
