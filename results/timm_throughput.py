@@ -6,7 +6,7 @@
 Run it in turn with `--mode=benchmark` and compare neighbouring runs, because on a shared machine
 no other comparison means anything. The model runs eagerly unless --compile is given, in float32 and
 channels_last (PyTorch's fastest layout on CPU), with fused AdamW. On a GPU add --device=cuda
---dtype=bfloat16 --steps=20 (gpu_stages/ here does).
+--dtype=bfloat16 --steps=10 (gpu_stages/ here does).
 """
 
 import argparse

@@ -10,7 +10,7 @@ from gpu_stages import emit
 
 def timm(options: argparse.Namespace) -> None:
     """Times training, then inference."""
-    record = {"model": options.subject, "stride": options.stride, "compiled": options.compile}
+    record = {"stride": options.stride, "dtype": options.dtype, "compiled": options.compile}
     for work, name in (("train", "train"), ("eval", "infer")):
         arguments = peer_arguments(options, work)
         step = timm_throughput.make_step(arguments)
@@ -19,9 +19,9 @@ def timm(options: argparse.Namespace) -> None:
         if not options.only_compile:
             record[name] = timm_throughput.images_per_second(step, arguments)
         if name in record and work == "train":
-            record |= {"batch": arguments.batch_size, "compile_seconds": first}
-            record |= {"step_ms": 1e3 * arguments.batch_size / record["train"]}
-            record |= {"peak_bytes": peak_bytes()}
+            step_ms = 1e3 * arguments.batch_size / record["train"]
+            record |= {"model": arguments.model, "batch": arguments.batch_size, "step_ms": step_ms}
+            record |= {"compile_seconds": first, "peak_bytes": peak_bytes()}
         emit(record)
 
 
@@ -31,7 +31,7 @@ def peer_arguments(options: argparse.Namespace, work: str) -> argparse.Namespace
     device = "cuda" if torch.cuda.is_available() else "cpu"
     argv = [network, work, f"--total-stride={options.stride}", f"--batch-size={batch}"]
     argv += [f"--dtype={options.dtype}", f"--device={device}", *["--compile"] * options.compile]
-    argv += ["--runs=1", "--steps=1"] if options.tiny else ["--runs=5", "--steps=20"]
+    argv += ["--runs=1", "--steps=1"] if options.tiny else ["--runs=5", "--steps=10"]
     return timm_throughput.parse_arguments(argv)
 
 
