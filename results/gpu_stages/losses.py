@@ -17,6 +17,7 @@ from bef_jax.data.batches import put_batch
 from bef_jax.planning import benchmark
 from bef_jax.runtime import sharding
 from bef_jax.training.optim import make_schedule
+from bef_jax.training.packing import make_packing
 from bef_jax.training.state import create_state
 from bef_jax.training.step import compile_step
 from gpu_stages import emit
@@ -77,7 +78,7 @@ def curve(options: argparse.Namespace) -> None:
     if options.tiny:
         config.update_from_flattened_dict(TINY)
     size = config.batch_size
-    state = create_state(config, sharding.replicated(mesh))
+    state = make_packing(config, mesh).pack(create_state(config, sharding.replicated(mesh)))
     batch = put_batch(benchmark.random_patches(size), mesh, np.arange(size))
     step = compile_step(config, make_schedule(config, 20, 10), mesh, state)
     losses = []

@@ -15,6 +15,7 @@ from bef_jax.data.batches import place_split, put_batch, selections
 from bef_jax.planning import benchmark
 from bef_jax.runtime import sharding
 from bef_jax.training.optim import placeholder_schedule
+from bef_jax.training.packing import make_packing
 from bef_jax.training.state import create_state
 from bef_jax.training.step import compile_step
 from gpu_stages import emit
@@ -80,7 +81,8 @@ def build_one(config: ConfigDict, mesh: Mesh) -> benchmark.Programs:
 def build_several(config: ConfigDict, mesh: Mesh, steps: int) -> benchmark.Programs:
     """Returns the program that takes several steps per call, from a split on the device."""
     split = benchmark.random_patches(max(benchmark.INPUT_PATCHES, config.batch_size))
-    placed, state = place_split(split, mesh), create_state(config, sharding.replicated(mesh))
+    placed = place_split(split, mesh)
+    state = make_packing(config, mesh).pack(create_state(config, sharding.replicated(mesh)))
     start = time.perf_counter()
     program = compile_step(config, placeholder_schedule(config), mesh, state, placed, steps)
     compile_seconds = time.perf_counter() - start
