@@ -22,7 +22,7 @@ from bef_jax.models.ops.gpu_norm import norm_excite_project
 from bef_jax.models.ops.mbconv.block import mbconv as mbconv_kernels
 from bef_jax.models.ops.mbconv.block import plan_kernels
 from bef_jax.models.ops.mbconv.grid import Window
-from bef_jax.runtime import target
+from bef_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ class MBConv(nn.Module):
             name="depthwise_conv",
         )(x)
         # Initialisation uses the layers, because only they make parameters.
-        if self.squeeze_excite and train and target.for_gpu() and not self.is_initializing():
+        if self.squeeze_excite and train and sharding.for_gpu() and not self.is_initializing():
             return self._excite_and_project(x)
         x = self.active_norm(name="depthwise_norm")(x, train)
         if self.squeeze_excite:

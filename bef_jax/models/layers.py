@@ -15,7 +15,7 @@ from bef_jax.models.ops.activations import ACTIVATIONS
 from bef_jax.models.ops.depthwise import Padding, depthwise_conv
 from bef_jax.models.ops.norm import batch_norm, pointwise_batch_norm
 from bef_jax.models.ops.pointwise import pointwise
-from bef_jax.runtime import target
+from bef_jax.runtime import sharding
 
 # The variance is 2 / fan_out, as in the EfficientNet paper's code. The fan_out of a depthwise
 # kernel is k * k, which is what Flax computes as its fan_in.
@@ -145,7 +145,7 @@ class BatchNorm(nn.Module):
         # N H W / groups. With few positions and a large K, as in late maps, the [K, K] covariance
         # would cost more than the passes that it saves.
         positions = x.size // (x.shape[-1] * self.groups)
-        least = _POSITIONS_PER_CHANNEL_ON_GPU if target.for_gpu() else _POSITIONS_PER_CHANNEL
+        least = _POSITIONS_PER_CHANNEL_ON_GPU if sharding.for_gpu() else _POSITIONS_PER_CHANNEL
         if kernel is not None and positions >= least * x.shape[-1]:
             return pointwise_batch_norm(x, kernel, scale, bias, *options)
         return batch_norm(pointwise(x, kernel), scale, bias, *options)

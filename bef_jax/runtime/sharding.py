@@ -22,6 +22,16 @@ def make_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def for_gpu() -> bool:
+    """Returns whether the program that is being traced is for GPUs.
+
+    The mesh says so, not this machine, which may compile for hardware that it does not have.
+    Without a mesh (`jax.set_mesh`) the answer is no.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "gpu"
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of the state: a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bef_jax.runtime import sharding, target
+from bef_jax.runtime import sharding
 from bef_jax.training.state import TrainState, abstract_state
 
 # {number of the vector: {name of its leaves: [all of them]}}, such as {"0": {"kernel": ...}}.
@@ -59,7 +59,7 @@ def make_packing(config: ConfigDict, mesh: Mesh) -> Packing:
     optim = config.optim
     by_module = optim.freeze or optim.layer_decay != 1 or optim.head_only_steps
     with jax.set_mesh(mesh):
-        if by_module or not target.for_gpu():
+        if by_module or not sharding.for_gpu():
             return Packing(mesh, pack=lambda state: state, unpack=lambda state: state)
     everywhere = sharding.replicated(mesh)
     unpack = functools.partial(unpack_state, like=abstract_state(config))

@@ -12,7 +12,7 @@ import pytest
 from bef_jax import train
 from bef_jax.configs import default, quickstart
 from bef_jax.data.batches import Batch
-from bef_jax.runtime import sharding, target
+from bef_jax.runtime import sharding
 from bef_jax.training import optim, packing, state, step
 from tests.conftest import SHRUNK
 
@@ -20,7 +20,7 @@ from tests.conftest import SHRUNK
 @pytest.fixture
 def for_gpu(monkeypatch):
     """Traces and packs as for a GPU, so that a CPU runs what a GPU would."""
-    monkeypatch.setattr(target, "for_gpu", lambda: True)
+    monkeypatch.setattr(sharding, "for_gpu", lambda: True)
     jax.clear_caches()  # what was traced before is not for GPUs
     yield
     jax.clear_caches()
@@ -186,7 +186,7 @@ def packed_run(tmp_path_factory, data_dir):
     config = quickstart.get_config()
     config.update_from_flattened_dict({**SHRUNK, "data.dir": str(data_dir), **CALLS})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, "for_gpu", lambda: True)
+        patch.setattr(sharding, "for_gpu", lambda: True)
         patch.setattr(packing, "_LENGTH", 500)
         jax.clear_caches()
         yield workdir, train.train_and_evaluate(config, workdir)
@@ -209,7 +209,7 @@ def test_a_packed_run_resumes_to_the_same_bits(packed_run, small_config, tmp_pat
 def test_another_machine_resumes_a_packed_run(packed_run, small_config, monkeypatch, tmp_path):
     workdir, summary = packed_run
     copy_step_4(workdir, tmp_path)
-    monkeypatch.setattr(target, "for_gpu", lambda: False)
+    monkeypatch.setattr(sharding, "for_gpu", lambda: False)
     jax.clear_caches()
     resumed = train.train_and_evaluate(small_config(), tmp_path)
     assert resumed.keys() == summary.keys()

@@ -23,7 +23,7 @@ from jax import Array, lax
 from bef_jax.models.ops import gpu_norm
 from bef_jax.models.ops.activations import ACTIVATIONS, DERIVATIVES
 from bef_jax.models.ops.pointwise import grouped_moments, grouped_pointwise
-from bef_jax.runtime import target
+from bef_jax.runtime import sharding
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -48,7 +48,7 @@ def batch_norm(
 
 
 def _batch_norm_forward(x, scale, bias, groups: int, epsilon: float, activation: str):
-    if target.for_gpu():
+    if sharding.for_gpu():
         return gpu_norm.forward(x, scale, bias, groups, epsilon, activation)
     parts, axes = _parts(x.astype(jnp.float32), groups)  # XLA fuses the cast into what reads x
     # mean, square and var are [groups, 1, ..., 1, C], or [1, ..., 1, C] for one group. Both sums
@@ -79,7 +79,7 @@ def _batch_norm_backward(groups: int, epsilon: float, activation: str, residuals
     dscale and dbias are sums over the groups.
     """
     g, _, _ = cotangents  # mean and var only feed the running statistics, not the loss
-    if target.for_gpu():
+    if sharding.for_gpu():
         return gpu_norm.backward(groups, activation, residuals, g)
     x, scale, bias, mean, var = residuals
     # This keeps XLA from reusing values of the forward pass, which it would have to keep in memory.

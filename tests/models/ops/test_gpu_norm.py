@@ -8,7 +8,7 @@ import pytest
 from bef_jax.models.layers import global_pool
 from bef_jax.models.ops import gpu_norm
 from bef_jax.models.ops.norm import batch_norm
-from bef_jax.runtime import target
+from bef_jax.runtime import sharding
 
 EPSILON = 1e-3
 ACTIVATIONS = {"silu": jax.nn.silu, "none": lambda x: x, "relu6": jax.nn.relu6}
@@ -18,7 +18,7 @@ SHAPES = [(4, 4, 16), (16, 34, 8), (3, 5, 6)]
 
 @pytest.fixture(autouse=True)
 def for_gpu(monkeypatch):
-    monkeypatch.setattr(target, "for_gpu", lambda: True)
+    monkeypatch.setattr(sharding, "for_gpu", lambda: True)
     jax.clear_caches()  # what was traced before is not for GPUs
     yield
     jax.clear_caches()
