@@ -174,9 +174,10 @@ def _excite_backward(groups: int, epsilon: float, activation: str, residuals, co
         dgate = jnp.sum(_float32(g) * ACTIVATIONS[activation](norm(maps)), 2)
     _, excite_gradient = jax.vjp(excite, params, pooled)
     dparams, dpooled = excite_gradient(dgate)
-    from_pooling = (dpooled / maps.shape[2])[:, :, None]
+    # Multiply, because XLA would divide once, in a kernel of its own.
+    share = 1 / maps.shape[2]
     dx, dscale, dbias = _gradients(
-        norm, maps, activation, lambda: _float32(g) * by_image + from_pooling
+        norm, maps, activation, lambda: _float32(g) * by_image + dpooled[:, :, None] * share
     )
     return dx.reshape(x.shape), {"scale": dscale, "bias": dbias}, dparams, dkernel
 
