@@ -102,7 +102,11 @@ def _mixed_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: Pa
     """
     _, pullback = jax.vjp(lambda kernel: _native(x, kernel, stride, padding), kernel)
     padded_g, spans = _padded_gradient(x, kernel, g, stride, padding)
-    return _input_gradient(padded_g, kernel, stride, spans), *pullback(g)
+    dx = _input_gradient(padded_g, kernel, stride, spans)
+    if kernel.shape[0] > 2 * stride:
+        # With this many products, XLA would make dx part of a float32 map that is computed from it.
+        dx = lax.optimization_barrier(dx)
+    return dx, *pullback(g)
 
 
 # ---- shift, multiply, add -----------------------------------------------------------------------

@@ -15,6 +15,7 @@ images, positions and channels. All other arrays are float32.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from bef_jax.models.ops.activations import ACTIVATIONS, DERIVATIVES
 
@@ -202,7 +204,8 @@ def excite(params: Params, pooled: Array) -> Array:
 _FEW_ROWS = 2**14
 _FEW_PARTS = 16  # XLA adds up to 31 numbers in the kernel that uses their sum
 _LEAST_SUMS = 2**16  # in a first pass, so that every core of the GPU has some
-_MOST_ROWS = 1024  # of a part; XLA would divide larger ones by its own rule
+# Rows of a part. XLA would make no reduction of fewer, and would divide more by its own rule.
+_ROWS_OF_PART = (32, 1024)
 
 
 def _moments(x: Array) -> tuple[Array, Array]:
@@ -225,10 +228,11 @@ def _sums_of_gradient(dz: Array, x: Array) -> tuple[Array, Array]:
 
 def _parts(maps: Array) -> int:
     """Returns into how many equal parts the rows are divided, which are summed first."""
-    rows, channels = _rows(maps), maps.shape[-1]
-    powers = (2**i for i in range(rows.bit_length()) if rows % 2**i == 0)
-    enough = (n for n in powers if n * channels >= _LEAST_SUMS and rows <= n * _MOST_ROWS)
-    return next(enough, 1)  # then XLA divides them
+    rows, (least, most) = _rows(maps), _ROWS_OF_PART
+    powers = (2**i for i in range(rows.bit_length()))
+    numbers = [n for n in powers if rows % n == 0 and rows >= n * least] or [1]
+    enough = (n for n in numbers if n * maps.shape[-1] >= _LEAST_SUMS and rows <= n * most)
+    return next(enough, numbers[-1])
 
 
 def _divided(maps: Array, parts: int) -> Array:
@@ -251,7 +255,11 @@ def _reduce(a: Array, b: Array, axis: int) -> tuple[Array, Array]:
 
 def _maps(x: Array, groups: int) -> Array:
     """Returns [N, ..., C] as [G, n, P, C]."""
-    return x.reshape(groups, len(x) // groups, -1, x.shape[-1])
+    positions = math.prod(x.shape[1:-1])
+    maps = lax.reshape(x, (groups, len(x) // groups, positions, x.shape[-1]))
+    # Channels stay last in memory. Otherwise a barrier may get the layout of a neighbour, such as
+    # the gradient of a mean over positions, and then maps are transposed.
+    return with_layout_constraint(maps, Layout((0, 1, 2, 3)))
 
 
 def _rows(maps: Array) -> int:
