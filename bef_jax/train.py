@@ -29,7 +29,6 @@ from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.clock import Clock, Laps
 from bef_jax.training.history import History
 from bef_jax.training.optim import make_schedule
-from bef_jax.training.outputs import read_train_summary, write_summary
 from bef_jax.training.packing import Packing, make_packing
 from bef_jax.training.state import (
     TrainState,
@@ -144,7 +143,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
 
 def _finished_summary(config: ConfigDict, workdir: Path, steps: int) -> dict | None:
     """Returns the summary of a run that has already reached `steps`; otherwise None."""
-    summary = read_train_summary(workdir)
+    summary = outputs.read_train_summary(workdir)
     # A summary without an evaluation is from a run that was stopped early. So is one of a lower
     # step, unless the user has since raised the number of steps.
     if summary is None or summary["step"] < steps or summary["valid"] is None:
@@ -269,8 +268,7 @@ def _loop(
     """
     config, counts, train = run.config, run.counts, run.splits["train"]
     first = step = int(state.step)
-    # Steps of each call. No call goes past an evaluation or a save.
-    sizes = call_sizes(config, counts, first)
+    sizes = call_sizes(config, counts, first)  # no call goes past an evaluation or a save
     key = jax.random.key(config.seed)  # each step folds its number in
     log = StepLog(config, counts, train, run.history, run.clock, bar)
     while True:
@@ -279,12 +277,14 @@ def _loop(
         evaluates = step > first and (last or step % counts.steps_per_eval == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)  # raises before a save if a loss is not finite
-        whole = run.packing.unpack(state) if saves else None
-        valid = _evaluate(run, whole, step, bar) if evaluates else None
-        if saves:
+        if saves:  # as do all that evaluate or end
+            with run.clock.measure("save"):
+                whole = run.packing.unpack(state)
+            valid = _evaluate(run, whole, step, bar) if evaluates else None
             _save(run, whole, step, valid)
-        if ended:
-            return whole
+            if ended:
+                return whole
+            del whole  # the next call needs the memory
         with run.clock.measure("wait"):  # of the host: the devices may still compute
             call_steps, call_input = next(sizes), next(inputs)
         state, metrics = programs[call_steps](state, call_input, key)
@@ -396,4 +396,4 @@ def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Eva
     LOG.info("open %s in a browser: metrics, curves, the most confident patches, the data", page)
     for name, evaluation in evaluations.items():
         write_probabilities(run.workdir / f"scores_{name}.csv", evaluation)
-    write_summary(run.workdir, summary)  # main does this, too, but not for callers from Python
+    outputs.write_summary(run.workdir, summary)  # as main does, but for callers from Python, too

@@ -1,10 +1,11 @@
 """The state in a few long vectors, which a GPU updates in a few kernels.
 
-EfficientNet-B3 has 340 parameters, and a step also updates their moments, their average and 300
-batch statistics. One kernel for each takes longer to launch than to run. So the leaves of one name
-(all kernels, all biases, all means, ...) are put into vectors, one after the other. The rules of
-`optim` go by these names, so that an optimiser works on vectors as it does on leaves. The network
-reads slices of the vectors, most of which XLA's matrix products take where they lie.
+EfficientNet-B3 has 340 arrays of parameters and 156 of batch statistics, and a step also updates
+moments and averages. One kernel for each takes longer to launch than to run. So the leaves of one
+name (all kernels, all biases, all means, ...) are put into vectors, one after the other. The rules
+of `optim` go by these names, so that an optimiser works on vectors as it does on leaves. The
+network reads slices of the vectors. XLA converts a whole vector to bfloat16 at once, and most of
+its matrix products take their slice where it lies.
 
 Checkpoints, evaluation and digests have the unpacked state.
 """
@@ -25,8 +26,8 @@ from bef_jax.training.state import TrainState, abstract_state
 # {number of the vector: {name of its leaves: [all of them]}}, such as {"0": {"kernel": ...}}.
 Vectors = dict[str, dict[str, Array]]
 
-# Numbers of a vector, after which the next one starts. With one vector alone, no gradient could be
-# packed, and its memory used again, before the last one is computed.
+# A vector ends with the leaf that brings it to this many numbers. With one vector for each name, no
+# gradient could be packed, and its memory be used again, before the last gradient is computed.
 _LENGTH = 2**20
 
 

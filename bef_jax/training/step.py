@@ -34,6 +34,8 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
     key is the same for all steps of a run. It is an argument, so that every seed finds the same
     program in the compilation cache. A packed state (`packing`) stays packed. The metrics are
     float32 scalars: loss, accuracy, grad_norm, learning_rate.
+
+    Without a mesh (`jax.set_mesh`) it is traced as for a CPU or a TPU.
     """
     model = create(config.model, config.dtype, config.bn_groups)
     tx = make_optimizer(config, schedule)
@@ -152,7 +154,8 @@ def compile_step(
     # another shape is then an error, not minutes of compiling again.
     jitted = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
     inputs = _abstract_input(config, mesh, placed, steps), _abstract_key(mesh)
-    # Tracing needs the mesh, because our own kernels state on which devices they run.
+    # Tracing needs the mesh, because it decides between passes for GPUs and others
+    # (`sharding.for_gpu`), and because our own kernels state on which devices they run.
     with jax.set_mesh(mesh):
         return jitted.lower(state, *inputs).compile(options)
 

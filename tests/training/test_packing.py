@@ -134,9 +134,10 @@ STILL = (
 )
 
 
-def ten_steps(dtype, packs):
-    """The losses and the norms of the gradients of ten steps, and the last parameters."""
-    config = default.get_config(f"{STILL},dtype={dtype}")
+def take_steps(count, packs, **fields):
+    """The losses and the norms of the gradients of some steps, and the last variables."""
+    config = default.get_config(STILL)
+    config.update_from_flattened_dict(fields)
     images = np.random.default_rng(0).integers(0, 256, (16, 48, 48, 3), dtype=np.uint8)
     batch = Batch(jnp.asarray(images), jnp.asarray(np.arange(16) % 2, jnp.int32))
     like = state.abstract_state(config)
@@ -144,33 +145,48 @@ def ten_steps(dtype, packs):
     current = packing.pack_state(current) if packs else current
     train_step = jax.jit(step.make_train_step(config, lambda count: 0.05))
     metrics = []
-    for _ in range(10):
+    for _ in range(count):
         current, one = train_step(current, batch, jax.random.key(0))
         metrics.append([float(one["loss"]), float(one["grad_norm"])])
     last = packing.unpack_state(current, like) if packs else current
-    return np.array(metrics), last.params
+    return np.array(metrics), (last.params, last.batch_stats, last.ema)
 
 
 @pytest.fixture(scope="module")
 def as_on_cpu():
-    return {dtype: ten_steps(dtype, packs=False) for dtype in ("float32", "bfloat16")}
+    return {dtype: take_steps(10, packs=False, dtype=dtype) for dtype in ("float32", "bfloat16")}
+
+
+def assert_near(actual, expected):
+    metrics, variables = actual
+    expected_metrics, expected_variables = expected
+    np.testing.assert_allclose(metrics[0], expected_metrics[0], rtol=1e-5)
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-4)  # each step adds a little
+    pairs = zip(jax.tree.leaves(variables), jax.tree.leaves(expected_variables), strict=True)
+    for a, e in pairs:
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-4 * max(0.1, np.abs(e).max()))
 
 
 def test_ten_steps_are_those_of_the_cpu(as_on_cpu, for_gpu):
-    metrics, params = ten_steps("float32", packs=True)
-    expected, expected_params = as_on_cpu["float32"]
-    np.testing.assert_allclose(metrics[0], expected[0], rtol=1e-5)
-    np.testing.assert_allclose(metrics, expected, rtol=1e-4)  # each step adds to the difference
-    for a, e in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=1e-4 * max(0.1, np.abs(e).max()))
+    assert_near(take_steps(10, packs=True), as_on_cpu["float32"])
 
 
 def test_ten_steps_in_bfloat16_are_as_near_to_float32(as_on_cpu, for_gpu):
     exact = as_on_cpu["float32"][0]
     theirs = np.abs(as_on_cpu["bfloat16"][0] / exact - 1)
-    ours = np.abs(ten_steps("bfloat16", packs=True)[0] / exact - 1)
+    ours = np.abs(take_steps(10, packs=True, dtype="bfloat16")[0] / exact - 1)
     assert theirs.mean() < 0.1
     assert ours.mean() < 1.5 * theirs.mean()
+
+
+def test_steps_with_accumulation_groups_and_remat_are_those_of_the_cpu(monkeypatch):
+    fields = {
+        "optim.accumulate": 2, "bn_groups": 2, "model.remat": "block", "model.attention": "cbam",
+    }  # fmt: skip
+    expected = take_steps(2, packs=False, **fields)
+    monkeypatch.setattr(sharding, "for_gpu", lambda: True)
+    jax.clear_caches()
+    assert_near(take_steps(2, packs=True, **fields), expected)
 
 
 # ---- a whole run --------------------------------------------------------------------------------
@@ -189,8 +205,9 @@ def packed_run(tmp_path_factory, data_dir):
         patch.setattr(sharding, "for_gpu", lambda: True)
         patch.setattr(packing, "_LENGTH", 500)
         jax.clear_caches()
-        yield workdir, train.train_and_evaluate(config, workdir)
+        summary = train.train_and_evaluate(config, workdir)
     jax.clear_caches()
+    return workdir, summary
 
 
 def copy_step_4(workdir, to):
@@ -198,7 +215,9 @@ def copy_step_4(workdir, to):
     shutil.copytree(workdir / "checkpoints" / "4", to / "checkpoints" / "4")
 
 
-def test_a_packed_run_resumes_to_the_same_bits(packed_run, small_config, tmp_path):
+def test_a_packed_run_resumes_to_the_same_bits(
+    packed_run, small_config, for_gpu, short_vectors, tmp_path
+):
     workdir, summary = packed_run
     copy_step_4(workdir, tmp_path)
     resumed = train.train_and_evaluate(small_config(**CALLS), tmp_path)
@@ -206,11 +225,9 @@ def test_a_packed_run_resumes_to_the_same_bits(packed_run, small_config, tmp_pat
     assert resumed["valid"] == summary["valid"]
 
 
-def test_another_machine_resumes_a_packed_run(packed_run, small_config, monkeypatch, tmp_path):
+def test_another_machine_resumes_a_packed_run(packed_run, small_config, tmp_path):
     workdir, summary = packed_run
     copy_step_4(workdir, tmp_path)
-    monkeypatch.setattr(sharding, "for_gpu", lambda: False)
-    jax.clear_caches()
     resumed = train.train_and_evaluate(small_config(), tmp_path)
     assert resumed.keys() == summary.keys()
     assert resumed["params"] == summary["params"]

@@ -104,7 +104,8 @@ def _mixed_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: Pa
     padded_g, spans = _padded_gradient(x, kernel, g, stride, padding)
     dx = _input_gradient(padded_g, kernel, stride, spans)
     if kernel.shape[0] > 2 * stride:
-        # With this many products, XLA would make dx part of a float32 map that is computed from it.
+        # Otherwise XLA computes these many products within the gradient of the norm before, and
+        # writes that in float32.
         dx = lax.optimization_barrier(dx)
     return dx, *pullback(g)
 

@@ -3,15 +3,18 @@
 The arithmetic is that of `norm` and of `layers.SqueezeExcite`. Here it is divided into the passes
 over memory that XLA's compiler for GPUs makes of it:
 
-- What is cheap is computed again in each pass: z, the activation and its derivative. XLA would
-  rather keep such a map, in float32, which is twice as large as the map that it comes from. So a
-  pass begins with a barrier, behind which XLA does not see that it repeats the one before.
-- A kernel that sums over positions can hold two sums. So every pass takes two, and the kernels that
-  add up their parts take two as well (`_reduce`).
+- What is cheap is computed again where it is needed: z, the activation and its derivative. XLA
+  would rather keep such a map, in float32, which is twice as large as the map that it comes from.
+  So a pass that repeats what an earlier one computed begins with a barrier, behind which XLA does
+  not see the repetition.
+- A kernel that sums over positions has room for two sums. So a pass over the maps takes no more.
+
+XLA decides by its own estimate of costs, which these rules were tried on with 256 images. With few
+(say, 32 of 3 x 3 positions), it may still keep a float32 map.
 
 Symbols are those of `norm`, with factor = scale * inverse_std and offset = bias - mean * factor, so
 that z = x * factor + offset. Maps are [G, n, P, C]: groups that have statistics of their own, their
-images, positions and channels. All other arrays are float32.
+images, positions and channels. Statistics, parameters and sums are float32.
 """
 
 import functools
@@ -111,10 +114,10 @@ def norm_excite_project(
     y = (a * gate) @ kernel with a = activation(z) and gate = excite(mean of a over positions), one
     number for each image and channel.
 
-    On large maps the gate multiplies the kernel instead, so that every image has its own: y = a @
-    (gate * kernel). Then a is written once, together with its mean. The gradients of gate and
-    kernel both come from each image's moments = a^T @ dy, so that none of them needs a pass over a
-    and its gradient. This saves three passes.
+    If a map has at least three positions for each output channel, the gate multiplies the kernel
+    instead, so that every image has its own: y = a @ (gate * kernel). Then a is written once,
+    together with its mean. The gradients of gate and kernel both come from each image's moments =
+    a^T @ dy, so that none of them needs a pass over a and its gradient. This saves three passes.
 
     Args:
         x: [N, H, W, C]; N a multiple of `groups`.
@@ -136,7 +139,7 @@ def _excite_forward(
     maps, act = _maps(x, groups), ACTIVATIONS[activation]
     norm, var = _normalise(maps, norm_params["scale"], norm_params["bias"], epsilon)
     a = act(norm(maps))
-    # Divide first: a kernel that ends in a sum does nothing after it.
+    # Divide before the sum, because a kernel that ends in a sum does nothing after it.
     pooled = jnp.sum(a / maps.shape[2], 2)  # [G, n, C]
     gate = excite(params, pooled)
     kernels = None
@@ -176,7 +179,7 @@ def _excite_backward(groups: int, epsilon: float, activation: str, residuals, co
         dgate = jnp.sum(_float32(g) * ACTIVATIONS[activation](norm(maps)), 2)
     _, excite_gradient = jax.vjp(excite, params, pooled)
     dparams, dpooled = excite_gradient(dgate)
-    # Multiply, because XLA would divide once, in a kernel of its own.
+    # The passes that read dpooled multiply it by this. A division would get a kernel of its own.
     share = 1 / maps.shape[2]
     dx, dscale, dbias = _gradients(
         norm, maps, activation, lambda: _float32(g) * by_image + dpooled[:, :, None] * share
@@ -201,18 +204,20 @@ def excite(params: Params, pooled: Array) -> Array:
 
 # ---- sums over images and positions -------------------------------------------------------------
 
-_FEW_ROWS = 2**14
-_FEW_PARTS = 16  # XLA adds up to 31 numbers in the kernel that uses their sum
-_LEAST_SUMS = 2**16  # in a first pass, so that every core of the GPU has some
-# Rows of a part. XLA would make no reduction of fewer, and would divide more by its own rule.
-_ROWS_OF_PART = (32, 1024)
+# Rows are summed in two steps, first those of each part and then the parts, because one kernel for
+# all rows would keep few of a GPU's cores busy. XLA adds fewer than 32 numbers within the kernel
+# that uses their sum, so that few parts cost no second kernel.
+_FEW_ROWS = 2**14  # up to which few parts are enough
+_MOST_FEW = 31
+_LEAST_SUMS = 2**16  # of the first step, to keep all cores busy with the gradient of an activation
+_ROWS_OF_PART = (32, 1024)  # of a gradient; XLA would divide larger parts again
 
 
 def _moments(x: Array) -> tuple[Array, Array]:
     """Returns the means of x and x * x, [G, C]."""
     rows = _rows(x)
-    few = rows <= _FEW_ROWS and rows % _FEW_PARTS == 0
-    x = _divided(x, _FEW_PARTS if few else _parts(x))
+    few = max(n for n in _divisors(x) if n <= _MOST_FEW) if rows <= _FEW_ROWS else None
+    x = _divided(x, few or _parts(x))
     sums = _reduce(x, x * x, 2)
     total, square = (part.sum(1) for part in sums) if few else _reduce(*sums, 1)
     return total / rows, square / rows
@@ -229,10 +234,20 @@ def _sums_of_gradient(dz: Array, x: Array) -> tuple[Array, Array]:
 def _parts(maps: Array) -> int:
     """Returns into how many equal parts the rows are divided, which are summed first."""
     rows, (least, most) = _rows(maps), _ROWS_OF_PART
-    powers = (2**i for i in range(rows.bit_length()))
-    numbers = [n for n in powers if rows % n == 0 and rows >= n * least] or [1]
+    numbers = _divisors(maps)
+    numbers = [n for n in numbers if rows >= n * least] or numbers[:1]
     enough = (n for n in numbers if n * maps.shape[-1] >= _LEAST_SUMS and rows <= n * most)
     return next(enough, numbers[-1])
+
+
+def _divisors(maps: Array) -> list[int]:
+    """Returns numbers of parts that divide the rows, so that each part is on one device."""
+    groups, rows = len(maps), _rows(maps)
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)  # 0 without a mesh
+    # The number of devices that share the rows of a group.
+    shards = devices // math.gcd(groups, devices)
+    numbers = [shards * 2**i for i in range(rows.bit_length())]
+    return [n for n in numbers if rows % n == 0] or [1]
 
 
 def _divided(maps: Array, parts: int) -> Array:
@@ -257,6 +272,8 @@ def _maps(x: Array, groups: int) -> Array:
     """Returns [N, ..., C] as [G, n, P, C]."""
     positions = math.prod(x.shape[1:-1])
     maps = lax.reshape(x, (groups, len(x) // groups, positions, x.shape[-1]))
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return maps  # with the constraint, jax 0.10 would copy all maps to all devices
     # Channels stay last in memory. Otherwise a barrier may get the layout of a neighbour, such as
     # the gradient of a mean over positions, and then maps are transposed.
     return with_layout_constraint(maps, Layout((0, 1, 2, 3)))
