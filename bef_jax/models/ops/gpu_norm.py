@@ -216,7 +216,8 @@ _ROWS_OF_PART = (32, 1024)  # of a gradient; XLA would divide larger parts again
 def _moments(x: Array) -> tuple[Array, Array]:
     """Returns the means of x and x * x, [G, C]."""
     rows = _rows(x)
-    few = max(n for n in _divisors(x) if n <= _MOST_FEW) if rows <= _FEW_ROWS else None
+    few = max((n for n in _divisors(x) if n <= _MOST_FEW), default=None)
+    few = few if rows <= _FEW_ROWS else None
     x = _divided(x, few or _parts(x))
     sums = _reduce(x, x * x, 2)
     total, square = (part.sum(1) for part in sums) if few else _reduce(*sums, 1)

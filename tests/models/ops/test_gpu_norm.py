@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from bef_jax.models.layers import global_pool
 from bef_jax.models.ops import gpu_norm
@@ -191,6 +192,19 @@ def test_bfloat16_is_as_near_to_float32_as_the_layers(outputs):
 )
 def test_parts_keep_all_cores_busy(n, positions, channels, parts):
     assert gpu_norm._parts(jax.ShapeDtypeStruct((1, n, positions, channels), jnp.float32)) == parts
+
+
+@pytest.mark.parametrize(("devices", "groups"), [(6, 1), (6, 4), (64, 1), (64, 64)])
+def test_parts_are_shared_equally_by_the_devices_of_a_group(devices, groups):
+    maps = jax.ShapeDtypeStruct((groups, 2 * devices, 9, 16), jnp.float32)
+    mesh = AbstractMesh((devices,), ("data",))
+    with jax.sharding.use_abstract_mesh(mesh):
+        mean, _ = jax.eval_shape(gpu_norm._moments, maps)
+        numbers = gpu_norm._divisors(maps)
+    assert mean.shape == (groups, 16)
+    shards = next(n for n in range(1, devices + 1) if groups * n % devices == 0)
+    assert numbers[0] == shards
+    assert all(n % shards == 0 for n in numbers)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 1 << 10, 3 << 12, 1 << 15])
