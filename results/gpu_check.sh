@@ -13,7 +13,7 @@
 #
 # A machine without a network may lack packages. The folder WHEELS (default: .whl) can hold their
 # wheels, which are installed into a temporary folder. Without it, all packages must be there.
-# PYTHON is the interpreter (default: python3).
+# PYTHON is the interpreter (default: python3). The project itself need not be installed.
 set -euo pipefail
 
 : "${OUT:?name a folder for the results, such as OUT=gpu_check}"
@@ -25,6 +25,11 @@ if [[ -d $wheels ]]; then
     --target "$site" "$wheels"/*.whl
 fi
 export PYTHONPATH=$site:$PWD${PYTHONPATH:+:$PYTHONPATH}
+# An installation maps configs/ to bef_jax.configs. In a mere checkout, a link does.
+if ! "$python" -c 'import bef_jax.configs' 2>/dev/null; then
+  ln -s ../configs bef_jax/configs
+  trap 'rm bef_jax/configs' EXIT
+fi
 # It ends by itself in time; `timeout` is for a GPU that answers no more.
 timeout --kill-after=5 $((seconds + 15)) \
   "$python" results/gpu_check.py run --out="$OUT" --seconds="$seconds" "${@:2}" 2>&1 |
