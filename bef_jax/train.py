@@ -277,7 +277,7 @@ def _loop(
         evaluates = step > first and (last or step % counts.steps_per_eval == 0)
         saves = ended or evaluates or (step > first and step % config.checkpoint.every_steps == 0)
         log.flush(everything=saves)  # raises before a save if a loss is not finite
-        if saves:  # as do all that evaluate or end
+        if saves:  # an evaluation and the end always save
             with run.clock.measure("save"):
                 whole = run.packing.unpack(state)
             valid = _evaluate(run, whole, step, bar) if evaluates else None
@@ -396,4 +396,4 @@ def _report(run: Run, variables: dict, summary: dict, evaluations: dict[str, Eva
     LOG.info("open %s in a browser: metrics, curves, the most confident patches, the data", page)
     for name, evaluation in evaluations.items():
         write_probabilities(run.workdir / f"scores_{name}.csv", evaluation)
-    outputs.write_summary(run.workdir, summary)  # as main does, but for callers from Python, too
+    outputs.write_summary(run.workdir, summary)  # for callers from Python; main does so, too

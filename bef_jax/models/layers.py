@@ -83,7 +83,7 @@ class DepthwiseConv(nn.Module):
 # From this many positions per input channel on, a covariance of the K input channels is cheaper
 # than statistics of the C output channels (`norm.pointwise_batch_norm`).
 _POSITIONS_PER_CHANNEL = 8
-# On a GPU it takes 12 more kernels than the statistics, so that only large maps gain.
+# On a GPU the covariance takes about ten more kernels, so that only large maps gain.
 _POSITIONS_PER_CHANNEL_ON_GPU = 1024
 
 

@@ -49,7 +49,7 @@ def depthwise_conv(
     """
     shifted = functools.partial(_shifted, stride=stride, padding=padding)
     native = functools.partial(_native, stride=stride, padding=padding)
-    return _choose_form(form, shifted, native)(x, kernel)
+    return _choose_form(form, shifted, native, on_gpu=native)(x, kernel)
 
 
 def _forward(x: Array, kernel: Array, stride: int, padding: Padding, form: str):
@@ -60,13 +60,12 @@ def _backward(stride: int, padding: Padding, form: str, residuals, g: Array):
     shifted = functools.partial(_shifted_gradients, stride=stride, padding=padding)
     native = functools.partial(_native_gradients, stride=stride, padding=padding)
     mixed = functools.partial(_mixed_gradients, stride=stride, padding=padding)
-    return _choose_form(form, shifted, native, mixed if stride > 1 else native)(*residuals, g)
+    on_gpu = mixed if stride > 1 else native
+    return _choose_form(form, shifted, native, on_gpu)(*residuals, g)
 
 
-def _choose_form(
-    form: str, shifted: Callable, native: Callable, on_gpu: Callable | None = None
-) -> Callable:
-    options = {"cpu": shifted, "cuda": on_gpu or native, "default": native}
+def _choose_form(form: str, shifted: Callable, native: Callable, on_gpu: Callable) -> Callable:
+    options = {"cpu": shifted, "cuda": on_gpu, "default": native}
     by_platform = functools.partial(lax.platform_dependent, **options)
     return {"auto": by_platform, "shift": shifted, "native": native}[form]
 
@@ -95,10 +94,11 @@ def _native_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: P
 
 
 def _mixed_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: Padding):
-    """Returns dkernel by XLA's convolution, and dx by shifting.
+    """Returns dx [N, H, W, C] by shifting, and dkernel [k, k, 1, C] by XLA's convolution.
 
-    At stride 2, XLA's dx is a convolution of g with zeros between its elements. A GPU would write
-    these zeros and read them, and they are four times as many numbers as g.
+    g is the gradient of the output, [N, H', W', C]. At stride 2, XLA's dx is a convolution of g
+    with zeros between its elements. A GPU would write these zeros and read them: four times as many
+    numbers as g has.
     """
     _, pullback = jax.vjp(lambda kernel: _native(x, kernel, stride, padding), kernel)
     padded_g, spans = _padded_gradient(x, kernel, g, stride, padding)
@@ -162,7 +162,9 @@ def _shifted_gradients(x: Array, kernel: Array, g: Array, stride: int, padding: 
     return dx, _kernel_gradient(phases, kernel, _crop(padded_g, corner, g.shape[1:3]))
 
 
-def _padded_gradient(x: Array, kernel: Array, g: Array, stride: int, padding: Padding):
+def _padded_gradient(
+    x: Array, kernel: Array, g: Array, stride: int, padding: Padding
+) -> tuple[Array, list["_Span"]]:
     """Returns g with the zeros that `_input_gradient` needs around it, and its spans."""
     sides = zip(x.shape[1:3], g.shape[1:3], padding, strict=True)
     spans = [_span(kernel.shape[0], stride, *side) for side in sides]
