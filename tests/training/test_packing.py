@@ -160,11 +160,10 @@ def as_on_cpu():
 def assert_near(actual, expected):
     metrics, variables = actual
     expected_metrics, expected_variables = expected
-    np.testing.assert_allclose(metrics[0], expected_metrics[0], rtol=1e-5)
-    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-4)  # each step adds a little
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-5)
     pairs = zip(jax.tree.leaves(variables), jax.tree.leaves(expected_variables), strict=True)
     for a, e in pairs:
-        np.testing.assert_allclose(a, e, rtol=0, atol=1e-4 * max(0.1, np.abs(e).max()))
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * max(0.1, np.abs(e).max()))
 
 
 def test_ten_steps_are_those_of_the_cpu(as_on_cpu, for_gpu):
