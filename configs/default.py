@@ -45,12 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = _model()
     config.data = _data()
 
-    config.rcc = rcc = ConfigDict()
-    rcc.enabled = True  # random center cropping in training
-    rcc.min_size = 64  # smallest window, in pixels; never below 32, the label's region
-    rcc.max_size = 96  # largest window, and side of the network's input in training
-    rcc.eval_size = 96  # side of the central crop that evaluation sees, if rcc is enabled
-    rcc.fill = "mean"  # mean | white: fill around a window smaller than max_size
+    config.rcc = _rcc(config.data)
 
     config.augment = augment = ConfigDict()
     augment.flips = True  # the eight flips and turns of a square
@@ -120,6 +115,19 @@ def _model() -> ConfigDict:
     return model
 
 
+def _rcc(data: ConfigDict) -> ConfigDict:
+    # A reference follows data.patch_size, until the field is set to a number of its own.
+    side = data.get_ref("patch_size")
+    rcc = ConfigDict()
+    rcc.enabled = True  # random center cropping in training
+    rcc.center = 32  # side of the region that decides the label, in the middle; 0: the whole patch
+    rcc.min_size = side * 2 // 3  # smallest window, in pixels; never below rcc.center
+    rcc.max_size = side + 0  # largest window, and side of the network's input in training
+    rcc.eval_size = side + 0  # side of the central crop that evaluation sees, if rcc is enabled
+    rcc.fill = "mean"  # mean | white: fill around a window smaller than max_size
+    return rcc
+
+
 def _optim() -> ConfigDict:
     optim = ConfigDict()
     optim.name = "adamw"  # adamw | rmsprop (as in the EfficientNet paper) | sgd
@@ -142,10 +150,24 @@ def _optim() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.source = "pcam_hdf5"  # pcam_hdf5 | rpcam | npz | tfds | synthetic
-    data.dir = "data/pcam"  # folder of the source's files; ~ is your home
+    # pcam_hdf5 | rpcam | tfds | npz | image_folder | csv | parquet | synthetic
+    data.source = "pcam_hdf5"
+    # Folder of the source's files, or the file of csv and parquet, or hf:OWNER/NAME for parquet; ~
+    # is your home.
+    data.dir = "data/pcam"
     # Folder of the decoded store; empty: <dir>/store_<source>, for synthetic with sizes and seed.
     data.store = ""
+    data.patch_size = 96  # side of a patch, in pixels
+    # none | side | mpp: what is done to pictures of another size. none: an error; side: they are
+    # resampled to patch_size; mpp: from their own scale to data.mpp, then cut in the middle.
+    data.resize = "none"
+    data.mpp = 0.0  # micrometres per pixel of the patches; 0: as the source says (PCam's are 0.972)
+    # Names of the classes, in the order of their labels; the second of two is the positive one.
+    # Empty: all that the source has, sorted.
+    data.classes = ()
+    # What tells the patient or slide of a patch: a column of csv or parquet, or a regular
+    # expression for a picture's path, such as '(?P<group>P\d+)_'. Splits share no group.
+    data.group = ""
     data.download = False  # fetches PCam into dir when it is missing (pcam_hdf5, tfds)
     data.rectify = True  # drops exact duplicates, within and across splits
     data.train_size = placeholder(int)  # patches of train that synthetic makes, or others keep
@@ -153,6 +175,10 @@ def _data() -> ConfigDict:
     data.test_size = placeholder(int)  # the same of test; empty: all
     data.split_ratio = (0.8, 0.1, 0.1)  # train, valid, test, for a source without splits
     data.seed = 0  # seed of the synthetic patches
+    # none | balanced: each class counts in the loss in inverse ratio to its number of patches.
+    data.class_weights = "none"
+    # shuffled | balanced: an epoch is a permutation, or draws each class equally often.
+    data.sampling = "shuffled"
     data.placement = "auto"  # auto | device | host: where the training patches are kept
     return data
 

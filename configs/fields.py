@@ -7,8 +7,6 @@ compare two configurations. `default.py` has the default values and what they me
 import dataclasses
 from typing import Any
 
-from bef_jax.data.patch import CENTER_SIDE, PATCH
-
 # What a field affects:
 NETWORK = "network"  # the weights, or what they mean: another value needs another checkpoint
 OPTIMIZER = "optimizer"  # the state of training: another value cannot resume it (but see `off`)
@@ -22,7 +20,9 @@ ENVIRONMENT = "environment"  # where and how a run works; not the weights or a p
 # The state counts steps in an int32. JAX keeps 32 bits of a seed, so 2**32 would be 0 again.
 MOST_INT = 2**31 - 1
 MOST_FLOAT = 3.4028234663852886e38  # the largest float32; larger numbers are infinite in JAX
-MOST_IMAGES = 65_536  # of a batch: 1.8 GB of pixels; also the most steps of a call
+MOST_IMAGES = 65_536  # of a batch: 1.8 GB of pixels at 96 px; also the most steps of a call
+PATCH_SIDES = (32, 512)  # the smallest and the largest side of a patch, in pixels
+MOST_CLASSES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,11 @@ FIELDS = {
     "init_from": Field(TRAINING),
     "compile_cache": Field(ENVIRONMENT),
     "model.name": Field(NETWORK),  # choices: bef_jax.models.REGISTRY
-    "model.num_classes": Field(NETWORK, 2, 65_536),
+    "model.num_classes": Field(NETWORK, 2, MOST_CLASSES),
     "model.total_stride": Field(NETWORK, choices=(32, 16, 8)),
     "model.attention": Field(NETWORK, choices=("none", "cbam")),
     "model.attention_reduction": Field(NETWORK, 1, MOST_INT),
-    "model.attention_kernel": Field(NETWORK, 1, 2 * PATCH),
+    "model.attention_kernel": Field(NETWORK, 1, 192),
     "model.fusion": Field(NETWORK),
     "model.fusion_stages": Field(NETWORK),
     "model.dropout": Field(TRAINING, 0, 0.99),
@@ -76,12 +76,6 @@ FIELDS = {
     "model.mbconv": Field(SPEED, choices=("layers", "pallas")),
     "model.remat": Field(SPEED, choices=("none", "block")),
     "model.padding": Field(NETWORK, choices=("same", "symmetric")),
-    "rcc.enabled": Field(INPUT),
-    # The center decides the label, so no window is smaller than the center.
-    "rcc.min_size": Field(TRAINING, CENTER_SIDE, PATCH),
-    "rcc.max_size": Field(TRAINING, CENTER_SIDE, PATCH),
-    "rcc.eval_size": Field(INPUT, CENTER_SIDE, PATCH),
-    "rcc.fill": Field(TRAINING, choices=("mean", "white")),
     "augment.flips": Field(TRAINING),
     "augment.stain": Field(TRAINING, 0, 1),
     "augment.stain_shift": Field(TRAINING, 0, 1),
@@ -90,6 +84,11 @@ FIELDS = {
     "data.source": Field(DATA),  # choices: bef_jax.data.sources.SOURCES
     "data.dir": Field(DATA),
     "data.store": Field(DATA),
+    "data.patch_size": Field(INPUT, *PATCH_SIDES),
+    "data.resize": Field(DATA, choices=("none", "side", "mpp")),
+    "data.mpp": Field(INPUT, 0, 1000),
+    "data.classes": Field(NETWORK),
+    "data.group": Field(DATA),
     "data.download": Field(DATA),
     "data.rectify": Field(DATA),
     "data.train_size": Field(DATA, 1, MOST_INT),
@@ -97,7 +96,16 @@ FIELDS = {
     "data.test_size": Field(DATA, 1, MOST_INT),
     "data.split_ratio": Field(DATA),
     "data.seed": Field(DATA, 0, MOST_INT),
+    "data.class_weights": Field(TRAINING, choices=("none", "balanced")),
+    "data.sampling": Field(TRAINING, choices=("shuffled", "balanced")),
     "data.placement": Field(SPEED, choices=("auto", "device", "host")),
+    # After data.patch_size, from which these follow: that one is then named first.
+    "rcc.enabled": Field(INPUT),
+    "rcc.center": Field(INPUT, 0, PATCH_SIDES[1]),
+    "rcc.min_size": Field(TRAINING, 1, PATCH_SIDES[1]),
+    "rcc.max_size": Field(TRAINING, PATCH_SIDES[0], PATCH_SIDES[1]),
+    "rcc.eval_size": Field(INPUT, PATCH_SIDES[0], PATCH_SIDES[1]),
+    "rcc.fill": Field(TRAINING, choices=("mean", "white")),
     "optim.name": Field(OPTIMIZER, choices=("adamw", "rmsprop", "sgd")),
     "optim.learning_rate": Field(TRAINING, 0, MOST_FLOAT),
     "optim.warmup_epochs": Field(TRAINING, 0, MOST_FLOAT),
@@ -120,7 +128,7 @@ FIELDS = {
     "distributed.process_id": Field(ENVIRONMENT, 0, MOST_INT),
     "distributed.timeout_seconds": Field(ENVIRONMENT, 1, MOST_INT),
     "benchmark.runs": Field(ENVIRONMENT, 1, MOST_INT),
-    "predict.stride": Field(ENVIRONMENT, 1, PATCH),
+    "predict.stride": Field(ENVIRONMENT, 1, PATCH_SIDES[1]),
     "ablation.seeds": Field(ENVIRONMENT, 1, 1000),
     "ablation.rows": Field(ENVIRONMENT),
     "ablation.jobs": Field(ENVIRONMENT, 1, MOST_INT),

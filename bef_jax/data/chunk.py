@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bef_jax.data.patch import IMAGE_SHAPE
+from bef_jax.data.patch import IMAGE_SHAPE, PCAM_CLASSES
 from bef_jax.errors import UserError, reason_of
 
 CHUNK_SIZE = 512  # patches, 13.5 MiB; limits the memory that reading takes
@@ -37,14 +37,30 @@ class Chunk(NamedTuple):
     """Some patches of one split: n <= CHUNK_SIZE.
 
     Attributes:
-        images: uint8 [n, 96, 96, 3], RGB.
-        labels: uint8 [n], 0 or 1.
+        images: uint8 [n, S, S, 3], RGB.
+        labels: [n], numbers of classes, of the type `patch.label_dtype`.
         ids: str [n], unique within the split.
+        groups: str [n], what patches of one slide or patient share; None if it is not known.
     """
 
     images: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    groups: np.ndarray | None = None
+
+
+class Contents(NamedTuple):
+    """What a source holds, while it is read.
+
+    Attributes:
+        chunks: (split, chunk) in READ_ORDER, each split whole. Memory does not grow with it.
+        classes: the names of the classes, in the order of their labels.
+        mpp: micrometres per pixel, or None if the source does not say.
+    """
+
+    chunks: Iterator[tuple[str, Chunk]]
+    classes: tuple[str, ...] = PCAM_CLASSES
+    mpp: float | None = None
 
 
 def counted(

@@ -1,18 +1,46 @@
-"""Facts about patches: their size, center, classes and splits."""
+"""What a patch is: its side, the region that decides its label, its scale, classes and splits."""
 
+import numpy as np
 from ml_collections import ConfigDict
 
-PATCH = 96  # side of a patch, in pixels
-CENTER = (32, 64)  # rows and columns of the region that decides a patch's label
-CENTER_SIDE = CENTER[1] - CENTER[0]
-IMAGE_SHAPE = (PATCH, PATCH, 3)
+PCAM_SIDE = 96  # side of PCam's patches, in pixels
+PCAM_CENTER = 32  # side of the region in the middle that decides their labels
+PATCH, CENTER, CENTER_SIDE, IMAGE_SHAPE = 96, (32, 64), 32, (96, 96, 3)
+PCAM_CLASSES = ("normal", "metastasis")
 SPLITS = ("train", "valid", "test")
 # Sources are read in this order. A patch in two splits is dropped from the one that is read later.
 READ_ORDER = ("test", "valid", "train")
-_PCAM_CLASSES = ("normal", "metastasis")
+SAME_SCALE = 1.08  # ratio of two scales; PCam's own two scanners differ by 7.5 %
+
+
+def train_side(config: ConfigDict) -> int:
+    """Returns the side of the network's input in training, in pixels."""
+    return config.rcc.max_size if config.rcc.enabled else config.data.patch_size
+
+
+def eval_side(config: ConfigDict) -> int:
+    """Returns the side of the network's input in evaluation, in pixels."""
+    return config.rcc.eval_size if config.rcc.enabled else config.data.patch_size
+
+
+def deciding_side(config: ConfigDict) -> int:
+    """Returns the side of the square in the middle of a patch that decides its label, in pixels."""
+    return config.rcc.center or config.data.patch_size
 
 
 def class_names(config: ConfigDict) -> tuple[str, ...]:
     """Returns the names of the classes, in the order of their numbers in labels and logits."""
     count = config.model.num_classes
-    return _PCAM_CLASSES if count == len(_PCAM_CLASSES) else tuple(map(str, range(count)))
+    if config.data.classes:
+        return tuple(config.data.classes)
+    return PCAM_CLASSES if count == len(PCAM_CLASSES) else tuple(map(str, range(count)))
+
+
+def label_dtype(classes: int) -> np.dtype:
+    """Returns the smallest type that holds the labels of so many classes."""
+    return np.min_scalar_type(classes - 1)
+
+
+def same_scale(mpp: float, other: float) -> bool:
+    """Returns whether two scales, in micrometres per pixel, are near enough to count as one."""
+    return 1 / SAME_SCALE <= mpp / other <= SAME_SCALE

@@ -111,7 +111,8 @@ def prepare(data: ConfigDict, begin: Begin = silent) -> dict:
     # If the folder is a link, resolve it, because a rename would not follow it.
     path = path.resolve()
     _check_place(path)
-    chunks = sources.read(data, begin)
+    contents = sources.open_source(data, begin)
+    chunks = contents.chunks
     first = next(chunks)  # refuses a missing source before a folder is made
     with _temporary_folder(path) as folder:
         writer = StoreWriter(folder, data.rectify)

@@ -33,7 +33,7 @@ class StoreWriter:
         if split not in self._writers:
             self._writers[split] = _SplitWriter(self.folder / split)
         self.read_counts[split] += len(chunk.labels)
-        for image, label, name in zip(*chunk, strict=True):
+        for image, label, name in zip(*chunk[:3], strict=True):
             digest = hashlib.sha256(image).digest()[:DIGEST_BYTES]
             if self._duplicates.keeps(digest, split, int(label), str(name)):
                 self._writers[split].add(image, int(label), str(name), digest)

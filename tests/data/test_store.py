@@ -192,12 +192,15 @@ def test_split_of_nothing_but_duplicates_is_refused(tmp_path, patches, write, ma
 
 
 def test_interrupted_prepare_leaves_no_files(npz_data, monkeypatch):
-    def read(*args):
-        yield from list(real(*args))[:2]
+    def open_source(*args):
+        return real(*args)._replace(chunks=interrupted(real(*args).chunks))
+
+    def interrupted(chunks):
+        yield from list(chunks)[:2]
         raise KeyboardInterrupt
 
-    real = sources.read
-    monkeypatch.setattr(sources, "read", read)
+    real = sources.open_source
+    monkeypatch.setattr(sources, "open_source", open_source)
     with pytest.raises(KeyboardInterrupt):
         store.prepare(npz_data)
     assert not list(Path(npz_data.dir).glob("store*"))
@@ -247,13 +250,16 @@ def test_kill_while_writing_leaves_no_store(npz_data, caplog):
 
 
 def test_store_that_another_process_made_meanwhile_is_used(npz_data, monkeypatch):
-    def read(*args):
-        yield from real(*args)
+    def open_source(*args):
+        return real(*args)._replace(chunks=then_another(real(*args).chunks))
+
+    def then_another(chunks):
+        yield from chunks
         code = PREPARE.replace("BEGIN", "store.silent")
         subprocess.run([sys.executable, "-c", code, npz_data.dir], cwd=ROOT, check=True)
 
-    real = sources.read
-    monkeypatch.setattr(sources, "read", read)
+    real = sources.open_source
+    monkeypatch.setattr(sources, "open_source", open_source)
     assert store.prepare(npz_data)["counts"]["train"] == 20
     assert len(store.open_split(store.store_path(npz_data), "train")) == 20
     assert not list(Path(npz_data.dir).glob("store_npz.tmp-*"))

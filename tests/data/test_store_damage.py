@@ -27,7 +27,7 @@ def folder(data):
 
 @pytest.fixture
 def source_is_not_read(monkeypatch):
-    monkeypatch.setattr(sources, "read", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sources, "open_source", lambda *_: pytest.fail("too late"))
 
 
 def edit_manifest(folder, change):
@@ -254,11 +254,14 @@ def test_a_folder_whose_name_ends_in_no_process_number_stays(pid, data):
 
 
 def test_a_source_with_repeated_ids_makes_no_store(data, tmp_path, monkeypatch):
-    def read(*args):
-        for split, chunk in real(*args):
+    def open_source(*args):
+        return real(*args)._replace(chunks=renamed(real(*args).chunks))
+
+    def renamed(chunks):
+        for split, chunk in chunks:
             yield split, chunk._replace(ids=np.full(len(chunk.ids), "same"))
 
-    real = sources.read
-    monkeypatch.setattr(sources, "read", read)
+    real = sources.open_source
+    monkeypatch.setattr(sources, "open_source", open_source)
     expect_error("ids of test: same names 7 patches", store.prepare, data)
     assert not list(pathlib.Path(data.dir).glob("store*"))

@@ -1,19 +1,18 @@
 """The sources of patches, by name: each is read once, into a store."""
 
 import importlib
-from collections.abc import Iterator
 from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from bef_jax.data.chunk import Begin, Chunk, silent
+from bef_jax.data.chunk import Begin, Contents, silent
 from bef_jax.data.patch import SPLITS
 from bef_jax.data.sources.description import Description
 from bef_jax.errors import UserError
 
-# Modules of this package, each with `read`, `identity` and DESCRIPTION. Their functions import the
-# libraries that read files, because together these take 0.3 s, and a run whose store exists needs
-# none of them.
+# Modules of this package, each with `open_source`, `identity` and DESCRIPTION. Their functions
+# import the libraries that read files, because together these take 0.3 s, and a run whose store
+# exists needs none of them.
 SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic")
 
 
@@ -33,25 +32,22 @@ def check(data: ConfigDict) -> None:
             raise UserError(f"config.data.{split}_size is {size}; set 1 or more, or leave it empty")
 
 
-def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
-    """Yields every patch of `config.data.source` as (split, chunk), the test split first.
-
-    The order is test, valid, train, each split whole; memory does not grow with the source.
+def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
+    """Opens `config.data.source`, whose patches are then read chunk by chunk.
 
     Args:
         data: config.data.
         begin: is called for each long piece of work, such as reading a split, to show its progress.
 
     Raises:
-        UserError: a field, file, image or label is wrong.
+        UserError: a field, file, image or label is wrong; also while the chunks are read.
     """
-    # In a generator this runs only at the first chunk. Call `check` for an earlier answer.
     check(data)
-    yield from _module(data.source).read(data, begin)
+    return _module(data.source).open_source(data, begin)
 
 
 def identity(data: ConfigDict) -> dict:
-    """Returns the fields of `config.data` that decide which patches `read` yields.
+    """Returns the fields of `config.data` that decide which patches the source holds.
 
     They include `dir` if the source reads a folder.
     """

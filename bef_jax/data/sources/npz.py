@@ -14,6 +14,7 @@ from bef_jax.data.chunk import (
     DEFLATE_RATIO,
     Begin,
     Chunk,
+    Contents,
     check_id_array,
     check_ids,
     check_images,
@@ -45,6 +46,11 @@ DESCRIPTION = Description(
     comparable=ONLY_SAME_FILES,
 )
 identity = folder_identity
+
+
+def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
+    """Opens the source; its files are looked for when the first chunk is asked for, by `read`."""
+    return Contents(read(data, begin), mpp=DESCRIPTION.mpp)
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:

@@ -11,7 +11,7 @@ from typing import BinaryIO, TextIO
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data.chunk import Begin, Chunk, batched_rows, counted, kept, silent
+from bef_jax.data.chunk import Begin, Chunk, Contents, batched_rows, counted, kept, silent
 from bef_jax.data.patch import IMAGE_SHAPE, READ_ORDER, SPLITS
 from bef_jax.data.sources.description import PCAM, Description, folder_identity
 from bef_jax.errors import UserError, reason_of
@@ -30,6 +30,11 @@ DESCRIPTION = Description(
 def identity(data: ConfigDict) -> dict:
     """Returns the fields of `config.data` that decide which patches are in which split."""
     return folder_identity(data) | {"split_ratio": list(data.split_ratio)}
+
+
+def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
+    """Opens the source; its files are looked for when the first chunk is asked for, by `read`."""
+    return Contents(read(data, begin), mpp=DESCRIPTION.mpp)
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:

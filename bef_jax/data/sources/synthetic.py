@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data.chunk import Begin, Chunk, counted, numbered, silent
+from bef_jax.data.chunk import Begin, Chunk, Contents, counted, numbered, silent
 from bef_jax.data.patch import PATCH, READ_ORDER, SPLITS
 from bef_jax.data.sources.description import Description
 
@@ -48,6 +48,11 @@ def size(data: ConfigDict, split: str) -> int:
     """Returns how many patches `split` has: data.<split>_size, or its default."""
     asked = data[f"{split}_size"]
     return DEFAULT_SIZES[split] if asked is None else asked
+
+
+def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
+    """Opens the source; its files are looked for when the first chunk is asked for, by `read`."""
+    return Contents(read(data, begin), mpp=DESCRIPTION.mpp)
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:

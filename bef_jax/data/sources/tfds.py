@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from bef_jax.data.chunk import (
     Begin,
     Chunk,
+    Contents,
     batched_rows,
     check_images,
     check_labels,
@@ -35,6 +36,11 @@ TFDS_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 
 DESCRIPTION = PCAM
 identity = folder_identity
+
+
+def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
+    """Opens the source; its files are looked for when the first chunk is asked for, by `read`."""
+    return Contents(read(data, begin), mpp=DESCRIPTION.mpp)
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:

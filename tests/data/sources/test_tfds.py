@@ -104,7 +104,7 @@ def test_tfds_set_is_read_without_tensorflow(tmp_path, patches, write, make_data
     rows = [int(name.removeprefix("pcam_valid_")) for name in tfds_store.ids]
     np.testing.assert_array_equal(tfds_store.images, patches["valid"][0][rows])
     np.testing.assert_array_equal(tfds_store.labels, patches["valid"][1][rows])
-    chunks = list(sources.read(make_data("tfds", folder, train_size=3)))
+    chunks = list(sources.open_source(make_data("tfds", folder, train_size=3)).chunks)
     assert sum(len(chunk.labels) for split, chunk in chunks if split == "train") == 3
 
 
@@ -179,5 +179,5 @@ def test_damaged_set_and_special_file_are_named(
             expect_error(make_data("tfds", folder), f"{folder / 'patch_camelyon'}: cannot be read")
         file.write_bytes(whole)
     special("a FIFO", records)
-    read = f"list(sources.read(data_of('tfds', {str(folder)!r})))"
+    read = f"list(sources.open_source(data_of('tfds', {str(folder)!r})).chunks)"
     assert printed_by(read) == [f"{records}: is a FIFO; name a regular file"]
