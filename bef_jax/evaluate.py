@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from bef_jax.data import store
-from bef_jax.data.splits import warn_of_one_class
+from bef_jax.data.splits import check_store, warn_of_one_class
 from bef_jax.data.store import Split
 from bef_jax.runtime import sharding
 from bef_jax.scoring import trained
@@ -33,7 +33,9 @@ def evaluate_checkpoint(
         RunError: the log-odds of a patch are not finite.
     """
     folder = store.store_path(config.data)
-    counts = store.read_manifest(folder)["counts"]
+    manifest = store.read_manifest(folder)
+    check_store(config, manifest)
+    counts = manifest["counts"]
     patches = store.open_split(folder, split or ("test" if counts.get("test") else "valid"))
     # Read this before the first evaluation, so that a wrong path is an error at once.
     other_config = _config_of_other(other, config) if other else None

@@ -100,7 +100,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, laps: Laps) -> dict:
         pretrained.find(config.init_from)  # now, because reading a data set can take an hour
 
     # ---- Open the data. ----
-    splits = open_splits(config.data)
+    config, splits = open_splits(config)
     check_placement(config, batches.should_place(splits["train"], config.data.placement))
     counts = count_steps(config, len(splits["train"]))
     if done := _finished_summary(config, workdir, counts.steps):

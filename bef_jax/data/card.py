@@ -1,10 +1,11 @@
 """The data card: what a reader should know about the patches before believing a score."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bef_jax.data import near_duplicates, sources
+from bef_jax.data.patch import PCAM_CLASSES, SPLITS
 from bef_jax.data.sources.description import ONLY_SAME_FILES, Description
 from bef_jax.data.store import Split
 
@@ -15,12 +16,13 @@ def data_card(
     """Returns rows of name and value that describe a store and its splits."""
     source, duplicates = manifest["source"], manifest["duplicates"]
     description = sources.describe(source)
-    rows = [["source", source], ["do splits share slides?", description.shared_slides]]
+    rows = [["source", source], ["do splits share slides?", _shared(manifest, description)]]
     rows.append(["a score can be compared with", _comparable(manifest, description)])
-    for name, (negative, positive) in manifest["class_counts"].items():
+    rows.append(["scale", f"{mpp} um per pixel" if (mpp := manifest["mpp"]) else "not known"])
+    for name, counts in manifest["class_counts"].items():
         # A source may have no test split.
-        if negative + positive:
-            rows.append([name, f"{negative:,} normal, {positive:,} with metastasis"])
+        if sum(counts):
+            rows.append([name, _class_counts(manifest["classes"], counts)])
     rows.append(["exact duplicates dropped", _dropped(duplicates)])
     found = near_duplicates.across_splits(splits, folder, manifest["content"]["total"])
     for pair, near in found.items():
@@ -29,6 +31,26 @@ def data_card(
         text = f"{near['patches']:,} ({share:.1%}) of {second}, turned or not"
         rows.append([f"near duplicates, {second} and {first}", text])
     return rows
+
+
+def _shared(manifest: Mapping[str, Any], description: Description) -> str:
+    """Returns whether the splits share slides or patients: by their groups, if these are known."""
+    groups = manifest["groups"]
+    if groups is None:
+        return description.shared_slides
+    if groups["shared"]:
+        return (
+            f"yes: {groups['shared']:,} groups are in several splits; "
+            "a score is higher than on new slides"
+        )
+    counts = ", ".join(f"{groups[name]:,} of {name}" for name in SPLITS if groups[name])
+    return f"no: each group is in one split ({counts})"
+
+
+def _class_counts(classes: Sequence[str], counts: Sequence[int]) -> str:
+    if tuple(classes) == PCAM_CLASSES:
+        return f"{counts[0]:,} normal, {counts[1]:,} with metastasis"
+    return ", ".join(f"{n:,} {name}" for n, name in zip(counts, classes, strict=True))
 
 
 def _comparable(manifest: Mapping[str, Any], description: Description) -> str:

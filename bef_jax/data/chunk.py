@@ -8,16 +8,17 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bef_jax.data.patch import IMAGE_SHAPE, PCAM_CLASSES
+from bef_jax.configs.fields import PATCH_SIDES
+from bef_jax.data.patch import PCAM_CLASSES, PCAM_SIDE, label_dtype
 from bef_jax.errors import UserError, reason_of
 
-CHUNK_SIZE = 512  # patches, 13.5 MiB; limits the memory that reading takes
+CHUNK_SIZE = 512  # patches, 13.5 MiB at 96 px; limits the memory that reading takes
 DEFLATE_RATIO = 1032  # the most bytes that one byte of deflate can unpack to
 _LONGEST_ID = 1024  # characters
 _IDS_ALWAYS_ALLOWED = 256 << 20  # bytes of memory that the ids of any file may take
@@ -140,22 +141,31 @@ def describe_array(shape: tuple[int, ...], dtype: np.dtype) -> str:
     return f"{dtype} {list(shape)}"[:100]
 
 
-def check_images(shape: tuple[int, ...], dtype: np.dtype, where: str) -> None:
-    """Checks that an array holds patches: uint8 [N, 96, 96, 3] with N > 0.
+def check_images(
+    shape: tuple[int, ...], dtype: np.dtype, where: str, side: int = PCAM_SIDE
+) -> None:
+    """Checks that an array holds patches: uint8 [N, side, side, 3] with N > 0.
 
     Raises:
         UserError: another shape or dtype, or no patch at all; names `where`.
     """
     # Accept only pixels as they were scanned, because to scale or resample others would be a guess.
-    has_patch_shape = len(shape) == 4 and tuple(shape[1:]) == IMAGE_SHAPE
+    has_patch_shape = len(shape) == 4 and tuple(shape[1:]) == (side, side, 3)
     if not has_patch_shape or dtype != np.uint8:
-        fix = "convert them to uint8" if has_patch_shape else "cut or resample them to 96x96 RGB"
+        fix = "convert them to uint8" if has_patch_shape else _fix_of_shape(shape, side)
         raise UserError(
-            f"{where}: images must be uint8 [N, 96, 96, 3], not {describe_array(shape, dtype)}; "
-            f"{fix} first"
+            f"{where}: images must be uint8 [N, {side}, {side}, 3], "
+            f"not {describe_array(shape, dtype)}; {fix} first"
         )
     if shape[0] <= 0:
         raise UserError(f"{where}: holds no patch; fetch or write the file again")
+
+
+def _fix_of_shape(shape: tuple[int, ...], side: int) -> str:
+    is_square = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
+    fits = is_square and PATCH_SIDES[0] <= shape[1] <= PATCH_SIDES[1]
+    field = f"set --config.data.patch_size={shape[1]}, or " if fits else ""
+    return f"{field}cut or resample them to {side}x{side} RGB"
 
 
 def check_label_array(shape: tuple[int, ...], dtype: np.dtype, count: int, where: str) -> None:
@@ -173,8 +183,7 @@ def check_label_array(shape: tuple[int, ...], dtype: np.dtype, count: int, where
     # Refuse texts before they are read, because each of them could have a gigabyte.
     if dtype.kind not in "biuf":
         raise UserError(
-            f"{where}: {describe_array(shape, dtype)}; "
-            "labels must be numbers, 0 (normal) or 1 (tumour)"
+            f"{where}: {describe_array(shape, dtype)}; labels must be numbers of classes, from 0 on"
         )
 
 
@@ -205,39 +214,54 @@ def check_id_array(
 # ---- checks of what an array holds --------------------------------------------------------------
 
 
-def check_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
-    """Returns `labels` (any real dtype; [N] or PCam's [N, 1, 1, 1]) as uint8 [N].
+def check_labels(
+    labels: np.ndarray, count: int, where: str, classes: Sequence[str] = PCAM_CLASSES
+) -> np.ndarray:
+    """Returns `labels` (any real dtype; [N] or PCam's [N, 1, 1, 1]) as [N] of `label_dtype`.
 
     Raises:
-        UserError: not one label for each of the `count` images, or one outside {0, 1}.
+        UserError: not one label for each of the `count` images, or one that is no class's number.
     """
     check_label_array(labels.shape, labels.dtype, count, where)
     flat = labels.reshape(-1)
     # Check before the cast, which would turn 0.5 and NaN into 0.
-    wrong = np.flatnonzero(~np.isin(flat, (0, 1)))
+    wrong = np.flatnonzero(~np.isin(flat, np.arange(len(classes))))
     if wrong.size:
+        numbers = "0 (normal) or 1 (tumour)" if classes == PCAM_CLASSES else _numbers(classes)
         raise UserError(
-            f"{where}: label {flat[wrong[0]]} in row {wrong[0]}; "
-            "labels must be 0 (normal) or 1 (tumour)"
+            f"{where}: label {flat[wrong[0]]} in row {wrong[0]}; labels must be {numbers}"
         )
-    return flat.astype(np.uint8)
+    return flat.astype(label_dtype(len(classes)))
+
+
+def _numbers(classes: Sequence[str]) -> str:
+    return f"0 .. {len(classes) - 1}, for the {len(classes)} of config.data.classes"
+
+
+def check_texts(texts: np.ndarray, where: str) -> list[str]:
+    """Returns str [N] as a list, and checks that it is valid text.
+
+    Raises:
+        UserError: UTF-8 cannot hold one of them, which would end a run when it is written.
+    """
+    try:
+        names = texts.tolist()
+        "".join(names).encode()
+    # NumPy raises SystemError for a code point that does not exist.
+    except (ValueError, SystemError) as error:
+        row = next(row for row in range(len(texts)) if not _is_text(texts, row))
+        reason = reason_of(error)
+        raise UserError(f"{where}: row {row} is not text ({reason}); write it in UTF-8") from error
+    return names
 
 
 def check_ids(ids: np.ndarray, where: str) -> None:
     """Checks that the ids of a split, str [N], are valid text, and that none names two patches.
 
     Raises:
-        UserError: UTF-8 cannot hold an id, which would end a run when the id is written; or an id
-            comes twice.
+        UserError: an id is not valid text, or comes twice.
     """
-    try:
-        names = ids.tolist()
-        "".join(names).encode()
-    # NumPy raises SystemError for a code point that does not exist.
-    except (ValueError, SystemError) as error:
-        row = next(row for row in range(len(ids)) if not _is_text(ids, row))
-        reason = reason_of(error)
-        raise UserError(f"{where}: row {row} is not text ({reason}); write ids in UTF-8") from error
+    names = check_texts(ids, where)
     if len(set(names)) < len(names):
         name, times = Counter(names).most_common(1)[0]
         raise UserError(f"{where}: {name[:100]} names {times} patches; give each patch its own id")

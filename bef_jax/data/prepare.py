@@ -18,8 +18,8 @@ def prepare_or_verify(config: ConfigDict, verify: bool) -> dict:
         verify: reads the store back and compares every file with its checksum.
 
     Returns:
-        The summary: mode, store, counts, positive_fraction, duplicates, content, verified,
-        wall_seconds.
+        The summary: mode, store, counts, positive_fraction (of two classes), class_counts,
+        patch_size, mpp, groups, duplicates, content, verified, wall_seconds.
 
     Raises:
         UserError: see `store.prepare` and `store.verify`.
@@ -29,15 +29,24 @@ def prepare_or_verify(config: ConfigDict, verify: bool) -> dict:
     if verify:
         with _phases() as phases:
             store.verify(store.store_path(config.data), phases.begin)
-    counts, classes = manifest["counts"], manifest["class_counts"]
+    counts, classes = manifest["counts"], manifest["classes"]
+    class_counts = {
+        split: dict(zip(classes, numbers, strict=True))
+        for split, numbers in manifest["class_counts"].items()
+    }
     return {
         "mode": "prepare",
         "store": str(store.store_path(config.data)),
         "counts": counts,
         # A source may have no test split.
         "positive_fraction": {
-            split: classes[split][1] / count if count else None for split, count in counts.items()
+            split: class_counts[split][classes[1]] / count if count and len(classes) == 2 else None
+            for split, count in counts.items()
         },
+        "class_counts": class_counts,
+        "patch_size": manifest["patch_size"],
+        "mpp": manifest["mpp"],
+        "groups": manifest["groups"],
         "duplicates": manifest["duplicates"],
         "content": manifest["content"],
         "verified": verify,

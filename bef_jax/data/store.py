@@ -1,7 +1,7 @@
 """The decoded store: each split as memory-mapped arrays, and a manifest of what they hold.
 
     <store>/manifest.json
-    <store>/{train,valid,test}/{images,labels,ids}.npy
+    <store>/{train,valid,test}/{images,labels,ids}.npy, and groups.npy if the source knows them
 
 `prepare` writes a store once from its source; `open_split` maps a split for reading.
 """
@@ -26,14 +26,16 @@ from ml_collections import ConfigDict
 from bef_jax.data import sources
 from bef_jax.data.chunk import (
     Begin,
+    Contents,
     check_id_array,
     check_ids,
     check_images,
     check_label_array,
     check_labels,
+    check_texts,
     silent,
 )
-from bef_jax.data.patch import SPLITS
+from bef_jax.data.patch import PCAM_CLASSES, PCAM_SIDE, SPLITS, same_scale
 from bef_jax.data.sources import npy
 from bef_jax.data.writer import StoreWriter
 from bef_jax.errors import UserError, reason_of
@@ -51,7 +53,10 @@ from bef_jax.runtime.files import (
 LOG = logging.getLogger(__name__)
 
 _ELSEWHERE = "set config.data.store (by default the store lies in config.data.dir)"
-FORMAT_VERSION = 1  # a store of another version is refused
+FORMAT_VERSION = 2  # a store of a later version is refused
+# Version 1 held PCam's patches only. These are the fields that it lacks.
+_SINCE_2 = {"classes": list(PCAM_CLASSES), "patch_size": PCAM_SIDE, "groups": None}
+_DECIDING_SINCE_2 = {"classes": [], "patch_size": PCAM_SIDE}
 MANIFEST = "manifest.json"
 
 
@@ -61,15 +66,19 @@ class Split:
 
     Attributes:
         name: train, valid or test.
-        images: uint8 [N, 96, 96, 3], RGB, memory-mapped.
-        labels: uint8 [N], 0 or 1.
+        images: uint8 [N, S, S, 3], RGB, memory-mapped.
+        labels: [N], numbers of classes, of the type `patch.label_dtype`.
         ids: str [N].
+        groups: str [N], what patches of one slide or patient share; None if it is not known.
+        classes: the names of all classes, in the order of their numbers.
     """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    groups: np.ndarray | None = None
+    classes: tuple[str, ...] = PCAM_CLASSES
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,7 +95,7 @@ def store_path(data: ConfigDict) -> Path:
     identity = sources.identity(data)
     variant = () if "dir" in identity else identity.values()
     name = "_".join(map(str, ("store", data.source, *variant)))
-    return user_path(user_path(data.dir) / name)
+    return user_path(sources.home(data) / name)
 
 
 def prepare(data: ConfigDict, begin: Begin = silent) -> dict:
@@ -114,11 +123,12 @@ def prepare(data: ConfigDict, begin: Begin = silent) -> dict:
     contents = sources.open_source(data, begin)
     chunks = contents.chunks
     first = next(chunks)  # refuses a missing source before a folder is made
+    _check_scale(data, contents.mpp, f"the source {data.source}")
     with _temporary_folder(path) as folder:
-        writer = StoreWriter(folder, data.rectify)
+        writer = StoreWriter(folder, data.rectify, data.patch_size, len(contents.classes))
         for split, chunk in itertools.chain([first], chunks):
             writer.add(split, chunk)
-        manifest = _manifest(data) | writer.close(begin)
+        manifest = _manifest(data, contents) | writer.close(begin)
         write_json(folder / MANIFEST, manifest)
         return _publish(folder, path, data, manifest)
 
@@ -146,16 +156,19 @@ def read_manifest(path: Path) -> dict:
         manifest = read_json(file, _check_manifest, f"delete {path} and run --mode=prepare again")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no store there; run --mode=prepare first") from error
-    if manifest["format_version"] != FORMAT_VERSION:
+    version = manifest["format_version"]
+    if version not in (1, FORMAT_VERSION):
         raise UserError(
-            f"{path}: has store format {manifest['format_version']}, but this version reads "
+            f"{path}: has store format {version}, but this version reads "
             f"{FORMAT_VERSION}; run --mode=prepare with another config.data.store"
         )
+    if version == 1:
+        manifest = {**_SINCE_2, "mpp": sources.describe(manifest["source"]).mpp} | manifest
     return manifest
 
 
 def open_split(path: Path, split: str) -> Split:
-    """Maps one split of the store at `path`; only labels and ids are read into memory.
+    """Maps one split of the store at `path`; only its images are not read into memory.
 
     Raises:
         UserError: there is no store or no such split, or files are not as the manifest says.
@@ -165,13 +178,13 @@ def open_split(path: Path, split: str) -> Split:
     if not manifest["counts"].get(split):
         there = ", ".join(name for name, count in manifest["counts"].items() if count)
         raise UserError(f"{path}: has no {split} split; it has {there}")
-    files = {name: path / split / f"{name}.npy" for name in ("images", "labels", "ids")}
+    files = {name: path / split / f"{name}.npy" for name in _arrays(manifest)}
     # Comparing sizes costs nothing and names the file. NumPy would only say that the map is too
     # long.
     for name, file in files.items():
         _check_size(file, manifest["files"][f"{split}/{name}.npy"]["bytes"])
     try:
-        return _map(split, manifest["counts"][split], *files.values())
+        return _map(split, manifest, files)
     except Exception as error:  # NumPy's parser of headers raises many kinds of errors
         raise UserError(
             f"{path / split}: damaged ({reason_of(error)}); "
@@ -179,21 +192,36 @@ def open_split(path: Path, split: str) -> Split:
         ) from error
 
 
-def _map(split: str, count: int, images_file: Path, labels_file: Path, ids_file: Path) -> Split:
+def _arrays(manifest: dict) -> tuple[str, ...]:
+    """Returns the names of the arrays of each split."""
+    return ("images", "labels", "ids") + (("groups",) if manifest["groups"] else ())
+
+
+def _map(split: str, manifest: dict, files: dict[str, Path]) -> Split:
     """Maps the arrays; everything that they declare is checked before they are read."""
-    header, images = _mapped(images_file)
-    check_images(header.shape, header.dtype, "images")
+    count, classes = manifest["counts"][split], tuple(manifest["classes"])
+    header, images = _mapped(files["images"])
+    check_images(header.shape, header.dtype, "images", manifest["patch_size"])
     if len(images) != count or header.fortran_order:
         raise ValueError(f"images are not the {count} of the manifest, in C order")
-    header, labels = _mapped(labels_file)
+    header, labels = _mapped(files["labels"])
     check_label_array(header.shape, header.dtype, count, "labels")
-    header, ids = _mapped(ids_file)
-    check_id_array(header.shape, header.dtype, count, images.nbytes, "ids")
-    if header.dtype.kind != "U":
-        raise ValueError(f"ids are {header.dtype}, not text")
-    ids = np.array(ids)  # in memory, as are the labels
+    ids = _read_texts(files["ids"], count, images.nbytes, "ids")
     check_ids(ids, "ids")
-    return Split(split, images, check_labels(np.array(labels), count, "labels"), ids)
+    groups = None
+    if "groups" in files:
+        groups = _read_texts(files["groups"], count, images.nbytes, "groups")
+        check_texts(groups, "groups")
+    labels = check_labels(np.array(labels), count, "labels", classes)
+    return Split(split, images, labels, ids, groups, classes)
+
+
+def _read_texts(file: Path, count: int, image_bytes: int, where: str) -> np.ndarray:
+    header, texts = _mapped(file)
+    check_id_array(header.shape, header.dtype, count, image_bytes, where)
+    if header.dtype.kind != "U":
+        raise ValueError(f"{where} are {header.dtype}, not text")
+    return np.array(texts)  # in memory, as are the labels
 
 
 def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
@@ -209,7 +237,7 @@ def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
 def _check_manifest(manifest: Any) -> None:
     """Raises ValueError, KeyError or TypeError if it is not as `prepare` writes it."""
     check_types(manifest, format_version=int)
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest["format_version"] not in (1, FORMAT_VERSION):
         return  # another version may have other fields
     check_types(manifest, source=str, library_version=str, config=dict, counts=dict)
     check_types(manifest, class_counts=dict, duplicates=dict, files=dict)
@@ -217,6 +245,8 @@ def _check_manifest(manifest: Any) -> None:
         raise ValueError(f"source {manifest['source']}")
     if not isinstance(manifest["config"].get("dir", ""), str):
         raise TypeError("config.dir is not text")
+    if manifest["format_version"] == FORMAT_VERSION:
+        _check_kind(manifest)
     check_types(manifest["counts"], **dict.fromkeys(SPLITS, int))
     check_types(manifest["class_counts"], **dict.fromkeys(SPLITS, list))
     check_types(manifest["duplicates"], dropped_within=dict, dropped_across=dict)
@@ -228,13 +258,25 @@ def _check_manifest(manifest: Any) -> None:
         _check_split(manifest, split, count)
 
 
+def _check_kind(manifest: dict) -> None:
+    """Checks what says of which kind the patches are."""
+    check_types(manifest, classes=list, patch_size=int)
+    classes, mpp, groups = (manifest[name] for name in ("classes", "mpp", "groups"))
+    if len(classes) < 2 or not all(type(name) is str for name in classes):
+        raise TypeError("classes are not two texts or more")
+    if mpp is not None and not (isinstance(mpp, float) and 0 < mpp < np.inf):
+        raise TypeError("mpp is not a number above 0")
+    if groups is not None:
+        check_types(groups, shared=int, **dict.fromkeys(SPLITS, int))
+
+
 def _check_split(manifest: dict, split: str, count: int) -> None:
-    classes = manifest["class_counts"][split]
-    if not all(type(number) is int for number in classes) or len(classes) != 2:
-        raise TypeError(f"class_counts of {split} are not two numbers")
+    wanted, classes = len(manifest.get("classes", PCAM_CLASSES)), manifest["class_counts"][split]
+    if not all(type(number) is int for number in classes) or len(classes) != wanted:
+        raise TypeError(f"class_counts of {split} are not {wanted} numbers")
     for dropped in ("dropped_within", "dropped_across"):
         check_types(manifest["duplicates"][dropped], **{split: int})
-    names = [f"{split}/{name}.npy" for name in ("images", "labels", "ids")] if count else []
+    names = [f"{split}/{name}.npy" for name in _arrays(_SINCE_2 | manifest)] if count else []
     for name in names:
         # An empty file holds no array. A link to a file of the system would pass as one of size 0:
         # some report this size, but never end.
@@ -281,12 +323,15 @@ def _deciding_fields(data: ConfigDict) -> dict:
     return {"source": data.source, "rectify": data.rectify} | sources.identity(data)
 
 
-def _manifest(data: ConfigDict) -> dict:
+def _manifest(data: ConfigDict, contents: Contents) -> dict:
     return {
         "format_version": FORMAT_VERSION,
         "source": data.source,
         "library_version": _library_version(),
         "config": _deciding_fields(data),
+        "classes": list(contents.classes),
+        "patch_size": data.patch_size,
+        "mpp": contents.mpp or data.mpp or None,
     }
 
 
@@ -306,12 +351,21 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
     if not all(os.path.isdir(fields.get("dir", "")) for fields in (made, wanted)):
         wanted.pop("dir", None)
     for field, value in wanted.items():
-        if value != made.get(field):
+        if value != made.get(field, _DECIDING_SINCE_2.get(field)):
             raise UserError(
                 f"config.data.{field} is {value!r}, but the store {path} was made with "
                 f"{made.get(field)!r}; name another config.data.store, or delete this one"
             )
+    _check_scale(data, manifest["mpp"], path)
     return manifest
+
+
+def _check_scale(data: ConfigDict, mpp: float | None, where: Path | str) -> None:
+    if data.mpp and mpp and not same_scale(data.mpp, mpp):
+        raise UserError(
+            f"config.data.mpp is {data.mpp}, but {where} has {mpp} micrometres per pixel; leave it "
+            "out, or give the right one"
+        )
 
 
 @contextlib.contextmanager

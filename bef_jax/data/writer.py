@@ -8,7 +8,7 @@ import numpy as np
 
 from bef_jax.data.chunk import Begin, Chunk, check_ids, silent
 from bef_jax.data.duplicates import Duplicates
-from bef_jax.data.patch import IMAGE_SHAPE, SPLITS
+from bef_jax.data.patch import SPLITS, label_dtype
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import sha256
 
@@ -21,9 +21,16 @@ class StoreWriter:
     Exact duplicates are dropped, if this is asked for, and reported (`duplicates`).
     """
 
-    def __init__(self, folder: Path, rectify: bool):
-        """Starts an empty store in `folder`, which exists and is empty."""
+    def __init__(self, folder: Path, rectify: bool, side: int, classes: int):
+        """Starts an empty store in `folder`, which exists and is empty.
+
+        Args:
+            rectify: drop exact duplicates.
+            side: of a patch, in pixels.
+            classes: how many there are.
+        """
         self.folder = folder
+        self.side, self.classes = side, classes
         self.read_counts: Counter[str] = Counter()
         self._writers: dict[str, _SplitWriter] = {}
         self._duplicates = Duplicates(rectify)
@@ -31,12 +38,14 @@ class StoreWriter:
     def add(self, split: str, chunk: Chunk) -> None:
         """Writes those patches of `chunk` that are kept."""
         if split not in self._writers:
-            self._writers[split] = _SplitWriter(self.folder / split)
+            folder, dtype = self.folder / split, label_dtype(self.classes)
+            self._writers[split] = _SplitWriter(folder, (self.side, self.side, 3), dtype)
         self.read_counts[split] += len(chunk.labels)
-        for image, label, name in zip(*chunk[:3], strict=True):
+        groups = [None] * len(chunk.labels) if chunk.groups is None else chunk.groups.tolist()
+        for image, label, name, group in zip(*chunk[:3], groups, strict=True):
             digest = hashlib.sha256(image).digest()[:DIGEST_BYTES]
             if self._duplicates.keeps(digest, split, int(label), str(name)):
-                self._writers[split].add(image, int(label), str(name), digest)
+                self._writers[split].add(image, int(label), str(name), group, digest)
 
     def close(self, begin: Begin = silent) -> dict:
         """Completes the files and returns the part of the manifest that describes them.
@@ -67,10 +76,21 @@ class StoreWriter:
         return {
             "counts": {split: len(labels[split]) for split in SPLITS},
             "class_counts": {
-                split: [labels[split].count(0), labels[split].count(1)] for split in SPLITS
+                split: np.bincount(np.asarray(found, int), minlength=self.classes).tolist()
+                for split, found in labels.items()
             },
+            "groups": self._groups(),
             "duplicates": self._duplicates.summary(),
         }
+
+    def _groups(self) -> dict[str, int] | None:
+        """Returns how many groups each split has, and how many are in several; None without."""
+        found = {split: set(writer.groups) for split, writer in self._writers.items()}
+        if not any(found.values()):
+            return None
+        seen = Counter(group for groups in found.values() for group in groups)
+        counts = {split: len(found.get(split, ())) for split in SPLITS}
+        return counts | {"shared": sum(times > 1 for times in seen.values())}
 
     def _content(self) -> dict[str, str]:
         samples = {split: writer.samples for split, writer in self._writers.items()}
@@ -101,20 +121,26 @@ class _SplitWriter:
     images.npy grows by ordinary writes, because a memory map's pages would count as our memory.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, shape: tuple[int, int, int], label_type: np.dtype):
         folder.mkdir()
         self.folder = folder
+        self._shape, self._label_type = shape, label_type
         self.labels: list[int] = []
+        self.groups: list[str] = []  # empty if the source knows none
         self.ids: list[str] = []
         self.samples: list[bytes] = []  # the digest of a patch's pixels, then its label
         self._images = open(folder / "images.npy", "wb")  # noqa: SIM115 (close() closes it)
         self._header_bytes = self._write_header()
 
-    def add(self, image: np.ndarray, label: int, name: str, digest: bytes) -> None:
+    def add(
+        self, image: np.ndarray, label: int, name: str, group: str | None, digest: bytes
+    ) -> None:
         self._images.write(np.ascontiguousarray(image).data)
         self.labels.append(label)
         self.ids.append(name)
-        self.samples.append(digest + bytes([label]))
+        self.samples.append(digest + label.to_bytes(self._label_type.itemsize, "little"))
+        if group is not None:
+            self.groups.append(group)
 
     def close(self) -> None:
         with self._images:
@@ -122,15 +148,17 @@ class _SplitWriter:
             # NumPy pads its header for a first axis that grows, so the pixels stay in place.
             if self._write_header() != self._header_bytes:
                 raise RuntimeError(f"{self._images.name}: header of {len(self.ids)} patches grew")
-        np.save(self.folder / "labels.npy", np.asarray(self.labels, np.uint8))
+        np.save(self.folder / "labels.npy", np.asarray(self.labels, self._label_type))
         # Each id is as wide as the longest, 4 bytes per character, because an array of objects
         # would be a pickle.
         ids = np.asarray(self.ids, str)
         check_ids(ids, f"config.data: ids of {self.folder.name}")
         np.save(self.folder / "ids.npy", ids)
+        if self.groups:
+            np.save(self.folder / "groups.npy", np.asarray(self.groups, str))
 
     def _write_header(self) -> int:
-        shape = (len(self.labels), *IMAGE_SHAPE)
+        shape = (len(self.labels), *self._shape)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._images, header)
         return self._images.tell()

@@ -111,7 +111,13 @@ def _log_ignored(
     saved: Mapping[str, Any], given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
     """Logs the fields in which the checkpoint decides, and --config has another value."""
-    decided = [name for name in saved if affects(name) in (NETWORK, INPUT, SCORE)]
+    # A store fills these fields in when a run starts, so a given configuration may leave them open.
+    open_fields = [name for name in ("data.classes", "data.mpp") if not given.get(name)]
+    decided = [
+        name
+        for name in saved
+        if affects(name) in (NETWORK, INPUT, SCORE) and name not in open_fields
+    ]
     for name in decided:
         if name not in changes and given.get(name) != saved[name]:
             LOG.info(

@@ -40,13 +40,24 @@ def test_labels_that_do_not_match_the_images_are_refused(shape):
     ("shape", "dtype", "fix"),
     [
         ((3, 96, 96, 3), "f4", "convert them to uint8 first"),
-        ((3, 64, 64, 3), "u1", "cut or resample them to 96x96 RGB first"),
-        ((3, 64, 64, 3), "f4", "cut or resample them to 96x96 RGB first"),
+        ((3, 64, 64, 3), "u1", "set --config.data.patch_size=64, or cut or resample .* RGB first"),
+        ((3, 64, 64, 3), "f4", "set --config.data.patch_size=64, or cut or resample .* RGB first"),
+        ((3, 64, 96, 3), "u1", r"\[3, 64, 96, 3\]; cut or resample them to 96x96 RGB first"),
+        ((3, 16, 16, 3), "u1", r"\[3, 16, 16, 3\]; cut or resample them to 96x96 RGB first"),
     ],
 )
 def test_the_fix_for_images_is_about_what_is_wrong(shape, dtype, fix):
-    with pytest.raises(UserError, match=rf"^a: images must be uint8 .*; {fix}$"):
+    with pytest.raises(UserError, match=rf"^a: images must be uint8 .*{fix}$"):
         chunk.check_images(shape, np.dtype(dtype), "a")
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(2, np.uint8), (256, np.uint8), (257, np.uint16)])
+def test_labels_have_the_smallest_type_that_holds_all_classes(classes, dtype):
+    names = tuple(map(str, range(classes)))
+    labels = chunk.check_labels(np.array([0.0, classes - 1]), 2, "a", names)
+    assert labels.dtype == dtype and labels.tolist() == [0, classes - 1]
+    with pytest.raises(UserError, match=f"label {classes} in row 1"):
+        chunk.check_labels(np.array([0, classes]), 2, "a", names)
 
 
 def test_the_error_for_a_dtype_of_a_thousand_fields_is_short():

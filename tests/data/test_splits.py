@@ -47,6 +47,6 @@ def test_a_store_of_one_class_is_refused_when_it_is_opened(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), np.uint8)
     for name, rows, labels in (("train", slice(4), [0] * 4), ("valid", slice(4, 6), [0, 1])):
         np.savez(tmp_path / f"{name}.npz", images=images[rows], labels=np.uint8(labels))
-    data = default.get_config(f"data.source=npz,data.dir={tmp_path}").data
+    config = default.get_config(f"data.source=npz,data.dir={tmp_path}")
     with pytest.raises(UserError, match="train split: 4 normal, 0 metastasis"):
-        open_splits(data)
+        open_splits(config)

@@ -316,7 +316,7 @@ def test_store_of_another_format_is_refused_even_if_its_manifest_has_other_field
     path = store.store_path(npz_data)
     (path / store.MANIFEST).write_text(json.dumps({"format_version": version, "shards": 4}))
     for function, argument in ((store.read_manifest, path), (store.prepare, npz_data)):
-        expect_error(f"store format {version}, but this version reads 1", function, argument)
+        expect_error(f"store format {version}, but this version reads 2", function, argument)
 
 
 def test_progress_of_every_long_piece_of_work_reaches_its_total(npz_data):

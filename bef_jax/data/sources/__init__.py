@@ -1,26 +1,30 @@
 """The sources of patches, by name: each is read once, into a store."""
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import Begin, Contents, silent
-from bef_jax.data.patch import SPLITS
+from bef_jax.data.patch import PCAM_CLASSES, PCAM_SIDE, SPLITS
 from bef_jax.data.sources.description import Description
 from bef_jax.errors import UserError
+from bef_jax.runtime.files import user_path
 
 # Modules of this package, each with `open_source`, `identity` and DESCRIPTION. Their functions
 # import the libraries that read files, because together these take 0.3 s, and a run whose store
 # exists needs none of them.
 SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "synthetic")
+_OF_PICTURES = ("image_folder", "csv", "parquet")
+_PCAM_ONLY = ("pcam_hdf5", "rpcam", "tfds", "synthetic")
 
 
 def check(data: ConfigDict) -> None:
     """Checks the fields of `config.data` that decide what is read.
 
     Raises:
-        UserError: an unknown source, or a split size below 1.
+        UserError: an unknown source, a split size below 1, or a field that is not for the source.
     """
     if data.source not in SOURCES:
         raise UserError(
@@ -30,6 +34,31 @@ def check(data: ConfigDict) -> None:
         size = data[f"{split}_size"]
         if size is not None and size < 1:
             raise UserError(f"config.data.{split}_size is {size}; set 1 or more, or leave it empty")
+    _check_kind(data)
+
+
+def _check_kind(data: ConfigDict) -> None:
+    """Checks the fields that say of which kind the patches are."""
+    for name, default in (("resize", "none"), ("group", "")):
+        if data.source not in _OF_PICTURES and data[name] != default:
+            raise UserError(
+                f"config.data.{name} is for the sources {', '.join(_OF_PICTURES)}, and not for "
+                f"{data.source}; leave it out"
+            )
+    if data.source in _PCAM_ONLY and data.patch_size != PCAM_SIDE:
+        raise UserError(
+            f"config.data.patch_size is {data.patch_size}, but the patches of {data.source} are "
+            f"{PCAM_SIDE}x{PCAM_SIDE}; leave it out"
+        )
+    count = len(data.classes)
+    if data.source in _PCAM_ONLY and count not in (0, len(PCAM_CLASSES)):
+        raise UserError(
+            f"config.data.classes has {count} names, but {data.source} has 2 classes; give 2"
+        )
+    if count == 1 or len(set(data.classes)) < count:
+        raise UserError(
+            f"config.data.classes={tuple(data.classes)}: give two names or more, each once"
+        )
 
 
 def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
@@ -54,9 +83,20 @@ def identity(data: ConfigDict) -> dict:
     return _module(data.source).identity(data)
 
 
+def home(data: ConfigDict) -> Path:
+    """Returns the folder in which the store is made by default."""
+    module = _module(data.source)
+    return module.home(data) if hasattr(module, "home") else user_path(data.dir)
+
+
 def describe(source: str) -> Description:
     """Returns what a reader should know about the patches of a source."""
     return _module(source).DESCRIPTION
+
+
+def scale(data: ConfigDict) -> float | None:
+    """Returns the micrometres per pixel of the patches, or None if neither says them."""
+    return data.mpp or describe(data.source).mpp
 
 
 def _module(source: str) -> ModuleType:

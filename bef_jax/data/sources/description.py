@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from bef_jax.data.patch import SPLITS
+from bef_jax.data.patch import PCAM_CLASSES, SPLITS
 from bef_jax.runtime.files import user_path
 
 ONLY_SAME_FILES = "runs on the same files, and not with published scores"
@@ -38,6 +38,11 @@ PCAM = Description(
     # The counts of TFDS's patch_camelyon 2.0.0.
     pcam_counts={"train": 262_144, "valid": 32_768, "test": 32_768},
 )
+
+
+def numbered_classes(data: ConfigDict) -> tuple[str, ...]:
+    """Returns the names of the classes, for a source whose labels are numbers."""
+    return tuple(data.classes) or PCAM_CLASSES
 
 
 def folder_identity(data: ConfigDict) -> dict:

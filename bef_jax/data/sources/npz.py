@@ -1,4 +1,4 @@
-"""Decoded arrays: {train,valid,test}.npz with images, labels and, optionally, ids."""
+"""Decoded arrays: {train,valid,test}.npz with images and labels; ids and groups may be there."""
 
 import contextlib
 import math
@@ -20,6 +20,7 @@ from bef_jax.data.chunk import (
     check_images,
     check_label_array,
     check_labels,
+    check_texts,
     counted,
     describe_array,
     kept,
@@ -28,9 +29,14 @@ from bef_jax.data.chunk import (
     readable,
     silent,
 )
-from bef_jax.data.patch import READ_ORDER
+from bef_jax.data.patch import PCAM_SIDE, READ_ORDER
 from bef_jax.data.sources import npy
-from bef_jax.data.sources.description import ONLY_SAME_FILES, Description, folder_identity
+from bef_jax.data.sources.description import (
+    ONLY_SAME_FILES,
+    Description,
+    folder_identity,
+    numbered_classes,
+)
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
 
@@ -45,18 +51,24 @@ DESCRIPTION = Description(
     "if yes, a score is higher than on new slides",
     comparable=ONLY_SAME_FILES,
 )
-identity = folder_identity
+
+
+def identity(data: ConfigDict) -> dict:
+    """Returns the fields of `config.data` that decide which patches the files hold."""
+    classes = {"patch_size": data.patch_size, "classes": list(data.classes)}
+    return folder_identity(data) | classes
 
 
 def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
     """Opens the source; its files are looked for when the first chunk is asked for, by `read`."""
-    return Contents(read(data, begin), mpp=DESCRIPTION.mpp)
+    return Contents(read(data, begin), numbered_classes(data), DESCRIPTION.mpp)
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of the .npz files in `data.dir`; test.npz may be absent.
 
-    If a file has no ids, they are npz_<split>_<row>.
+    If a file has no ids, they are npz_<split>_<row>. Labels are numbers, in the order of
+    `data.classes`.
 
     Raises:
         UserError: a file is missing, damaged, or its arrays are not patches and labels.
@@ -73,58 +85,72 @@ def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]
         if not path.is_file():
             raise UserError(f"{path}: no such file; set config.data.dir to the folder that has it")
     for split, path in paths.items():
-        yield from _read_split(split, path, data[f"{split}_size"], begin)
+        yield from _read_split(split, path, data, begin)
 
 
-def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def stream(path: Path, side: int = PCAM_SIDE) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (ids, images) of one .npz file, which needs no labels, at most 512 at a time.
 
     If the file has no ids, they are <its name>_<row>.
+
+    Args:
+        side: of a patch, in pixels.
 
     Raises:
         UserError: it is damaged, or its arrays are not patches and ids.
     """
     with _opened(path) as archive, _Array(archive, "images", path) as images:
-        count = images.check_patches()
-        ids = _read_ids(archive, path, count)
+        count = images.check_patches(side)
+        ids = _read_texts(archive, "ids", path, count)
         for rows in ranges(count):
             names = _ids_of(ids, path.stem, rows)
             yield names, images.take(len(names))
 
 
 def _read_split(
-    split: str, path: Path, limit: int | None, begin: Begin
+    split: str, path: Path, data: ConfigDict, begin: Begin
 ) -> Iterator[tuple[str, Chunk]]:
     with _opened(path) as archive, _Array(archive, "images", path) as images:
-        count = images.check_patches()
-        labels = _read_labels(archive, path, count)
-        ids = _read_ids(archive, path, count)
+        count = images.check_patches(data.patch_size)
+        labels = _read_labels(archive, path, count, numbered_classes(data))
+        ids = _read_texts(archive, "ids", path, count)
+        groups = _read_texts(archive, "groups", path, count)
+        total = kept(count, data[f"{split}_size"])
         chunks = (
-            Chunk(images.take(len(labels[rows])), labels[rows], _ids_of(ids, f"npz_{split}", rows))
-            for rows in ranges(kept(count, limit))
+            Chunk(
+                images.take(len(labels[rows])),
+                labels[rows],
+                _ids_of(ids, f"npz_{split}", rows),
+                None if groups is None else groups[rows],
+            )
+            for rows in ranges(total)
         )
-        yield from counted(split, chunks, kept(count, limit), begin)
+        yield from counted(split, chunks, total, begin)
 
 
-def _read_labels(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray:
+def _read_labels(
+    archive: zipfile.ZipFile, path: Path, count: int, classes: tuple[str, ...]
+) -> np.ndarray:
     with _Array(archive, "labels", path) as labels:
         check_label_array(labels.header.shape, labels.header.dtype, count, labels.where)
         labels.check_held()
-        return check_labels(labels.take(count), count, labels.where)
+        return check_labels(labels.take(count), count, labels.where, classes)
 
 
-def _read_ids(archive: zipfile.ZipFile, path: Path, count: int) -> np.ndarray | None:
-    if "ids.npy" not in archive.namelist():
+def _read_texts(archive: zipfile.ZipFile, name: str, path: Path, count: int) -> np.ndarray | None:
+    """Returns `ids`, each of which comes once, or `groups`; str [count], or None without them."""
+    if f"{name}.npy" not in archive.namelist():
         return None
-    with _Array(archive, "ids", path) as array:
+    with _Array(archive, name, path) as array:
         file_bytes = path.stat().st_size
         check_id_array(array.header.shape, array.header.dtype, count, file_bytes, array.where)
         array.check_held()
-        ids = array.take(count)
+        texts = array.take(count)
         # astype(str) would refuse bytes beyond ASCII.
-        ids = np.char.decode(ids) if ids.dtype.kind == "S" else ids.astype(str, copy=False)
-        check_ids(ids, array.where)
-        return ids
+        is_bytes = texts.dtype.kind == "S"
+        texts = np.char.decode(texts) if is_bytes else texts.astype(str, copy=False)
+        (check_ids if name == "ids" else check_texts)(texts, array.where)
+        return texts
 
 
 def _ids_of(ids: np.ndarray | None, prefix: str, rows: slice) -> np.ndarray:
@@ -184,9 +210,9 @@ class _Array(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self._member.close()
 
-    def check_patches(self) -> int:
-        """Checks that the array holds patches, and returns how many."""
-        check_images(self.header.shape, self.header.dtype, self.where)
+    def check_patches(self, side: int) -> int:
+        """Checks that the array holds patches of this side, and returns how many."""
+        check_images(self.header.shape, self.header.dtype, self.where, side)
         # In Fortran order each patch is spread over the file, so no part can be read alone.
         if self.header.fortran_order:
             raise UserError(f"{self.where}: in Fortran order; write np.ascontiguousarray(images)")

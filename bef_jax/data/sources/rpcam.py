@@ -12,8 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import Begin, Chunk, Contents, batched_rows, counted, kept, silent
-from bef_jax.data.patch import IMAGE_SHAPE, READ_ORDER, SPLITS
-from bef_jax.data.sources.description import PCAM, Description, folder_identity
+from bef_jax.data.patch import PCAM_SIDE, READ_ORDER, SPLITS
+from bef_jax.data.sources.description import PCAM, Description, folder_identity, numbered_classes
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
 
@@ -34,7 +34,7 @@ def identity(data: ConfigDict) -> dict:
 
 def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
     """Opens the source; its files are looked for when the first chunk is asked for, by `read`."""
-    return Contents(read(data, begin), mpp=DESCRIPTION.mpp)
+    return Contents(read(data, begin), numbered_classes(data), DESCRIPTION.mpp)
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
@@ -175,7 +175,7 @@ def _decode(path: Path) -> np.ndarray:
 
     def check_patch(path: Path, header: pictures.Header) -> None:
         height, width = header.height, header.width
-        if (height, width) != IMAGE_SHAPE[:2]:
+        if (height, width) != (PCAM_SIDE, PCAM_SIDE):
             raise UserError(
                 f"{path}: {width}x{height} pixels; cut or resample it to 96x96 RGB first"
             )

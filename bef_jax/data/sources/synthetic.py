@@ -15,8 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import Begin, Chunk, Contents, counted, numbered, silent
-from bef_jax.data.patch import PATCH, READ_ORDER, SPLITS
-from bef_jax.data.sources.description import Description
+from bef_jax.data.patch import PCAM_SIDE, READ_ORDER, SPLITS
+from bef_jax.data.sources.description import Description, numbered_classes
 
 # These give a valid AUC above 0.99 after three epochs of the quickstart, and are quick to draw.
 DEFAULT_SIZES = {"train": 4096, "valid": 1024, "test": 1024}
@@ -27,7 +27,7 @@ NUCLEUS_REACH = STAMP // 2  # pixels; a nucleus paints nothing farther from its 
 # away, so they lie inside the 32x32. Distractors are at least RIM_START away, so they lie outside.
 CENTER_SPREAD = 16 - NUCLEUS_REACH
 RIM_START = 17 + NUCLEUS_REACH
-HALF_PATCH = PATCH // 2  # where the rim ends
+HALF_PATCH = PCAM_SIDE // 2  # where the rim ends
 BANK_SIZE = 256  # different nuclei of each kind
 # Optical density of red, green and blue for one unit of each stain (Macenko et al. 2009).
 STAINS = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558]], np.float32)
@@ -52,7 +52,7 @@ def size(data: ConfigDict, split: str) -> int:
 
 def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
     """Opens the source; its files are looked for when the first chunk is asked for, by `read`."""
-    return Contents(read(data, begin), mpp=DESCRIPTION.mpp)
+    return Contents(read(data, begin), numbered_classes(data), DESCRIPTION.mpp)
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
@@ -110,7 +110,7 @@ def _smooth_noise(rng: np.random.Generator, knots: int) -> np.ndarray:
 @functools.cache
 def _interpolation(knots: int) -> np.ndarray:
     """Returns the float32 matrix [96, knots] of a smooth interpolation on an even grid."""
-    place = np.linspace(0, knots - 1, PATCH)[:, None]
+    place = np.linspace(0, knots - 1, PCAM_SIDE)[:, None]
     weights = np.exp(-((place - np.arange(knots)) ** 2) / (2 * 0.6**2))
     # Scale each row, so that values of unit variance give a sum of unit variance.
     return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
@@ -119,13 +119,13 @@ def _interpolation(knots: int) -> np.ndarray:
 def _draw_normal_nuclei(rng: np.random.Generator, tissue: np.ndarray) -> np.ndarray:
     """Returns haematoxylin of lymphocytes and stroma cells: [BLOCK, 114, 114], with its margin."""
     # The canvas has a margin, so that nuclei at the border need no test; it is cut off later.
-    width = PATCH + 2 * NUCLEUS_REACH
+    width = PCAM_SIDE + 2 * NUCLEUS_REACH
     canvas = np.zeros((BLOCK, width, width), np.float32)
     for kind, fewest, most in (("lymphocyte", 15, 75), ("stroma", 2, 12)):
         counts = rng.integers(fewest, most, BLOCK)
-        centers = rng.uniform(0, PATCH - 1, (BLOCK, most, 2))
+        centers = rng.uniform(0, PCAM_SIDE - 1, (BLOCK, most, 2))
         _stamp(rng, canvas, kind, counts, centers)
-    inner = slice(NUCLEUS_REACH, NUCLEUS_REACH + PATCH)
+    inner = slice(NUCLEUS_REACH, NUCLEUS_REACH + PCAM_SIDE)
     canvas[:, inner, inner] *= tissue > 0.5  # no nuclei float in the gaps
     return canvas
 
@@ -159,7 +159,7 @@ def _draw_central_tumour(rng: np.random.Generator, canvas: np.ndarray, labels: n
 
 def _to_pixels(offsets: np.ndarray) -> np.ndarray:
     """Turns offsets from the patch's center into pixels, kept within the patch."""
-    return np.clip(offsets + (PATCH - 1) / 2, 0, PATCH - 1)
+    return np.clip(offsets + (PCAM_SIDE - 1) / 2, 0, PCAM_SIDE - 1)
 
 
 def _stamp(
@@ -226,7 +226,7 @@ def _smooth(noise: np.ndarray) -> np.ndarray:
 
 def _expose(rng: np.random.Generator, canvas: np.ndarray, eosin: np.ndarray) -> np.ndarray:
     """Returns the colour of stained tissue: uint8 [BLOCK, 96, 96, 3]."""
-    inner = slice(NUCLEUS_REACH, NUCLEUS_REACH + PATCH)
+    inner = slice(NUCLEUS_REACH, NUCLEUS_REACH + PCAM_SIDE)
     grain = rng.standard_normal(eosin.shape, dtype=np.float32)
     # Slides differ in how strong and how pure each stain is.
     strength = rng.uniform(0.7, 1.3, (BLOCK, 2, 1)).astype(np.float32)
@@ -238,4 +238,4 @@ def _expose(rng: np.random.Generator, canvas: np.ndarray, eosin: np.ndarray) -> 
     density += 0.02 * grain.reshape(BLOCK, -1, 1) + 0.03
     # A density below 0 would give light above 255, which would wrap around in uint8.
     light = 255 * np.exp(-np.maximum(density, 0))
-    return light.astype(np.uint8).reshape(BLOCK, PATCH, PATCH, 3)
+    return light.astype(np.uint8).reshape(BLOCK, PCAM_SIDE, PCAM_SIDE, 3)

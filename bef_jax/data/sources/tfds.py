@@ -25,7 +25,7 @@ from bef_jax.data.chunk import (
     silent,
 )
 from bef_jax.data.patch import READ_ORDER
-from bef_jax.data.sources.description import PCAM, folder_identity
+from bef_jax.data.sources.description import PCAM, folder_identity, numbered_classes
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, user_path
 
@@ -40,7 +40,7 @@ identity = folder_identity
 
 def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
     """Opens the source; its files are looked for when the first chunk is asked for, by `read`."""
-    return Contents(read(data, begin), mpp=DESCRIPTION.mpp)
+    return Contents(read(data, begin), numbered_classes(data), DESCRIPTION.mpp)
 
 
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
