@@ -21,7 +21,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.epochs = 2.0
     config.model.total_stride = 32
     config.model.drop_path = 0.1
-    config.rcc.max_size = 64  # min_size is 64, too, so all windows have one size
+    # 64 of 96 px. min_size is the same, so all windows have one size.
+    config.rcc.max_size = config.data.get_ref("patch_size") * 2 // 3
     config.optim.learning_rate = 6e-3  # 1.5e-3 at a batch of 64
     config.optim.warmup_epochs = 0.1
     return default.apply_arg(config, arg)
