@@ -86,16 +86,11 @@ def _check_range(name: str, value, least, most) -> None:
 
 
 def _check_combinations(config: ConfigDict) -> None:
-    rcc, batch = config.rcc, config.batch_size
-    if rcc.min_size > rcc.max_size:
-        raise UserError(
-            f"config.rcc.min_size={rcc.min_size} is above rcc.max_size={rcc.max_size}: lower it"
-        )
-    # With an odd side, the two margins in 96 pixels would differ.
-    if rcc.eval_size % 2:
-        raise UserError(
-            f"config.rcc.eval_size={rcc.eval_size} is odd: center crops need an even side"
-        )
+    batch = config.batch_size
+    # Larger pictures are cut around the center, so it is checked without RCC, too.
+    _check_central("center", config)
+    if config.rcc.enabled:
+        _check_windows(config)
     if config.model.attention_kernel % 2 == 0:
         raise UserError("config.model.attention_kernel is even: choose an odd side")
     if config.steps is None and config.epochs == 0:
@@ -116,6 +111,39 @@ def _check_combinations(config: ConfigDict) -> None:
     if min(config.augment.std) <= 0:
         raise UserError("config.augment.std: give three numbers above 0, because they are divisors")
     _check_stages(config.model)
+
+
+def _check_central(name: str, config: ConfigDict) -> None:
+    """Raises `UserError` unless the square of config.rcc.`name` lies in the middle of a patch."""
+    value, side = config.rcc[name], config.data.patch_size
+    if value > side:
+        raise UserError(f"config.rcc.{name}={value} is above data.patch_size={side}: lower it")
+    # With an odd difference, the margins on two sides would differ. A center of 0 has none.
+    if value and (side - value) % 2:
+        fix = f"give an {'odd' if side % 2 else 'even'} side"
+        fix += ", or 0 for none" if name == "center" else ""
+        raise UserError(
+            f"config.rcc.{name}={value} can't lie in the middle of data.patch_size={side}: {fix}"
+        )
+
+
+def _check_windows(config: ConfigDict) -> None:
+    rcc, side = config.rcc, config.data.patch_size
+    _check_central("eval_size", config)
+    if rcc.max_size > side:
+        raise UserError(
+            f"config.rcc.max_size={rcc.max_size} is above data.patch_size={side}: lower it"
+        )
+    if rcc.min_size > rcc.max_size:
+        raise UserError(
+            f"config.rcc.min_size={rcc.min_size} is above rcc.max_size={rcc.max_size}: lower it"
+        )
+    for name in ("min_size", "eval_size"):
+        if rcc[name] < rcc.center:
+            raise UserError(
+                f"config.rcc.{name}={rcc[name]} is below rcc.center={rcc.center}: raise it, or "
+                "lower rcc.center"
+            )
 
 
 def _check_kernels(config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from bef_jax.data.patch import CENTER, PATCH
+from bef_jax.data.patch import eval_side
 
 # Optical densities of haematoxylin, eosin and DAB (Ruifrok & Johnston 2001), one per row. The last
 # is taken as the residual.
@@ -22,11 +22,11 @@ def augment(key: Array, images: Array, config: ConfigDict) -> Array:
 
     Args:
         key: a typed PRNG key.
-        images: [N, 96, 96, 3], uint8.
+        images: [N, S, S, 3], uint8.
         config: the whole configuration; `rcc` and `augment` are read.
 
     Returns:
-        [N, S, S, 3], float32, normalised; S is rcc.max_size, or 96 without RCC.
+        [N, T, T, 3], float32, normalised; T is `patch.train_side`.
     """
     # Always make three, so that switching one augmentation off keeps the draws of the others.
     turn_key, window_key, stain_key = jax.random.split(key, 3)
@@ -49,10 +49,9 @@ def augment(key: Array, images: Array, config: ConfigDict) -> Array:
 def eval_inputs(images: Array, config: ConfigDict) -> Array:
     """Returns the inputs of the network in evaluation: the central crop, normalised, float32.
 
-    Its side is rcc.eval_size, or 96 without RCC.
+    Its side is `patch.eval_side`.
     """
-    size = config.rcc.eval_size if config.rcc.enabled else PATCH
-    return normalise(center_crop(images, size), config.augment)
+    return normalise(center_crop(images, eval_side(config)), config.augment)
 
 
 def normalise(images: Array, augment_config: ConfigDict) -> Array:
@@ -96,39 +95,46 @@ def random_symmetry(key: Array, images: Array) -> Array:
 def random_center_crop(key: Array, images: Array, rcc: ConfigDict) -> tuple[Array, Array]:
     """Cuts a window of random size, at a random place around the center, from each image.
 
+    Without a center (rcc.center=0) the window lies anywhere in the image.
+
     Args:
-        images: [N, 96, 96, C].
+        images: [N, S, S, C].
 
     Returns:
-        A canvas [N, S, S, C] with S = rcc.max_size around each window, at the patch's own scale;
-        and a mask of the pixels that belong to the window, bool [N, S, S, 1].
+        A canvas [N, T, T, C] with T = rcc.max_size around each window, at the patch's own scale;
+        and a mask of the pixels that belong to the window, bool [N, T, T, 1].
     """
-    sizes, corners = sample_windows(key, images.shape[0], rcc.min_size, rcc.max_size)
+    sizes, corners = sample_windows(key, *images.shape[:2], rcc)
     return crop_windows(images, sizes, corners, rcc.max_size)
 
 
-def sample_windows(key: Array, n: int, min_size: int, max_size: int) -> tuple[Array, Array]:
-    """Draws sides [n] uniformly from min_size .. max_size, then top left corners [n, 2].
+def sample_windows(key: Array, n: int, side: int, rcc: ConfigDict) -> tuple[Array, Array]:
+    """Draws sides [n] uniformly from rcc.min_size .. max_size, then top left corners [n, 2].
 
-    Each corner is uniform over the places where the window lies inside the patch and holds the
-    whole central 32x32.
+    Each corner is uniform over the places where the window lies inside the patch, of `side`, and
+    holds the whole central square of rcc.center.
     """
     # Draw the size first. Some sizes fit in more places, so they would come more often if all
     # windows were equally likely. randint excludes its upper end.
     size_key, corner_key = jax.random.split(key)
-    sizes = jax.random.randint(size_key, (n,), min_size, max_size + 1)
-    first, last = corner_bounds(sizes[:, None])
+    sizes = jax.random.randint(size_key, (n,), rcc.min_size, rcc.max_size + 1)
+    first, last = corner_bounds(sizes[:, None], side, rcc.center)
     return sizes, jax.random.randint(corner_key, (n, 2), first, last + 1)
 
 
-def corner_bounds(size):
+def corner_bounds(size, side: int, center: int):
     """Returns the first and last corner where a window holds the center and is inside the patch.
 
     Args:
         size: side of the window, an integer or an array [n, 1].
+        side: of the patch.
+        center: side of the square in its middle; 0: there is none.
     """
-    # The far end of the window is at least CENTER[1], and its near end is at most CENTER[0].
-    return jnp.maximum(0, CENTER[1] - size), jnp.minimum(CENTER[0], PATCH - size)
+    if not center:
+        return 0, side - size
+    margin = (side - center) // 2
+    # The window must end at or after the square's end, and start at or before the square's start.
+    return jnp.maximum(0, margin + center - size), jnp.minimum(margin, side - size)
 
 
 def crop_windows(images: Array, sizes: Array, corners: Array, canvas: int) -> tuple[Array, Array]:
@@ -137,15 +143,16 @@ def crop_windows(images: Array, sizes: Array, corners: Array, canvas: int) -> tu
     # around a window are the patch's own and are masked later. Resampling the window to one shape
     # instead would change how large nuclei are.
     margin = (canvas - sizes[:, None]) // 2
+    side = images.shape[1]
     # Keep the canvas inside the patch, because dynamic_slice would silently move one that is not.
-    canvas_corners = jnp.clip(corners - margin, 0, PATCH - canvas)
-    if canvas < PATCH:
+    canvas_corners = jnp.clip(corners - margin, 0, side - canvas)
+    if canvas < side:
         cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(
             image, (*at, 0), (canvas, canvas, image.shape[-1])
         ))  # fmt: skip
         images = cut(images, canvas_corners)
     positions = jnp.arange(canvas)
-    # `first` is [N, 2, 1] and `within` is [N, 2, S], each for rows and for columns. The mask is the
+    # `first` is [N, 2, 1] and `within` is [N, 2, T], each for rows and for columns. The mask is the
     # outer product of the rows and the columns of `within`.
     first = (corners - canvas_corners)[..., None]
     within = (positions >= first) & (positions < first + sizes[:, None, None])
@@ -153,8 +160,8 @@ def crop_windows(images: Array, sizes: Array, corners: Array, canvas: int) -> tu
 
 
 def center_crop(images: Array, size: int) -> Array:
-    """Returns the central `size` x `size` of [N, 96, 96, C]."""
-    first = (PATCH - size) // 2
+    """Returns the central `size` x `size` of [N, S, S, C]."""
+    first = (images.shape[1] - size) // 2
     for axis in (1, 2):
         # Brackets would become a gather where N is symbolic, as in an export.
         images = jax.lax.slice_in_dim(images, first, first + size, axis=axis)

@@ -30,7 +30,7 @@ class Batch:
     """Images and labels, with rows spread over devices: a batch, or a whole placed split.
 
     Attributes:
-        images: [B, 96, 96, 3], uint8.
+        images: [B, S, S, 3], uint8.
         labels: [B], int32.
     """
 

@@ -34,7 +34,7 @@ from bef_jax.data.batches import (
     selections,
     should_place,
 )
-from bef_jax.data.patch import PATCH
+from bef_jax.data.patch import PCAM_SIDE, eval_side, train_side
 from bef_jax.data.store import Split
 from bef_jax.errors import UserError
 from bef_jax.planning import benchmark_records, chips
@@ -50,7 +50,7 @@ from bef_jax.training.step_counts import count_steps
 LOG = logging.getLogger(__name__)
 
 RUN_SECONDS = 0.2  # a run's least length, because one call of a small network is too short to time
-INPUT_PATCHES = 4096  # random patches, if there is no store
+INPUT_PATCHES = 4096  # random patches of 96 px, if there is no store; fewer if they are larger
 COMPARISONS = {"lax": "native"}  # what --compare names -> config.model.depthwise
 
 
@@ -112,8 +112,8 @@ def _settings(config: ConfigDict, machine: str) -> dict:
         "model": config.model.name,
         "total_stride": config.model.total_stride,
         "mbconv": config.model.mbconv,
-        "size": config.rcc.max_size if config.rcc.enabled else PATCH,
-        "eval_size": config.rcc.eval_size if config.rcc.enabled else PATCH,
+        "size": train_side(config),
+        "eval_size": eval_side(config),
         "tta": config.eval.tta,
         "dtype": config.dtype,
         "batch_size": config.batch_size,
@@ -125,7 +125,8 @@ def _measure_all(config: ConfigDict, mesh: Mesh, compare: str | None) -> dict:
     with _batches(config, mesh) as (batches, source):  # first, because a store can be damaged
         reading = _time_and_log("input", config, lambda: next(batches))
     # Put the batch on the devices now, because the input is measured by itself.
-    batch = put_batch(random_patches(batch_size), mesh, np.arange(batch_size))
+    patches = random_patches(batch_size, config.data.patch_size)
+    batch = put_batch(patches, mesh, np.arange(batch_size))
     ours = build(config, mesh, batch)
     train = _time_and_log("training", config, ours.calls["train"])
     peak = peak_bytes(ours.compiled)  # before inference, because this is the peak so far
@@ -280,7 +281,10 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
         yield store.open_split(folder, "train"), folder
         return
     # Map them from a file, as a store's are: a gather from memory would measure something else.
-    patches = random_patches(max(INPUT_PATCHES, config.batch_size))
+    side = config.data.patch_size
+    # About as many pixels at any size, because 4096 patches of 512 px would be 3 GB.
+    count = INPUT_PATCHES * PCAM_SIDE**2 // side**2
+    patches = random_patches(max(count, config.batch_size), side)
     with tempfile.TemporaryDirectory(prefix="bef_jax_benchmark_") as temporary:
         file = Path(temporary) / "images.npy"
         np.save(file, patches.images)
@@ -288,11 +292,11 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
         yield dataclasses.replace(patches, images=images), None
 
 
-def random_patches(n: int) -> Split:
+def random_patches(n: int, side: int = PCAM_SIDE) -> Split:
     """Returns a split of n random patches with random labels, in memory."""
     # Random bytes will do, because no branch and no memory traffic depends on the pixels' values.
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (n, PATCH, PATCH, 3), np.uint8)
+    images = rng.integers(0, 256, (n, side, side, 3), np.uint8)
     labels = rng.integers(0, 2, n, np.uint8)
     return Split("random", images, labels, np.arange(n).astype(str))
 

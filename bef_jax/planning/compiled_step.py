@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bef_jax.data.batches import Batch, fits_memory
-from bef_jax.data.patch import PATCH
 from bef_jax.planning import counts, hlo
 from bef_jax.planning.chips import Chip
 from bef_jax.runtime import sharding
@@ -109,9 +108,9 @@ def placed_split(config: ConfigDict, mesh: Mesh, chip: Chip) -> Batch | None:
     The split has config.data.train_size patches, or as many as PCam's.
     """
     # Do not open a store, because the data need not be on this machine.
-    patches = config.data.train_size or PCAM_TRAIN
+    patches, side = config.data.train_size or PCAM_TRAIN, config.data.patch_size
     # `batches.place` pads the split in the same way.
-    images = (sharding.round_up(patches, mesh.size), PATCH, PATCH, 3)
+    images = (sharding.round_up(patches, mesh.size), side, side, 3)
     capacity = chip.hbm_bytes
     auto = capacity is not None and fits_memory(math.prod(images), capacity * mesh.size)
     if not {"host": False, "device": True, "auto": auto}[config.data.placement]:

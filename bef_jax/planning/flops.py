@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from bef_jax.data.patch import PATCH
+from bef_jax.data.patch import train_side
 from bef_jax.models import create
 from bef_jax.training.state import abstract_state
 
@@ -25,8 +25,8 @@ def training_flops(config: ConfigDict) -> int:
     # Change a copy for the trace only: the network's arithmetic is the same in every form.
     network = config.model.copy_and_resolve_references()
     network.depthwise = "native"  # shifted products are elementwise, so they would not be found
-    size = config.rcc.max_size if config.rcc.enabled else PATCH
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    side = train_side(config)
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     # Trace inference: in training, statistics come from covariances. Those products are only our
     # way to compute them, not the network's arithmetic.
     apply = functools.partial(create(network, config.dtype).apply, train=False)

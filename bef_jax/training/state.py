@@ -12,7 +12,6 @@ from jax import Array
 from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
-from bef_jax.data.patch import PATCH
 from bef_jax.models import create
 from bef_jax.training.optim import make_optimizer
 
@@ -62,7 +61,8 @@ def abstract_state(config: ConfigDict) -> TrainState:
 
 def _init_state(config: ConfigDict, key: Array) -> TrainState:
     model = create(config.model, config.dtype, config.bn_groups)
-    images = jnp.zeros((1, PATCH, PATCH, 3))
+    side = config.data.patch_size
+    images = jnp.zeros((1, side, side, 3))
     # Use inference, because it needs neither a key for dropout nor a batch for statistics.
     variables = model.init(key, images, train=False)
     tx = make_optimizer(config, lambda step: 0.0)  # its state does not depend on the schedule

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.augment import augment
 from bef_jax.data.batches import Batch, Selection, gather
-from bef_jax.data.patch import PATCH
 from bef_jax.models import create, is_frozen
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import memory_bytes
@@ -185,7 +184,8 @@ def _abstract_input(
         # [S, B]: one array for all steps of a call.
         shape, everywhere = (steps, config.batch_size), sharding.replicated(mesh)
         return Selection(placed, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere))
-    shape, rows = (config.batch_size, PATCH, PATCH, 3), sharding.by_rows(mesh)
+    side, rows = config.data.patch_size, sharding.by_rows(mesh)
+    shape = (config.batch_size, side, side, 3)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows)
     return Batch(images, labels)

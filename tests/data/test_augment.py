@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from bef_jax.configs.default import get_config
 from bef_jax.data import augment
@@ -35,16 +36,28 @@ def assert_uniform(values, choices):
 # ---- random center cropping ---------------------------------------------------------------------
 
 
-def allowed_corners(size):
-    """Finds by brute force where a window is inside the patch and holds rows 32 .. 63."""
-    inside = [at for at in range(-96, 97) if at >= 0 and at + size <= 96]
-    return [at for at in inside if set(range(32, 64)) <= set(range(at, at + size))]
+# (side of the patch, side of the square in its middle); 0 means that there is none.
+PATCHES = [(96, 32), (96, 0), (97, 33), (64, 64), (32, 0), (33, 1), (224, 100)]
 
 
-def test_offset_bounds_are_exactly_the_corners_that_keep_the_center():
-    for size in range(32, 97):
-        first, last = augment.corner_bounds(size)
-        assert list(range(int(first), int(last) + 1)) == allowed_corners(size)
+def allowed_corners(size, side=96, center=32):
+    """Finds by brute force where a window is inside the patch and holds its central rows."""
+    rows = list(range(side))
+    while len(rows) > center:  # takes a row from each end, until only the central ones are left
+        rows = rows[1:-1]
+    inside = [at for at in range(-side, side + 1) if at >= 0 and at + size <= side]
+    return [at for at in inside if set(rows) <= set(range(at, at + size))]
+
+
+def test_the_allowed_corners_keep_rows_32_to_63_of_pcam():
+    assert allowed_corners(40) == list(range(24, 33))
+
+
+@pytest.mark.parametrize(("side", "center"), PATCHES)
+def test_offset_bounds_are_exactly_the_corners_that_keep_the_center(side, center):
+    for size in range(max(center, 1), side + 1):
+        first, last = augment.corner_bounds(size, side, center)
+        assert list(range(int(first), int(last) + 1)) == allowed_corners(size, side, center)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -87,10 +100,14 @@ def test_one_batch_may_have_windows_of_several_sizes():
         np.testing.assert_array_equal(canvas[mask[..., 0]].reshape(size, size, 3), expected)
 
 
+def windows(key, n, side, center, least, greatest):
+    rcc = ConfigDict({"center": center, "min_size": least, "max_size": greatest})
+    return augment.sample_windows(jax.random.key(key), n, side, rcc)
+
+
 @pytest.mark.parametrize(("least", "greatest"), [(32, 96), (64, 96), (64, 64), (33, 47)])
 def test_sampled_windows_hold_the_center_and_cover_all_sizes(least, greatest):
-    sizes, offsets = augment.sample_windows(jax.random.key(1), 20_000, least, greatest)
-    sizes, offsets = np.asarray(sizes), np.asarray(offsets)
+    sizes, offsets = map(np.asarray, windows(1, 20_000, 96, 32, least, greatest))
     assert_uniform(sizes, range(least, greatest + 1))
     assert (offsets >= 0).all()
     assert (offsets <= 32).all()
@@ -98,14 +115,45 @@ def test_sampled_windows_hold_the_center_and_cover_all_sizes(least, greatest):
     assert (offsets + sizes[:, None] <= 96).all()
 
 
-@pytest.mark.parametrize("size", [40, 64, 81])
-def test_sampled_corners_are_uniform(size):
-    _, offsets = augment.sample_windows(jax.random.key(2), 20_000, size, size)
+@pytest.mark.parametrize(
+    ("side", "center", "least", "greatest"),
+    [(32, 0, 1, 32), (32, 32, 32, 32), (97, 33, 33, 64), (224, 32, 149, 224), (512, 256, 256, 300)],
+)
+def test_each_of_200_windows_of_any_patch_holds_its_center(side, center, least, greatest):
+    for size, corner in zip(*windows(3, 200, side, center, least, greatest), strict=True):
+        assert least <= size <= greatest
+        for at in corner.tolist():
+            covered = np.zeros(side + 1)
+            covered[at : at + int(size)] = 1
+            # The last entry would be a row beyond the patch. None of the window is cut off.
+            assert at >= 0 and covered.sum() == size and not covered[side]
+            margin = (side - center) // 2
+            assert covered[margin : side - margin].all() or not center
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "center"),
+    [(40, 96, 32), (64, 96, 32), (81, 96, 32), (90, 97, 33), (20, 32, 0), (5, 33, 0)],
+)
+def test_sampled_corners_are_uniform(size, side, center):
+    """Without a center, the windows reach every place of the patch."""
+    _, offsets = windows(2, 20_000, side, center, size, size)
     for axis in (0, 1):
-        assert_uniform(offsets[:, axis], allowed_corners(size))
+        assert_uniform(offsets[:, axis], allowed_corners(size, side, center))
     centered = np.asarray(offsets - offsets.mean(0), np.float64)
     correlation = (centered[:, 0] * centered[:, 1]).mean() / centered.std(0).prod()
     assert abs(correlation) < 0.04  # more than 5 standard deviations
+
+
+def test_a_window_without_a_center_lies_anywhere():
+    """The windows together show every pixel, and each is a part of its own patch."""
+    rcc = make_config(**{"rcc.center": 0, "rcc.min_size": 7, "rcc.max_size": 12}).rcc
+    codes = CODES[:33, :33].astype(np.int32)
+    images = jnp.asarray(np.broadcast_to(codes, (3000, *codes.shape)))
+    cut, inside = map(np.asarray, augment.random_center_crop(jax.random.key(0), images, rcc))
+    assert cut.shape == (3000, 12, 12, 1)
+    assert set(cut[inside].tolist()) == set(codes.ravel().tolist())
+    assert set(inside.sum((1, 2, 3)).tolist()) == {size**2 for size in range(7, 13)}
 
 
 def test_random_center_crop_keeps_the_center_of_each_image():
@@ -226,11 +274,14 @@ def test_normalise_agrees_with_the_formula():
 
 
 @pytest.mark.parametrize(
-    ("enabled", "size", "side"), [(True, 64, 64), (True, 96, 96), (False, 64, 96)]
-)
-def test_eval_view_is_the_normalised_center(enabled, size, side):
-    config = make_config(**{"rcc.enabled": enabled, "rcc.eval_size": size})
-    images, first = make_images(2), (96 - side) // 2
+    ("enabled", "patch", "size", "side"),
+    [(True, 96, 64, 64), (True, 96, 96, 96), (False, 96, 64, 96), (True, 97, 33, 33),
+     (False, 224, 96, 224)],
+)  # fmt: skip
+def test_eval_view_is_the_normalised_center(enabled, patch, size, side):
+    fields = {"data.patch_size": patch, "rcc.enabled": enabled, "rcc.eval_size": size}
+    config = make_config(**fields)
+    images, first = make_images(2, patch), (patch - side) // 2
     center = images[:, first : first + side, first : first + side]
     expected = (np.float64(center) / 255 - config.augment.mean) / config.augment.std
     view = augment.eval_inputs(jnp.asarray(images), config)

@@ -83,3 +83,13 @@ def test_the_split_is_placed_where_training_would_place_it(placement, chip, plac
     split = compiled_step.placed_split(config, sharding.make_mesh(), chip)
     assert (split is not None) == placed
     assert split is None or len(split.images.shape) == 4
+
+
+@pytest.mark.parametrize(("side", "placed"), [(96, True), (224, False)])
+def test_larger_patches_need_more_room_for_the_split(side, placed):
+    """PCam's 262,144 patches take 7 GB at 96 px, and 39 GB at 224 px, of v5p's 95 GB."""
+    config = get_config(f"data.patch_size={side}")
+    config.data.train_size = 400_000
+    split = compiled_step.placed_split(config, sharding.make_mesh(), chips.by_name("v5p"))
+    assert (split is not None) == placed
+    assert split is None or split.images.shape == (400_000, side, side, 3)
