@@ -18,8 +18,9 @@ def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
     """Returns a trained network that scores patches.
 
     The result has `predict(images)`, `features(images)`, `gradcam(images)`, `config`, `classes`
-    and `mpp`. Images are uint8 [N, 96, 96, 3]: an array of any length, an iterator of arrays, or
-    the path of a picture, a folder, a .npz, a .h5 or a store.
+    and `mpp`. Images are uint8 [N, S, S, 3], where S is the side of the network's patches, such as
+    96: an array of any length, an iterator of arrays, or the path of a picture, a folder, a .npz, a
+    .h5 or a store.
 
         model = bef_jax.load("runs/b2")
         probabilities = model.predict(images)  # float64 [N]

@@ -20,6 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bef_jax.data import inputs, sources
 from bef_jax.data.inputs import Patch
+from bef_jax.data.patch import deciding_side, tiling
 from bef_jax.errors import UserError, printable
 from bef_jax.runtime import files, lock, sharding
 from bef_jax.scoring.heatmap import TileProbabilities, name_of, remove_heatmaps, write_heatmap
@@ -67,12 +68,13 @@ def predict_files(
     """
     _check_flags(path)
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
-    inputs.check(path, split, sources.describe(config.data.source).mpp, lenient=True)
+    mpp, side = sources.describe(config.data.source).mpp, config.data.patch_size
+    inputs.check(path, split, side, mpp, lenient=True)
     start = time.perf_counter()
     unreadable: dict[str, str] = {}  # filled while patches are consumed
-    patches = _shown(inputs.read(path, split, config.predict.stride, unreadable))
+    patches = _shown(inputs.read(path, split, tiling(config), unreadable))
     with lock.held(workdir, ".predict.lock"), _stage(workdir) as stage:
-        found = _write(stage, _predict(checkpoint_path, config, patches), config.eval.threshold)
+        found = _write(stage, _predict(checkpoint_path, config, patches), config)
         if not found["n"]:
             raise UserError(f"--input={path}: {_none_readable(unreadable)}")
         _publish(stage, workdir)
@@ -155,7 +157,7 @@ def _predict(
 
     def pixels() -> Iterator[np.ndarray]:
         for patch in patches:
-            # Drop the pixels, 27 kB a patch, because the batch already holds them.
+            # Drop the pixels, 27 kB a patch of 96 px, because the batch already holds them.
             waiting.append(patch._replace(pixels=None))
             yield patch.pixels
 
@@ -168,23 +170,23 @@ def _predict(
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _write(stage: Path, predictions: Iterator[Prediction], threshold: float) -> dict:
+def _write(stage: Path, predictions: Iterator[Prediction], config: ConfigDict) -> dict:
     """Writes predictions.csv and heatmaps/ into `stage`; returns n, positives, and heatmaps."""
     with open(stage / _FILE, "w", newline="", encoding="utf-8") as file:
-        return _write_rows(csv.writer(file), predictions, threshold, stage / _MAPS)
+        return _write_rows(csv.writer(file), predictions, config, stage / _MAPS)
 
 
 def _write_rows(
-    out: Any, predictions: Iterator[Prediction], threshold: float, folder: Path
+    out: Any, predictions: Iterator[Prediction], config: ConfigDict, folder: Path
 ) -> dict:
     """Writes a row for each patch, and a heat map of each picture that is larger than a patch."""
-    n = positives = 0
+    threshold, n, positives = config.eval.threshold, 0, 0
     maps: dict[str, None] = {}  # a set that keeps the order
     out.writerow(_HEAD)
     # The tiles of a picture follow each other, so memory holds one map at a time. A patch that was
     # not cut from a picture has None as its picture.
     for picture, of_picture in itertools.groupby(predictions, key=lambda each: each.patch.picture):
-        tiles = TileProbabilities()
+        tiles = TileProbabilities(deciding_side(config))
         for patch, probability in of_picture:
             decision = int(probability >= threshold)
             out.writerow([csv_cell(printable(patch.id)), probability, decision])

@@ -78,10 +78,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     benchmark.runs = 7  # runs of each measurement; median and extremes are reported
 
     config.predict = predict = ConfigDict()
-    # Pixels from one tile to the next, for pictures above 96x96. With 32, the side of the region
-    # that decides the label, each pixel is decided once, but for the last tiles of a row or column.
-    # 16 takes four times as long, and gives a smoother heat map.
-    predict.stride = 32
+    # Pixels from one tile to the next, for pictures larger than a patch. Empty: the side of the
+    # region that decides the label, so that each pixel is decided once, but for the last tiles of a
+    # row or column. Half of it takes four times as long, and gives a smoother heat map.
+    predict.stride = placeholder(int)
 
     config.ablation = ablation = ConfigDict()
     ablation.seeds = 3  # runs of each row, with seeds from config.seed on

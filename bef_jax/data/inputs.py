@@ -11,7 +11,7 @@ import numpy as np
 
 from bef_jax.data import pictures, store
 from bef_jax.data.chunk import ranges
-from bef_jax.data.patch import PATCH, SPLITS
+from bef_jax.data.patch import SPLITS, Tiling
 from bef_jax.data.sources import hdf5, npz
 from bef_jax.errors import UserError, printable
 
@@ -24,7 +24,7 @@ class Patch(NamedTuple):
 
     Attributes:
         id: unique within the input; for a store, only within its split.
-        pixels: uint8 [96, 96, 3].
+        pixels: uint8 [S, S, 3].
         picture: the larger picture that it is a tile of, or None.
         y: see `pictures.Tile`.
         x: see `pictures.Tile`.
@@ -37,12 +37,15 @@ class Patch(NamedTuple):
     x: int = 0
 
 
-def check(path: Path, split: str | None, mpp: float | None = None, lenient: bool = False) -> None:
+def check(
+    path: Path, split: str | None, side: int, mpp: float | None = None, lenient: bool = False
+) -> None:
     """Checks all of an input that can be checked in little time, before anything is compiled.
 
     Args:
         path: see `read`.
         split: see `read`.
+        side: of the network's patches, in pixels.
         mpp: micrometres per pixel of the network; pictures with another scale cause a warning.
         lenient: one readable picture of a folder is enough.
 
@@ -55,20 +58,29 @@ def check(path: Path, split: str | None, mpp: float | None = None, lenient: bool
         raise UserError(f"--split={split}: only a store has splits; {path} is not one")
     if _is_store(path):
         for name in _splits(path, split):
-            store.open_split(path, name)
+            _check_side(path, store.open_split(path, name), side)
     elif _is_array_file(path):
         # Read its first patches, except from a .gz, because unpacking takes minutes.
         if path.suffix != ".gz":
-            next(_arrays(path))
+            next(_arrays(path, side))
     else:
-        _check_pictures(path, mpp, lenient)
+        _check_pictures(path, side, mpp, lenient)
 
 
-def _check_pictures(path: Path, mpp: float | None, lenient: bool) -> None:
+def _check_side(path: Path, split: store.Split, side: int) -> None:
+    found = split.images.shape[1]
+    if found != side:
+        raise UserError(
+            f"--input={path}: the patches of this store are {found}x{found}, but the network reads "
+            f"{side}x{side}; name another --input"
+        )
+
+
+def _check_pictures(path: Path, side: int, mpp: float | None, lenient: bool) -> None:
     files, scales, errors = pictures.find(path), [], []
     for file in files:
         try:
-            scales.append((file, pictures.look(file).mpp))
+            scales.append((file, pictures.look(file, pictures.at_least(side)).mpp))
         except UserError as error:
             errors.append(error)
     if errors and not (lenient and scales):
@@ -90,7 +102,7 @@ def _differ(picture_mpp: float, mpp: float) -> bool:
 def read(
     path: Path,
     split: str | None,
-    stride: int,
+    tiling: Tiling,
     unreadable: dict[str, str] | None = None,
 ) -> Iterator[Patch]:
     """Yields the patches of an input in an order that does not depend on the file system.
@@ -99,7 +111,7 @@ def read(
         path: a picture, a folder of pictures, a .npz with `images`, a .h5, .hdf5 or .h5.gz with
             `x`, or a store.
         split: of a store; without it, all splits.
-        stride: distance between the tiles of larger pictures, in pixels.
+        tiling: how larger pictures are cut. All patches have its side.
         unreadable: is filled with the names of pictures that cannot be read, each with the reason;
             the other pictures are read. Without it, the first such picture is an error.
 
@@ -111,7 +123,7 @@ def read(
         opened = (store.open_split(path, name) for name in _splits(path, split))
         yield from itertools.chain.from_iterable(map(_of_split, opened))
     elif _is_array_file(path):
-        for ids, images in _arrays(path):
+        for ids, images in _arrays(path, tiling.side):
             yield from map(Patch, ids.tolist(), images)
     else:
         # Ids are relative to the input and use slashes, so that they do not change with its place.
@@ -119,16 +131,16 @@ def read(
         for file in pictures.find(path):
             name = file.relative_to(root).as_posix()
             try:
-                yield from _of_picture(file, name, stride)
+                yield from _of_picture(file, name, tiling)
             except UserError as error:
                 if unreadable is None:
                     raise
                 unreadable[name] = str(error).removeprefix(printable(f"{file}: "))
 
 
-def _arrays(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _arrays(path: Path, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (ids, images) of a file of arrays, at most 512 at a time."""
-    return npz.stream(path) if path.suffix == ".npz" else hdf5.stream(path)
+    return npz.stream(path, side) if path.suffix == ".npz" else hdf5.stream(path, side)
 
 
 def _of_split(split: store.Split) -> Iterator[Patch]:
@@ -139,17 +151,17 @@ def _of_split(split: store.Split) -> Iterator[Patch]:
         file.seek(images.offset)
         for rows in ranges(len(split)):
             shape = (rows.stop - rows.start, *images.shape[1:])
-            # [n, 96, 96, 3], 13.5 MiB at most.
+            # [n, S, S, 3], 13.5 MiB at most with 96 px.
             block = np.fromfile(file, np.uint8, math.prod(shape)).reshape(shape)
             yield from map(Patch, split.ids[rows].tolist(), block)
 
 
-def _of_picture(file: Path, name: str, stride: int) -> Iterator[Patch]:
-    pixels = pictures.read(file)
-    if pixels.shape[:2] == (PATCH, PATCH):
+def _of_picture(file: Path, name: str, tiling: Tiling) -> Iterator[Patch]:
+    pixels = pictures.read(file, pictures.at_least(tiling.side))
+    if pixels.shape[:2] == (tiling.side, tiling.side):
         yield Patch(name, pixels)
         return
-    for y, x, tile in pictures.tiles(pixels, stride):
+    for y, x, tile in pictures.tiles(pixels, tiling):
         # Keep only the path: a heat map reads the picture again, so no pixels stay in memory.
         yield Patch(f"{name}:x={x}:y={y}", tile, file, y, x)
 

@@ -1,5 +1,7 @@
 """What a patch is: its side, the region that decides its label, its scale, classes and splits."""
 
+from typing import NamedTuple
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -11,6 +13,20 @@ SPLITS = ("train", "valid", "test")
 # Sources are read in this order. A patch in two splits is dropped from the one that is read later.
 READ_ORDER = ("test", "valid", "train")
 SAME_SCALE = 1.08  # ratio of two scales; PCam's own two scanners differ by 7.5 %
+
+
+class Tiling(NamedTuple):
+    """How a picture that is larger than a patch is cut into tiles.
+
+    Attributes:
+        side: of a tile, in pixels, which is that of the network's patches.
+        center: side of the square in the middle of a tile that decides its label, in pixels.
+        stride: pixels from one square to the next.
+    """
+
+    side: int
+    center: int
+    stride: int
 
 
 def train_side(config: ConfigDict) -> int:
@@ -26,6 +42,12 @@ def eval_side(config: ConfigDict) -> int:
 def deciding_side(config: ConfigDict) -> int:
     """Returns the side of the square in the middle of a patch that decides its label, in pixels."""
     return config.rcc.center or config.data.patch_size
+
+
+def tiling(config: ConfigDict) -> Tiling:
+    """Returns how pictures are cut; without predict.stride, squares lie side by side."""
+    center = deciding_side(config)
+    return Tiling(config.data.patch_size, center, config.predict.stride or center)
 
 
 def class_names(config: ConfigDict) -> tuple[str, ...]:

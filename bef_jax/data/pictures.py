@@ -1,4 +1,4 @@
-"""Pictures to be scored: a 96x96 patch is read as it is, a larger picture in tiles.
+"""Pictures to be scored: a patch is read as it is, a larger picture in tiles.
 
 PNG, JPEG and TIFF with at most 8 bits per channel are read as every viewer shows them: turned as
 their EXIF says, and laid on white where they are transparent. Everything else is refused.
@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from bef_jax.data.patch import CENTER, CENTER_SIDE, PATCH
+from bef_jax.data.patch import Tiling
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file
 
@@ -26,7 +26,6 @@ LIMIT = 100_000_000  # pixels, 10,000 x 10,000; decoding takes up to 7 bytes of 
 _TOO_LARGE = f"above {LIMIT:,} pixels; cut it into parts"
 # Pillow knows many more. For EPS it runs Ghostscript, which would run a stranger's program.
 _FORMATS = ("PNG", "JPEG", "TIFF")
-_MARGIN = CENTER[0]  # pixels of a tile around the square that decides
 _WHITE = (255, 255, 255)
 _BAND = 1 << 20  # pixels that are converted at once
 # Tags of TIFF; EXIF has the first one too.
@@ -69,13 +68,13 @@ class Header(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A 96x96 window of a picture.
+    """A window of a picture, as large as a patch.
 
     Attributes:
-        y: row of the upper left corner of the window's central 32x32, which decides its label; in
+        y: row of the upper left corner of the window's central square, which decides its label; in
             pixels of the picture.
         x: column of that corner.
-        pixels: uint8 [96, 96, 3].
+        pixels: uint8 [S, S, 3].
     """
 
     y: int
@@ -106,18 +105,29 @@ def _is_shown(file: Path, folder: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not hidden and not file.is_dir()
 
 
+Check = Callable[[Path, Header], None]
+
+
 def check_size(path: Path, header: Header) -> None:
-    """Raises `UserError` for a picture with a side below 96 pixels, or too large to decode."""
+    """Raises `UserError` for a picture that is too large to decode."""
     height, width = header.height, header.width
-    if min(height, width) < PATCH:
-        raise UserError(
-            f"{path}: {width}x{height} pixels; a picture needs at least {PATCH}x{PATCH}"
-        )
     if height * width > LIMIT:
         raise UserError(f"{path}: {width}x{height} pixels are {_TOO_LARGE}")
 
 
-Check = Callable[[Path, Header], None]
+def at_least(side: int) -> Check:
+    """Returns a check like `check_size` that also refuses pictures smaller than a patch."""
+
+    def check(path: Path, header: Header) -> None:
+        height, width = header.height, header.width
+        if min(height, width) < side:
+            raise UserError(
+                f"{path}: {width}x{height} pixels; the network reads patches of {side}x{side}, so "
+                "give a picture that is not smaller"
+            )
+        check_size(path, header)
+
+    return check
 
 
 def look(path: Path, check: Check = check_size) -> Header:
@@ -159,32 +169,33 @@ def read(path: Path, check: Check = check_size) -> np.ndarray:
     return _with_pillow_or_tifffile(path, of_image, of_page)
 
 
-def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
-    """Cuts a picture into windows whose deciding squares lie `stride` pixels apart.
+def tiles(pixels: np.ndarray, tiling: Tiling) -> Iterator[Tile]:
+    """Cuts a picture into windows whose deciding squares lie `tiling.stride` pixels apart.
 
     The squares reach every edge. Windows there extend past the picture and show its mirror image.
-    With a stride of 32 the squares cover each pixel once, except that the last row and column of
-    squares may overlap the ones before.
+    If the stride is the square's side, the squares cover each pixel once, except that the last row
+    and column of squares may overlap the ones before.
 
     Args:
-        pixels: uint8 [H, W, 3], H and W at least 96.
+        pixels: uint8 [H, W, 3], H and W at least `tiling.side`.
     """
     height, width = pixels.shape[:2]
-    for y in positions(height, stride):
-        rows = _mirrored(y, height)[:, None]
-        for x in positions(width, stride):
-            yield Tile(y, x, pixels[rows, _mirrored(x, width)])
+    for y in positions(height, tiling):
+        rows = _mirrored(y, height, tiling)[:, None]
+        for x in positions(width, tiling):
+            yield Tile(y, x, pixels[rows, _mirrored(x, width, tiling)])
 
 
-def positions(length: int, stride: int) -> list[int]:
-    """Returns where squares of 32 start, `stride` apart; the last square ends at `length`."""
-    last = length - CENTER_SIDE
-    return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
+def positions(length: int, tiling: Tiling) -> list[int]:
+    """Returns where squares start, `tiling.stride` apart; the last one ends at `length`."""
+    last = length - tiling.center
+    return [min(i * tiling.stride, last) for i in range(math.ceil(last / tiling.stride) + 1)]
 
 
-def _mirrored(start: int, length: int) -> np.ndarray:
-    """Returns the 96 rows, or columns, of the window around the square at `start`."""
-    index = np.abs(np.arange(start - _MARGIN, start - _MARGIN + PATCH))
+def _mirrored(start: int, length: int, tiling: Tiling) -> np.ndarray:
+    """Returns the rows, or columns, of the window around the square at `start`, [S]."""
+    first = start - (tiling.side - tiling.center) // 2
+    index = np.abs(np.arange(first, first + tiling.side))
     return np.where(index < length, index, 2 * (length - 1) - index)
 
 

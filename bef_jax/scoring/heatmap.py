@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from bef_jax.data import pictures
-from bef_jax.data.patch import CENTER_SIDE
 from bef_jax.errors import printable
 
 if TYPE_CHECKING:
@@ -25,8 +24,14 @@ _MARK = "bef_jax heat map"  # in each PNG, so that `remove_heatmaps` recognises 
 
 @dataclass
 class TileProbabilities:
-    """The probabilities of one picture's tiles."""
+    """The probabilities of one picture's tiles.
 
+    Attributes:
+        side: of the square that a tile decides, in pixels.
+        squares: (y, x, probability) of each tile.
+    """
+
+    side: int
     squares: list[tuple[int, int, float]] = field(default_factory=list)
 
     def add(self, y: int, x: int, probability: float) -> None:
@@ -37,12 +42,12 @@ class TileProbabilities:
         """Returns probabilities [H / scale, W / scale], float32, with both sides rounded up.
 
         Each pixel has the largest probability of the squares that touch it. A pixel that no square
-        touches is NaN, which happens at strides above 32.
+        touches is NaN, which happens at strides above the side of a square.
         """
         found = np.full((-(-height // scale), -(-width // scale)), np.nan, np.float32)
         for y, x, probability in self.squares:
             top, left = y // scale, x // scale
-            bottom, right = -(-(y + CENTER_SIDE) // scale), -(-(x + CENTER_SIDE) // scale)
+            bottom, right = -(-(y + self.side) // scale), -(-(x + self.side) // scale)
             area = found[top:bottom, left:right]
             np.fmax(area, probability, out=area)
         return found

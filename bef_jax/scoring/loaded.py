@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bef_jax.data import inputs, sources
-from bef_jax.data.patch import PATCH, class_names
+from bef_jax.data.patch import PCAM_CENTER, PCAM_SIDE, Tiling, class_names, tiling
 from bef_jax.errors import UserError, install_command, reason_of
 from bef_jax.runtime import sharding
 from bef_jax.runtime.files import (
@@ -30,15 +30,12 @@ from bef_jax.scoring import scorer, trained
 from bef_jax.scoring.gradcam import make_explainer
 from bef_jax.training import checkpoint
 
-# uint8 [N, 96, 96, 3], an iterator of such arrays, or the path of any input of --mode=predict.
+# uint8 [N, S, S, 3], an iterator of such arrays, or the path of any input of --mode=predict.
 Images = np.ndarray | Iterable[np.ndarray] | str | os.PathLike
 
 _BATCH = 64  # patches per call of an exported file, and per call of the explainer
 _LARGEST = 400 << 20  # bytes of an exported file at most; EfficientNet-B7 has 0.3 GB
 _EXPORT_AGAIN = "export again, or move export.json away"
-# For exported files: pixels from one window of a picture to the next. It is the side of a window's
-# central square, whose tissue decides the label, so that each pixel is decided once.
-_STRIDE = 32
 
 
 def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
@@ -101,7 +98,8 @@ class TrainedModel:
         """Returns the probability of class 1, float64 [N], as --mode=predict computes it.
 
         Args:
-            images: uint8 [N, 96, 96, 3], an iterator of such arrays, or a path.
+            images: uint8 [N, S, S, 3], an iterator of such arrays, or a path. S is
+                config.data.patch_size.
 
         Raises:
             UserError: the images have another shape or type, or can't be read.
@@ -116,17 +114,18 @@ class TrainedModel:
         return _concatenate(found, np.empty((0, width), np.float32))
 
     def gradcam(self, images: Images) -> np.ndarray:
-        """Returns Grad-CAM maps of class 1, float32 [N, 96, 96], each scaled to a maximum of 1.
+        """Returns Grad-CAM maps of class 1, float32 [N, S, S], each scaled to a maximum of 1.
 
         A map is all 0 if no part of the patch raises the log-odds. Takes what `predict` takes.
         """
         batches = map(np.stack, scorer.in_batches(self._patches(images), _BATCH))
         # Explain all patches as called positive, so that every map is of class 1.
         maps = (_scaled(self._explain(batch, np.ones(len(batch), bool))) for batch in batches)
-        return _concatenate(maps, np.empty((0, PATCH, PATCH), np.float32))
+        side = self.config.data.patch_size
+        return _concatenate(maps, np.empty((0, side, side), np.float32))
 
     def _patches(self, images: Images) -> Iterator[np.ndarray]:
-        return patches_of(images, self.config.predict.stride, self.mpp)
+        return patches_of(images, tiling(self.config), self.mpp)
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
@@ -180,8 +179,9 @@ class ExportedModel:
         """
         # The file was exported for one device.
         mesh = Mesh(np.array(jax.local_devices()[:1]), (sharding.AXIS,))
-        patches = patches_of(images, _STRIDE, self.mpp)
-        log_odds = scorer.map_patches(self._scorer, patches, _BATCH, mesh)
+        score, side = self._scorer_and_side
+        patches = patches_of(images, self._tiling(side), self.mpp)
+        log_odds = scorer.map_patches(score, patches, _BATCH, mesh)
         return _join_finite(map(scorer.mean_probabilities, log_odds))
 
     def features(self, images: Images) -> NoReturn:
@@ -192,11 +192,23 @@ class ExportedModel:
         """Raises `UserError`, because the file gives only probabilities and log-odds."""
         self._refuse("no Grad-CAM")
 
+    def _tiling(self, side: int) -> Tiling:
+        """Returns how pictures are cut: each pixel is decided once."""
+        # Neither a StableHLO file alone nor a file of an earlier version says its center.
+        assumed = PCAM_CENTER if side == PCAM_SIDE else 0
+        center = self._description.get("center", assumed) or side
+        if not 0 < center <= side:
+            raise UserError(
+                f"{self.file}: its description gives center={center}, but patches have a side of "
+                f"{side}; {_EXPORT_AGAIN}"
+            )
+        return Tiling(side, center, stride=center)
+
     def _refuse(self, what: str) -> NoReturn:
         raise UserError(f"{self.file}: an exported file gives {what}; load its checkpoint instead")
 
     @functools.cached_property
-    def _scorer(self) -> scorer.Scorer:
+    def _scorer_and_side(self) -> tuple[scorer.Scorer, int]:
         return _READERS[self.file.suffix](self.file)
 
     @functools.cached_property
@@ -217,6 +229,8 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 def _check_description(found: Any) -> None:
     check_types(found, classes=list, mpp=int | float | None, files=dict)
+    # Files of earlier versions have no center.
+    check_types({"center": PCAM_CENTER} | found, center=int)
     if not all(isinstance(name, str) for name in found["classes"]):
         raise TypeError("classes holds something that is not a string")
     for written in found["files"].values():
@@ -229,8 +243,9 @@ def _read_onnx_metadata(file: Path) -> dict[str, Any]:
         return {}
     said = _onnx_session(file).get_modelmeta().custom_metadata_map
     try:
-        found = {name: json.loads(said[name]) for name in ("classes", "mpp")}
-        found["files"] = {}  # as export.json has, but metadata describe no files
+        names = ("classes", "mpp", *({"center"} & said.keys()))
+        # Metadata describe no files, as export.json does.
+        found = {"files": {}, **{name: json.loads(said[name]) for name in names}}
         _check_description(found)
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
@@ -253,28 +268,34 @@ def _read_verified(file: Path) -> bytes:
     return content
 
 
-def _read_stablehlo(file: Path) -> scorer.Scorer:
+def _read_stablehlo(file: Path) -> tuple[scorer.Scorer, int]:
+    """Returns the scorer, and the side of its patches."""
     content = _read_verified(file)
     try:
-        call = jax.export.deserialize(bytearray(content)).call
-        jitted = jax.jit(lambda images: [call(images)[1]])  # of (probability, log_odds)
+        exported = jax.export.deserialize(bytearray(content))
+        side = int(exported.in_avals[0].shape[1])
+        # Its results are (probability, log_odds).
+        jitted = jax.jit(lambda images: [exported.call(images)[1]])
         # Lower now, so that deeper damage or a wrong program is an error here, not when it scores.
-        jitted.lower(jax.ShapeDtypeStruct((1, PATCH, PATCH, 3), np.uint8))
+        jitted.lower(jax.ShapeDtypeStruct((1, side, side, 3), np.uint8))
     except Exception as error:  # parsers of flatbuffers and of MLIR raise many types
         raise UserError(f"{file} can't be read: {reason_of(error)}") from error
-    return jitted
+    return jitted, side
 
 
-def _read_onnx(file: Path) -> scorer.Scorer:
+def _read_onnx(file: Path) -> tuple[scorer.Scorer, int]:
+    """Returns the scorer, and the side of its patches."""
     session = _onnx_session(file)
     model_inputs = [(x.name, x.type, x.shape[1:]) for x in session.get_inputs()]
     model_outputs = [x.name for x in session.get_outputs()]
-    is_ours = model_inputs == [("image", "tensor(uint8)", [PATCH, PATCH, 3])]
-    if not is_ours or "log_odds" not in model_outputs:
+    side = next((shape[0] for *_, shape in model_inputs if shape), None)
+    # An axis of any length has a name instead of a number.
+    is_ours = isinstance(side, int) and "log_odds" in model_outputs
+    if not is_ours or model_inputs != [("image", "tensor(uint8)", [side, side, 3])]:
         raise UserError(
             f"{file}: was not written by --mode=export; give a file that was, or a run's folder"
         )
-    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)})
+    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)}), side
 
 
 def _onnx_session(file: Path) -> Any:
@@ -299,11 +320,11 @@ _READERS = {".stablehlo": _read_stablehlo, ".onnx": _read_onnx}
 # ---- images -------------------------------------------------------------------------------------
 
 
-def patches_of(images: Images, stride: int, mpp: float | None = None) -> Iterator[np.ndarray]:
-    """Yields patches, uint8 [96, 96, 3] each, of an array, an iterator of arrays, or a path.
+def patches_of(images: Images, tiling: Tiling, mpp: float | None = None) -> Iterator[np.ndarray]:
+    """Yields patches, uint8 [S, S, 3] each, of an array, an iterator of arrays, or a path.
 
     Args:
-        stride: between the windows of pictures above 96 px, in pixels.
+        tiling: how pictures that are larger than a patch are cut. All patches have its side.
         mpp: micrometres per pixel of the network; a picture with another value gives a warning.
 
     Raises:
@@ -311,18 +332,18 @@ def patches_of(images: Images, stride: int, mpp: float | None = None) -> Iterato
     """
     if isinstance(images, str | os.PathLike):
         path = user_path(images)
-        inputs.check(path, None, mpp)
-        return (patch.pixels for patch in inputs.read(path, None, stride))
+        inputs.check(path, None, tiling.side, mpp)
+        return (patch.pixels for patch in inputs.read(path, None, tiling))
     # A single array, of NumPy, JAX or torch, has a shape. An iterable of arrays has none.
     arrays = [images] if hasattr(images, "shape") else images
-    return (patch for array in arrays for patch in _checked(array))
+    return (patch for array in arrays for patch in _checked(array, tiling.side))
 
 
-def _checked(array: np.ndarray) -> np.ndarray:
+def _checked(array: np.ndarray, side: int) -> np.ndarray:
     array = np.asarray(array)
-    if array.dtype != np.uint8 or array.shape[1:] != (PATCH, PATCH, 3):
+    if array.dtype != np.uint8 or array.shape[1:] != (side, side, 3):
         raise UserError(
-            f"images are {array.dtype} {list(array.shape)}: give uint8 [N, {PATCH}, {PATCH}, 3], "
+            f"images are {array.dtype} {list(array.shape)}: give uint8 [N, {side}, {side}, 3], "
             "RGB in 0 .. 255"
         )
     return array

@@ -19,7 +19,7 @@ from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.runtime import sharding
 
-# Takes images [N, 96, 96, 3], uint8, sharded by rows. Returns the log-odds of class 1 over class 0
+# Takes images [N, S, S, 3], uint8, sharded by rows. Returns the log-odds of class 1 over class 0
 # under each view, float32 [N] each.
 Scorer = Callable[[Array], list[Array]]
 
@@ -77,7 +77,7 @@ def make_predictor(
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
     """Returns `predict(patches)`, which yields probabilities of class 1, float64 [n], by batches.
 
-    Each patch is uint8 [96, 96, 3]. A caller must use `check_finite`, because a probability may be
+    Each patch is uint8 [S, S, 3]. A caller must use `check_finite`, because a probability may be
     NaN (`mean_probabilities`).
     """
     scorer = make_scorer(config, mesh)(variables)
@@ -157,8 +157,8 @@ def map_patches(
     so that one program serves all batches. The results of the padding are cut off.
 
     Args:
-        function: takes uint8 [N, 96, 96, 3] on the devices of `mesh`, and returns arrays [N, ...].
-        patches: uint8 [96, 96, 3] each.
+        function: takes uint8 [N, S, S, 3] on the devices of `mesh`, and returns arrays [N, ...].
+        patches: uint8 [S, S, 3] each.
         size: patches per batch, a multiple of the number of devices.
     """
 

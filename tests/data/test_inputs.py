@@ -8,16 +8,19 @@ import pytest
 from PIL import Image
 
 from bef_jax.data import inputs, store
+from bef_jax.data.patch import Tiling
 from bef_jax.errors import UserError
 
-
-def random_patches(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, 96, 96, 3), dtype=np.uint8)
+PCAM = Tiling(96, 32, 32)
 
 
-def read(path, split=None, stride=32):
-    inputs.check(path, split)
-    return list(inputs.read(path, split, stride))
+def random_patches(n, side=96):
+    return np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+
+
+def read(path, split=None, tiling=PCAM):
+    inputs.check(path, split, tiling.side)
+    return list(inputs.read(path, split, tiling))
 
 
 def assert_patches(found, ids, images):
@@ -84,4 +87,44 @@ def test_what_cannot_be_scored_is_refused_before_it_is_read(name, split, words, 
     (tmp_path / "a.txt").write_text("a")
     Image.fromarray(random_patches(1)[0]).save(tmp_path / "one.png")
     with pytest.raises(UserError, match=words):
-        inputs.check(tmp_path / name, split)
+        inputs.check(tmp_path / name, split, side=96)
+
+
+@pytest.mark.parametrize(
+    ("tiling", "tiles"),
+    [(Tiling(64, 32, 32), 3 * 3), (Tiling(65, 65, 65), 2 * 1), (Tiling(32, 32, 64), 2 * 2)],
+)
+def test_a_picture_is_cut_as_the_network_needs(tiling, tiles, tmp_path):
+    """The squares in the middle of the tiles have the picture's own pixels, up to its far end."""
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 65, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = read(tmp_path, tiling=tiling)
+    assert len(found) == tiles
+    margin = (tiling.side - tiling.center) // 2
+    for patch in found:
+        square = patch.pixels[margin : margin + tiling.center, margin : margin + tiling.center]
+        expected = pixels[patch.y : patch.y + tiling.center, patch.x : patch.x + tiling.center]
+        np.testing.assert_array_equal(square, expected)
+    assert (found[-1].y, found[-1].x) == (80 - tiling.center, 65 - tiling.center)
+
+
+def test_a_picture_of_exactly_a_patch_is_read_as_it_is(tmp_path):
+    for side in (32, 65, 224):
+        image = random_patches(1, side)[0]
+        Image.fromarray(image).save(tmp_path / "a.png")
+        assert_patches(read(tmp_path, tiling=Tiling(side, side, side)), ["a.png"], [image])
+
+
+def test_a_picture_smaller_than_a_patch_is_refused(tmp_path):
+    Image.fromarray(random_patches(1)[0]).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: 96x96 pixels; .* 224x224"):
+        inputs.check(tmp_path, None, 224)
+    with pytest.raises(UserError, match=r"a\.png: 96x96 pixels; .* 224x224"):
+        list(inputs.read(tmp_path, None, Tiling(224, 32, 32)))
+
+
+def test_a_store_of_other_patches_is_refused(small_config):
+    data = small_config().data
+    store.prepare(data)
+    with pytest.raises(UserError, match=r"are 96x96, but the network reads 64x64"):
+        inputs.check(store.store_path(data), "test", 64)

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import putchunk
 
 from bef_jax.data import pictures
+from bef_jax.data.patch import Tiling
 from bef_jax.errors import UserError
 
 
@@ -71,10 +72,9 @@ def test_grey_palette_and_transparency_become_rgb(tmp_path):
     ("write", "words"),
     [
         (lambda path: path.write_bytes(b"no picture"), "cannot be read as a picture"),
-        (lambda path: Image.fromarray(noise(95, 200)).save(path), "200x95 pixels"),
         (lambda path: Image.fromarray(noise(96, 96)[:, :, 0].astype(np.uint16)).save(path), "bits"),
     ],
-    ids=["not a picture", "too small", "16 bits"],
+    ids=["not a picture", "16 bits"],
 )
 def test_the_error_names_the_refused_picture(write, words, tmp_path):
     path = tmp_path / "a file.png"
@@ -82,6 +82,18 @@ def test_the_error_names_the_refused_picture(write, words, tmp_path):
     with pytest.raises(UserError, match=words) as error:
         pictures.read(path)
     assert "a file.png" in str(error.value)
+
+
+@pytest.mark.parametrize("ask", [pictures.look, pictures.read])
+def test_a_picture_smaller_than_a_patch_is_refused_with_both_sizes(ask, tmp_path):
+    path = tmp_path / "a file.png"
+    Image.fromarray(noise(95, 200)).save(path)
+    ask(path, pictures.at_least(95))
+    with pytest.raises(UserError, match=r"a file\.png: 200x95 pixels; .* patches of 96x96"):
+        ask(path, pictures.at_least(96))
+    write_png(path, 10_001, 10_000, bits=1, colour_type=0, packed=b"")
+    with pytest.raises(UserError, match="above 100,000,000 pixels"):
+        ask(path, pictures.at_least(96))
 
 
 def test_a_picture_of_gigabytes_is_refused_by_its_header(tmp_path):
@@ -254,11 +266,12 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from bef_jax.data import pictures
+from bef_jax.data.patch import Tiling
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
 pixels = pictures.read(Path(sys.argv[1]))
 assert pixels.shape[:2] == (10_000, 10_000)
-sum(int(tile.pixels[0, 0, 0]) for tile in pictures.tiles(pixels, 96))
+sum(int(tile.pixels[0, 0, 0]) for tile in pictures.tiles(pixels, Tiling(96, 32, 96)))
 print(peak() - before)
 """
 
@@ -305,31 +318,45 @@ def test_a_folder_and_all_below_it_are_searched_in_sorted_order(tmp_path):
 
 @pytest.mark.parametrize("length", [96, 97, 128, 150, 2000])
 @pytest.mark.parametrize("stride", [7, 16, 32])
-def test_squares_cover_every_pixel_and_stay_inside(length, stride):
-    found = pictures.positions(length, stride)
-    assert found == sorted(set(found)) and found[0] == 0 and found[-1] == length - 32
+@pytest.mark.parametrize("center", [32, 33, 96])
+def test_squares_cover_every_pixel_and_stay_inside(length, stride, center):
+    found = pictures.positions(length, Tiling(96, center, stride))
+    assert found == sorted(set(found)) and found[0] == 0 and found[-1] == length - center
     covered = np.zeros(length, int)
     for start in found:
-        covered[start : start + 32] += 1
+        covered[start : start + center] += 1
     assert covered.min() >= 1
-    if stride == 32:
+    if stride == center:
         assert (covered[: found[-1]] == 1).all()
 
 
-def test_tiles_are_windows_around_their_squares():
+@pytest.mark.parametrize(
+    ("side", "center", "size"), [(96, 32, (130, 100)), (64, 64, (64, 95)), (97, 33, (97, 200))]
+)
+def test_tiles_are_windows_around_their_squares(side, center, size):
     """Uses a picture whose pixels hold their row and column, and a mirror made by hand."""
-    y, x = np.mgrid[:130, :100]
+    y, x = np.mgrid[: size[0], : size[1]]
     pixels = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
 
     def mirrored(index, length):
         index = abs(index)
         return index if index < length else 2 * (length - 1) - index
 
-    tiles = list(pictures.tiles(pixels, 32))
-    corners = itertools.product((0, 32, 64, 96, 130 - 32), (0, 32, 64, 100 - 32))
-    assert [(tile.y, tile.x) for tile in tiles] == list(corners)
+    tiles = list(pictures.tiles(pixels, Tiling(side, center, center)))
+    starts = [[*range(0, length - center, center), length - center] for length in size]
+    assert [(tile.y, tile.x) for tile in tiles] == list(itertools.product(*starts))
+    margin, last = (side - center) // 2, side - 1
     for tile in tiles:
-        for row, column in [(0, 0), (32, 32), (63, 63), (95, 95), (0, 95), (50, 7)]:
-            expected = mirrored(tile.y + row - 32, 130), mirrored(tile.x + column - 32, 100)
+        for row, column in [(0, 0), (32, 32), (63, 63), (last, last), (0, last), (50, 7)]:
+            place = tile.y + row - margin, tile.x + column - margin
+            expected = tuple(map(mirrored, place, size))
             assert tuple(tile.pixels[row, column, :2]) == expected
-        assert tile.pixels.shape == (96, 96, 3)
+        assert tile.pixels.shape == (side, side, 3)
+
+
+def test_tiles_without_a_center_lie_side_by_side():
+    """Four patches in a row are cut again into the same four, and none shows a mirror image."""
+    patches = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    tiles = list(pictures.tiles(np.concatenate(patches, axis=1), Tiling(64, 64, 64)))
+    assert [(tile.y, tile.x) for tile in tiles] == [(0, 0), (0, 64), (0, 128), (0, 192)]
+    np.testing.assert_array_equal([tile.pixels for tile in tiles], patches)

@@ -12,8 +12,8 @@ from bef_jax.scoring import heatmap
 from bef_jax.scoring.heatmap import TileProbabilities, write_heatmap
 
 
-def tiles(*squares):
-    found = TileProbabilities()
+def tiles(*squares, side=32):
+    found = TileProbabilities(side)
     for square in squares:
         found.add(*square)
     return found
@@ -24,6 +24,17 @@ def test_each_pixel_has_the_largest_probability_of_its_squares():
     expected = np.full((96, 96), np.nan)
     expected[:32, :16], expected[:32, 16:32], expected[:32, 32:64] = 0.2, 0.5, 0.9
     np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("stride", [20, 50, 64])
+def test_squares_of_any_side_are_drawn_whole(stride):
+    """Compares with a loop over pixels; between squares that lie far apart, nothing is known."""
+    squares = [(y, x, (3 * y + x) / 1000) for y in (0, stride) for x in (0, stride)]
+    found = tiles(*squares, side=50).to_array(130, 120, 1)
+    for y in range(130):
+        for x in range(120):
+            over = [p for top, left, p in squares if 0 <= y - top < 50 and 0 <= x - left < 50]
+            assert found[y, x] == np.float32(max(over)) if over else np.isnan(found[y, x])
 
 
 @pytest.mark.parametrize("scale", [2, 3, 5])
