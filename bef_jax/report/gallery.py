@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bef_jax.data.patch import CENTER
 from bef_jax.scoring.metrics import Evaluation
 
 SHOWN = 6  # patches of each kind
@@ -16,11 +15,11 @@ _COVER = 0.7  # opacity of a heat map where it is hottest
 _GAP = 4  # pixels between a patch and its heat map
 _WHITE, _BLACK = 255, 0
 _PER_ROW, _FRAME = 4, 6  # patches, and pixels of white around each, in most_wrong.png
-_CONTACT_ZOOM = 2  # for most_wrong.png, because its patches are tiny on today's screens
+_CONTACT_SIDE = 192  # pixels; to which most_wrong.png enlarges patches that are smaller
 _TEXT, _LINE = 15, 22  # pixels: the size of a caption's letters, and the height of its line
 
-# Takes patches, uint8 [n, 96, 96, 3], and whether each is called positive, bool [n]. Returns
-# Grad-CAM maps [n, 96, 96] (`gradcam.make_explainer`).
+# Takes patches, uint8 [n, S, S, 3], and whether each is called positive, bool [n]. Returns
+# Grad-CAM maps [n, S, S] (`gradcam.make_explainer`).
 Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -30,9 +29,9 @@ class ShownPatch:
 
     Attributes:
         kind: such as "false positives".
-        pixels: uint8 [96, 96, 3], or [96, 196, 3] with its heat map at the right.
-        in_centre: share of the attribution in the square that decides the label; None without a
-            map, or if the map is 0 everywhere.
+        pixels: uint8 [S, S, 3], or [S, 2 S + 4, 3] with its heat map at the right.
+        in_centre: share of the attribution in the square that decides the label; None without such
+            a square or a map, or if the map is 0 everywhere.
     """
 
     kind: str
@@ -65,13 +64,16 @@ def _top(indices: np.ndarray, confidence: np.ndarray) -> np.ndarray:
     return indices[np.argsort(-confidence[indices], kind="stable")[:SHOWN]]
 
 
-def show(evaluation: Evaluation, images: Any, explain: Explain | None) -> list[ShownPatch]:
+def show(
+    evaluation: Evaluation, images: Any, explain: Explain | None, center: int = 0
+) -> list[ShownPatch]:
     """Returns the gallery of one split.
 
     Args:
-        images: indexable, uint8 [N, 96, 96, 3] in the order of the evaluation; only the patches
+        images: indexable, uint8 [N, S, S, 3] in the order of the evaluation; only the patches
             that are shown are read.
         explain: see `Explain`; without it there are no heat maps.
+        center: side of the square that decides the label; 0: there is none.
     """
     kinds = [(kind, index) for kind, found in pick(evaluation).items() for index in found]
     if not kinds:
@@ -84,18 +86,19 @@ def show(evaluation: Evaluation, images: Any, explain: Explain | None) -> list[S
             kind,
             id=str(evaluation.ids[index]),
             probability=float(evaluation.probabilities[index]),
-            pixels=_draw(patch, heat),
-            in_centre=None if heat is None else central_share(heat),
+            pixels=_draw(patch, heat, center),
+            in_centre=None if heat is None else central_share(heat, center),
         )
         for (kind, index), patch, heat in zip(kinds, patches, maps, strict=True)
     ]
 
 
-def _draw(patch: np.ndarray, heat: np.ndarray | None) -> np.ndarray:
+def _draw(patch: np.ndarray, heat: np.ndarray | None, center: int) -> np.ndarray:
+    framed = with_square(patch, center)
     if heat is None:
-        return with_square(patch)
+        return framed
     gap = np.full((len(patch), _GAP, 3), _WHITE, np.uint8)
-    return np.hstack([with_square(patch), gap, with_square(with_heat_map(patch, heat))])
+    return np.hstack([framed, gap, with_square(with_heat_map(patch, heat), center)])
 
 
 def with_heat_map(patch: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -108,17 +111,33 @@ def with_heat_map(patch: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return (patch * (1 - opacity) + colour * opacity).round().astype(np.uint8)
 
 
-def central_share(heat: np.ndarray) -> float | None:
-    """Returns the share of a map [96, 96] in its central 32x32; None if the map is 0."""
+def central_share(heat: np.ndarray, center: int) -> float | None:
+    """Returns the share of a map [S, S] in its central square of side `center`.
+
+    It is None without a square, or if the map is 0.
+    """
     total = float(heat.sum())
-    middle = slice(*CENTER)
-    return float(heat[middle, middle].sum()) / total if total > 0 else None
+    if not center or total <= 0:
+        return None
+    middle = slice(*_ends(len(heat), center))
+    return float(heat[middle, middle].sum()) / total
 
 
-def with_square(patch: np.ndarray) -> np.ndarray:
-    """Returns a copy with the deciding square outlined, white in black, to show on any tissue."""
+def _ends(side: int, center: int) -> tuple[int, int]:
+    """Returns the first row of the central square, and the row after its last one."""
+    margin = (side - center) // 2
+    return margin, margin + center
+
+
+def with_square(patch: np.ndarray, center: int) -> np.ndarray:
+    """Returns a copy with the deciding square outlined, white in black, to show on any tissue.
+
+    A square that leaves no room for the outline is the whole patch, and gets none.
+    """
     patch = patch.copy()
-    low, high = CENTER
+    low, high = _ends(len(patch), center)
+    if not center or low < 2:
+        return patch
     for colour, first, last in ((_BLACK, low - 2, high + 1), (_WHITE, low - 1, high)):
         patch[[first, last], first : last + 1] = colour
         patch[first : last + 1, [first, last]] = colour
@@ -138,7 +157,8 @@ def contact_sheet(shown: list[ShownPatch]) -> np.ndarray:
 def _captioned(each: ShownPatch) -> np.ndarray:
     """Returns a tile above its caption, on white, uint8 [H, W, 3]."""
     # Use a whole factor and no smoothing, so that the square's line is equally thick everywhere.
-    pixels = each.pixels.repeat(_CONTACT_ZOOM, 0).repeat(_CONTACT_ZOOM, 1)
+    zoom = max(1, _CONTACT_SIDE // len(each.pixels))
+    pixels = each.pixels.repeat(zoom, 0).repeat(zoom, 1)
     frame = [(_FRAME, _LINE), (_FRAME, _FRAME), (0, 0)]
     image = Image.fromarray(np.pad(pixels, frame, constant_values=255))
     place, font = (_FRAME, _FRAME + len(pixels)), ImageFont.load_default(_TEXT)

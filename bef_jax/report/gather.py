@@ -51,5 +51,6 @@ def report_run(
             "Configuration": [[name, repr(value)] for name, value in flatten(config).items()],
         },
         explain=make_explainer(config, variables),
+        center=config.rcc.center,
     )
     return write_report(workdir / "report", content)

@@ -44,6 +44,9 @@ _TUNED_NOTE = (
     "<p>The temperature and the threshold were chosen on valid, so figures on valid are too good."
     "</p>\n"
 )
+_SQUARE_NOTE = (
+    ", and the square is the region that decides the label. The square has {:.0%} of the area"
+)
 _HEAT_MAP_NOTE = (
     " The heat map (Grad-CAM) at the right of a patch is more yellow where the patch supports the "
     "decision more."
@@ -57,6 +60,7 @@ def render(
     pictures: Mapping[str, tuple[str, str]],
     tiles: Mapping[str, list[tuple[ShownPatch, str]]],
     has_heat_maps: bool,
+    square_share: float,
     tables: Mapping[str, list[list[Any]]],
 ) -> str:
     """Returns the page.
@@ -65,6 +69,7 @@ def render(
         pictures: for each name, the data: addresses for light and for dark screens.
         tiles: for each split, what the gallery shows, each with its picture's address.
         has_heat_maps: whether the pictures of tiles have heat maps.
+        square_share: share of a patch's area that decides its label; 0: no square is drawn.
         tables: for each title, rows of name and value.
     """
     files = resources.files("bef_jax.report")
@@ -77,6 +82,7 @@ def render(
         tuned=_tuned(summary),
         confusion="".join(_confusion(evaluation) for evaluation in evaluations.values()),
         **{name: _picture(name, *both) for name, both in pictures.items()},
+        square=_SQUARE_NOTE.format(square_share) if square_share else "",
         heat_maps=_HEAT_MAP_NOTE if has_heat_maps else "",
         galleries="".join(_gallery(split, shown) for split, shown in tiles.items() if shown),
         tables="".join(_section(name, rows) for name, rows in tables.items()),

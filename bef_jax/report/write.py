@@ -28,11 +28,12 @@ class Content:
     Attributes:
         history: the lines of metrics.jsonl; if a step has several lines, the last one counts.
         evaluations: the evaluation of each split.
-        images: for each split, indexable uint8 [N, 96, 96, 3] in the order of the evaluation's ids;
+        images: for each split, indexable uint8 [N, S, S, 3] in the order of the evaluation's ids;
             the gallery leaves out a split without images.
         summary: the run's summary; its blocks by split and its scalars are shown.
         tables: more tables by title, each a list of rows of name and value.
         explain: Grad-CAM (`gallery.Explain`); None leaves the heat maps out.
+        center: side of the square that decides a patch's label; 0: there is none.
     """
 
     history: list[dict[str, Any]]
@@ -41,6 +42,7 @@ class Content:
     summary: Mapping[str, Any]
     tables: Mapping[str, list[list[Any]]] = field(default_factory=dict)
     explain: Explain | None = None
+    center: int = 0
 
 
 def write_report(report_dir: Path, content: Content) -> Path:
@@ -54,7 +56,7 @@ def write_report(report_dir: Path, content: Content) -> Path:
         name: _save(report_dir / f"{name}.png", draw) for name, draw in _plots(content).items()
     }
     galleries = {
-        split: show(evaluation, content.images[split], content.explain)
+        split: show(evaluation, content.images[split], content.explain, content.center)
         for split, evaluation in content.evaluations.items()
         if split in content.images
     }
@@ -73,6 +75,7 @@ def write_report(report_dir: Path, content: Content) -> Path:
         pictures=pictures,
         tiles=tiles,
         has_heat_maps=content.explain is not None,
+        square_share=(content.center / len(shown[0].pixels)) ** 2 if shown else 0.0,
         tables=content.tables,
     )
     # Write the page last, so that a reload shows the old page, or all of the new one.

@@ -10,7 +10,6 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from bef_jax.data import augment
-from bef_jax.data.patch import PATCH
 from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.scoring.scorer import log_odds, padded_rows
@@ -23,8 +22,8 @@ def make_explainer(
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Returns `explain(images, called_positive)`, which computes Grad-CAM maps.
 
-    It takes patches, uint8 [n, 96, 96, 3], and whether each was called positive, bool [n]. It
-    returns maps, float32 [n, 96, 96], of what supports that decision. A map is the mean of one map
+    It takes patches, uint8 [n, S, S, 3], and whether each was called positive, bool [n]. It
+    returns maps, float32 [n, S, S], of what supports that decision. A map is the mean of one map
     per fused stage (eq. 1 and 2). Each of those is scaled to a sum of 1, so that coarse and fine
     stages count the same, or is 0 where the stage has nothing that supports the decision.
     """
@@ -39,7 +38,7 @@ def make_explainer(
         folded = fold_batch_norm(variables, config.model.bn_epsilon)
         inputs = augment.eval_inputs(images, config)
         maps = stage_maps(model, folded, inputs, signs, targets)
-        patch_maps = [_to_patch(heat, inputs.shape[1]) for heat in maps]
+        patch_maps = [_to_patch(heat, inputs.shape[1], images.shape[1]) for heat in maps]
         return sum(patch_maps) / len(patch_maps)
 
     def explain(images: np.ndarray, called_positive: np.ndarray) -> np.ndarray:
@@ -107,13 +106,13 @@ def _cam(features: Array, gradients: Array) -> Array:
     return nn.relu((weights * features).sum(-1))  # eq. 2
 
 
-def _to_patch(heat: Array, size: int) -> Array:
-    """Resizes maps [N, H, W] to the central `size` x `size` that the network saw, in [N, 96, 96].
+def _to_patch(heat: Array, size: int, side: int) -> Array:
+    """Resizes maps [N, H, W] to the central `size` that the network saw, in [N, side, side].
 
     Each map then has a sum of 1, or stays 0.
     """
     heat = jax.image.resize(heat, (len(heat), size, size), "linear")
     total = heat.sum((1, 2), keepdims=True)
     heat = heat / jnp.where(total > 0, total, 1)
-    margin = (PATCH - size) // 2
+    margin = (side - size) // 2
     return jnp.pad(heat, [(0, 0), (margin, margin), (margin, margin)])

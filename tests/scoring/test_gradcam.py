@@ -92,6 +92,20 @@ def test_the_explained_stages_are_those_that_the_classifier_reads(
     assert gradcam.fused_outputs(create(config.model, folded=True)) == expected
 
 
+@pytest.mark.parametrize(("side", "crop"), [(64, 48), (65, 33), (128, 128)])
+def test_a_map_of_any_patch_lies_in_the_crop_that_the_network_saw(side, crop, small_config):
+    fields = {"data.patch_size": side, "rcc.eval_size": crop, "rcc.center": 0}
+    patches = np.random.default_rng(1).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    maps = explainer(small_config(**fields))(patches, np.arange(3) % 2 == 0)
+    assert maps.shape == (3, side, side)
+    margin = (side - crop) // 2
+    inside = maps[:, margin : side - margin, margin : side - margin]
+    np.testing.assert_allclose(inside.sum(), maps.sum(), rtol=1e-6)
+    # Each side of the crop is reached by one of the maps.
+    ends = [inside[:, 0], inside[:, -1], inside[:, :, 0], inside[:, :, -1]]
+    assert all(end.sum() > 0 for end in ends)
+
+
 def test_without_cropping_a_map_covers_the_whole_patch(small_config, patches):
     maps = explainer(small_config(**{"rcc.enabled": False}))(patches, np.arange(11) % 2 == 0)
     rim = [maps[:, :20], maps[:, -20:], maps[:, :, :20], maps[:, :, -20:]]
