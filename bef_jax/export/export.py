@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from bef_jax import __version__
 from bef_jax.data import sources
-from bef_jax.data.patch import PATCH, class_names
+from bef_jax.data.patch import PCAM_SIDE, class_names
 from bef_jax.data.sources import synthetic
 from bef_jax.errors import RunError, UserError, install_command
 from bef_jax.export import timm
@@ -40,7 +40,7 @@ DESCRIPTION = "export.json"
 TOLERANCE = 1e-5  # of probabilities, compared with the network in float32 and not folded
 _CHECKED = 16  # patches on which the files are compared
 
-# Takes uint8 [n, 96, 96, 3], and returns OUTPUTS, float32 [n] each.
+# Takes uint8 [n, S, S, 3], and returns OUTPUTS, float32 [n] each.
 OutputsFn = Callable[[Array], tuple[Array, Array]]
 
 
@@ -104,7 +104,7 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
     Args:
         operating_point: temperature and threshold that the run chose on valid, or None.
     """
-    side, (negative, positive) = PATCH, class_names(config)
+    side, (negative, positive) = config.data.patch_size, class_names(config)
     mean, std = (list(config.augment[name]) for name in ("mean", "std"))
     return {
         "version": __version__,
@@ -118,6 +118,7 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
             "range": [0, 255],
         },
         "outputs": {name: {"shape": ["n"], "dtype": "float32"} for name in OUTPUTS},
+        "center": config.rcc.center,
         "classes": [negative, positive],
         "mpp": sources.describe(config.data.source).mpp,
         "threshold": config.eval.threshold,
@@ -128,6 +129,8 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
             "probability": f"of class 1, {positive}: sigmoid(log_odds / temperature)",
             "log_odds": f"of class 1, {positive}, over class 0, {negative}",
             "threshold": f"class 1, {positive}, is the decision where probability >= threshold",
+            "center": "side of the square in the middle of a patch that decides its class, in "
+            "pixels; 0: the whole patch decides",
             "mpp": "micrometres per pixel of the patches that the network learned from",
             "operating_point": "temperature and threshold chosen on the validation split; the "
             "file's own probability uses the temperature above",
@@ -139,14 +142,13 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
 def _write_files(config: ConfigDict, variables: dict, described: dict, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     outputs_fn = folded_outputs_fn(config, variables)
-    # Drawn tissue and not noise: a trained network is certain about noise, so that even files that
-    # differ would agree on it.
-    images = next(synthetic.generate("test", _CHECKED, seed=0)).images
+    images = _drawn_patches(config.data.patch_size)
     expected, log_odds = jax.jit(_outputs_fn(create(config.model), config, variables))(images)
     if not np.isfinite(log_odds).all():
         raise RunError("the network's scores are not finite: export an earlier checkpoint")
 
-    content = to_stablehlo(outputs_fn)
+    spec = patches_spec(config.data.patch_size)
+    content = to_stablehlo(outputs_fn, spec)
     actual = jax.jit(export.deserialize(bytearray(content)).call)(images)[0]
     written = {"model.stablehlo": _place(folder / "model.stablehlo", content, actual, expected)}
     # Imported here, because these packages are an extra.
@@ -154,12 +156,25 @@ def _write_files(config: ConfigDict, variables: dict, described: dict, folder: P
 
     from bef_jax.export.onnx_graph import to_onnx
 
-    content = to_onnx(outputs_fn, patches_spec(), OUTPUTS, described)
+    content = to_onnx(outputs_fn, spec, OUTPUTS, described)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     actual = session.run(None, {"image": images})[0]
     written["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
     written[timm.FILE] = timm.write(config, variables, folder)
     return written
+
+
+def _drawn_patches(side: int) -> np.ndarray:
+    """Returns patches to compare files on, uint8 [_CHECKED, side, side, 3].
+
+    They are drawn tissue, and not noise, because a trained network is certain about noise. Even
+    files that differ would then agree.
+    """
+    images = next(synthetic.generate("test", _CHECKED, seed=0)).images
+    # For smaller patches the middle is cut out. For larger ones mirror images are added.
+    first, more = max(0, PCAM_SIDE - side) // 2, max(0, side - PCAM_SIDE)
+    images = np.pad(images, [(0, 0), (0, more), (0, more), (0, 0)], "symmetric")
+    return images[:, first : first + side, first : first + side]
 
 
 def _place(file: Path, content: bytes, actual: Array, expected: Array) -> dict:
@@ -174,16 +189,18 @@ def _place(file: Path, content: bytes, actual: Array, expected: Array) -> dict:
     return {"bytes": len(content), "sha256": digest, "max_difference": difference}
 
 
-def patches_spec() -> jax.ShapeDtypeStruct:
-    """Returns the argument of an export: [n, 96, 96, 3], uint8, where n is symbolic."""
-    return jax.ShapeDtypeStruct(export.symbolic_shape(f"n, {PATCH}, {PATCH}, 3"), jnp.uint8)
+def patches_spec(side: int) -> jax.ShapeDtypeStruct:
+    """Returns the argument of an export: [n, side, side, 3], uint8, where n is symbolic."""
+    return jax.ShapeDtypeStruct(export.symbolic_shape(f"n, {side}, {side}, 3"), jnp.uint8)
 
 
-def to_stablehlo(outputs_fn: OutputsFn) -> bytes:
-    """Returns one file for all of PLATFORMS; `jax.export.deserialize` reads it."""
-    return bytes(
-        export.export(jax.jit(outputs_fn), platforms=PLATFORMS)(patches_spec()).serialize()
-    )
+def to_stablehlo(outputs_fn: OutputsFn, spec: jax.ShapeDtypeStruct) -> bytes:
+    """Returns one file for all of PLATFORMS; `jax.export.deserialize` reads it.
+
+    Args:
+        spec: the argument of the function, of `patches_spec`.
+    """
+    return bytes(export.export(jax.jit(outputs_fn), platforms=PLATFORMS)(spec).serialize())
 
 
 def folded_outputs_fn(config: ConfigDict, variables: dict) -> OutputsFn:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data.patch import PATCH
+from bef_jax.data.patch import eval_side
 from bef_jax.errors import RunError
 from bef_jax.models import stages, weights
 from bef_jax.models.weights import timm_config
@@ -95,7 +95,7 @@ def _safetensors(config: ConfigDict, variables: dict) -> bytes:
 def _config_json(config: ConfigDict, features: int) -> dict:
     """Returns the content of config.json; timm ignores fields that it does not know."""
     model, source = config.model, of_timm(config.model.name)
-    side = config.rcc.eval_size if config.rcc.enabled else PATCH
+    side = eval_side(config)
     ends = {"first_conv": "stem/kernel", "classifier": "classifier/kernel"}
     return {
         "architecture": _architecture(model),

@@ -33,8 +33,8 @@ def save_checkpoint(config, workdir):
     return state.eval_variables()
 
 
-def make_images(n):
-    return np.random.default_rng(1).integers(0, 256, (n, 96, 96, 3), np.uint8)
+def make_images(n, side=96):
+    return np.random.default_rng(1).integers(0, 256, (n, side, side, 3), np.uint8)
 
 
 def probability(config, variables, images):
@@ -92,6 +92,21 @@ def test_facts_come_from_the_configuration_and_the_operating_point(small_config)
     assert found["normalisation"]["std"] == list(config.augment.std)
     assert export.facts(small_config(), None)["mpp"] is None
     json.dumps(found)
+    larger = export.facts(small_config(**{"data.patch_size": 224, "rcc.center": 0}), None)
+    assert (found["input"]["shape"], found["center"]) == (["n", 96, 96, 3], 32)
+    assert (larger["input"]["shape"], larger["center"]) == (["n", 224, 224, 3], 0)
+
+
+@pytest.mark.parametrize("side", [32, 96, 97, 512])
+def test_files_are_compared_on_tissue_of_the_networks_size(side):
+    """Every 32 x 32 of the patches is as varied as the drawn patches themselves."""
+    patches, drawn = export._drawn_patches(side), export._drawn_patches(96)
+    assert (patches.shape, patches.dtype) == ((16, side, side, 3), np.uint8)
+    corners = [patches[:, :32, :32], patches[:, -32:, -32:], patches[:, -32:, :32]]
+    assert min(corner.std() for corner in corners) > 0.8 * drawn.std()
+    if side == 97:  # the mirror image begins with the last row and column
+        np.testing.assert_array_equal(patches[:, :96, :96], drawn)
+        np.testing.assert_array_equal(patches[:, 96], patches[:, 95])
 
 
 # ---- errors that come before anything is compiled -----------------------------------------------
@@ -210,7 +225,7 @@ def test_onnx_of_every_family_scores_as_the_network_does(name, small_config):
     state = create_state(config, sharding.replicated(sharding.make_mesh()))
     variables, images = state.eval_variables(), make_images(2)
     outputs_fn = export.folded_outputs_fn(config, variables)
-    content = to_onnx(outputs_fn, export.patches_spec(), export.OUTPUTS)
+    content = to_onnx(outputs_fn, export.patches_spec(96), export.OUTPUTS)
     actual = onnxruntime.InferenceSession(content).run(["probability"], {"image": images})[0]
     np.testing.assert_allclose(actual, probability(config, variables, images), atol=1e-5)
 
