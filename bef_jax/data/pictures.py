@@ -6,10 +6,11 @@ their EXIF says, and laid on white where they are transparent. Everything else i
 
 import contextlib
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import tifffile
@@ -26,6 +27,7 @@ LIMIT = 100_000_000  # pixels, 10,000 x 10,000; decoding takes up to 7 bytes of 
 _TOO_LARGE = f"above {LIMIT:,} pixels; cut it into parts"
 # Pillow knows many more. For EPS it runs Ghostscript, which would run a stranger's program.
 _FORMATS = ("PNG", "JPEG", "TIFF")
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MARGIN = CENTER[0]  # pixels of a tile around the square that decides
 _WHITE = (255, 255, 255)
 _BAND = 1 << 20  # pixels that are converted at once
@@ -117,14 +119,16 @@ def check_size(path: Path, header: Header) -> None:
         raise UserError(f"{path}: {width}x{height} pixels are {_TOO_LARGE}")
 
 
-Check = Callable[[Path, Header], None]
+Check = Callable[[Path | str, Header], None]
 
 
-def look(path: Path, check: Check = check_size) -> Header:
+def look(path: Path | str, check: Check = check_size, stream: BinaryIO | None = None) -> Header:
     """Returns what a picture's header says.
 
     Args:
+        path: of the picture's file; with a stream, it is only its name in errors.
         check: raises UserError if the picture must be refused.
+        stream: holds the picture from its start on, and can seek; it stays open.
 
     Raises:
         UserError: it is not a picture, its channels have more than 8 bits, or `check` refuses it.
@@ -135,12 +139,17 @@ def look(path: Path, check: Check = check_size) -> Header:
         return header
 
     return _with_pillow_or_tifffile(
-        path, lambda x: checked(_header(path, x)), lambda x: checked(_page_header(path, x))
+        path, stream, lambda x: checked(_header(path, x)), lambda x: checked(_page_header(path, x))
     )
 
 
-def read(path: Path, check: Check = check_size) -> np.ndarray:
+def read(path: Path | str, check: Check = check_size, stream: BinaryIO | None = None) -> np.ndarray:
     """Returns the pixels of a picture as viewers show it, uint8 [H, W, 3].
+
+    Args:
+        path: see `look`.
+        check: see `look`.
+        stream: see `look`.
 
     Raises:
         UserError: as for `look`, or it cannot be decoded.
@@ -156,7 +165,7 @@ def read(path: Path, check: Check = check_size) -> np.ndarray:
         tag = page.tags.get(_ORIENTATION)
         return _turned(page.asarray(), tag.value if tag else 1)
 
-    return _with_pillow_or_tifffile(path, of_image, of_page)
+    return _with_pillow_or_tifffile(path, stream, of_image, of_page)
 
 
 def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
@@ -203,8 +212,10 @@ def _check_depth(path: Path, image: Image.Image, tags: dict) -> None:
     """Refuses pixels that Pillow would silently clip, or cut to their upper 8 bits."""
     bits = max(tags.get(_BITS_PER_SAMPLE, (1,)))
     if image.format == "PNG":
-        with open_user_file(path) as file:
-            bits = file.read(25)[-1]  # in IHDR, which is always the first chunk
+        start = image.fp.tell()
+        image.fp.seek(24)  # in IHDR, which is always the first chunk
+        bits = image.fp.read(1)[0]
+        image.fp.seek(start)
     if (
         image.mode.startswith(("I", "F"))
         or bits > 8
@@ -249,47 +260,82 @@ def _mpp(resolution: float | None, unit: int | None) -> float | None:
 
 
 def _with_pillow_or_tifffile(
-    path: Path, of_image: Callable[[Image.Image], T], of_page: Callable[[tifffile.TiffPage], T]
+    path: Path,
+    stream: BinaryIO | None,
+    of_image: Callable[[Image.Image], T],
+    of_page: Callable[[tifffile.TiffPage], T],
 ) -> T:
     """Returns `of_image` of Pillow's image, or `of_page` of a TIFF that Pillow cannot read.
 
     Raises:
         UserError: neither can read it; the text has the reason of each library that tried.
     """
-    try:
-        with _opened(path) as image:
-            return of_image(image)
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit is 179 million pixels
-        raise UserError(f"{path}: it is {_TOO_LARGE}") from error
-    except UnidentifiedImageError:
-        reason = "it is not a PNG, JPEG or TIFF"
-    # Pillow's decoders raise errors of any kind for a damaged file.
-    except Exception as error:
-        reason = reason_of(error)
-    with contextlib.suppress(OSError):
-        if _is_tiff(path):
-            return _with_tifffile(path, of_page, reason)
+    with opened(path) if stream is None else contextlib.nullcontext(stream) as file:
+        try:
+            with _SILENCE, Image.open(file, formats=_FORMATS) as image:
+                return of_image(image)
+        except UserError:
+            raise
+        except Image.DecompressionBombError as error:  # Pillow's own limit is 179 million pixels
+            raise UserError(f"{path}: it is {_TOO_LARGE}") from error
+        except UnidentifiedImageError:
+            reason = "it is not a PNG, JPEG or TIFF"
+        # Pillow's decoders raise errors of any kind for a damaged file.
+        except Exception as error:
+            reason = reason_of(error)
+        with contextlib.suppress(OSError):
+            file.seek(0)
+            if file.read(4) in _TIFF_STARTS:
+                return _with_tifffile(path, file, of_page, reason)
     raise UserError(f"{path}: cannot be read as a picture ({reason})")
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes and tags, which this module checks itself
-        with open_user_file(path) as file, Image.open(file, formats=_FORMATS) as image:
-            yield image
+def opened(path: Path) -> BinaryIO:
+    """Opens the file of a picture.
 
-
-def _is_tiff(path: Path) -> bool:
-    with open_user_file(path) as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-
-def _with_tifffile(path: Path, of_page: Callable[[tifffile.TiffPage], T], reason: str) -> T:
+    Raises:
+        UserError: it is not a regular file, or cannot be opened.
+    """
     try:
-        with open_user_file(path) as file, tifffile.TiffFile(file) as tif:
+        return open_user_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a picture ({reason_of(error)})") from error
+
+
+class _Silence(contextlib.AbstractContextManager):
+    """Silences warnings while any thread is inside, because this module checks sizes and tags.
+
+    catch_warnings alone is not safe in threads: they would restore each other's filters.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.close()
+
+
+_SILENCE = _Silence()
+
+
+def _with_tifffile(
+    path: Path, file: BinaryIO, of_page: Callable[[tifffile.TiffPage], T], reason: str
+) -> T:
+    file.seek(0)
+    try:
+        with tifffile.TiffFile(file) as tif:
             # Further pages are usually smaller levels of a pyramid, or thumbnails.
             return of_page(tif.pages[0])
     except UserError:
