@@ -11,8 +11,9 @@ from typing import BinaryIO, TextIO
 import numpy as np
 from ml_collections import ConfigDict
 
+from bef_jax.data.assignment import check_filled, check_ratio
 from bef_jax.data.chunk import Begin, Chunk, Contents, batched_rows, counted, kept, silent
-from bef_jax.data.patch import PCAM_SIDE, READ_ORDER, SPLITS
+from bef_jax.data.patch import PCAM_SIDE, READ_ORDER
 from bef_jax.data.sources.description import PCAM, Description, folder_identity, numbered_classes
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
@@ -74,20 +75,11 @@ def split_of(patch_id: str, ratio: Sequence[float]) -> str:
 
 
 def _assign_splits(ids: Sequence[str], ratio: Sequence[float]) -> dict[str, list[str]]:
-    if len(ratio) != 3 or min(ratio) < 0 or min(ratio[:2]) == 0:
-        raise UserError(
-            f"config.data.split_ratio is {tuple(ratio)}; "
-            "set the shares of train, valid and test, the first two above 0"
-        )
+    check_ratio(ratio)
     splits = {split: [] for split in READ_ORDER}
     for patch_id in ids:
         splits[split_of(patch_id, ratio)].append(patch_id)
-    for split, share in zip(SPLITS, ratio, strict=True):
-        if share and not splits[split]:
-            raise UserError(
-                f"config.data.split_ratio leaves none of {len(ids)} patches for the {split} split; "
-                "give it a larger share, or use more patches"
-            )
+    check_filled(splits, ratio)
     return splits
 
 
