@@ -82,8 +82,8 @@ def report_shared(groups_by_split: Mapping[str, Iterable[str]]) -> None:
     shared = [group for group, splits in splits_of.items() if splits > 1]
     if shared:
         LOG.warning(
-            "%d groups with %d patches are in more than one split, the first is %s; "
-            "scores are higher than on new groups",
+            "groups that are in more than one split: %d, with %d patches; the first is %s. "
+            "Scores are then higher than on new groups",
             len(shared),
             sum(count[group] for count in counts for group in shared),
             printable(min(shared)[:100]),

@@ -180,7 +180,7 @@ def test_given_splits_that_share_groups_are_reported(caplog):
         report_shared(split_groups)
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "2 groups with 5 patches are in more than one split, the first is a;"
+        "groups that are in more than one split: 2, with 5 patches; the first is a."
     )
     caplog.clear()
     report_shared({"test": ["a"], "valid": ["b", "b"], "train": ["c"]})

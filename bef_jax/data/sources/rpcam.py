@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,10 +15,9 @@ from bef_jax.data.assignment import check_filled, check_ratio
 from bef_jax.data.chunk import Begin, Chunk, Contents, batched_rows, counted, kept, silent
 from bef_jax.data.patch import PCAM_SIDE, READ_ORDER
 from bef_jax.data.sources.description import PCAM, Description, folder_identity, numbered_classes
+from bef_jax.data.sources.listing import table_lines
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
-
-_LONGEST_LINE = 1 << 16  # characters of a row of the table
 
 DESCRIPTION = Description(
     shared_slides="yes: the split is random, so patches of one slide are on both sides; "
@@ -121,7 +120,7 @@ def _is_openable_file(entry: os.DirEntry) -> bool:
 def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
     # utf-8-sig drops the byte order mark that spreadsheets write first.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    rows = csv.DictReader(_lines(text, table))
+    rows = csv.DictReader(table_lines(text, table))
     if not {"id", "label"} <= set(rows.fieldnames or ()):
         raise UserError(f"{table}: its first line must be id,label")
     labels: dict[str, int] = {}
@@ -133,16 +132,6 @@ def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
         file_name = table.parent / "train" / f"{min(unlabelled)}.tif"
         raise UserError(f"{file_name}: train_labels.csv has no row for it; add it")
     return labels
-
-
-def _lines(text: TextIO, table: Path) -> Iterator[str]:
-    # csv would read a line of any length before it looks at the fields.
-    while line := text.readline(_LONGEST_LINE + 1):
-        if len(line) > _LONGEST_LINE:
-            raise UserError(
-                f"{table}: has a line of more than {_LONGEST_LINE} characters; fetch it again"
-            )
-        yield line
 
 
 def _add_label(labels: dict[str, int], row: dict, names: set[str], where: str) -> None:
