@@ -147,12 +147,17 @@ def _chunks(rows: Iterator[Listed], form: Form, dtype: np.dtype) -> Iterator[Chu
             futures = [pool.submit(_decode, batch[each], images[each], form) for each in blocks]
             started.append((batch, images, futures))
             if len(started) > 1:
-                yield _finished(*started.popleft(), dtype)
+                yield _finished(*started[0], dtype)
+                started.popleft()
         while started:
-            yield _finished(*started.popleft(), dtype)
+            yield _finished(*started[0], dtype)
+            started.popleft()
     finally:
+        for _, _, futures in started:
+            for future in futures:
+                future.cancel()
         # Threads finish the blocks that they are at, so that none outlives the caller.
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def _finished(
