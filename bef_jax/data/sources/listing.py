@@ -6,15 +6,19 @@ All of it is checked before a picture is decoded, because decoding can take hour
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from bef_jax.data.assignment import assign_splits, report_shared
+from bef_jax.data.chunk import LONGEST_ID
 from bef_jax.data.patch import SPLITS
-from bef_jax.data.sources.description import folder_identity
+from bef_jax.data.sources.description import ONLY_SAME_FILES, Description, folder_identity
 from bef_jax.errors import UserError, listed, reason_of
+
+if TYPE_CHECKING:
+    from bef_jax.data.sources.decode import Listed
 
 # What users call the splits, in lower case.
 SPLIT_NAMES = {split: split for split in SPLITS} | {"val": "valid", "validation": "valid"}
@@ -22,6 +26,11 @@ MOST_CLASSES = 10_000
 _LONGEST_LINE = 1 << 16  # characters of a row of a table
 
 
+LISTED = Description(
+    shared_slides="no, if config.data.group is set and the source has no splits of its own; "
+    "otherwise not known; if yes, a score is higher than on new slides",
+    comparable=ONLY_SAME_FILES,
+)
 # What decides which patches are read, and into which split, in addition to the folder and sizes.
 _FIELDS = ("patch_size", "resize", "mpp", "classes", "group", "split_ratio")
 
@@ -35,33 +44,44 @@ def listed_identity(data: ConfigDict) -> dict:
 
 def divide(
     data: ConfigDict,
-    ids: Sequence[str],
-    labels: np.ndarray,
-    groups: Sequence[str] | None,
+    pictures: Sequence["Listed"],
     given: Mapping[str, Sequence[int]] | None,
     classes: Sequence[str],
     where: str,
-) -> Mapping[str, Sequence[int]]:
-    """Returns the rows of each split: `given`, which is checked, or else by `data.split_ratio`.
+) -> dict[str, list["Listed"]]:
+    """Returns the pictures of each split that has any.
 
     Args:
-        data: config.data.
-        ids: one for each row, all different.
-        labels: integers [N], numbers of classes.
-        groups: one for each row; None if they are not known.
-        given: the rows of each split, if the source has splits; else None.
-        classes: their names.
+        data: config.data; its `split_ratio` decides if the source has no splits.
+        pictures: all of the source, in any order.
+        given: the places in `pictures` of each split, if the source has splits; else None.
+        classes: their names, in the order of their labels.
         where: the folder or file that has them, for errors.
 
     Raises:
-        UserError: see `assign_splits` and `check_splits`.
+        UserError: an id or group is too long, the given splits are refused by `check_splits`, or
+            there can be no splits; see `assign_splits`.
     """
+    ids = [picture.id for picture in pictures]
+    labels = np.array([picture.label for picture in pictures])
+    groups = None if pictures[0].group is None else [picture.group for picture in pictures]
+    _check_lengths(ids, "name", where)
+    _check_lengths(groups or (), "group", where)
     if given is None:
-        return assign_splits(ids, labels, groups, data.split_ratio)
-    check_splits({split: labels[rows] for split, rows in given.items()}, classes, where)
-    if groups is not None:
-        report_shared({split: (groups[row] for row in rows) for split, rows in given.items()})
-    return given
+        given = assign_splits(ids, labels, groups, data.split_ratio)
+    else:
+        check_splits({split: labels[rows] for split, rows in given.items()}, classes, where)
+        if groups is not None:
+            report_shared({split: [groups[row] for row in rows] for split, rows in given.items()})
+    return {split: [pictures[row] for row in rows] for split, rows in given.items() if len(rows)}
+
+
+def _check_lengths(texts: Sequence[str], kind: str, where: str) -> None:
+    # Every row of an array of text takes as much memory as the longest one.
+    if len(longest := max(texts, key=len, default="")) > LONGEST_ID:
+        raise UserError(
+            f"{where}: {longest[:100]} is a {kind} of more than {LONGEST_ID} characters; shorten it"
+        )
 
 
 # ---- classes ------------------------------------------------------------------------------------
@@ -147,7 +167,10 @@ def check_splits(
 # ---- groups -------------------------------------------------------------------------------------
 
 
-def group_finder(pattern: str) -> Callable[[str], str]:
+_RENAME = "change the pattern, or rename the file"
+
+
+def group_finder(pattern: str, fix: str = _RENAME) -> Callable[[str], str]:
     """Returns a function that finds the group in a picture's path.
 
     It is what the group named `group` of the regular expression matched, or else its first group,
@@ -155,6 +178,7 @@ def group_finder(pattern: str) -> Callable[[str], str]:
 
     Args:
         pattern: config.data.group.
+        fix: what a user can do about a path without a group; it becomes the end of the error.
 
     Raises:
         UserError: `pattern` is no regular expression; the function raises it if a path has no
@@ -172,10 +196,7 @@ def group_finder(pattern: str) -> Callable[[str], str]:
     def find(path: str) -> str:
         match = expression.search(path)
         if not match or not match[part]:
-            raise UserError(
-                f"config.data.group finds no group in {path[:200]!r}; "
-                "change the pattern, or rename the file"
-            )
+            raise UserError(f"config.data.group={pattern} finds no group in {path[:200]!r}; {fix}")
         return match[part]
 
     return find

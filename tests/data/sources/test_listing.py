@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bef_jax.data.sources import listing
+from bef_jax.data.sources.decode import Listed
 from bef_jax.errors import UserError
 from tests.data.conftest import expect_error
 
@@ -72,9 +73,10 @@ def test_a_pattern_finds_the_group_in_a_path(pattern, group):
 @pytest.mark.parametrize("pattern", ["Q", "q*", "(Q)?t"])
 def test_a_path_without_a_group_is_named(pattern):
     find = listing.group_finder(pattern)
-    expect_error(
-        "config.data.group finds no group in 'tumour/P12\\n.png'", find, "tumour/P12\n.png"
+    message = (
+        f"config.data.group={pattern} finds no group in 'tumour/P12\\n.png'; change the pattern"
     )
+    expect_error(message, find, "tumour/P12\n.png")
 
 
 @pytest.mark.parametrize(
@@ -85,21 +87,38 @@ def test_what_is_no_pattern_is_refused(pattern):
         listing.group_finder(pattern)
 
 
-def test_rows_are_divided_as_given_or_by_the_ratio(make_data, caplog):
+def listed(ids, labels, groups):
+    groups = groups or [None] * len(ids)
+    rows = zip(ids, labels, groups, strict=True)
+    return [Listed(f"x/{name}", label, name, group) for name, label, group in rows]
+
+
+def test_pictures_are_divided_as_given_or_by_the_ratio(make_data, caplog):
     data = make_data("npz", "x", split_ratio=(0.5, 0.5, 0))
-    ids, labels, groups = list("abcd"), np.array([0, 1, 0, 1]), ["P", "Q", "P", "R"]
 
     def divide(given, groups):
-        return listing.divide(data, ids, labels, groups, given, ("x", "y"), "table")
+        pictures = listed("abcd", [0, 1, 0, 1], groups)
+        splits = listing.divide(data, pictures, given, ("x", "y"), "table")
+        return {split: "".join(picture.id for picture in found) for split, found in splits.items()}
 
-    ours = divide(None, groups)
-    assert ours in [
-        {"test": [], "valid": [3], "train": [0, 1, 2]},
-        {"test": [], "valid": [1], "train": [0, 2, 3]},
-    ]
-    given = {"train": [3, 2], "valid": [1, 0]}
+    by_ratio = divide(None, ["P", "Q", "P", "R"])
+    assert by_ratio in ({"valid": "d", "train": "abc"}, {"valid": "b", "train": "acd"})
+    given = {"train": [3, 2], "valid": [1, 0], "test": []}
     with caplog.at_level(logging.WARNING):
-        assert divide(given, None) is given
+        assert divide(given, None) == {"train": "dc", "valid": "ba"}
         assert not caplog.records
-        assert divide(given, groups) is given
+        assert divide(given, ["P", "Q", "P", "R"]) == {"train": "dc", "valid": "ba"}
     assert "more than one split: 1, with 2 patches; the first is P" in caplog.text
+    expect_error(
+        "table: train has no patch of class 'y'", divide, {"train": [0], "valid": [1]}, None
+    )
+
+
+def test_a_long_id_or_group_is_refused_since_all_take_as_much_memory(make_data):
+    def divide(ids, groups):
+        pictures = listed(ids, [0, 1, 1], groups)
+        listing.divide(make_data("npz", "x"), pictures, None, ("x", "y"), "table")
+
+    message = "is a name of more than 1024 characters; shorten it"
+    expect_error(f"table: {'x' * 100} {message}", divide, ["x" * 1025, "", ""], None)
+    expect_error(message.replace("name", "group"), divide, list("abc"), ["", "x" * 1025, ""])
