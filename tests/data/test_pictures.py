@@ -134,7 +134,7 @@ def test_another_format_is_refused_under_any_suffix(suffix, tmp_path, monkeypatc
     path = tmp_path / f"eps{suffix}"
     Image.fromarray(noise(96, 96)).save(path, "EPS")
     for ask in (pictures.look, pictures.read):
-        with pytest.raises(UserError, match="not a PNG, JPEG or TIFF"):
+        with pytest.raises(UserError, match="not a PNG, JPEG, TIFF, WebP or BMP"):
             ask(path)
     assert not (tmp_path / "was-run").exists()
 

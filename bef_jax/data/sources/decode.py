@@ -1,6 +1,5 @@
 """Decodes the pictures that a source lists into chunks, with a thread for each core."""
 
-import io
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -101,8 +100,7 @@ def form_of(data: ConfigDict, first: Listed) -> Form:
             "pixel that the patches shall have"
         )
     form = Form(data.patch_size, data.resize, data.mpp or None, first.path)
-    with _opened(first) as stream:
-        header = pictures.look(first.path, lambda path, found: None, stream)
+    header = pictures.look(first.path, lambda path, found: None, first.content)
     if not form.mpp:
         form = form._replace(mpp=_patch_mpp(header, form))
     _check(first.path, header, form)
@@ -184,15 +182,10 @@ def _patch(row: Listed, form: Form) -> np.ndarray:
         _check(path, header, form)
         headers.append(header)
 
-    with _opened(row) as stream:
-        pixels = pictures.read(row.path, check, stream)
+    pixels = pictures.read(row.path, check, row.content)
     if form.resize == "none":
         return pixels
     return _resampled(pixels, headers[0].mpp, form)
-
-
-def _opened(row: Listed) -> io.BufferedIOBase:
-    return pictures.opened(row.path) if row.content is None else io.BytesIO(row.content)
 
 
 # ---- size and scale -----------------------------------------------------------------------------

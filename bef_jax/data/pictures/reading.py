@@ -1,10 +1,11 @@
 """Pictures to be scored: a 96x96 patch is read as it is, a larger picture in tiles.
 
-PNG, JPEG and TIFF with at most 8 bits per channel are read as every viewer shows them: turned as
-their EXIF says, and laid on white where they are transparent. Everything else is refused.
+PNG, JPEG, TIFF, WebP and BMP with at most 8 bits per channel are read as every viewer shows them:
+turned as their EXIF says, and laid on white where they are transparent. Everything else is refused.
 """
 
 import contextlib
+import io
 import math
 import threading
 import warnings
@@ -17,16 +18,19 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from bef_jax.data.patch import CENTER, CENTER_SIDE, PATCH
+from bef_jax.data.pictures import jpeg
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file
 
 T = TypeVar("T")
 
-SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 LIMIT = 100_000_000  # pixels, 10,000 x 10,000; decoding takes up to 7 bytes of memory for each
+_WEBP_LIMIT = LIMIT // 4  # its decoder takes up to 20 bytes for each
 _TOO_LARGE = f"above {LIMIT:,} pixels; cut it into parts"
 # Pillow knows many more. For EPS it runs Ghostscript, which would run a stranger's program.
-_FORMATS = ("PNG", "JPEG", "TIFF")
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+_KINDS = "PNG, JPEG, TIFF, WebP or BMP"
+_SMALL = 4 << 20  # bytes of a file that are read at once
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MARGIN = CENTER[0]  # pixels of a tile around the square that decides
 _WHITE = (255, 255, 255)
@@ -85,29 +89,6 @@ class Tile(NamedTuple):
     pixels: np.ndarray
 
 
-def find(path: Path) -> list[Path]:
-    """Returns the pictures at `path`: itself, or all in a folder and the folders below, sorted.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not path.is_dir():
-        return [path]
-    found = sorted(file for file in path.rglob("*") if _is_shown(file, path))
-    if not found:
-        raise UserError(f"{path}: holds no picture ({', '.join(SUFFIXES)}); name another --input")
-    return found
-
-
-def _is_shown(file: Path, folder: Path) -> bool:
-    """Returns whether a file has a picture's name, and neither it nor its folders are hidden.
-
-    macOS keeps its notes on NAME.png in ._NAME.png.
-    """
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in SUFFIXES and not hidden and not file.is_dir()
-
-
 def check_size(path: Path, header: Header) -> None:
     """Raises `UserError` for a picture with a side below 96 pixels, or too large to decode."""
     height, width = header.height, header.width
@@ -122,34 +103,37 @@ def check_size(path: Path, header: Header) -> None:
 Check = Callable[[Path | str, Header], None]
 
 
-def look(path: Path | str, check: Check = check_size, stream: BinaryIO | None = None) -> Header:
+def look(path: Path | str, check: Check = check_size, content: bytes | None = None) -> Header:
     """Returns what a picture's header says.
 
     Args:
-        path: of the picture's file; with a stream, it is only its name in errors.
+        path: of the picture's file; with `content`, it is only its name in errors.
         check: raises UserError if the picture must be refused.
-        stream: holds the picture from its start on, and can seek; it stays open.
+        content: of the file, if it is not on disk.
 
     Raises:
         UserError: it is not a picture, its channels have more than 8 bits, or `check` refuses it.
     """
 
-    def checked(header: Header) -> Header:
-        check(path, header)
-        return header
+    def of_image(image: Image.Image) -> Header:
+        return _header(path, image)
 
-    return _with_pillow_or_tifffile(
-        path, stream, lambda x: checked(_header(path, x)), lambda x: checked(_page_header(path, x))
-    )
+    def of_page(page: tifffile.TiffPage) -> Header:
+        return _page_header(path, page)
+
+    with _opened(path, content) as file:
+        header = _with_pillow_or_tifffile(path, file, of_image, of_page)
+    check(path, header)
+    return header
 
 
-def read(path: Path | str, check: Check = check_size, stream: BinaryIO | None = None) -> np.ndarray:
+def read(path: Path | str, check: Check = check_size, content: bytes | None = None) -> np.ndarray:
     """Returns the pixels of a picture as viewers show it, uint8 [H, W, 3].
 
     Args:
         path: see `look`.
         check: see `look`.
-        stream: see `look`.
+        content: see `look`.
 
     Raises:
         UserError: as for `look`, or it cannot be decoded.
@@ -165,7 +149,15 @@ def read(path: Path | str, check: Check = check_size, stream: BinaryIO | None = 
         tag = page.tags.get(_ORIENTATION)
         return _turned(page.asarray(), tag.value if tag else 1)
 
-    return _with_pillow_or_tifffile(path, stream, of_image, of_page)
+    with _opened(path, content) as file:
+        # Decoders seek and read often, so a small file is read at once.
+        small = _small_content(file)
+        if size := jpeg.plain_size(small):
+            check(path, Header(*size, "RGB", None))
+            if (pixels := jpeg.decode(small)) is not None:
+                return pixels
+        whole = io.BytesIO(small) if small else file
+        return _with_pillow_or_tifffile(path, whole, of_image, of_page)
 
 
 def tiles(pixels: np.ndarray, stride: int) -> Iterator[Tile]:
@@ -204,6 +196,8 @@ def _header(path: Path, image: Image.Image) -> Header:
     tags = image.tag_v2 if image.format == "TIFF" else {}
     _check_depth(path, image, tags)
     _check_area(path, tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1))
+    if image.format == "WEBP" and image.height * image.width > _WEBP_LIMIT:
+        raise UserError(f"{path}: a WebP above {_WEBP_LIMIT:,} pixels; write it as PNG")
     mpp = _mpp(tags.get(_X_RESOLUTION), tags.get(_RESOLUTION_UNIT))
     return Header(image.height, image.width, image.mode, mpp)
 
@@ -259,9 +253,25 @@ def _mpp(resolution: float | None, unit: int | None) -> float | None:
 # ---- decoding -----------------------------------------------------------------------------------
 
 
+def _opened(path: Path | str, content: bytes | None) -> BinaryIO:
+    if content is not None:
+        return io.BytesIO(content)
+    try:
+        return open_user_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a picture ({reason_of(error)})") from error
+
+
+def _small_content(file: BinaryIO) -> bytes:
+    """Returns what an open file holds, or nothing if that is too much to keep in memory."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return file.read(size) if size <= _SMALL else b""
+
+
 def _with_pillow_or_tifffile(
-    path: Path,
-    stream: BinaryIO | None,
+    path: Path | str,
+    file: BinaryIO,
     of_image: Callable[[Image.Image], T],
     of_page: Callable[[tifffile.TiffPage], T],
 ) -> T:
@@ -270,36 +280,23 @@ def _with_pillow_or_tifffile(
     Raises:
         UserError: neither can read it; the text has the reason of each library that tried.
     """
-    with opened(path) if stream is None else contextlib.nullcontext(stream) as file:
-        try:
-            with _SILENCE, Image.open(file, formats=_FORMATS) as image:
-                return of_image(image)
-        except UserError:
-            raise
-        except Image.DecompressionBombError as error:  # Pillow's own limit is 179 million pixels
-            raise UserError(f"{path}: it is {_TOO_LARGE}") from error
-        except UnidentifiedImageError:
-            reason = "it is not a PNG, JPEG or TIFF"
-        # Pillow's decoders raise errors of any kind for a damaged file.
-        except Exception as error:
-            reason = reason_of(error)
-        with contextlib.suppress(OSError):
-            file.seek(0)
-            if file.read(4) in _TIFF_STARTS:
-                return _with_tifffile(path, file, of_page, reason)
-    raise UserError(f"{path}: cannot be read as a picture ({reason})")
-
-
-def opened(path: Path) -> BinaryIO:
-    """Opens the file of a picture.
-
-    Raises:
-        UserError: it is not a regular file, or cannot be opened.
-    """
     try:
-        return open_user_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a picture ({reason_of(error)})") from error
+        with _SILENCE, Image.open(file, formats=_FORMATS) as image:
+            return of_image(image)
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit is 179 million pixels
+        raise UserError(f"{path}: it is {_TOO_LARGE}") from error
+    except UnidentifiedImageError:
+        reason = f"it is not a {_KINDS}"
+    # Pillow's decoders raise errors of any kind for a damaged file.
+    except Exception as error:
+        reason = reason_of(error)
+    with contextlib.suppress(OSError):
+        file.seek(0)
+        if file.read(4) in _TIFF_STARTS:
+            return _with_tifffile(path, file, of_page, reason)
+    raise UserError(f"{path}: cannot be read as a picture ({reason})")
 
 
 class _Silence(contextlib.AbstractContextManager):
@@ -349,21 +346,26 @@ def _with_tifffile(
 def _pixels(image: Image.Image) -> np.ndarray:
     """Decodes the image and returns uint8 [H, W, 3], turned as its tag says."""
     image.load()
-    # Convert in bands, because copies of a whole picture of 4 channels would take too much memory
-    # beside the result.
+    is_small = image.width * image.height <= _BAND
+    pixels = np.array(_on_white(image)) if is_small else _in_bands(image)
+    # Pillow turns a TIFF itself and then removes the tag.
+    return _turned(pixels, image.getexif().get(_ORIENTATION, 1))
+
+
+def _in_bands(image: Image.Image) -> np.ndarray:
+    # Copies of a whole picture of 4 channels would take too much memory beside the result.
     rows = max(1, _BAND // image.width)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         pixels[top:bottom] = _on_white(image.crop((0, top, image.width, bottom)))
-    # Pillow turns a TIFF itself and then removes the tag.
-    return _turned(pixels, image.getexif().get(_ORIENTATION, 1))
+    return pixels
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     # Pictures without an alpha channel can still declare some of their colours transparent.
     if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     # Without its alpha, a transparent pixel would show its hidden colour.
     canvas = Image.new("RGBA", image.size, _WHITE)
     canvas.alpha_composite(image.convert("RGBA"))
