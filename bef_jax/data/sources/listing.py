@@ -102,13 +102,15 @@ def order_classes(found: Collection[str], wanted: Sequence[str], where: str) -> 
     """
     if len(found) > MOST_CLASSES:
         raise UserError(
-            f"{where}: has {len(found)} classes, and at most {MOST_CLASSES} are read; "
-            "put the names of classes where those of patches may be"
+            f"{where}: has {len(found)} classes, but {MOST_CLASSES} are the most; "
+            "names of patches may stand where classes should"
         )
-    if len(found) < 2:
+    if not found:
+        raise UserError(f"{where}: holds no patch; set config.data.dir to another place")
+    if len(found) == 1:
         raise UserError(
-            f"{where}: has {'one class, ' + repr(*found)[:100] if found else 'no class'}; "
-            "a network needs two or more to learn"
+            f"{where}: all patches are of class {next(iter(found))[:100]!r}; "
+            "add patches of another class"
         )
     if not wanted:
         return tuple(sorted(found, key=_sort_key(found)))

@@ -29,9 +29,9 @@ def test_classes_are_in_the_order_of_their_labels(found, wanted, expected):
 @pytest.mark.parametrize(
     ("found", "wanted", "message"),
     [
-        ({"a"}, (), "table: has one class, 'a'; a network needs two or more"),
-        (set(), (), "table: has no class; a network needs two or more"),
-        (set(map(str, range(10_001))), (), "table: has 10001 classes, and at most 10000 are read"),
+        ({"a"}, (), "table: all patches are of class 'a'; add patches of another"),
+        (set(), (), "table: holds no patch"),
+        (set(map(str, range(10_001))), (), "table: has 10001 classes, but 10000 are the most"),
         ({"a", "b"}, ("a", "c"), "config.data.classes has 'c', but table does not; it has a, b"),
         ({"a", "b", "c"}, ("a", "c"), "table: has classes that config.data.classes lacks: b"),
         ({"a", "b"}, ("a", "b", "a"), "config.data.classes names a class twice: a, b, a"),
