@@ -3,7 +3,7 @@
 They are read here alone, so that the same file gives the same pixels in training and in predict.
 """
 
-from bef_jax.data.pictures.folders import SUFFIXES, find, walk
+from bef_jax.data.pictures.folders import SUFFIXES, Kind, find, list_folder, walk
 from bef_jax.data.pictures.reading import (
     LIMIT,
     Check,
@@ -21,9 +21,11 @@ __all__ = [
     "SUFFIXES",
     "Check",
     "Header",
+    "Kind",
     "Tile",
     "check_size",
     "find",
+    "list_folder",
     "look",
     "positions",
     "read",

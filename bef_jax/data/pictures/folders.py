@@ -1,5 +1,6 @@
 """The pictures in a folder, known by their names."""
 
+import enum
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,14 @@ from pathlib import Path
 from bef_jax.errors import UserError, reason_of
 
 SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp", ".bmp")
-_FOLDER, _FILE, _OTHER = range(3)
+
+
+class Kind(enum.Enum):
+    """What a name in a folder stands for: OTHER is a link to a file, a FIFO or the like."""
+
+    FOLDER = enum.auto()
+    FILE = enum.auto()
+    OTHER = enum.auto()
 
 
 def find(path: Path) -> list[Path]:
@@ -27,65 +35,78 @@ def find(path: Path) -> list[Path]:
 def walk(folder: Path | str) -> Iterator[tuple[str, bool]]:
     """Yields the pictures in a folder and those below it, in the order of their sorted names.
 
-    They are known by their suffix; none is opened, and few are looked at. Hidden files and folders
-    are left out: macOS keeps its notes on NAME.png in ._NAME.png. Links to folders are followed.
+    Hidden folders are left out, and links to folders are followed.
 
     Yields:
         The path of a picture relative to `folder`, with slashes; and whether it is known to be a
-        regular file, not a link, a FIFO or the like.
+        regular file.
 
     Raises:
         UserError: a folder cannot be listed, or is reached by two ways, such as a loop of links.
     """
     seen: dict[tuple[int, int], str] = {}
-    # A stack instead of calls, because folders can lie deeper in each other than calls may.
-    levels = [iter(_level(folder, "", seen))]
+    # Use a stack, because folders can lie deeper in each other than Python's calls may.
+    levels = [_level(folder, "", seen)]
     while levels:
         for name, kind in levels[-1]:
-            if kind == _FOLDER:
-                levels.append(iter(_level(folder, f"{name}/", seen)))
+            if kind == Kind.FOLDER:
+                levels.append(_level(folder, f"{name}/", seen))
                 break
-            yield name, kind == _FILE
+            yield name, kind == Kind.FILE
         else:
             levels.pop()
 
 
 def _level(
     folder: Path | str, below: str, seen: dict[tuple[int, int], str]
-) -> list[tuple[str, int]]:
-    """Returns the folders and pictures right in a folder, sorted, with what each is.
+) -> Iterator[tuple[str, Kind]]:
+    """Returns what is right in a folder below `folder`, whose path from there is `below`.
 
     Args:
-        folder: where the search began.
-        below: path from there of the folder to list; empty, or with a slash at its end.
+        folder: where the walk began.
+        below: empty, or with a slash at its end.
         seen: the folders that were listed, by device and inode; this one is added.
     """
     path = os.path.join(folder, below)
+    found = list_folder(path)
+    facts = os.stat(path)
+    other = seen.setdefault((facts.st_dev, facts.st_ino), path)
+    if other != path:
+        raise UserError(f"{path}: is the same folder as {other}; remove the link")
+    return ((below + name, kind) for name, kind in found)
+
+
+def list_folder(folder: Path | str) -> list[tuple[str, Kind]]:
+    """Returns the names of the folders and pictures right in a folder, sorted.
+
+    Pictures are known by their suffix; none is opened. Hidden files and folders are left out: macOS
+    keeps its notes on NAME.png in ._NAME.png.
+
+    Raises:
+        UserError: it cannot be listed.
+    """
     try:
-        facts = os.stat(path)
-        other = seen.setdefault((facts.st_dev, facts.st_ino), path)
-        if other != path:
-            raise UserError(f"{path}: is the same folder as {other}; remove the link")
-        with os.scandir(path) as entries:
-            found = [(below + each.name, _kind(each)) for each in entries if _is_shown(each)]
+        with os.scandir(folder) as entries:
+            found = [(entry.name, _kind(entry)) for entry in entries if entry.name[0] != "."]
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be listed ({reason_of(error)}); make it readable"
+            f"{folder}: cannot be listed ({reason_of(error)}); make it readable"
         ) from error
-    return sorted(each for each in found if each[1] is not None)
+    return sorted((name, kind) for name, kind in found if kind)
 
 
-def _is_shown(entry: os.DirEntry) -> bool:
-    return not entry.name.startswith(".")
-
-
-def _kind(entry: os.DirEntry) -> int | None:
+def _kind(entry: os.DirEntry) -> Kind | None:
     """Returns what an entry is, or None if it is neither a folder nor named like a picture."""
-    try:
-        if entry.is_dir():
-            return _FOLDER
-    except OSError:  # a loop of links
-        pass
+    # The system says these with the name, so that only links need a look of their own.
+    if _is_folder(entry):
+        return Kind.FOLDER
     if not entry.name.lower().endswith(SUFFIXES):
         return None
-    return _FILE if entry.is_file(follow_symlinks=False) else _OTHER
+    return Kind.FILE if entry.is_file(follow_symlinks=False) else Kind.OTHER
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
