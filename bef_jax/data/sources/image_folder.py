@@ -1,4 +1,4 @@
-"""A folder of pictures with a folder for each class: DIR/CLASS/*, or DIR/{train,valid,test}/CLASS/*.
+"""Pictures in a folder for each class: DIR/CLASS/*, or DIR/{train,valid,test}/CLASS/*.
 
 Pictures may also lie in folders below that of their class.
 """
@@ -46,6 +46,7 @@ def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
     folders = _class_folders(root)
     found = {name for names in folders.values() for name in names}
     classes = order_classes(found, data.classes, str(root))
+    numbers = {name: number for number, name in enumerate(classes)}
     group_of = group_finder(data.group) if data.group else None
     rows: list[Listed] = []
     given: dict[str | None, range] = {}
@@ -53,9 +54,8 @@ def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
         start = len(rows)
         if split != "train":  # `divide` refuses it there
             _report_absent(split, [name for name in classes if name not in names])
-        for label, name in enumerate(classes):
-            if name in names:
-                rows += _pictures(root, names[name], label, group_of)
+        for name, folder in names.items():
+            rows += _pictures(root, folder, numbers[name], group_of)
         given[split] = range(start, len(rows))
     splits = divide(data, rows, None if None in given else given, classes, str(root))
     mixed = {split: _mixed(rows) for split, rows in splits.items()}
