@@ -1,9 +1,12 @@
 """Compares what is read with the pixels that Pillow or tifffile wrote."""
 
+import io
 import itertools
 import os
 import subprocess
 import sys
+import threading
+import warnings
 import zlib
 
 import numpy as np
@@ -31,13 +34,64 @@ def write_png(path, width, height, bits, colour_type, packed):
         putchunk(file, b"IEND", b"")
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".PNG", ".tiff"])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".PNG", ".tiff", ".bmp"])
 def test_lossless_pictures_are_read_exactly(suffix, tmp_path):
     pixels = noise(100, 130)
     path = tmp_path / f"a{suffix}"
     Image.fromarray(pixels).save(path)
     assert pictures.look(path)[:2] == (100, 130)
     np.testing.assert_array_equal(pictures.read(path), pixels)
+
+
+def test_a_webp_is_read_exactly_and_laid_on_white(tmp_path):
+    pixels = noise(100, 130, 4)
+    pixels[:50, :, 3], pixels[50:, :, 3] = 0, 255
+    Image.fromarray(pixels).save(tmp_path / "a.webp", lossless=True)
+    found = pictures.read(tmp_path / "a.webp")
+    assert (found[:50] == 255).all()
+    np.testing.assert_array_equal(found[50:], pixels[50:, :, :3])
+
+
+def test_a_large_webp_is_refused_by_its_header(tmp_path):
+    Image.new("RGB", (5001, 5000)).save(tmp_path / "a.webp", quality=0, method=0)
+    with pytest.raises(UserError, match="a WebP above 25,000,000 pixels; write it as PNG"):
+        pictures.look(tmp_path / "a.webp")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_bytes_are_read_like_files(kind, tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(noise(96, 100)).save(file, kind)
+    (tmp_path / "a.tif").write_bytes(file.getvalue())
+    assert pictures.look("row 3", content=file.getvalue()) == pictures.look(tmp_path / "a.tif")
+    expected = pictures.read(tmp_path / "a.tif")
+    np.testing.assert_array_equal(pictures.read("row 3", content=file.getvalue()), expected)
+    with pytest.raises(UserError, match="row 3: cannot be read as a picture"):
+        pictures.read("row 3", content=file.getvalue()[:900])
+
+
+def test_a_file_too_large_to_read_at_once_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures.reading, "_SMALL", 1000)
+    Image.fromarray(noise(96, 96)).save(tmp_path / "a.png")
+    Image.fromarray(noise(96, 96)).save(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(pictures.read(tmp_path / "a.png"), noise(96, 96))
+    expected = np.asarray(Image.open(tmp_path / "a.jpg"))
+    np.testing.assert_array_equal(pictures.read(tmp_path / "a.jpg"), expected)
+
+
+def test_threads_that_decode_leave_the_filters_of_warnings_as_they_were(tmp_path):
+    Image.new("1", (9500, 9500)).save(tmp_path / "a.png")  # Pillow warns of its size
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ask = [threading.Thread(target=pictures.look, args=[tmp_path / "a.png"]) for _ in range(50)]
+        for thread in ask:
+            thread.start()
+        for thread in ask:
+            thread.join()
+        assert warnings.filters[0][0] == "always"
+    assert not caught
+    assert list(warnings.filters) == before
 
 
 def test_a_jpeg_is_read_with_small_errors(tmp_path):
@@ -298,6 +352,9 @@ def test_a_folder_and_all_below_it_are_searched_in_sorted_order(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     assert pictures.find(tmp_path) == sorted(tmp_path / name for name in names)
+    (tmp_path / "a/deep").mkdir()
+    (tmp_path / "a/deep/loop.png").symlink_to("loop.png")
+    assert (tmp_path / "a/deep/loop.png") in pictures.find(tmp_path)  # its error comes in reading
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no picture"):
         pictures.find(tmp_path / "empty")

@@ -34,8 +34,9 @@ def plain_size(content: bytes) -> tuple[int, int] | None:
         first, mark, length = struct.unpack_from(">BBH", content, place)
         if first != 0xFF or mark == _SCAN:
             return size if first == 0xFF else None
-        if mark in _FRAMES and not size:
-            size = _frame_size(content[place + 4 : place + 2 + length])
+        if mark in _FRAMES:
+            if size or not (size := _frame_size(content[place + 4 : place + 2 + length])):
+                return None
         elif mark not in _PLAIN:
             return None
         place += 2 + length
