@@ -147,21 +147,24 @@ def test_nothing_stays_behind_a_reader_that_stops(make, small_chunks, tmp_path):
     assert os.listdir("/proc/self/fd") == files
 
 
-def test_ctrl_c_ends_the_threads(make, small_chunks, monkeypatch):
-    chunks = opened(make(), [encoded(noise())] * 100).chunks
+def test_ctrl_c_ends_the_threads(make, monkeypatch):
+    monkeypatch.setattr(decode, "_BLOCK", 2)
+    chunks = opened(make(), [encoded(noise())] * 200).chunks
     calls = itertools.count()
 
     def interrupt(*_):
-        if not next(calls):
+        if next(calls) == 20:
             signal.raise_signal(signal.SIGINT)
-        time.sleep(0.01)
+        time.sleep(0.005)
         return noise()
 
     monkeypatch.setattr(decode.pictures, "read", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(chunks)
+    for thread in decoding_threads():
+        thread.join(10)
     assert not decoding_threads()
-    assert next(calls) < 20  # of the 100 pictures
+    assert next(calls) < 200
 
 
 def test_few_rows_are_taken_before_they_are_needed(make, small_chunks):
@@ -224,6 +227,11 @@ def test_pictures_of_the_right_size_stay_as_they_are(make):
     for fields in ({"resize": "side"}, {"resize": "mpp", "mpp": 0.5}, {}):
         found = patches(make(**fields), contents)
         np.testing.assert_array_equal(found, [noise(seed=seed) for seed in range(3)])
+
+
+def test_pictures_of_the_right_scale_are_cut_without_resampling(make):
+    [found] = patches(make(resize="mpp", mpp=0.5), [tiff(0.5, 37)])
+    np.testing.assert_array_equal(found, noise(37, 37)[2:34, 2:34])
 
 
 # --- scale

@@ -167,7 +167,7 @@ def empty(name):
 FLAT_MISTAKES = {
     "loose": (add("c.png"), {}, "{}/c.png: is in no folder of a class; move each picture"),
     "empty": (empty("c/d"), {}, "{}/c: holds no picture (.png, "),
-    "one class": (move("b", "a/b"), {}, "{}: has one class, 'a'; a network needs two or more"),
+    "one class": (move("b", "a/b"), {}, "{}: all patches are of class 'a'"),
     "not listed": (add(), {"classes": ("a", "c")}, "config.data.classes has 'c', but {} does not"),
     "pattern": (add(), {"group": "("}, "config.data.group is not a regular expression"),
     "no group": (add("b/t.png"), {"group": r"[pqrs]_"}, "finds no group in 'b/t.png'"),
@@ -210,7 +210,7 @@ def test_a_missing_or_empty_folder_is_named(make, tmp_path):
 def test_too_many_folders_are_a_mistake(make, tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "MOST_CLASSES", 2)
     data = make(lay(tmp_path, [*FLAT, "c/1.png"]))
-    expect_error(data, "has 3 classes, and at most 2 are read", read=sources.open_source)
+    expect_error(data, f"{tmp_path}: has 3 classes, but 2", read=sources.open_source)
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "link to nothing"])
