@@ -6,6 +6,7 @@ Small ones are served directly, with their git SHA-1 as ETag.
 
 import contextlib
 import hashlib
+import importlib
 import json
 import threading
 from collections.abc import Iterator
@@ -53,6 +54,22 @@ def serve() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def environment(monkeypatch, **variables):
+    """Sets environment variables and reloads the library's constants, which are made of them."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with monkeypatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        importlib.reload(constants)
+        close_session()
+        yield
+    importlib.reload(constants)
+    close_session()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "bef_jax"
 # Lowest first. A module imports from its own floor and from those below it. A room is a folder of
 # the package, or a single module. If several names fit a module, the longest one decides.
 FLOORS = (
-    {"errors", "configs", "runtime", "data.patch"},
+    {"errors", "configs", "runtime", "hub", "data.patch"},
     {"data"},
     {"models"},
     {"config"},

@@ -20,7 +20,7 @@ from bef_jax.errors import UserError, reason_of
 
 CHUNK_SIZE = 512  # patches, 13.5 MiB at 96 px; limits the memory that reading takes
 DEFLATE_RATIO = 1032  # the most bytes that one byte of deflate can unpack to
-_LONGEST_ID = 1024  # characters
+LONGEST_ID = 1024  # characters
 _IDS_ALWAYS_ALLOWED = 256 << 20  # bytes of memory that the ids of any file may take
 
 # begin(name, total, unit) announces a long piece of work and returns a function. That function is
@@ -120,9 +120,9 @@ def batched_rows(rows: Iterable[tuple[np.ndarray, int, str]], where: str) -> Ite
     while batch := list(itertools.islice(rows, CHUNK_SIZE)):
         images, labels, ids = zip(*batch, strict=True)
         # Every row of an array of text takes as much memory as the longest one.
-        if len(longest := max(ids, key=len)) > _LONGEST_ID:
+        if len(longest := max(ids, key=len)) > LONGEST_ID:
             raise UserError(
-                f"{where}: {longest[:100]} is an id of more than {_LONGEST_ID} characters; "
+                f"{where}: {longest[:100]} is an id of more than {LONGEST_ID} characters; "
                 "shorten it"
             )
         yield Chunk(np.stack(images), np.asarray(labels, np.uint8), np.asarray(ids, str))
@@ -201,7 +201,7 @@ def check_id_array(
     """
     # A number counts as 32 characters, the width that NumPy gives a float64 as text.
     letters = {"U": dtype.itemsize // 4, "S": dtype.itemsize}.get(dtype.kind, 32)
-    if tuple(shape) != (count,) or dtype.kind not in "SUbiuf" or letters > _LONGEST_ID:
+    if tuple(shape) != (count,) or dtype.kind not in "SUbiuf" or letters > LONGEST_ID:
         raise UserError(
             f"{where}: ids are {describe_array(shape, dtype)} for {count} images; "
             "write one short text for each"

@@ -1,9 +1,12 @@
 """Compares what is read with the pixels that Pillow or tifffile wrote."""
 
+import io
 import itertools
 import os
 import subprocess
 import sys
+import threading
+import warnings
 import zlib
 
 import numpy as np
@@ -32,13 +35,76 @@ def write_png(path, width, height, bits, colour_type, packed):
         putchunk(file, b"IEND", b"")
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".PNG", ".tiff"])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".PNG", ".tiff", ".bmp"])
 def test_lossless_pictures_are_read_exactly(suffix, tmp_path):
     pixels = noise(100, 130)
     path = tmp_path / f"a{suffix}"
     Image.fromarray(pixels).save(path)
     assert pictures.look(path)[:2] == (100, 130)
     np.testing.assert_array_equal(pictures.read(path), pixels)
+
+
+def test_a_webp_is_read_exactly_and_laid_on_white(tmp_path):
+    pixels = noise(100, 130, 4)
+    pixels[:50, :, 3], pixels[50:, :, 3] = 0, 255
+    Image.fromarray(pixels).save(tmp_path / "a.webp", lossless=True)
+    found = pictures.read(tmp_path / "a.webp")
+    assert (found[:50] == 255).all()
+    np.testing.assert_array_equal(found[50:], pixels[50:, :, :3])
+
+
+def test_a_large_webp_is_refused_by_its_header(tmp_path):
+    Image.new("RGB", (5001, 5000)).save(tmp_path / "a.webp", quality=0, method=0)
+    with pytest.raises(UserError, match="a WebP above 25,000,000 pixels; write it as PNG"):
+        pictures.look(tmp_path / "a.webp")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_bytes_are_read_like_files(kind, tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(noise(96, 100)).save(file, kind)
+    (tmp_path / "a.tif").write_bytes(file.getvalue())
+    assert pictures.look("row 3", content=file.getvalue()) == pictures.look(tmp_path / "a.tif")
+    expected = pictures.read(tmp_path / "a.tif")
+    np.testing.assert_array_equal(pictures.read("row 3", content=file.getvalue()), expected)
+    with pytest.raises(UserError, match="row 3: cannot be read as a picture"):
+        pictures.read("row 3", content=file.getvalue()[:900])
+
+
+def test_a_file_too_large_to_read_at_once_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures.reading, "_SMALL", 1000)
+    Image.fromarray(noise(96, 96)).save(tmp_path / "a.png")
+    Image.fromarray(noise(96, 96)).save(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(pictures.read(tmp_path / "a.png"), noise(96, 96))
+    expected = np.asarray(Image.open(tmp_path / "a.jpg"))
+    np.testing.assert_array_equal(pictures.read(tmp_path / "a.jpg"), expected)
+
+
+def test_threads_that_decode_leave_the_filters_of_warnings_as_they_were(tmp_path):
+    """Lets the second thread begin before the first one ends, and end after it."""
+    Image.fromarray(noise(96, 96)).save(tmp_path / "a.png")
+    before, begun, ended = (
+        list(warnings.filters),
+        [threading.Event() for _ in "ab"],
+        threading.Event(),
+    )
+
+    def read(number, awaited):
+        def check(*_):
+            begun[number].set()
+            assert awaited.wait(10)
+
+        return threading.Thread(target=pictures.read, args=(tmp_path / "a.png", check))
+
+    first, second = read(0, begun[1]), read(1, ended)
+    first.start()
+    assert begun[0].wait(10)
+    second.start()
+    first.join()
+    assert warnings.filters[0][0] == "ignore"  # for the second one
+    ended.set()
+    second.join()
+    assert list(warnings.filters) == before
 
 
 def test_a_jpeg_is_read_with_small_errors(tmp_path):
@@ -146,7 +212,7 @@ def test_another_format_is_refused_under_any_suffix(suffix, tmp_path, monkeypatc
     path = tmp_path / f"eps{suffix}"
     Image.fromarray(noise(96, 96)).save(path, "EPS")
     for ask in (pictures.look, pictures.read):
-        with pytest.raises(UserError, match="not a PNG, JPEG or TIFF"):
+        with pytest.raises(UserError, match="not a PNG, JPEG, TIFF, WebP or BMP"):
             ask(path)
     assert not (tmp_path / "was-run").exists()
 
@@ -311,6 +377,9 @@ def test_a_folder_and_all_below_it_are_searched_in_sorted_order(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     assert pictures.find(tmp_path) == sorted(tmp_path / name for name in names)
+    (tmp_path / "a/deep").mkdir()
+    (tmp_path / "a/deep/loop.png").symlink_to("loop.png")
+    assert (tmp_path / "a/deep/loop.png") in pictures.find(tmp_path)  # its error comes in reading
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no picture"):
         pictures.find(tmp_path / "empty")

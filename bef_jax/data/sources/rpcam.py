@@ -6,18 +6,18 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from bef_jax.data.assignment import check_filled, check_ratio
 from bef_jax.data.chunk import Begin, Chunk, Contents, batched_rows, counted, kept, silent
-from bef_jax.data.patch import PCAM_SIDE, READ_ORDER, SPLITS
+from bef_jax.data.patch import PCAM_SIDE, READ_ORDER
 from bef_jax.data.sources.description import PCAM, Description, folder_identity, numbered_classes
+from bef_jax.data.sources.listing import table_lines
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import check_regular, open_user_file, user_path
-
-_LONGEST_LINE = 1 << 16  # characters of a row of the table
 
 DESCRIPTION = Description(
     shared_slides="yes: the split is random, so patches of one slide are on both sides; "
@@ -74,20 +74,11 @@ def split_of(patch_id: str, ratio: Sequence[float]) -> str:
 
 
 def _assign_splits(ids: Sequence[str], ratio: Sequence[float]) -> dict[str, list[str]]:
-    if len(ratio) != 3 or min(ratio) < 0 or min(ratio[:2]) == 0:
-        raise UserError(
-            f"config.data.split_ratio is {tuple(ratio)}; "
-            "set the shares of train, valid and test, the first two above 0"
-        )
+    check_ratio(ratio)
     splits = {split: [] for split in READ_ORDER}
     for patch_id in ids:
         splits[split_of(patch_id, ratio)].append(patch_id)
-    for split, share in zip(SPLITS, ratio, strict=True):
-        if share and not splits[split]:
-            raise UserError(
-                f"config.data.split_ratio leaves none of {len(ids)} patches for the {split} split; "
-                "give it a larger share, or use more patches"
-            )
+    check_filled(splits, ratio)
     return splits
 
 
@@ -129,7 +120,7 @@ def _is_openable_file(entry: os.DirEntry) -> bool:
 def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
     # utf-8-sig drops the byte order mark that spreadsheets write first.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    rows = csv.DictReader(_lines(text, table))
+    rows = csv.DictReader(table_lines(text, table))
     if not {"id", "label"} <= set(rows.fieldnames or ()):
         raise UserError(f"{table}: its first line must be id,label")
     labels: dict[str, int] = {}
@@ -141,16 +132,6 @@ def _parse(file: BinaryIO, table: Path, names: set[str]) -> dict[str, int]:
         file_name = table.parent / "train" / f"{min(unlabelled)}.tif"
         raise UserError(f"{file_name}: train_labels.csv has no row for it; add it")
     return labels
-
-
-def _lines(text: TextIO, table: Path) -> Iterator[str]:
-    # csv would read a line of any length before it looks at the fields.
-    while line := text.readline(_LONGEST_LINE + 1):
-        if len(line) > _LONGEST_LINE:
-            raise UserError(
-                f"{table}: has a line of more than {_LONGEST_LINE} characters; fetch it again"
-            )
-        yield line
 
 
 def _add_label(labels: dict[str, int], row: dict, names: set[str], where: str) -> None:

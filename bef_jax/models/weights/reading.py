@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from bef_jax.errors import UserError, install_command, listed
+from bef_jax.hub import PREFIX
 from bef_jax.models import create, is_attention, is_classifier, stages
 from bef_jax.models.weights import hub, timm_config
 from bef_jax.models.weights.parameter_names import Source, densenet_key, of_timm, recognise
@@ -55,7 +56,7 @@ def resolve(name: str) -> Path:
         UserError: the name is unknown; its package is not installed; the hub does not provide it
             (`hub.fetch`); or the file is not there.
     """
-    if name.startswith(hub.PREFIX):
+    if name.startswith(PREFIX):
         return hub.fetch(name)
     if name in _PACKAGES:
         module, finder = _PACKAGES[name]
@@ -66,7 +67,7 @@ def resolve(name: str) -> Path:
     path = user_path(name)
     check_regular(path)
     if not path.exists():
-        known = " or ".join([*_PACKAGES, f"{hub.PREFIX}OWNER/REPOSITORY"])
+        known = " or ".join([*_PACKAGES, f"{PREFIX}OWNER/REPOSITORY"])
         raise UserError(f"{name}: no such file of weights; give a path, or a name: {known}")
     return path
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from bef_jax.models.weights import hub, parameter_names, reading
 from bef_jax.runtime import sharding
 from bef_jax.training import checkpoint, import_weights, pretrained
 from bef_jax.training.state import abstract_state
-from tests.hub_server import COMMIT, Hub, config_of_timm, serve
+from tests.hub_server import COMMIT, Hub, config_of_timm, environment, serve
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: '.[hub]'")
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -41,22 +40,6 @@ def server(tmp_path, monkeypatch):
             # The library would sleep for seconds between two tries.
             monkeypatch.setattr(time, "sleep", lambda seconds: None)
             yield running
-
-
-@contextlib.contextmanager
-def environment(monkeypatch, **variables):
-    """Sets environment variables and reloads the library's constants, which are made of them."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    with monkeypatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        importlib.reload(constants)
-        close_session()
-        yield
-    importlib.reload(constants)
-    close_session()
 
 
 def asked(server: Hub) -> list[tuple[str, str, str | None]]:
@@ -230,8 +213,8 @@ def test_on_the_command_line_a_mistake_is_one_line_and_status_2(server, tmp_path
             "hf:o/empty",
             "neither model.safetensors nor pytorch_model.bin; name another repository",
         ),
-        ("hf:a/b/c", "write hf:OWNER/REPOSITORY"),
-        ("hf:", "write hf:OWNER/REPOSITORY"),
+        ("hf:a/b/c", "write hf:OWNER/NAME"),
+        ("hf:", "write hf:OWNER/NAME"),
     ],
 )
 def test_what_the_hub_refuses(name, message, server):

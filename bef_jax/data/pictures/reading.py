@@ -1,31 +1,37 @@
 """Pictures to be scored: a patch is read as it is, a larger picture in tiles.
 
-PNG, JPEG and TIFF with at most 8 bits per channel are read as every viewer shows them: turned as
-their EXIF says, and laid on white where they are transparent. Everything else is refused.
+PNG, JPEG, TIFF, WebP and BMP with at most 8 bits per channel are read as every viewer shows them:
+turned as their EXIF says, and laid on white where they are transparent. Everything else is refused.
 """
 
 import contextlib
+import io
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from bef_jax.data.patch import Tiling
+from bef_jax.data.pictures import jpeg
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file
 
 T = TypeVar("T")
 
-SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 LIMIT = 100_000_000  # pixels, 10,000 x 10,000; decoding takes up to 7 bytes of memory for each
+_WEBP_LIMIT = LIMIT // 4  # its decoder takes up to 20 bytes for each
 _TOO_LARGE = f"above {LIMIT:,} pixels; cut it into parts"
 # Pillow knows many more. For EPS it runs Ghostscript, which would run a stranger's program.
-_FORMATS = ("PNG", "JPEG", "TIFF")
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+_KINDS = "PNG, JPEG, TIFF, WebP or BMP"
+_SMALL = 4 << 20  # bytes of a file that are read at once
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE = (255, 255, 255)
 _BAND = 1 << 20  # pixels that are converted at once
 # Tags of TIFF; EXIF has the first one too.
@@ -82,30 +88,7 @@ class Tile(NamedTuple):
     pixels: np.ndarray
 
 
-def find(path: Path) -> list[Path]:
-    """Returns the pictures at `path`: itself, or all in a folder and the folders below, sorted.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not path.is_dir():
-        return [path]
-    found = sorted(file for file in path.rglob("*") if _is_shown(file, path))
-    if not found:
-        raise UserError(f"{path}: holds no picture ({', '.join(SUFFIXES)}); name another --input")
-    return found
-
-
-def _is_shown(file: Path, folder: Path) -> bool:
-    """Returns whether a file has a picture's name, and neither it nor its folders are hidden.
-
-    macOS keeps its notes on NAME.png in ._NAME.png.
-    """
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in SUFFIXES and not hidden and not file.is_dir()
-
-
-Check = Callable[[Path, Header], None]
+Check = Callable[[Path | str, Header], None]
 
 
 def check_size(path: Path, header: Header) -> None:
@@ -130,27 +113,37 @@ def at_least(side: int) -> Check:
     return check
 
 
-def look(path: Path, check: Check = check_size) -> Header:
+def look(path: Path | str, check: Check = check_size, content: bytes | None = None) -> Header:
     """Returns what a picture's header says.
 
     Args:
+        path: of the picture's file; with `content`, it is only its name in errors.
         check: raises UserError if the picture must be refused.
+        content: of the file, if it is not on disk.
 
     Raises:
         UserError: it is not a picture, its channels have more than 8 bits, or `check` refuses it.
     """
 
-    def checked(header: Header) -> Header:
-        check(path, header)
-        return header
+    def of_image(image: Image.Image) -> Header:
+        return _header(path, image)
 
-    return _with_pillow_or_tifffile(
-        path, lambda x: checked(_header(path, x)), lambda x: checked(_page_header(path, x))
-    )
+    def of_page(page: tifffile.TiffPage) -> Header:
+        return _page_header(path, page)
+
+    with _opened(path, content) as file:
+        header = _with_pillow_or_tifffile(path, file, of_image, of_page)
+    check(path, header)
+    return header
 
 
-def read(path: Path, check: Check = check_size) -> np.ndarray:
+def read(path: Path | str, check: Check = check_size, content: bytes | None = None) -> np.ndarray:
     """Returns the pixels of a picture as viewers show it, uint8 [H, W, 3].
+
+    Args:
+        path: see `look`.
+        check: see `look`.
+        content: see `look`.
 
     Raises:
         UserError: as for `look`, or it cannot be decoded.
@@ -166,7 +159,15 @@ def read(path: Path, check: Check = check_size) -> np.ndarray:
         tag = page.tags.get(_ORIENTATION)
         return _turned(page.asarray(), tag.value if tag else 1)
 
-    return _with_pillow_or_tifffile(path, of_image, of_page)
+    with _opened(path, content) as file:
+        # Decoders seek and read often, so a small file is read at once.
+        small = _small_content(file)
+        if size := jpeg.plain_size(small):
+            check(path, Header(*size, "RGB", None))
+            if (pixels := jpeg.decode(small)) is not None:
+                return pixels
+        whole = io.BytesIO(small) if small else file
+        return _with_pillow_or_tifffile(path, whole, of_image, of_page)
 
 
 def tiles(pixels: np.ndarray, tiling: Tiling) -> Iterator[Tile]:
@@ -206,6 +207,8 @@ def _header(path: Path, image: Image.Image) -> Header:
     tags = image.tag_v2 if image.format == "TIFF" else {}
     _check_depth(path, image, tags)
     _check_area(path, tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1))
+    if image.format == "WEBP" and image.height * image.width > _WEBP_LIMIT:
+        raise UserError(f"{path}: a WebP above {_WEBP_LIMIT:,} pixels; write it as PNG")
     mpp = _mpp(tags.get(_X_RESOLUTION), tags.get(_RESOLUTION_UNIT))
     return Header(image.height, image.width, image.mode, mpp)
 
@@ -214,8 +217,10 @@ def _check_depth(path: Path, image: Image.Image, tags: dict) -> None:
     """Refuses pixels that Pillow would silently clip, or cut to their upper 8 bits."""
     bits = max(tags.get(_BITS_PER_SAMPLE, (1,)))
     if image.format == "PNG":
-        with open_user_file(path) as file:
-            bits = file.read(25)[-1]  # in IHDR, which is always the first chunk
+        start = image.fp.tell()
+        image.fp.seek(24)  # in IHDR, which is always the first chunk
+        bits = image.fp.read(1)[0]
+        image.fp.seek(start)
     if (
         image.mode.startswith(("I", "F"))
         or bits > 8
@@ -259,8 +264,27 @@ def _mpp(resolution: float | None, unit: int | None) -> float | None:
 # ---- decoding -----------------------------------------------------------------------------------
 
 
+def _opened(path: Path | str, content: bytes | None) -> BinaryIO:
+    if content is not None:
+        return io.BytesIO(content)
+    try:
+        return open_user_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a picture ({reason_of(error)})") from error
+
+
+def _small_content(file: BinaryIO) -> bytes:
+    """Returns what an open file holds, or nothing if that is too much to keep in memory."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return file.read(size) if size <= _SMALL else b""
+
+
 def _with_pillow_or_tifffile(
-    path: Path, of_image: Callable[[Image.Image], T], of_page: Callable[[tifffile.TiffPage], T]
+    path: Path | str,
+    file: BinaryIO,
+    of_image: Callable[[Image.Image], T],
+    of_page: Callable[[tifffile.TiffPage], T],
 ) -> T:
     """Returns `of_image` of Pillow's image, or `of_page` of a TIFF that Pillow cannot read.
 
@@ -268,39 +292,58 @@ def _with_pillow_or_tifffile(
         UserError: neither can read it; the text has the reason of each library that tried.
     """
     try:
-        with _opened(path) as image:
+        with _SILENCE, Image.open(file, formats=_FORMATS) as image:
             return of_image(image)
     except UserError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit is 179 million pixels
         raise UserError(f"{path}: it is {_TOO_LARGE}") from error
     except UnidentifiedImageError:
-        reason = "it is not a PNG, JPEG or TIFF"
+        reason = f"it is not a {_KINDS}"
     # Pillow's decoders raise errors of any kind for a damaged file.
     except Exception as error:
         reason = reason_of(error)
     with contextlib.suppress(OSError):
-        if _is_tiff(path):
-            return _with_tifffile(path, of_page, reason)
+        file.seek(0)
+        if file.read(4) in _TIFF_STARTS:
+            return _with_tifffile(path, file, of_page, reason)
     raise UserError(f"{path}: cannot be read as a picture ({reason})")
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes and tags, which this module checks itself
-        with open_user_file(path) as file, Image.open(file, formats=_FORMATS) as image:
-            yield image
+class _Silence(contextlib.AbstractContextManager):
+    """Silences warnings while any thread is inside, because this module checks sizes and tags.
+
+    catch_warnings alone is not safe in threads: they would restore each other's filters.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.close()
 
 
-def _is_tiff(path: Path) -> bool:
-    with open_user_file(path) as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SILENCE = _Silence()
 
 
-def _with_tifffile(path: Path, of_page: Callable[[tifffile.TiffPage], T], reason: str) -> T:
+def _with_tifffile(
+    path: Path, file: BinaryIO, of_page: Callable[[tifffile.TiffPage], T], reason: str
+) -> T:
+    file.seek(0)
     try:
-        with open_user_file(path) as file, tifffile.TiffFile(file) as tif:
+        with tifffile.TiffFile(file) as tif:
             # Further pages are usually smaller levels of a pyramid, or thumbnails.
             return of_page(tif.pages[0])
     except UserError:
@@ -314,21 +357,26 @@ def _with_tifffile(path: Path, of_page: Callable[[tifffile.TiffPage], T], reason
 def _pixels(image: Image.Image) -> np.ndarray:
     """Decodes the image and returns uint8 [H, W, 3], turned as its tag says."""
     image.load()
-    # Convert in bands, because copies of a whole picture of 4 channels would take too much memory
-    # beside the result.
+    is_small = image.width * image.height <= _BAND
+    pixels = np.array(_on_white(image)) if is_small else _in_bands(image)
+    # Pillow turns a TIFF itself and then removes the tag.
+    return _turned(pixels, image.getexif().get(_ORIENTATION, 1))
+
+
+def _in_bands(image: Image.Image) -> np.ndarray:
+    # Copies of a whole picture of 4 channels would take too much memory beside the result.
     rows = max(1, _BAND // image.width)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         pixels[top:bottom] = _on_white(image.crop((0, top, image.width, bottom)))
-    # Pillow turns a TIFF itself and then removes the tag.
-    return _turned(pixels, image.getexif().get(_ORIENTATION, 1))
+    return pixels
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     # Pictures without an alpha channel can still declare some of their colours transparent.
     if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     # Without its alpha, a transparent pixel would show its hidden colour.
     canvas = Image.new("RGBA", image.size, _WHITE)
     canvas.alpha_composite(image.convert("RGBA"))
