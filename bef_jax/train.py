@@ -246,11 +246,11 @@ def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Cal
 def _inputs(run: Run, placed: Batch | None, first: int) -> Iterator[Batch | Selection]:
     """Returns the inputs of all calls from step `first` on."""
     config, split = run.config, run.splits["train"]
-    order = {"seed": config.seed, "batch_size": config.batch_size, "start": first}
+    rows_of = batches.make_order(config, split.labels)
     if placed is None:
-        return batches.host_batches(split, run.mesh, **order)
+        return batches.host_batches(split, run.mesh, rows_of, first)
     sizes = call_sizes(config, run.counts, first)
-    return batches.selections(split, placed, run.mesh, **order, sizes=sizes)
+    return batches.selections(placed, run.mesh, rows_of, first, sizes)
 
 
 def _loop(
