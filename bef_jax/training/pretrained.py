@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from bef_jax.config import as_json, flatten
 from bef_jax.configs.fields import INPUT, NETWORK, affects
+from bef_jax.data import sources
 from bef_jax.data.patch import class_names, same_scale
 from bef_jax.errors import UserError, listed
 from bef_jax.models import is_attention, is_classifier
@@ -155,15 +156,17 @@ def _log_differences(saved: ConfigDict, config: ConfigDict) -> None:
     """Warns of what the shapes do not show, such as weights for other padding or other inputs."""
     old, new = flatten(saved), flatten(ConfigDict(as_json(config)))
     for name in new:
-        if affects(name) not in (NETWORK, INPUT) or old[name] == new[name]:
-            continue
-        remark = ""
-        if name == "data.mpp" and old[name] and new[name]:  # 0 is a scale that is not known
-            if same_scale(old[name], new[name]):
-                continue
-            remark = ": this is more than 8 % apart, so the weights know cells of another size"
+        weighty = affects(name) in (NETWORK, INPUT) and name != "data.mpp"
+        if weighty and old[name] != new[name]:
+            LOG.warning("config.%s was %r in the source, is %r now", name, old[name], new[name])
+    # Compare the scales of the patches, because the field may leave them to the data's source.
+    was, now = (sources.scale(each.data) for each in (saved, config))
+    if was and now and not same_scale(was, now):
         LOG.warning(
-            "config.%s was %r in the source, is %r now%s", name, old[name], new[name], remark
+            "config.data.mpp was %r in the source, is %r now: the weights know cells of another "
+            "size, because this is more than 8 %% apart",
+            was,
+            now,
         )
 
 
