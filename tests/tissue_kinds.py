@@ -87,7 +87,8 @@ class Canvas:
         rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         grid = grid @ rotation + self.side / 2 + self.rng.uniform(-spacing, spacing, 2)
         grid += self.rng.normal(0, jitter * spacing, grid.shape)
-        return grid[((grid > -12) & (grid < self.side + 12)).all(1)]
+        # Keep those beyond the border whose cells or glands reach into the picture.
+        return grid[((grid > -spacing) & (grid < self.side + spacing)).all(1)]
 
 
 def at(field: np.ndarray, centers: np.ndarray) -> np.ndarray:

@@ -162,6 +162,11 @@ def class_weights(config: ConfigDict, labels: np.ndarray) -> np.ndarray | None:
     """
     if config.data.class_weights == "none":
         return None
+    if config.data.sampling == "balanced":
+        LOG.warning(
+            "config.data.class_weights and config.data.sampling are both balanced: each makes up "
+            "for rare classes, so together they do too much; keep one"
+        )
     counts = np.bincount(labels, minlength=config.model.num_classes)
     # No label asks for the weight of a class without patches, so any finite number will do.
     weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))

@@ -139,6 +139,12 @@ def test_weights_are_scikit_learns_and_their_mean_is_1(caplog):
     assert "0 0.5, 1 5, " in caplog.text
 
 
+def test_weights_beside_balanced_draws_are_warned_of(caplog):
+    fields = {"data.class_weights": "balanced", "data.sampling": "balanced"}
+    step.class_weights(make_config(**fields), np.array([0, 0, 1]))
+    assert "do too much; keep one" in caplog.text
+
+
 def test_no_weights_unless_they_are_asked_for():
     assert step.class_weights(make_config(), np.array([0, 0, 1])) is None
 
