@@ -17,7 +17,7 @@ from bef_jax.data.splits import open_splits
 from bef_jax.data.store import Split
 from bef_jax.errors import DivergedError, RunError, UserError
 from bef_jax.runtime import distributed, lock, sharding
-from bef_jax.runtime.files import user_path, write_text
+from bef_jax.runtime.files import user_path
 from bef_jax.runtime.interrupt import Interrupt
 from bef_jax.runtime.progress import Progress
 from bef_jax.scoring.calibration import choose_operating_point
@@ -37,7 +37,7 @@ from bef_jax.training.state import (
     create_state,
     params_digest,
 )
-from bef_jax.training.step import compile_step, describe
+from bef_jax.training.step import class_weights, compile_step, describe
 from bef_jax.training.step_counts import StepCounts, call_sizes, check_placement, count_steps
 from bef_jax.training.steplog import StepLog
 
@@ -163,7 +163,7 @@ def _train(run: Run) -> TrainState:
         state = _initial_state(run)
         first = int(state.step)
         run.history.truncate(first)  # a kill may have left lines of later steps
-        _write_config(run)
+        outputs.write_config(run.workdir, config)
         run.laps.mark("state")
         places = batches.should_place(train, config.data.placement)
         placed = batches.place_split(train, run.mesh) if places else None
@@ -217,16 +217,6 @@ def _resume(run: Run, newest: Path) -> TrainState:
     return state
 
 
-def _write_config(run: Run) -> None:
-    """Writes config.json by the first process; the others check that they see it."""
-    file = run.workdir / "config.json"
-    with distributed.first_alone("config.json"):
-        if distributed.is_first():
-            write_text(file, run.config.to_json_best_effort(indent=2) + "\n")
-        elif not file.exists():
-            raise UserError(f"{run.workdir}: is not shared by all hosts; give a --workdir that is")
-
-
 def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Callable]:
     """Returns the programs for the remaining calls, by how many steps each takes.
 
@@ -234,8 +224,10 @@ def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Cal
     """
     config, counts = run.config, run.counts
     schedule = make_schedule(config, counts.steps, counts.steps_per_epoch)
+    weights = class_weights(config, run.splits["train"].labels)
+    shapes = run.packing.shapes(state)
     programs = {
-        size: compile_step(config, schedule, run.mesh, run.packing.shapes(state), placed, size)
+        size: compile_step(config, schedule, run.mesh, shapes, placed, size, weights)
         for size in set(call_sizes(config, counts, int(state.step)))
     }
     if programs:  # there are none if only the report of a run was missing
@@ -246,11 +238,11 @@ def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Cal
 def _inputs(run: Run, placed: Batch | None, first: int) -> Iterator[Batch | Selection]:
     """Returns the inputs of all calls from step `first` on."""
     config, split = run.config, run.splits["train"]
-    order = {"seed": config.seed, "batch_size": config.batch_size, "start": first}
+    rows_of = batches.make_order(config, split.labels)
     if placed is None:
-        return batches.host_batches(split, run.mesh, **order)
+        return batches.host_batches(split, run.mesh, rows_of, first)
     sizes = call_sizes(config, run.counts, first)
-    return batches.selections(split, placed, run.mesh, **order, sizes=sizes)
+    return batches.selections(placed, run.mesh, rows_of, first, sizes)
 
 
 def _loop(

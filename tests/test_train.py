@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from bef_jax import train
 from bef_jax.cli import config_files
+from bef_jax.data import store
 from bef_jax.data.batches import Batch
 from bef_jax.errors import UserError
 from bef_jax.training import checkpoint, outputs
@@ -110,6 +111,22 @@ def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_pa
     shutil.copytree(workdir, again)
     monkeypatch.setattr(train, "compile_step", lambda *_: pytest.fail("trained again"))
     assert train.train_and_evaluate(small_config(), again) == summary
+
+
+def test_the_loss_has_the_weights_of_the_training_split(small_config, tmp_path, monkeypatch):
+    class Stop(Exception):
+        """Ends the run where it would compile."""
+
+    def compile_step(*args):
+        raise Stop(args[-1])
+
+    config = small_config(**{"data.class_weights": "balanced"})
+    monkeypatch.setattr(train, "compile_step", compile_step)
+    with pytest.raises(Stop) as caught:
+        train.train_and_evaluate(config, tmp_path)
+    labels = store.open_split(store.store_path(config.data), "train").labels
+    expected = [len(labels) / (2 * np.sum(labels == label)) for label in (0, 1)]
+    np.testing.assert_allclose(caught.value.args[0], expected)
 
 
 @pytest.mark.parametrize(

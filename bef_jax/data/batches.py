@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): a permutation per epoch, then a gather.
+"""Batches as a pure function of (seed, step): an order of patches per epoch, then a gather.
 
 Nothing is carried from step to step, so a resumed run needs only the step, on any number of devices
 or hosts. A split may be spread over the memory of the devices; then they gather inside the step.
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
 
 from bef_jax.data.store import Split
 from bef_jax.runtime import sharding
@@ -47,33 +48,69 @@ class Selection:
     indices: Array
 
 
-# Keep two: near the end of an epoch the thread that works ahead is already in the next one, while
-# StepLog may still have to name the patches of a batch of this one. A permutation of PCam's train
-# split takes 2 MiB.
-@functools.lru_cache(maxsize=2)
-def epoch_permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Returns the order of n patches in one epoch, [n], int64."""
-    # NumPy hashes the pair. With seed + epoch, seed 1 would begin with the second epoch of seed 0.
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def make_order(config: ConfigDict, labels: np.ndarray) -> Callable[[int], np.ndarray]:
+    """Returns `rows_of(step)`: the rows of the patches that a step trains on, [batch_size], int64.
 
+    An epoch has len(labels) // batch_size steps. With data.sampling=shuffled it is a part of a
+    permutation; the patches left over wait for the next epoch. With balanced, see `_balanced`.
 
-def batch_indices(seed: int, step: int, n: int, batch_size: int) -> np.ndarray:
-    """Returns the indices of the patches, out of n, that step `step` trains on, [batch_size].
-
-    An epoch has n // batch_size steps. The patches left over wait for the next epoch's shuffle.
+    Args:
+        config: the whole configuration; seed, batch_size and data.sampling are read.
+        labels: of the training split, [n], integers.
     """
-    epoch, index = divmod(step, n // batch_size)
-    start = index * batch_size
-    return epoch_permutation(seed, epoch, n)[start : start + batch_size]
+    batch_size = config.batch_size
+    steps = len(labels) // batch_size
+    draw = {"shuffled": _shuffled, "balanced": _balanced}[config.data.sampling]
+
+    # One epoch is enough, because a caller asks for the steps in turn. PCam's order takes 2 MiB.
+    @functools.lru_cache(maxsize=1)
+    def epoch_rows(epoch: int) -> np.ndarray:
+        # NumPy hashes the pair. With seed + epoch, seed 1 would begin with epoch 1 of seed 0.
+        return draw(np.random.default_rng((config.seed, epoch)), labels, steps, batch_size)
+
+    def rows_of(step: int) -> np.ndarray:
+        epoch, index = divmod(step, steps)
+        return epoch_rows(epoch)[index]
+
+    return rows_of
+
+
+def _shuffled(
+    rng: np.random.Generator, labels: np.ndarray, steps: int, batch_size: int
+) -> np.ndarray:
+    """Returns the first rows of a permutation, [steps, batch_size]."""
+    return rng.permutation(len(labels))[: steps * batch_size].reshape(steps, batch_size)
+
+
+def _balanced(
+    rng: np.random.Generator, labels: np.ndarray, steps: int, batch_size: int
+) -> np.ndarray:
+    """Draws each class that has patches equally often, and returns rows, [steps, batch_size].
+
+    How often two classes come differs by at most 1, in each batch and in the epoch. A class begins
+    again, in a new order, when all its patches have come.
+    """
+    _, counts = np.unique(labels, return_counts=True)
+    rows_by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    # Take the classes in turn, so that a batch, which is any piece of it, has all equally often.
+    # Where a batch is no multiple of the classes, chance decides which of them have one more.
+    rows = np.empty(steps * batch_size, np.int64)
+    for place, number in enumerate(rng.permutation(len(counts))):
+        turns = rows[place :: len(counts)]
+        rounds = np.tile(rows_by_class[number], (-(-len(turns) // counts[number]), 1))
+        turns[:] = rng.permuted(rounds, axis=1).ravel()[: len(turns)]
+    # Shuffle each batch. A part of a batch, such as a micro-batch or a group of batch statistics,
+    # could otherwise be of one class.
+    return rng.permuted(rows.reshape(steps, batch_size), axis=1)
 
 
 def host_batches(
-    split: Split, mesh: Mesh, seed: int, batch_size: int, start: int
+    split: Split, mesh: Mesh, rows_of: Callable[[int], np.ndarray], start: int
 ) -> Iterator[Batch]:
-    """Yields the batches of steps start, start + 1, ... without end."""
+    """Yields the batches of steps start, start + 1, ... without end; `make_order` says of what."""
 
     def make(step: int) -> Batch:
-        return put_batch(split, mesh, batch_indices(seed, step, len(split), batch_size))
+        return put_batch(split, mesh, rows_of(step))
 
     return _prefetch(make, start)
 
@@ -167,20 +204,21 @@ def place_split(split: Split, mesh: Mesh) -> Batch:
 
 
 def selections(
-    split: Split,
     placed: Batch,
     mesh: Mesh,
-    seed: int,
-    batch_size: int,
+    rows_of: Callable[[int], np.ndarray],
     start: int,
     sizes: Iterable[int],
 ) -> Iterator[Selection]:
-    """Yields one selection for each of `sizes`, with that many steps, from step `start` on."""
+    """Yields one selection for each of `sizes`, with that many steps, from step `start` on.
+
+    Args:
+        rows_of: from `make_order`.
+    """
     step = start
     for size in sizes:
         # The host sends only these indices, 4 bytes per patch; the images stay where they are.
-        steps = range(step, step + size)
-        indices = [batch_indices(seed, at, len(split), batch_size) for at in steps]
+        indices = [rows_of(at) for at in range(step, step + size)]
         # int32 is enough: JAX has no int64 by default, and no split has 2^31 patches.
         yield Selection(placed, sharding.put_everywhere(np.array(indices, np.int32), mesh))
         step += size

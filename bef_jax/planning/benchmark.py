@@ -29,6 +29,7 @@ from bef_jax.data.batches import (
     Batch,
     gather,
     host_batches,
+    make_order,
     place_split,
     put_batch,
     selections,
@@ -264,12 +265,12 @@ def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[tuple[Iterator[Batch], 
 
 
 def _gathered(split: Split, config: ConfigDict, mesh: Mesh) -> Iterator[Batch]:
-    order = {"seed": config.seed, "batch_size": config.batch_size, "start": 0}
+    rows_of = make_order(config, split.labels)
     if not should_place(split, config.data.placement):
-        return host_batches(split, mesh, **order)
+        return host_batches(split, mesh, rows_of, 0)
     # In training the step itself gathers; here gathering is a program of its own.
     program = jax.jit(lambda selection: gather(selection.split, selection.indices[0], mesh))
-    chosen = selections(split, place_split(split, mesh), mesh, **order, sizes=itertools.repeat(1))
+    chosen = selections(place_split(split, mesh), mesh, rows_of, 0, itertools.repeat(1))
     return (program(selection) for selection in chosen)
 
 

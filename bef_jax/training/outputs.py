@@ -5,7 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bef_jax.runtime.files import check_outputs, check_types, read_json, write_json
+from ml_collections import ConfigDict
+
+from bef_jax.errors import UserError
+from bef_jax.runtime import distributed
+from bef_jax.runtime.files import check_outputs, check_types, read_json, write_json, write_text
 
 _SCORES = ("scores_valid.csv", "scores_test.csv")
 FILES = ("config.json", "metrics.jsonl", "train_summary.json", *_SCORES)
@@ -23,6 +27,20 @@ def check_writable(workdir: Path, also: Iterable[str] = ()) -> None:
     """
     check_outputs(workdir, [*FILES, *also], FOLDERS)
     check_outputs(workdir / "report", REPORT)
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes config.json by the first process; the others check that they see it.
+
+    Raises:
+        UserError: this process does not see the file that the first one wrote.
+    """
+    file = workdir / "config.json"
+    with distributed.first_alone("config.json"):
+        if distributed.is_first():
+            write_text(file, config.to_json_best_effort(indent=2) + "\n")
+        elif not file.exists():
+            raise UserError(f"{workdir}: is not shared by all hosts; give a --workdir that is")
 
 
 def write_summary(workdir: Path, summary: dict) -> None:

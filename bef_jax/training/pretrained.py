@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from bef_jax.config import as_json, flatten
 from bef_jax.configs.fields import INPUT, NETWORK, affects
+from bef_jax.data import sources
+from bef_jax.data.patch import class_names, same_scale
 from bef_jax.errors import UserError, listed
 from bef_jax.models import is_attention, is_classifier
 from bef_jax.runtime.files import check_regular, user_path
@@ -84,8 +86,8 @@ def start_from(
 def fresh_parts(source: Mapping[str, Array], wanted: Mapping[str, Array], path: Path) -> list[str]:
     """Returns the modules of a network that start without the weights of `source`.
 
-    These are the classifier, if it differs at all (another number of classes, or more features
-    because stages are fused), and attention that the source does not have.
+    These are the classifier, if it differs at all (other classes, or more features because stages
+    are fused), and attention that the source does not have.
 
     Args:
         source, wanted: arrays, or their shapes, by names like 'params/stem/kernel'.
@@ -117,13 +119,21 @@ def _mismatch(name: str, source: Mapping[str, Array], wanted: Mapping[str, Array
 
 
 def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
-    """Returns {params, batch_stats} of a checkpoint (its average, if it has one) or a file."""
+    """Returns {params, batch_stats} of a checkpoint (its average, if it has one) or a file.
+
+    A checkpoint of other classes comes without its classifier, as does a file of other classes.
+    """
     if path.is_dir():
         saved = checkpoint.read_config(path)
         _log_differences(saved, config)
         # Read it in the shapes of its own config, because Orbax refuses others, and the
         # classifier may differ.
-        return checkpoint.restore_variables(path, saved, sharding)
+        variables = checkpoint.restore_variables(path, saved, sharding)
+        if class_names(saved) == class_names(config):
+            return variables
+        # The logits are those of other classes, also where there are as many of them.
+        params = variables["params"].items()
+        return variables | {"params": {name: x for name, x in params if not is_classifier(name)}}
     from bef_jax.models import weights  # imported here, because only a file needs it
 
     found = weights.read(path, config.model)
@@ -146,8 +156,18 @@ def _log_differences(saved: ConfigDict, config: ConfigDict) -> None:
     """Warns of what the shapes do not show, such as weights for other padding or other inputs."""
     old, new = flatten(saved), flatten(ConfigDict(as_json(config)))
     for name in new:
-        if affects(name) in (NETWORK, INPUT) and old[name] != new[name]:
+        weighty = affects(name) in (NETWORK, INPUT) and name != "data.mpp"
+        if weighty and old[name] != new[name]:
             LOG.warning("config.%s was %r in the source, is %r now", name, old[name], new[name])
+    # Compare the scales of the patches, because the field may leave them to the data's source.
+    was, now = (sources.scale(each.data) for each in (saved, config))
+    if was and now and not same_scale(was, now):
+        LOG.warning(
+            "config.data.mpp was %r in the source, is %r now: the weights know cells of another "
+            "size, because this is more than 8 %% apart",
+            was,
+            now,
+        )
 
 
 def _variables(state: TrainState) -> dict:

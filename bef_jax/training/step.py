@@ -1,12 +1,14 @@
 """The training step, and the compiled programs that take one or more steps on all devices."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict
@@ -16,6 +18,8 @@ from ml_collections import ConfigDict
 
 from bef_jax.data.augment import augment
 from bef_jax.data.batches import Batch, Selection, gather
+from bef_jax.data.patch import class_names
+from bef_jax.errors import listed
 from bef_jax.models import create, is_frozen
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import memory_bytes
@@ -26,7 +30,9 @@ from bef_jax.training.state import TrainState, count_params, update_ema
 LOG = logging.getLogger(__name__)
 
 
-def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
+def make_train_step(
+    config: ConfigDict, schedule: Callable, weights: np.ndarray | None = None
+) -> Callable:
     """Returns `train_step(state, batch, key) -> (state, metrics)`, not jitted.
 
     All randomness comes from (key, state.step), so no random state passes from step to step. The
@@ -35,8 +41,12 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
     float32 scalars: loss, accuracy, grad_norm, learning_rate.
 
     Without a mesh (`jax.set_mesh`) it is traced as for a CPU or a TPU.
+
+    Args:
+        weights: of the classes in the loss, from `class_weights`; None: all are 1.
     """
     model = create(config.model, config.dtype, config.bn_groups)
+    gradients = functools.partial(_gradients, model, config, weights)
     tx = make_optimizer(config, schedule)
 
     def train_step(
@@ -45,7 +55,7 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
         # Fold in state.step, so that a resumed run draws the same numbers.
         key = jax.random.fold_in(key, state.step)
         whole = packing.with_leaves(state, config)
-        grads, batch_stats, metrics = _accumulate(model, config, whole, batch, key)
+        grads, batch_stats, metrics = _accumulate(gradients, config, whole, batch, key)
         grads, batch_stats = (packing.pack_like(state, tree) for tree in (grads, batch_stats))
         # Pass the parameters, because weight decay needs them.
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -64,7 +74,9 @@ def make_train_step(config: ConfigDict, schedule: Callable) -> Callable:
     return train_step
 
 
-def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: Batch, key: Array):
+def _accumulate(
+    gradients: Callable, config: ConfigDict, state: TrainState, batch: Batch, key: Array
+):
     """Returns gradients, batch statistics and metrics over optim.accumulate micro-batches.
 
     Gradients and metrics are averaged. Micro-batches interleave: each takes rows from every device,
@@ -72,13 +84,13 @@ def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: 
     """
     count = config.optim.accumulate
     if count == 1:
-        return _gradients(model, config, state.params, state.batch_stats, batch, key)
+        return gradients(state.params, state.batch_stats, batch, key)
     # [count, B / count, ...]. Consecutive rows would be on a few devices only, but a scan needs
     # each micro-batch on all devices.
     micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def body(batch_stats, item):
-        grads, batch_stats, metrics = _gradients(model, config, state.params, batch_stats, *item)
+        grads, batch_stats, metrics = gradients(state.params, batch_stats, *item)
         return batch_stats, (grads, metrics)
 
     # Batch statistics pass from one micro-batch to the next, as between steps. Stacked gradients
@@ -88,7 +100,15 @@ def _accumulate(model: nn.Module, config: ConfigDict, state: TrainState, batch: 
     return grads, batch_stats, metrics
 
 
-def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch: Batch, key: Array):
+def _gradients(
+    model: nn.Module,
+    config: ConfigDict,
+    weights: np.ndarray | None,
+    params,
+    batch_stats,
+    batch: Batch,
+    key: Array,
+):
     augment_key, dropout_key = jax.random.split(key)
     # Augment outside of loss_fn, because nothing before the images needs a gradient.
     images = augment(augment_key, batch.images, config)
@@ -101,23 +121,58 @@ def _gradients(model: nn.Module, config: ConfigDict, params, batch_stats, batch:
             mutable=["batch_stats"],
             rngs={"dropout": dropout_key},
         )
-        return cross_entropy(logits, batch.labels, config.label_smoothing), (logits, updates)
+        loss = cross_entropy(logits, batch.labels, config.label_smoothing, weights)
+        return loss, (logits, updates)
 
     (loss, (logits, updates)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     accuracy = jnp.mean(jnp.argmax(logits, -1) == batch.labels, dtype=jnp.float32)
     return grads, updates["batch_stats"], {"loss": loss, "accuracy": accuracy}
 
 
-def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
+def cross_entropy(
+    logits: Array, labels: Array, smoothing: float, weights: np.ndarray | None = None
+) -> Array:
     """Returns the mean cross-entropy, in nats, of logits [N, classes] against labels [N].
 
     Args:
         labels: integers.
         smoothing: the share of the target that is spread evenly over all classes.
+        weights: [classes], float32; an image counts as much as the class of its label says.
     """
     # [N, classes] in float32, like the logits, which are float32 for any config.dtype.
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+    losses = optax.softmax_cross_entropy(logits, targets)
+    if weights is None:
+        return jnp.mean(losses)
+    # Divide by N, not by the sum of the weights, so that what an image contributes does not depend
+    # on which others share its batch.
+    return jnp.mean(losses * jnp.asarray(weights)[labels])
+
+
+def class_weights(config: ConfigDict, labels: np.ndarray) -> np.ndarray | None:
+    """Returns the weight of each class in the loss, float32 [classes]; None if all are 1.
+
+    With data.class_weights=balanced it is n / (K * the patches of the class), where K counts the
+    classes that have patches. This is the "balanced" of scikit-learn's `compute_class_weight`. The
+    mean weight of the n patches is 1.
+
+    Args:
+        config: the whole configuration.
+        labels: of the training split, [n], integers.
+    """
+    if config.data.class_weights == "none":
+        return None
+    if config.data.sampling == "balanced":
+        LOG.warning(
+            "config.data.class_weights and config.data.sampling are both balanced: each makes up "
+            "for rare classes, so together they do too much; keep one"
+        )
+    counts = np.bincount(labels, minlength=config.model.num_classes)
+    # No label asks for the weight of a class without patches, so any finite number will do.
+    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    pairs = zip(class_names(config), weights, strict=True)
+    LOG.info("weights in the loss: %s", listed([f"{name} {weight:.3g}" for name, weight in pairs]))
+    return weights.astype(np.float32)
 
 
 # ---- compiled -----------------------------------------------------------------------------------
@@ -130,6 +185,7 @@ def compile_step(
     state: TrainState,
     placed: Batch | None = None,
     steps: int = 1,
+    weights: np.ndarray | None = None,
     options: dict | None = None,
 ) -> jax.stages.Compiled:
     """Compiles `call(state, inputs, key) -> (state, metrics)` ahead of time.
@@ -142,12 +198,13 @@ def compile_step(
             `Selection` and gathers the batches itself, and each metric is stacked, [steps]. Without
             it, a call takes a `Batch`.
         steps: how many steps the call takes; more than one only with `placed`.
+        weights: of the classes in the loss, from `class_weights`.
         options: for XLA, to compile on a machine without the devices.
     """
     # Give the sharding of the outputs, too. Otherwise XLA could split the new state over devices,
     # and it would not fit the next call's program.
     everywhere = sharding.replicated(mesh)
-    train_step = make_train_step(config, schedule)
+    train_step = make_train_step(config, schedule, weights)
     call = train_step if placed is None else make_multi_step(train_step, mesh)
     # Compile ahead of time, so that compiling is timed apart from the first step. Also, an input of
     # another shape is then an error, not minutes of compiling again.

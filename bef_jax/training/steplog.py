@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data.batches import batch_indices
+from bef_jax.data.batches import make_order
 from bef_jax.data.store import Split
 from bef_jax.errors import DivergedError
 from bef_jax.runtime.progress import Progress
@@ -112,10 +112,9 @@ class StepLog:
         for step, metrics in zip(steps, values, strict=True):
             if math.isfinite(metrics["loss"]):
                 continue
-            config, n = self._config, len(self._train)
             # A batch is a function of the step, so it was not kept and is computed again. Step N
             # trains on the batch of step N - 1, because steps are counted when they are done.
-            rows = batch_indices(config.seed, step - 1, n, config.batch_size)
+            rows = make_order(self._config, self._train.labels)(step - 1)
             ids = ", ".join(map(str, self._train.ids[rows]))
             text = f"the loss of step {step} is not finite; its batch: {ids}"
             # Step N computes the loss of the state of step N - 1, so that state may be bad. The

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bef_jax.configs import default
-from bef_jax.data.batches import place_split, put_batch, selections
+from bef_jax.data.batches import make_order, place_split, put_batch, selections
 from bef_jax.planning import benchmark
 from bef_jax.runtime import sharding
 from bef_jax.training.optim import placeholder_schedule
@@ -86,8 +86,8 @@ def build_several(config: ConfigDict, mesh: Mesh, steps: int) -> benchmark.Progr
     start = time.perf_counter()
     program = compile_step(config, placeholder_schedule(config), mesh, state, placed, steps)
     compile_seconds = time.perf_counter() - start
-    order = {"seed": config.seed, "batch_size": config.batch_size, "start": 0}
-    inputs = selections(split, placed, mesh, **order, sizes=itertools.repeat(steps))
+    rows_of = make_order(config, split.labels)
+    inputs = selections(placed, mesh, rows_of, 0, itertools.repeat(steps))
     key = jax.random.key(config.seed)
 
     def train():

@@ -13,7 +13,7 @@ import pytest
 
 from bef_jax.configs import quickstart
 from bef_jax.data import store
-from bef_jax.data.batches import batch_indices
+from bef_jax.data.batches import make_order
 from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY
 from bef_jax.models.efficientnet import Architecture, EfficientNet, Stage
@@ -208,7 +208,7 @@ def test_input_comes_from_the_store_in_the_order_of_training(placement, small_co
         next(batches)
         batch = next(batches)
     assert source == {"store": str(folder), "patches": 40}
-    rows = batch_indices(config.seed, 1, 40, 8)
+    rows = make_order(config, train.labels)(1)
     np.testing.assert_array_equal(batch.images, train.images[rows])
 
 

@@ -1,23 +1,31 @@
 """Runs whose loss or scores are not finite: their message, and which checkpoint it calls good."""
 
 import itertools
+import re
 import subprocess
 import sys
 
 import pytest
 
 from bef_jax import train
+from bef_jax.data import batches, store
 from bef_jax.errors import DivergedError, RunError
 from tests.conftest import SHRUNK
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_patches(small_config, tmp_path):
-    config = small_config(
-        **{"optim.name": "sgd", "optim.learning_rate": 1e38, "optim.clip_norm": 0.0}
-    )
-    message = r"loss of step \d is not finite; its batch: .*train_\d.*; last good checkpoint: "
-    with pytest.raises(FloatingPointError, match=message):
+@pytest.mark.parametrize("sampling", ["shuffled", "balanced"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_patches(
+    sampling, small_config, tmp_path
+):
+    fields = {"optim.name": "sgd", "optim.learning_rate": 1e38, "optim.clip_norm": 0.0}
+    config = small_config(**fields, **{"data.sampling": sampling})
+    message = r"loss of step (\d) is not finite; its batch: (.*); last good checkpoint: "
+    with pytest.raises(FloatingPointError) as caught:
         train.train_and_evaluate(config, tmp_path)
+    step, ids = re.match(f"the {message}", str(caught.value)).groups()
+    split = store.open_split(store.store_path(config.data), "train")
+    rows = batches.make_order(config, split.labels)(int(step) - 1)
+    assert ids == ", ".join(split.ids[rows])
 
 
 @pytest.mark.parametrize(("warmup", "last_good"), [(0.0, None), (1.0, "1")])

@@ -1,6 +1,5 @@
 """A run that starts from saved weights, compared with its source and with a fresh state."""
 
-import json
 import os
 import types
 
@@ -8,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
+from bef_jax.config import as_json
 from bef_jax.configs.default import get_config
 from bef_jax.errors import UserError
 from bef_jax.runtime import sharding
@@ -26,6 +27,14 @@ def shapes(**sizes):
     return {name: types.SimpleNamespace(shape=size) for name, size in named.items()}
 
 
+def save(folder, config, source):
+    """Saves a state, and returns the checkpoint's folder."""
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(7, source, {"config": as_json(config)}, None)
+    checkpoints.close()
+    return folder / "checkpoints" / "7"
+
+
 def equal_leaves(one, other):
     """Returns {parameter: whether both trees have equal values there}."""
     return flatten_dict(jax.tree.map(np.array_equal, one, other), sep="/")
@@ -37,11 +46,7 @@ def test_a_plain_network_starts_a_boosted_one(tmp_path):
     source = state.create_state(source_config, EVERYWHERE)
     # Make the statistics differ from the zeros and ones that a fresh state has.
     source = source.replace(batch_stats=jax.tree.map(lambda x: x + 0.5, source.batch_stats))
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    saved_config = json.loads(source_config.to_json_best_effort())
-    checkpoints.save(7, source, {"config": saved_config}, None)
-    checkpoints.close()
-    config.init_from = str(tmp_path / "checkpoints" / "7")
+    config.init_from = str(save(tmp_path, source_config, source))
     started, renewed = pretrained.start(config, EVERYWHERE)
     fresh = state.create_state(config, EVERYWHERE)
     trunk = [name for name in source.params if name != "classifier"]
@@ -57,6 +62,46 @@ def test_a_plain_network_starts_a_boosted_one(tmp_path):
     assert all(equal_leaves(started.ema["params"], started.params).values())
     assert all(equal_leaves(started.ema["batch_stats"], started.batch_stats).values())
     assert jax.tree.all(jax.tree.map(np.array_equal, started.opt_state, fresh.opt_state))
+
+
+@pytest.mark.parametrize(
+    ("classes", "fresh"),
+    [
+        (("stroma", "tumour"), []),
+        (("tumour", "stroma"), ["classifier"]),  # the same names, with other numbers
+        (("mucus", "tumour"), ["classifier"]),
+    ],
+)
+def test_a_checkpoint_of_other_classes_gives_no_classifier(classes, fresh, tmp_path, caplog):
+    config = get_config("model.name=efficientnet_test,ema_decay=0.0,seed=1")
+    config.data.classes = ("stroma", "tumour")
+    source = state.create_state(config, EVERYWHERE)
+    config.init_from = str(save(tmp_path, config, source))
+    config.seed, config.data.classes = 2, classes
+    with caplog.at_level("INFO", "bef_jax"):
+        started, renewed = pretrained.start(config, EVERYWHERE)
+    assert renewed == fresh
+    assert f"fresh: {', '.join(fresh) or 'nothing'}" in caplog.text
+    equal = jax.tree.map(np.array_equal, started.params, source.params)
+    assert equal["classifier"]["kernel"] == (not fresh)
+    assert jax.tree.all({name: x for name, x in equal.items() if name != "classifier"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ("rcc.center=0", "config.rcc.center was 32 in the source, is 0 now"),
+        ("data.patch_size=224", "config.data.patch_size was 96 in the source, is 224 now"),
+        ("data.mpp=0.25", "config.data.mpp was 0.972 in the source, is 0.25 now: "),
+        ("data.mpp=1.0", None),  # within 8 %, like two scanners
+        ("data.source=npz", None),  # which does not say its scale
+    ],
+)
+def test_other_inputs_are_warned_of(fields, line, caplog):
+    """The source is PCam, whose scale is known although data.mpp is 0."""
+    pretrained._log_differences(ConfigDict(as_json(get_config())), get_config(fields))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith(line) if line else not lines
 
 
 def test_another_classifier_and_attention_that_the_source_lacks_are_fresh():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+from sklearn.utils.class_weight import compute_class_weight
 
 from bef_jax import models
 from bef_jax.configs.default import get_config
@@ -126,6 +127,58 @@ def test_cross_entropy_of_great_logits_is_finite():
     assert step.cross_entropy(logits, jnp.array([1, 1]), 0.0) == pytest.approx(1e4)
 
 
+def test_weights_are_scikit_learns_and_their_mean_is_1(caplog):
+    labels = np.repeat([0, 1, 3], [50, 5, 20])
+    config = make_config(**{"model.num_classes": 4, "data.class_weights": "balanced"})
+    with caplog.at_level("INFO"):
+        weights = step.class_weights(config, labels.astype(np.uint8))
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    np.testing.assert_allclose(weights[[0, 1, 3]], expected, rtol=1e-6)
+    assert np.isfinite(weights[2])  # no patch has this class
+    assert weights[labels].mean() == pytest.approx(1)
+    assert "0 0.5, 1 5, " in caplog.text
+
+
+def test_weights_beside_balanced_draws_are_warned_of(caplog):
+    fields = {"data.class_weights": "balanced", "data.sampling": "balanced"}
+    step.class_weights(make_config(**fields), np.array([0, 0, 1]))
+    assert "do too much; keep one" in caplog.text
+
+
+def test_no_weights_unless_they_are_asked_for():
+    assert step.class_weights(make_config(), np.array([0, 0, 1])) is None
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_weighted_loss_is_that_of_a_loop(smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels, weights = rng.normal(size=(7, 3)) * 5, rng.integers(0, 3, 7), [0.5, 2.0, 4.0]
+    total = 0.0
+    for row, label in zip(log_softmax(logits, -1), labels, strict=True):
+        targets = (1 - smoothing) * np.eye(3)[label] + smoothing / 3
+        total -= weights[label] * (targets * row).sum()
+    weights = np.float32(weights)
+    actual = step.cross_entropy(jnp.float32(logits), jnp.asarray(labels), smoothing, weights)
+    assert actual == pytest.approx(total / 7, rel=1e-5)
+
+
+def test_weights_are_as_if_patches_were_repeated():
+    """Six of class 0 and two of class 1 weigh 2/3 and 2, as if each of class 1 came three times."""
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(8, 5)), np.repeat([0, 1], [6, 2])
+    kernel = jnp.float32(rng.normal(size=(5, 2)))
+    rows = np.repeat(np.arange(8), [1] * 6 + [3] * 2)
+    weights = step.class_weights(make_config(**{"data.class_weights": "balanced"}), labels)
+
+    def gradient(rows, weights):
+        inputs, targets = jnp.float32(features[rows]), jnp.asarray(labels[rows])
+        return jax.grad(lambda x: step.cross_entropy(inputs @ x, targets, 0.1, weights))(kernel)
+
+    weighted = gradient(np.arange(8), weights)
+    np.testing.assert_allclose(weighted, gradient(rows, None), rtol=1e-5, atol=1e-7)
+    assert not np.allclose(weighted, gradient(np.arange(8), None), atol=1e-2)
+
+
 # ---- one step -----------------------------------------------------------------------------------
 
 
@@ -185,6 +238,25 @@ def test_label_smoothing_enters_the_loss():
     targets = 0.8 * np.eye(2)[np.asarray(batch.labels)] + 0.1
     expected = -(targets * log_softmax(np.float64(logits), -1)).sum(-1).mean()
     assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weights_enter_the_loss_and_the_gradient(accumulate):
+    batch, weights = make_batch(), np.float32([0.25, 3.0])
+    config = make_config(**{"optim.accumulate": accumulate})
+    after, metrics = jax.jit(step.make_train_step(config, lambda count: RATE, weights))(
+        make_state(), batch, KEY
+    )
+    loss, residuals = [], []
+    for first in range(accumulate):
+        part = take(batch, np.s_[first::accumulate])
+        logits, _ = network_outputs(make_config(), part)
+        scores, labels = log_softmax(np.float64(logits), -1), np.asarray(part.labels)
+        loss.append(-(weights[labels] * scores[np.arange(len(labels)), labels]).mean())
+        residuals.append((weights[labels, None] * (np.exp(scores) - np.eye(2)[labels])).mean(0))
+    assert metrics["loss"] == pytest.approx(np.mean(loss), rel=1e-4)
+    bias = -difference(after)["classifier"]["bias"] / RATE
+    np.testing.assert_allclose(bias, np.mean(residuals, 0), atol=1e-4)
 
 
 def test_a_step_is_a_function_of_seed_and_step():
