@@ -211,7 +211,7 @@ def folded_outputs_fn(config: ConfigDict, variables: dict) -> OutputsFn:
 
 def _outputs_fn(model: nn.Module, config: ConfigDict, variables: dict) -> OutputsFn:
     def outputs(images: Array) -> tuple[Array, Array]:
-        log_odds = scorer.view_log_odds(model, config, variables, images, view=0)
+        log_odds = scorer.view_scores(model, config, variables, images, view=0)
         # In float32 the most confident patches all have probability 1; their log-odds still differ.
         return jax.nn.sigmoid(log_odds), log_odds
 

@@ -1,4 +1,8 @@
-"""Scorers (patches -> log-odds of each view) and predictors (patches -> probabilities)."""
+"""Scorers (patches -> scores of each view) and predictors (patches -> probabilities).
+
+Scores are what a network says about a patch, before they become probabilities. For two classes
+they are the log-odds of class 1, [N]. For K > 2 classes they are the logits, [N, K].
+"""
 
 import functools
 import itertools
@@ -11,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from scipy.special import expit
+from scipy.special import expit, softmax
 
 from bef_jax.data import augment
 from bef_jax.errors import RunError
@@ -19,21 +23,21 @@ from bef_jax.models import create
 from bef_jax.models.fold import fold_batch_norm
 from bef_jax.runtime import sharding
 
-# Takes images [N, S, S, 3], uint8, sharded by rows. Returns the log-odds of class 1 over class 0
-# under each view, float32 [N] each.
+# Takes images [N, S, S, 3], uint8, sharded by rows. Returns the scores under each view, float32,
+# [N] or [N, K] each.
 Scorer = Callable[[Array], list[Array]]
 
 
 def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Scorer]:
     """Returns `bind(variables)`, which returns the scorer with these variables.
 
-    The scorer has config.eval.tta views, and its log-odds are on every device. Its network is
+    The scorer has config.eval.tta views, and its scores are on every device. Its network is
     folded: `bind` puts batch normalisation into the convolutions, once for all batches.
     """
     model = create(config.model, config.dtype, folded=True)
-    # Log-odds go to every device, because each process computes figures of the whole split.
+    # Scores go to every device, because each process computes figures of the whole split.
     score_view = jax.jit(
-        functools.partial(view_log_odds, model, config), out_shardings=sharding.replicated(mesh)
+        functools.partial(view_scores, model, config), out_shardings=sharding.replicated(mesh)
     )
     fold = _make_fold(config, mesh)
 
@@ -53,16 +57,16 @@ def _make_fold(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
     )
 
 
-def view_log_odds(
+def view_scores(
     model: nn.Module, config: ConfigDict, variables: dict, images: Array, view: int
 ) -> Array:
-    """Returns the log-odds of class 1 under one of the eight symmetries, [N], float32."""
+    """Returns the scores under one of the eight symmetries, float32, [N] or [N, K]."""
     turned = (
         augment.symmetry(images, jnp.full(len(images), view)) if config.eval.tta > 1 else images
     )
     logits = model.apply(variables, augment.eval_inputs(turned, config), train=False)
-    # These decide both probabilities, so only 4 bytes per patch and view leave the devices.
-    return log_odds(logits)
+    # The log-odds decide both probabilities, so only 4 bytes per patch and view leave the devices.
+    return log_odds(logits) if config.model.num_classes == 2 else logits
 
 
 def log_odds(logits: Array) -> Array:
@@ -75,10 +79,10 @@ def log_odds(logits: Array) -> Array:
 def make_predictor(
     config: ConfigDict, variables: dict, mesh: Mesh
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
-    """Returns `predict(patches)`, which yields probabilities of class 1, float64 [n], by batches.
+    """Returns `predict(patches)`, which yields probabilities, float64, by batches.
 
-    Each patch is uint8 [S, S, 3]. A caller must use `check_finite`, because a probability may be
-    NaN (`mean_probabilities`).
+    They are [n], of class 1, or [n, K] for K > 2 classes. Each patch is uint8 [S, S, 3]. A caller
+    must use `check_finite`, because a probability may be NaN (`mean_probabilities`).
     """
     scorer = make_scorer(config, mesh)(variables)
     size = batch_size(config, mesh)
@@ -106,29 +110,39 @@ def make_featurizer(
     return lambda patches: map_patches(function, patches, size, mesh)
 
 
-def mean_probabilities(log_odds: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the probabilities of class 1, float64 [N], each a mean over views.
+def mean_probabilities(views: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns probabilities, float64, each a mean over views.
 
-    Log-odds that are not finite give NaN, although the sigmoid of infinity is 1, because the
-    outputs of a network that overflows mean nothing.
+    Scores that are not finite give NaN, although the sigmoid of infinity is 1, because the outputs
+    of a network that overflows mean nothing. One such logit makes all K probabilities NaN.
 
     Args:
-        log_odds: of each view, [N].
+        views: the scores under each view: log-odds [N] or logits [N, K].
+
+    Returns:
+        [N], of class 1, or [N, K], whose rows sum to 1.
     """
     # In float32, the most confident patches would all have probability 1, and would tie.
-    log_odds = np.asarray(log_odds, np.float64)
-    return np.where(np.isfinite(log_odds), expit(log_odds), np.nan).mean(axis=0)
+    scores = np.asarray(views, np.float64)
+    if scores.ndim == 2:
+        return np.where(np.isfinite(scores), expit(scores), np.nan).mean(axis=0)
+    finite = np.isfinite(scores).all(axis=-1, keepdims=True)
+    return softmax(np.where(finite, scores, np.nan), axis=-1).mean(axis=0)
 
 
 def check_finite(probabilities: np.ndarray, ids: Sequence[object]) -> None:
-    """Raises `RunError` if one of `probabilities`, [N], is NaN, and names the first such patch.
+    """Raises `RunError` if one of `probabilities` is NaN, and names the first such patch.
 
     NaN is not above any threshold, so the patch would be called normal.
+
+    Args:
+        probabilities: [N] or [N, K].
+        ids: of the N patches.
     """
-    wrong = np.flatnonzero(np.isnan(probabilities))
+    wrong = np.argwhere(np.isnan(probabilities))
     if wrong.size:
         raise RunError(
-            f"no finite score for patch {ids[wrong[0]]}: the network's weights, or what it "
+            f"no finite score for patch {ids[wrong[0, 0]]}: the network's weights, or what it "
             "computes from them, are not finite; give an earlier checkpoint"
         )
 
