@@ -30,7 +30,7 @@ def evaluate_checkpoint(
 
     Raises:
         UserError: there is no such checkpoint or split.
-        RunError: the log-odds of a patch are not finite.
+        RunError: the scores of a patch are not finite.
     """
     folder = store.store_path(config.data)
     manifest = store.read_manifest(folder)
@@ -74,5 +74,6 @@ def _compare(evaluation: Evaluation, path: Path, config: ConfigDict, patches: Sp
         other.probabilities,
         other.labels,
         config.eval.threshold,
+        other.groups,
     )
     return {"checkpoint": str(path), "auc": other.metrics["auc"], **tests}

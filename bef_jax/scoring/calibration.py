@@ -1,9 +1,10 @@
 """A temperature and a threshold, chosen on the valid split and kept for every other split."""
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.special import expit, logit, softmax
 
-from bef_jax.scoring.metrics import Evaluation, binary_metrics
+from bef_jax.scoring.metrics import Evaluation, cross_entropy
+from bef_jax.scoring.multiclass import metrics_of
 
 _TINY = np.finfo(np.float64).tiny  # keeps the log-odds of a probability of 0 finite
 _POINT_FIGURES = ("accuracy", "sensitivity", "specificity", "f1")
@@ -20,18 +21,20 @@ def tuned_figures(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
     Returns:
         calibrated: temperature, and loss, brier and ece with it. operating_point: threshold, and
         accuracy, sensitivity, specificity and f1 at it. Both name the split, as `chosen_on`. The
-        other values are None where nothing could be chosen on `valid`.
+        other values are None where nothing could be chosen on `valid`. More than two classes have
+        no threshold, so that the whole operating point is None.
     """
     chosen = choose_operating_point(valid)
     temperature, threshold = chosen["temperature"], chosen["threshold"]
+    probabilities, truth = evaluation.probabilities, (evaluation.labels, evaluation.classes)
     calibrated, at_point = {}, {}
     if temperature is not None:
-        tempered = temper(evaluation.probabilities, temperature)
-        calibrated = binary_metrics(tempered, evaluation.labels)
+        calibrated = metrics_of(temper(probabilities, temperature), *truth)
     if threshold is not None:
-        at_point = binary_metrics(evaluation.probabilities, evaluation.labels, threshold)
+        at_point = metrics_of(probabilities, *truth, threshold)
     chosen_on = {"chosen_on": chosen["chosen_on"]}
-    # Only these figures change, because a temperature keeps the order of patches, and so the AUC.
+    # For two classes only these figures change, because a temperature keeps the order of patches,
+    # and so the AUC. For more classes, it keeps each patch's decision.
     return {
         "calibrated": chosen_on
         | {"temperature": temperature}
@@ -45,14 +48,15 @@ def tuned_figures(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
 def choose_operating_point(valid: Evaluation) -> dict[str, float | str | None]:
     """Returns the temperature and the threshold that fit a split best, and the split's name.
 
-    Both are None where the split has one class only, or one probability for all patches, because
-    nothing can be chosen there. The temperature is also None where the cross-entropy has no minimum
-    (`fit_temperature`).
+    Both are None where the split has one class only, or the same probabilities for all patches,
+    because nothing can be chosen there. The temperature is also None where the cross-entropy has no
+    minimum (`fit_temperature`), and the threshold where there are more than two classes.
     """
+    samples = valid.probabilities, valid.labels
     return {
         "chosen_on": valid.split,
-        "temperature": fit_temperature(valid.probabilities, valid.labels),
-        "threshold": choose_threshold(valid.probabilities, valid.labels),
+        "temperature": fit_temperature(*samples),
+        "threshold": choose_threshold(*samples) if len(valid.classes) == 2 else None,
     }
 
 
@@ -60,37 +64,64 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float | No
     """Returns the temperature that minimises the cross-entropy (Guo et al. 2017, section 4.2).
 
     Args:
-        probabilities: float [N], of class 1.
-        labels: [N], 0 or 1.
+        probabilities: float, [N] of class 1, or [N, K] for K > 2 classes.
+        labels: [N], numbers of classes.
 
     Returns:
         A number between exp(-5) and exp(5), above 1 for a network that is too confident. None
         where nothing can be chosen (`choose_operating_point`), or where the loss has no minimum. If
         the network is right about every patch, the loss keeps falling as the temperature falls. If
-        its log-odds lie further on the wrong side than on the right side, the loss keeps falling as
-        the temperature rises.
+        its log-odds lie further on the wrong side than on the right side (for K > 2: if the right
+        class has a lower logit than all have on average), the loss keeps falling as the
+        temperature rises.
     """
     # Imported here so that the first training step does not wait for it.
     from scipy.optimize import minimize_scalar
 
     if not _can_choose(probabilities, labels):
         return None
-    # A margin says how far a patch is on the right side of 0.5, in log-odds. The loss is convex in
-    # 1 / temperature, and its slope at 0 is -mean(margins) / 2.
-    margins = logit(_clip_open(probabilities)) * np.where(labels == 1, 1, -1)
-    if margins.min() >= 0 or margins.sum() <= 0:
+    # The loss is convex in 1 / temperature. Its slope at 0 has the sign of -over_mean.sum().
+    over_best, over_mean = _margins(probabilities, labels)
+    if over_best.min() >= 0 or over_mean.sum() <= 0:
         return None
 
     def loss(log_temperature: float) -> float:
-        return binary_metrics(temper(probabilities, np.exp(log_temperature)), labels)["loss"]
+        return cross_entropy(temper(probabilities, np.exp(log_temperature)), labels)
 
     # Search over the logarithm, which keeps the temperature above 0.
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 
 
+def _margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how far the logit of the right class lies above those of the others.
+
+    Returns:
+        [N], above the best of the other classes; and [N], above the mean of all classes. For two
+        classes, both say how far a patch is on the right side of 0.5, in log-odds.
+    """
+    if probabilities.ndim == 1:
+        margins = logit(_clip_open(probabilities)) * np.where(labels == 1, 1, -1)
+        return margins, margins
+    logits, own = _logits(probabilities), (np.arange(labels.size), labels)
+    right, mean = logits[own], logits.mean(axis=1)
+    logits[own] = -np.inf
+    return right - logits.max(axis=1), right - mean
+
+
 def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Returns probabilities of class 1, [N], with their log-odds divided by `temperature`."""
-    return expit(logit(_clip_open(probabilities)) / temperature)
+    """Returns probabilities with their log-odds or logits divided by `temperature`.
+
+    Args:
+        probabilities: float, [N] of class 1, or [N, K].
+    """
+    if probabilities.ndim == 1:
+        return expit(logit(_clip_open(probabilities)) / temperature)
+    return softmax(_logits(probabilities) / temperature, axis=1)
+
+
+def _logits(probabilities: np.ndarray) -> np.ndarray:
+    """Returns finite logits, [N, K], whose softmax is `probabilities`."""
+    return np.log(np.maximum(probabilities, _TINY))
 
 
 def _clip_open(probabilities: np.ndarray) -> np.ndarray:
@@ -122,4 +153,4 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float | N
 
 
 def _can_choose(probabilities: np.ndarray, labels: np.ndarray) -> bool:
-    return len(np.unique(labels)) == 2 and np.ptp(probabilities) > 0
+    return len(np.unique(labels)) > 1 and bool(np.ptp(probabilities, axis=0).any())

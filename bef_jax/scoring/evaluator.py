@@ -1,5 +1,6 @@
 """Exact evaluation: every patch counts once, for any batch size and number of devices."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -9,8 +10,9 @@ from ml_collections import ConfigDict
 from bef_jax.data.batches import put_batch
 from bef_jax.data.store import Split
 from bef_jax.scoring.calibration import tuned_figures
-from bef_jax.scoring.intervals import intervals
-from bef_jax.scoring.metrics import Evaluation, binary_metrics
+from bef_jax.scoring.intervals import auc_interval, intervals
+from bef_jax.scoring.metrics import Evaluation
+from bef_jax.scoring.multiclass import metrics_of
 from bef_jax.scoring.scorer import (
     batch_size,
     check_finite,
@@ -24,7 +26,7 @@ from bef_jax.scoring.scorer import (
 def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
     """Returns `evaluate(variables, split) -> Evaluation`.
 
-    It compiles once for all splits and checkpoints. It raises RunError where the log-odds of a
+    It compiles once for all splits and checkpoints. It raises RunError where the scores of a
     patch are not finite.
     """
     bind = make_scorer(config, mesh)
@@ -35,13 +37,21 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
         # Neither is a list, so that the host gathers a batch while devices score the one before.
         batches = (put_batch(split, mesh, rows).images for rows in padded_rows(len(split), size))
         scored = fetch_one_behind(map(scorer, batches))
-        # [tta, N], float32, without the padding of the last batch.
-        log_odds = np.concatenate([np.stack(views) for views in scored], axis=1)[:, : len(split)]
-        probabilities = mean_probabilities(log_odds)
-        plain = mean_probabilities(log_odds[:1]) if len(log_odds) > 1 else None
+        # [tta, N] or [tta, N, K], float32, without the padding of the last batch.
+        scores = np.concatenate([np.stack(views) for views in scored], axis=1)[:, : len(split)]
+        probabilities = mean_probabilities(scores)
+        plain = mean_probabilities(scores[:1]) if len(scores) > 1 else None
         check_finite(probabilities, split.ids)
-        metrics = binary_metrics(probabilities, split.labels, config.eval.threshold)
-        return Evaluation(split.name, split.ids, split.labels, probabilities, metrics, plain)
+        return Evaluation(
+            split=split.name,
+            ids=split.ids,
+            labels=split.labels,
+            probabilities=probabilities,
+            metrics=metrics_of(probabilities, split.labels, split.classes, config.eval.threshold),
+            plain=plain,
+            classes=split.classes,
+            groups=split.groups,
+        )
 
     return evaluate
 
@@ -49,12 +59,19 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
 def summarise(evaluation: Evaluation, config: ConfigDict, valid: Evaluation) -> dict:
     """Returns the block of a summary that describes one evaluation.
 
-    It has the network's own figures. `ci95` has intervals of six of them (`intervals.intervals`).
-    `calibrated` and `operating_point` have figures with a temperature and at a threshold that were
-    chosen on `valid`. Where `tta` views were averaged, `plain` has the figures of one view.
+    It has the network's own figures. `ci95` has intervals of them (`intervals.intervals`), except
+    that of the AUC, which is `auc_ci95`. `calibrated` and `operating_point` have figures with a
+    temperature and at a threshold that were chosen on `valid`. Where `tta` views were averaged,
+    `plain` has the figures of one view.
     """
     block = {"split": evaluation.split, **evaluation.metrics, "tta": config.eval.tta}
-    block |= {"ci95": intervals(evaluation), **tuned_figures(valid, evaluation)}
+    ci95 = intervals(evaluation)
+    if "auc" in ci95:
+        block["auc_ci95"] = ci95.pop("auc")
+    block |= {"ci95": ci95, **tuned_figures(valid, evaluation)}
     if evaluation.plain is not None:
-        block["plain"] = binary_metrics(evaluation.plain, evaluation.labels, config.eval.threshold)
+        truth = evaluation.labels, evaluation.classes
+        metrics = metrics_of(evaluation.plain, *truth, config.eval.threshold)
+        plain = dataclasses.replace(evaluation, probabilities=evaluation.plain, metrics=metrics)
+        block["plain"] = metrics | {"auc_ci95": auc_interval(plain)}
     return block

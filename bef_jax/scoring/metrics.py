@@ -1,10 +1,16 @@
-"""Figures that judge a set of predictions: exact, in float64, on the host."""
+"""Figures that judge a set of predictions: exact, in float64, on the host.
 
+Those of more than two classes are in `multiclass`.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+
+from bef_jax.data.patch import PCAM_CLASSES
 
 ECE_BINS = 15  # as in Guo et al. 2017
 
@@ -16,11 +22,13 @@ class Evaluation:
     Attributes:
         split: the split's name.
         ids: str array [N].
-        labels: uint8 array [N], 0 or 1.
-        probabilities: float array [N], of class 1.
-        metrics: what `binary_metrics` returns for them.
-        plain: float array [N], probabilities of the unchanged patches, where `probabilities` are
+        labels: integer array [N], numbers of classes.
+        probabilities: float array, [N] of class 1, or [N, K] for K > 2 classes.
+        metrics: what `multiclass.metrics_of` returns for them.
+        plain: the same as `probabilities`, but of the unchanged patches, where `probabilities` are
             averages over several views.
+        classes: the names of the K classes, in the order of their numbers.
+        groups: str array [N], what patches of one slide or patient share; None if it is not known.
     """
 
     split: str
@@ -29,6 +37,8 @@ class Evaluation:
     probabilities: np.ndarray
     metrics: dict[str, Any]
     plain: np.ndarray | None = None
+    classes: tuple[str, ...] = PCAM_CLASSES
+    groups: np.ndarray | None = None
 
 
 def binary_metrics(
@@ -57,11 +67,11 @@ def binary_metrics(
     positive = labels == 1
     return {
         "n": labels.size,
-        "loss": _cross_entropy(probabilities, positive),
+        "loss": cross_entropy(probabilities, labels),
         **_of_decisions(probabilities >= threshold, positive),
         **_of_ranking(probabilities, positive),
         "brier": brier(probabilities, positive),
-        "ece": _calibration_error(probabilities, positive),
+        "ece": float(weighted_calibration_error(probabilities, positive)(np.ones(labels.size))),
         "threshold": float(threshold),
     }
 
@@ -167,12 +177,9 @@ def average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float 
         probabilities: float [N].
         positive: bool [N].
     """
-    order = np.argsort(-probabilities, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # last row of each tie
-    hits = np.cumsum(positive[order])[last]
-    if not hits[-1]:
+    if not positive.any():
         return None
-    return float(np.diff(hits, prepend=0) @ (hits / (last + 1)) / hits[-1])
+    return float(weighted_average_precision(probabilities, positive)(np.ones(len(positive), int)))
 
 
 def f1(called: np.ndarray, positive: np.ndarray) -> float | None:
@@ -185,12 +192,20 @@ def brier(probabilities: np.ndarray, positive: np.ndarray) -> float:
     return float(np.mean((probabilities - positive) ** 2))
 
 
-def _cross_entropy(probabilities: np.ndarray, positive: np.ndarray) -> float:
+def cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean cross-entropy in nats, from `probabilities`, [N] of class 1 or [N, K]."""
+    return float(losses(probabilities, labels).mean())
+
+
+def losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the cross-entropy of each patch in nats, float64 [N]; see `cross_entropy`."""
+    if probabilities.ndim == 1:
+        right = np.where(labels == 1, probabilities, 1 - probabilities)
+    else:
+        right = probabilities[np.arange(labels.size), labels]
     # A softmax that saturates gives exactly 0 or 1. The clip keeps one such patch from making the
     # mean infinite: a confident mistake costs some 36 nats.
-    tiny = np.finfo(np.float64).eps
-    right = np.where(positive, probabilities, 1 - probabilities)
-    return float(-np.log(np.clip(right, tiny, 1)).mean())
+    return -np.log(np.clip(right, np.finfo(np.float64).eps, 1))
 
 
 def _of_decisions(predicted: np.ndarray, positive: np.ndarray) -> dict[str, float | None]:
@@ -208,19 +223,77 @@ def _ratio(part: int, whole: int) -> float | None:
     return float(part / whole) if whole else None
 
 
-def _calibration_error(probabilities: np.ndarray, positive: np.ndarray) -> float:
-    """Returns the expected calibration error.
-
-    A bin's gap is the distance between its mean probability and its share of positives. The error
-    is the mean of the gaps, weighted by the bins' counts.
-    """
-    bins = probability_bins(probabilities, ECE_BINS)
-    # The sum of p - y is a bin's gap times its count, so no empty bin divides by 0.
-    gaps = np.bincount(bins, weights=probabilities - positive, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / positive.size)
-
-
 def probability_bins(probabilities: np.ndarray, count: int) -> np.ndarray:
     """Returns the bin of each probability, 0 ... count - 1; all bins have the same width."""
     # A probability of 1 belongs to the last bin.
     return np.minimum((probabilities * count).astype(int), count - 1)
+
+
+# ---- figures of a weighted sample ---------------------------------------------------------------
+
+# A resample of a bootstrap says how often each patch is drawn: integer weights, [N]. A function of
+# this type returns a figure of a resample, or NaN where it is not defined. The patches are sorted
+# only once, so that a resample costs a few passes over N numbers.
+OfWeights = Callable[[np.ndarray], float]
+
+
+def weighted_auc(probabilities: np.ndarray, positive: np.ndarray) -> OfWeights:
+    """Returns the function that gives the AUC of a resample.
+
+    Args:
+        probabilities: float [N].
+        positive: bool [N].
+    """
+    order, positives = np.argsort(probabilities), np.flatnonzero(positive)
+    # For each positive: the number of samples below it, and of those below it or tied with it.
+    below, to_ties = (
+        np.searchsorted(probabilities[order], probabilities[positives], side)
+        for side in ("left", "right")
+    )
+
+    def figure(weights: np.ndarray) -> float:
+        total = np.concatenate([[0], np.cumsum(weights[order])])  # [N + 1]
+        drawn = weights[positives]
+        count = drawn.sum()
+        # Ties count half. Among themselves, positives win half of their pairs.
+        wins = drawn @ (total[below] + total[to_ties]) - count**2
+        pairs = 2 * count * (total[-1] - count)
+        return wins / pairs if pairs else np.nan
+
+    return figure
+
+
+def weighted_average_precision(probabilities: np.ndarray, positive: np.ndarray) -> OfWeights:
+    """Returns the function that gives the average precision of a resample; see `weighted_auc`."""
+    order = np.argsort(-probabilities, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # last row of each tie
+    is_hit = positive[order]
+
+    def figure(weights: np.ndarray) -> float:
+        weights = weights[order]
+        hits, called = np.cumsum(weights * is_hit)[last], np.cumsum(weights)[last]
+        # None may be called so far, but then there are no hits either.
+        precision = hits / np.maximum(called, 1)
+        return np.diff(hits, prepend=0) @ precision / hits[-1] if hits[-1] else np.nan
+
+    return figure
+
+
+def weighted_calibration_error(probabilities: np.ndarray, right: np.ndarray) -> OfWeights:
+    """Returns the function that gives the expected calibration error of a resample.
+
+    A bin's gap is the distance between its mean probability and its share of patches that are
+    right. The error is the mean of the gaps, weighted by the bins' counts.
+
+    Args:
+        probabilities: float [N].
+        right: bool [N], whether what the probability is of came true.
+    """
+    bins, gaps = probability_bins(probabilities, ECE_BINS), probabilities - right
+
+    def figure(weights: np.ndarray) -> float:
+        # The sum of gaps is a bin's gap times its count, so no empty bin divides by 0.
+        of_bins = np.bincount(bins, weights * gaps, minlength=ECE_BINS)
+        return np.abs(of_bins).sum() / weights.sum()
+
+    return figure

@@ -2,27 +2,69 @@
 
 import numpy as np
 
-from bef_jax.scoring.intervals import LEVEL
+from bef_jax.scoring.intervals import LEVEL, interval_of, resampled
 from bef_jax.scoring.metrics import delong_error, structural_components
+from bef_jax.scoring.multiclass import number_of, weighted_macro_auc
 
 
 def paired_tests(
-    first: np.ndarray, second: np.ndarray, labels: np.ndarray, threshold: float
+    first: np.ndarray,
+    second: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+    groups: np.ndarray | None = None,
 ) -> dict:
-    """Returns DeLong's test of the AUCs and McNemar's of the decisions, as entries of a summary.
+    """Returns tests of the AUCs and of the decisions of two models, as entries of a summary.
+
+    DeLong's test is for two classes, and both his and McNemar's need independent patches. So an
+    entry of theirs is None where it does not hold, and the interval is by resampling.
 
     Args:
-        first: float [N], probabilities of class 1 by one model.
+        first: float, probabilities by one model, [N] of class 1, or [N, K] for K > 2 classes.
         second: the same by another model, for the same patches in the same order.
-        labels: [N], 0 or 1.
-        threshold: a probability of at least this much counts as class 1 in McNemar's test.
+        labels: [N], numbers of classes.
+        threshold: for two classes: a probability of at least this much counts as class 1.
+        groups: str [N], what patches of one slide or patient share; None if it is not known.
 
     Returns:
-        auc_difference (first minus second), auc_difference_ci95, delong_p, mcnemar_p, and the
-        numbers of patches only_first_right and only_second_right. An undefined value is None.
+        auc_difference (first minus second; macro for K > 2), auc_difference_ci95, delong_p,
+        mcnemar_p, and the numbers of patches only_first_right and only_second_right. An undefined
+        value is None.
     """
-    right = [(probabilities >= threshold) == (labels == 1) for probabilities in (first, second)]
-    return delong_test(first, second, labels) | mcnemar_test(*right)
+    of_decisions = mcnemar_test(*(_right(x, labels, threshold) for x in (first, second)))
+    if groups is not None:
+        of_decisions["mcnemar_p"] = None
+    if first.ndim == 1 and groups is None:
+        return delong_test(first, second, labels) | of_decisions
+    return bootstrap_test(first, second, labels, groups) | of_decisions
+
+
+def _right(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:
+    if probabilities.ndim == 1:
+        return (probabilities >= threshold) == (labels == 1)
+    return probabilities.argmax(axis=1) == labels
+
+
+def bootstrap_test(
+    first: np.ndarray, second: np.ndarray, labels: np.ndarray, groups: np.ndarray | None
+) -> dict:
+    """Returns the difference of two AUCs of the same patches, and its bootstrap interval.
+
+    Both models see the same resamples, of patches or of groups (`intervals.resamples`). There is no
+    p-value: the AUCs differ at the level of 5 % where the interval lacks 0.
+    """
+    aucs = [weighted_macro_auc(x, labels) for x in (first, second)]
+
+    def difference(weights: np.ndarray) -> dict[str, float]:
+        of_first, of_second = (auc(weights) for auc in aucs)
+        return {"auc": of_first - of_second}
+
+    found = resampled(difference, labels.size, groups)["auc"]
+    return {
+        "auc_difference": number_of(difference(np.ones(labels.size, int))["auc"]),
+        "auc_difference_ci95": interval_of(found),
+        "delong_p": None,
+    }
 
 
 def delong_test(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict:
