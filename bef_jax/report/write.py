@@ -16,7 +16,7 @@ from PIL import Image
 
 from bef_jax.report import page, plots
 from bef_jax.report.gallery import Explain, contact_sheet, show
-from bef_jax.report.plots import DARK, LIGHT, Theme
+from bef_jax.report.theme import DARK, LIGHT, Theme, png
 from bef_jax.runtime.files import write_bytes, write_text
 from bef_jax.scoring.metrics import Evaluation
 
@@ -97,7 +97,7 @@ def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
 
 def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
     """Writes the light picture to `path`, and returns both as data: addresses."""
-    light, dark = (plots.png(draw(theme)) for theme in (LIGHT, DARK))
+    light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
     write_bytes(path, light)
     return _data_uri(light), _data_uri(dark)
 
