@@ -14,7 +14,7 @@ def drawn_names(classes: Sequence[str]) -> list[str]:
     Letters that the font lacks are left out, and the middle of a long name. A class has its number
     before its name if the name is then empty, or equals another one.
     """
-    names = [_shortened(_drawable(printable(name))) for name in classes]
+    names = list(map(drawn_name, classes))
     counts: dict[str, int] = {}
     for name in names:
         counts[name] = counts.get(name, 0) + 1
@@ -24,18 +24,23 @@ def drawn_names(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def _shortened(name: str) -> str:
+def drawn_name(name: str) -> str:
+    """Returns the letters of a name that the font has, 24 at most; there may be none."""
+    letters = "".join(c for c in printable(name) if ord(c) in _letters())
+    name = " ".join(letters.split())
     half = (_LONGEST - 1) // 2
     return name if len(name) <= _LONGEST else f"{name[:half].strip()}…{name[-half:].strip()}"
 
 
-def _drawable(name: str) -> str:
-    return " ".join("".join(c for c in name if ord(c) in _letters()).split())
+def font_file() -> str:
+    """Returns the path of the font, which comes with matplotlib."""
+    from matplotlib.font_manager import FontProperties, findfont
+
+    return findfont(FontProperties())
 
 
 @functools.cache
 def _letters() -> frozenset[int]:
-    """Returns the code points that matplotlib's own font can draw."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.font_manager import get_font
 
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+    return frozenset(get_font(font_file()).get_charmap())
