@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bef_jax.report.class_names import drawn_name, font_file
+from bef_jax.scoring.class_names import drawn_name, font_file
 from bef_jax.scoring.metrics import Evaluation
 
 SHOWN = 6  # patches of each kind

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from sklearn.metrics import roc_curve
 
-from bef_jax.report.class_names import drawn_names
 from bef_jax.report.plots import draw_bins, in_bins
 from bef_jax.report.theme import Theme, legend, new_figure, plot, style
+from bef_jax.scoring.class_names import drawn_names
 from bef_jax.scoring.metrics import Evaluation
 
 MOST_LINES = 10  # curves of one plot: five colours, with full and with broken lines
