@@ -105,7 +105,7 @@ def test_a_reduced_picture_has_the_mean_of_each_square(monkeypatch):
     """Reduces the picture in several bands, and compares with a loop over squares."""
     monkeypatch.setattr(heatmap, "_BAND", 3000)
     pixels = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
-    found = heatmap.reduced(pixels, 7)
+    found = heatmap._reduced(pixels, 7)
     assert found.shape == (14, 19, 3)
     for row in range(14):
         for column in range(19):
