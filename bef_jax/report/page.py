@@ -28,7 +28,7 @@ _OVER_GROUPS = (
     "are alike."
 )
 _SQUARE_NOTE = (
-    ", and the square is the region that decides the label. The square has {:.0%} of the area"
+    ", and the square is the region that\ndecides the label. The square has {:.0%} of the area"
 )
 _HEAT_MAP_NOTE = (
     " The heat map (Grad-CAM) at the right of a patch is more yellow where the patch supports the "
@@ -58,12 +58,11 @@ def render(
     files = resources.files("bef_jax.report")
     template = Template(files.joinpath("page.html").read_text(encoding="utf-8"))
     parts = many_classes if has_many_classes(evaluations) else two_classes
-    has_groups = any(each.groups is not None for each in evaluations.values())
     # This is not safe_substitute, because a place that nothing fills must be an error.
     return template.substitute(
         title=escape(title),
         style=files.joinpath("page.css").read_text(encoding="utf-8") + parts.STYLE,
-        intervals=_OVER_GROUPS if has_groups else _OVER_PATCHES,
+        intervals=_interval_note(evaluations, summary),
         headline=_headline(evaluations, summary, parts.COLUMNS),
         **{name: picture(_ALT[name], *pictures[name]) for name in _ALT},
         judged=parts.judged(evaluations, summary, pictures),
@@ -81,6 +80,18 @@ def render(
 def has_many_classes(evaluations: Mapping[str, Evaluation]) -> bool:
     """Returns whether the evaluations are of more than two classes."""
     return any(each.probabilities.ndim == 2 for each in evaluations.values())
+
+
+def _interval_note(evaluations: Mapping[str, Evaluation], summary: Mapping[str, Any]) -> str:
+    if all(each.groups is None for each in evaluations.values()):
+        return _OVER_PATCHES
+    blocks = {split: block_of(summary, split).get("ci95") or {} for split in evaluations}
+    missing = [
+        f" There are none for {escape(split)}, because {escape(block['reason'])}."
+        for split, block in blocks.items()
+        if "reason" in block
+    ]
+    return _OVER_GROUPS + "".join(missing)
 
 
 def _headline(

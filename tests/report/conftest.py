@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
+from bef_jax.data.patch import label_dtype
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
 from bef_jax.scoring.multiclass import multiclass_metrics
 
@@ -51,7 +52,7 @@ def make_many(
 ) -> Evaluation:
     """Returns an evaluation of more than two classes, whose network is often right."""
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, len(classes), n).astype(np.uint8)
+    labels = rng.integers(0, len(classes), n).astype(label_dtype(len(classes)))
     logits = rng.normal(size=(n, len(classes)))
     logits[np.arange(n), labels] += 1.5
     probabilities = softmax(logits, axis=1)

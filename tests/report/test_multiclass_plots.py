@@ -1,5 +1,6 @@
 """Values in the plots of more than two classes, compared with scikit-learn or with a plain loop."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -51,8 +52,7 @@ def test_classes_beyond_thirty_are_one_row():
 
 def test_a_class_without_patches_has_an_empty_row():
     seen = make_many(n=400)
-    labels = np.where(seen.labels == 2, 0, seen.labels)
-    absent = type(seen)("valid", seen.ids, labels, seen.probabilities, {}, classes=NAMES)
+    absent = dataclasses.replace(seen, labels=np.where(seen.labels == 2, 0, seen.labels))
     image = plots.confusion(absent, LIGHT).axes[0].images[0]
     assert np.isnan(image.get_array().filled(np.nan)[2]).all()
 
@@ -106,7 +106,7 @@ def test_of_many_classes_the_lowest_curves_are_shown():
 def test_a_class_that_the_split_lacks_has_no_curve():
     seen = make_many(n=300)
     figures = {name: {"auc": None if name == "fat" else 0.5} for name in NAMES}
-    object.__setattr__(seen, "metrics", {"per_class": figures})
+    seen = dataclasses.replace(seen, metrics={"per_class": figures})
     assert plots.lowest_auc(seen) == [1, 2, 3, 4]
 
 
