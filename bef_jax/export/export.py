@@ -35,12 +35,12 @@ from bef_jax.training import checkpoint
 from bef_jax.training.outputs import summary_file
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # in one file, each with its form of depthwise convolution
-OUTPUTS = ("probability", "log_odds")
+OUTPUTS = ("probability", "log_odds")  # of two classes; see `output_names`
 DESCRIPTION = "export.json"
 TOLERANCE = 1e-5  # of probabilities, compared with the network in float32 and not folded
 _CHECKED = 16  # patches on which the files are compared
 
-# Takes uint8 [n, S, S, 3], and returns OUTPUTS, float32 [n] each.
+# Takes uint8 [n, S, S, 3], and returns what `output_names` says, float32 [n] or [n, K] each.
 OutputsFn = Callable[[Array], tuple[Array, Array]]
 
 
@@ -57,9 +57,8 @@ def export_checkpoint(config: ConfigDict, workdir: Path, path: Path) -> dict:
         probability from the network. timm's file has all fields that `timm.write` returns.
 
     Raises:
-        UserError: the checkpoint is damaged; config.eval.tta is not 1, or config.model.num_classes
-            not 2; a package that the files need is not installed; nothing can be written; or
-            another export writes there.
+        UserError: the checkpoint is damaged; config.eval.tta is not 1; a package that the files
+            need is not installed; nothing can be written; or another export writes there.
         RunError: the network's scores are not finite, or an export differs from it by more than
             1e-5.
     """
@@ -80,11 +79,6 @@ def _check(config: ConfigDict, workdir: Path) -> None:
     """Raises `UserError` for mistakes that would otherwise show only after compilation."""
     if config.eval.tta != 1:
         raise UserError(f"eval.tta={config.eval.tta}: an export scores one view; give 1")
-    if config.model.num_classes != 2:
-        raise UserError(
-            f"an export scores two classes, not {config.model.num_classes}; "
-            "give a checkpoint with model.num_classes=2"
-        )
     needed = ["onnx", "onnxruntime"]
     if not timm.unsupported_reason(config.model):
         needed.append("safetensors")
@@ -96,6 +90,11 @@ def _check(config: ConfigDict, workdir: Path) -> None:
     files.check_outputs(workdir, written, ["export"])
 
 
+def output_names(classes: int) -> tuple[str, str]:
+    """Returns the names of a file's outputs: probability, and what it is computed from."""
+    return OUTPUTS if classes == 2 else ("probability", "logits")
+
+
 def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
     """Returns the facts that a server needs about an exported network.
 
@@ -104,7 +103,9 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
     Args:
         operating_point: temperature and threshold that the run chose on valid, or None.
     """
-    side, (negative, positive) = config.data.patch_size, class_names(config)
+    side, classes = config.data.patch_size, class_names(config)
+    is_binary = len(classes) == 2
+    shape = ["n"] if is_binary else ["n", len(classes)]
     mean, std = (list(config.augment[name]) for name in ("mean", "std"))
     return {
         "version": __version__,
@@ -117,18 +118,18 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
             "channels": "RGB",
             "range": [0, 255],
         },
-        "outputs": {name: {"shape": ["n"], "dtype": "float32"} for name in OUTPUTS},
+        "outputs": {
+            name: {"shape": shape, "dtype": "float32"} for name in output_names(len(classes))
+        },
         "center": config.rcc.center,
-        "classes": [negative, positive],
+        "classes": list(classes),
         "mpp": sources.describe(config.data.source).mpp,
-        "threshold": config.eval.threshold,
+        "threshold": config.eval.threshold if is_binary else None,
         "temperature": 1.0,
         "operating_point": operating_point,
         "normalisation": {"mean": mean, "std": std, "where": "inside the file"},
         "meaning": {
-            "probability": f"of class 1, {positive}: sigmoid(log_odds / temperature)",
-            "log_odds": f"of class 1, {positive}, over class 0, {negative}",
-            "threshold": f"class 1, {positive}, is the decision where probability >= threshold",
+            **(_meaning_of_two(*classes) if is_binary else _MEANING_OF_MANY),
             "center": "side of the square in the middle of a patch that decides its class, in "
             "pixels; 0: the whole patch decides",
             "mpp": "micrometres per pixel of the patches that the network learned from",
@@ -139,12 +140,27 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
     }
 
 
+def _meaning_of_two(negative: str, positive: str) -> dict[str, str]:
+    return {
+        "probability": f"of class 1, {positive}: sigmoid(log_odds / temperature)",
+        "log_odds": f"of class 1, {positive}, over class 0, {negative}",
+        "threshold": f"class 1, {positive}, is the decision where probability >= threshold",
+    }
+
+
+_MEANING_OF_MANY = {
+    "probability": "of each class, in the order of classes: softmax(logits / temperature)",
+    "logits": "of each class, in the order of classes",
+    "threshold": "there is none; the class with the largest probability is the decision",
+}
+
+
 def _write_files(config: ConfigDict, variables: dict, described: dict, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     outputs_fn = folded_outputs_fn(config, variables)
     images = _drawn_patches(config.data.patch_size)
-    expected, log_odds = jax.jit(_outputs_fn(create(config.model), config, variables))(images)
-    if not np.isfinite(log_odds).all():
+    expected, scores = jax.jit(_outputs_fn(create(config.model), config, variables))(images)
+    if not np.isfinite(scores).all():
         raise RunError("the network's scores are not finite: export an earlier checkpoint")
 
     spec = patches_spec(config.data.patch_size)
@@ -156,7 +172,7 @@ def _write_files(config: ConfigDict, variables: dict, described: dict, folder: P
 
     from bef_jax.export.onnx_graph import to_onnx
 
-    content = to_onnx(outputs_fn, spec, OUTPUTS, described)
+    content = to_onnx(outputs_fn, spec, output_names(config.model.num_classes), described)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     actual = session.run(None, {"image": images})[0]
     written["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
@@ -211,8 +227,9 @@ def folded_outputs_fn(config: ConfigDict, variables: dict) -> OutputsFn:
 
 def _outputs_fn(model: nn.Module, config: ConfigDict, variables: dict) -> OutputsFn:
     def outputs(images: Array) -> tuple[Array, Array]:
-        log_odds = scorer.view_scores(model, config, variables, images, view=0)
-        # In float32 the most confident patches all have probability 1; their log-odds still differ.
-        return jax.nn.sigmoid(log_odds), log_odds
+        scores = scorer.view_scores(model, config, variables, images, view=0)
+        to_probability = jax.nn.sigmoid if config.model.num_classes == 2 else jax.nn.softmax
+        # In float32 the most confident patches all have probability 1; their scores still differ.
+        return to_probability(scores), scores
 
     return outputs

@@ -110,7 +110,7 @@ def to_onnx(
     """Translates `function(image)`, which holds its parameters itself, into an ONNX file.
 
     Args:
-        function: takes one array, and returns a tuple of arrays [n], float32.
+        function: takes one array, and returns a tuple of arrays [n, ...], float32.
         argument: the array's shape, whose first axis n is symbolic, and its dtype.
         output_names: those of the returned arrays; the input is called `image`.
         facts: the file's metadata, by name; each value is written as JSON.
@@ -128,7 +128,8 @@ def to_onnx(
     shape = ["n", *argument.shape[1:]]
     inputs = [helper.make_tensor_value_info("image", kind, shape)]
     outputs = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in output_names
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", *value.shape[1:]])
+        for value, name in zip(results, output_names, strict=True)
     ]
     content = helper.make_graph(graph.nodes, "bef_jax", inputs, outputs, graph.initializers)
     opsets = [helper.make_opsetid("", OPSET)]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bef_jax.data.patch import eval_side
+from bef_jax.data.patch import class_names, eval_side
 from bef_jax.errors import RunError
 from bef_jax.models import stages, weights
 from bef_jax.models.weights import timm_config
@@ -97,9 +97,12 @@ def _config_json(config: ConfigDict, features: int) -> dict:
     model, source = config.model, of_timm(config.model.name)
     side = eval_side(config)
     ends = {"first_conv": "stem/kernel", "classifier": "classifier/kernel"}
+    # timm's name for them. The files of two classes have always been without.
+    names = {"label_names": list(class_names(config))} if model.num_classes > 2 else {}
     return {
         "architecture": _architecture(model),
         "num_classes": model.num_classes,
+        **names,
         "num_features": features,
         "global_pool": "avg",
         "model_args": _arguments(model),

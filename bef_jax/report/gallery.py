@@ -8,18 +8,22 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from bef_jax.scoring.class_names import drawn_name, font_file
 from bef_jax.scoring.metrics import Evaluation
 
 SHOWN = 6  # patches of each kind
+MISTAKES, RIGHT = "mistakes", "right"  # kinds of patches of more than two classes
+_MOST_RIGHT = 24  # patches of the second kind
 _COVER = 0.7  # opacity of a heat map where it is hottest
 _GAP = 4  # pixels between a patch and its heat map
 _WHITE, _BLACK = 255, 0
 _PER_ROW, _FRAME = 4, 6  # patches, and pixels of white around each, in most_wrong.png
 _CONTACT_SIDE = 192  # pixels; to which most_wrong.png enlarges patches that are smaller
 _TEXT, _LINE = 15, 22  # pixels: the size of a caption's letters, and the height of its line
+_SMALL_TEXT = 13  # of captions that name classes
 
-# Takes patches, uint8 [n, S, S, 3], and whether each is called positive, bool [n]. Returns
-# Grad-CAM maps [n, S, S] (`gradcam.make_explainer`).
+# Takes patches, uint8 [n, S, S, 3], and the class that each is called, int [n]. Returns Grad-CAM
+# maps [n, S, S] (`gradcam.make_explainer`).
 Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -29,9 +33,11 @@ class ShownPatch:
 
     Attributes:
         kind: such as "false positives".
+        probability: of class 1 if there are two classes, otherwise of the called class.
         pixels: uint8 [S, S, 3], or [S, 2 S + 4, 3] with its heat map at the right.
         in_centre: share of the attribution in the square that decides the label; None without such
             a square or a map, or if the map is 0 everywhere.
+        names: of its class and of the called class; None if there are two classes.
     """
 
     kind: str
@@ -39,10 +45,19 @@ class ShownPatch:
     probability: float
     pixels: np.ndarray
     in_centre: float | None
+    names: tuple[str, str] | None = None
+
+    @property
+    def is_wrong(self) -> bool:
+        """Returns whether the patch is called another class than its own."""
+        return self.names[0] != self.names[1] if self.names else self.kind.startswith("false")
 
     @property
     def caption(self) -> str:
-        """Returns its kind, and its probability of a metastasis."""
+        """Returns its kind or its classes, and its probability."""
+        if self.names:
+            own, called = (drawn_name(name) or "?" for name in self.names)
+            return f"p = {self.probability:.3f}\n{own}\ncalled {called}"
         return f"{self.kind.removesuffix('s')}, p = {self.probability:.3f}"
 
 
@@ -59,9 +74,27 @@ def pick(evaluation: Evaluation) -> dict[str, np.ndarray]:
     }
 
 
-def _top(indices: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+def pick_of_many(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """Returns indices as `pick` does, for more than two classes.
+
+    The kinds are the mistakes, and those of each class that are called so. Of many classes, those
+    with the most such patches are shown, so that the gallery stays as small as that of two.
+    """
+    probabilities, labels = evaluation.probabilities, evaluation.labels
+    called, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    right = np.bincount(labels[called == labels], minlength=len(evaluation.classes))
+    shown = np.sort(np.argsort(-right, kind="stable")[:_MOST_RIGHT])
+    each = min(SHOWN, _MOST_RIGHT // len(shown))
+    of_classes = (np.flatnonzero((called == number) & (labels == number)) for number in shown)
+    return {
+        MISTAKES: _top(np.flatnonzero(called != labels), confidence, 2 * SHOWN),
+        RIGHT: np.concatenate([_top(indices, confidence, each) for indices in of_classes]),
+    }
+
+
+def _top(indices: np.ndarray, confidence: np.ndarray, count: int = SHOWN) -> np.ndarray:
     # A stable sort keeps ties in the order of the split, so that every report shows the same.
-    return indices[np.argsort(-confidence[indices], kind="stable")[:SHOWN]]
+    return indices[np.argsort(-confidence[indices], kind="stable")[:count]]
 
 
 def show(
@@ -75,22 +108,40 @@ def show(
         explain: see `Explain`; without it there are no heat maps.
         center: side of the square that decides the label; 0: there is none.
     """
-    kinds = [(kind, index) for kind, found in pick(evaluation).items() for index in found]
+    is_binary = evaluation.probabilities.ndim == 1
+    picked = pick(evaluation) if is_binary else pick_of_many(evaluation)
+    kinds = [(kind, int(index)) for kind, found in picked.items() for index in found]
     if not kinds:
         return []
-    patches = np.stack([images[int(index)] for _, index in kinds])
-    called = np.array([kind.endswith("positives") for kind, _ in kinds])
+    rows = [index for _, index in kinds]
+    patches = np.stack([images[row] for row in rows])
+    probabilities, called, names = _decisions(evaluation, rows)
     maps = explain(patches, called) if explain else [None] * len(kinds)
     return [
         ShownPatch(
             kind,
-            id=str(evaluation.ids[index]),
-            probability=float(evaluation.probabilities[index]),
+            id=str(evaluation.ids[row]),
+            probability=float(probability),
             pixels=_draw(patch, heat, center),
             in_centre=None if heat is None else central_share(heat, center),
+            names=pair,
         )
-        for (kind, index), patch, heat in zip(kinds, patches, maps, strict=True)
+        for (kind, row), probability, patch, heat, pair in zip(
+            kinds, probabilities, patches, maps, names, strict=True
+        )
     ]
+
+
+def _decisions(
+    evaluation: Evaluation, rows: list[int]
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str] | None]]:
+    """Returns the probability, the called class, and the names (`ShownPatch`) of each row."""
+    found = np.asarray(evaluation.probabilities)[rows]
+    if found.ndim == 1:
+        return found, (found >= evaluation.metrics["threshold"]).astype(int), [None] * len(rows)
+    called, classes = found.argmax(axis=1), evaluation.classes
+    pairs = zip(evaluation.labels[rows], called, strict=True)
+    return found.max(axis=1), called, [(classes[label], classes[each]) for label, each in pairs]
 
 
 def _draw(patch: np.ndarray, heat: np.ndarray | None, center: int) -> np.ndarray:
@@ -146,7 +197,7 @@ def with_square(patch: np.ndarray, center: int) -> np.ndarray:
 
 def contact_sheet(shown: list[ShownPatch]) -> np.ndarray:
     """Returns the misclassified patches in rows of four, uint8 [H, W, 3]; all if there are none."""
-    wrong = [each for each in shown if each.kind.startswith("false")] or shown
+    wrong = [each for each in shown if each.is_wrong] or shown
     tiles = [_captioned(each) for each in wrong]
     # White tiles fill the last row.
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % _PER_ROW)
@@ -159,8 +210,10 @@ def _captioned(each: ShownPatch) -> np.ndarray:
     # Use a whole factor and no smoothing, so that the square's line is equally thick everywhere.
     zoom = max(1, _CONTACT_SIDE // len(each.pixels))
     pixels = each.pixels.repeat(zoom, 0).repeat(zoom, 1)
-    frame = [(_FRAME, _LINE), (_FRAME, _FRAME), (0, 0)]
+    frame = [(_FRAME, _LINE * len(each.caption.splitlines())), (_FRAME, _FRAME), (0, 0)]
     image = Image.fromarray(np.pad(pixels, frame, constant_values=255))
     place, font = (_FRAME, _FRAME + len(pixels)), ImageFont.load_default(_TEXT)
+    if each.names:  # these may have letters that Pillow's own font lacks
+        font = ImageFont.truetype(font_file(), _SMALL_TEXT)
     ImageDraw.Draw(image).text(place, each.caption, fill="black", font=font)
     return np.asarray(image)

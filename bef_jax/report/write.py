@@ -5,6 +5,7 @@ The plots are also saved beside it as PNG files.
 """
 
 import base64
+import functools
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bef_jax.report import page, plots
+from bef_jax.report import multiclass_plots, page, plots
 from bef_jax.report.gallery import Explain, contact_sheet, show
-from bef_jax.report.plots import DARK, LIGHT, Theme
+from bef_jax.report.theme import DARK, LIGHT, Theme, png
 from bef_jax.runtime.files import write_bytes, write_text
 from bef_jax.scoring.metrics import Evaluation
+
+_MOST_ROWS = 128  # pixels of a tile on the page, which shows about 100 of them
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def write_report(report_dir: Path, content: Content) -> Path:
         write_bytes(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
     # base64 makes pictures a third larger, which is the cost of one file that can be mailed.
     tiles = {
-        split: [(each, _data_uri(_png(each.pixels))) for each in gallery]
+        split: [(each, _data_uri(_png(_shrunk(each.pixels)))) for each in gallery]
         for split, gallery in galleries.items()
     }
     text = page.render(
@@ -86,18 +89,32 @@ def write_report(report_dir: Path, content: Content) -> Path:
 def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
     # These are functions, because each plot is drawn twice, in the colours of both themes.
     history, evaluations = content.history, content.evaluations
-    return {
+    curves = {
         "loss": lambda theme: plots.loss(history, theme),
         "validation": lambda theme: plots.validation(history, theme),
+    }
+    if page.has_many_classes(evaluations):
+        return curves | _plots_of_many_classes(evaluations)
+    return curves | {
         "roc": lambda theme: plots.roc(evaluations, theme),
         "precision_recall": lambda theme: plots.precision_recall(evaluations, theme),
         "reliability": lambda theme: plots.reliability(evaluations, theme),
     }
 
 
+def _plots_of_many_classes(
+    evaluations: Mapping[str, Evaluation],
+) -> dict[str, Callable[[Theme], Any]]:
+    drawn = {"reliability": functools.partial(multiclass_plots.reliability, evaluations)}
+    for split, evaluation in evaluations.items():
+        drawn[f"roc_{split}"] = functools.partial(multiclass_plots.roc, evaluation)
+        drawn[f"confusion_{split}"] = functools.partial(multiclass_plots.confusion, evaluation)
+    return drawn
+
+
 def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
     """Writes the light picture to `path`, and returns both as data: addresses."""
-    light, dark = (plots.png(draw(theme)) for theme in (LIGHT, DARK))
+    light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
     write_bytes(path, light)
     return _data_uri(light), _data_uri(dark)
 
@@ -107,6 +124,14 @@ def _png(pixels: np.ndarray) -> bytes:
     # optimize, because the page contains every tile, and its size matters more than this time.
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _shrunk(pixels: np.ndarray) -> np.ndarray:
+    """Returns a tile with at most 128 rows, because the page shows it no larger."""
+    height, width = pixels.shape[:2]
+    if height <= _MOST_ROWS:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width * _MOST_ROWS // height, _MOST_ROWS)))
 
 
 def _data_uri(png: bytes) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.export
@@ -51,13 +51,7 @@ def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
             "checkpoint's folder, or a .stablehlo or .onnx file of --mode=export"
         )
     folder = trained.find(path)
-    config = trained.scoring_config(folder)
-    if config.model.num_classes != 2:
-        raise UserError(
-            f"{folder}: load scores two classes, not {config.model.num_classes}; "
-            "give a checkpoint with model.num_classes=2"
-        )
-    return TrainedModel(folder, config)
+    return TrainedModel(folder, trained.scoring_config(folder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +79,9 @@ class TrainedModel:
         return sources.describe(self.config.data.source).mpp
 
     @property
-    def threshold(self) -> float:
-        """Returns the smallest probability that --mode=predict calls positive."""
-        return self.config.eval.threshold
+    def threshold(self) -> float | None:
+        """Returns the smallest probability that --mode=predict calls positive; None if K > 2."""
+        return self.config.eval.threshold if len(self.classes) == 2 else None
 
     @functools.cached_property
     def operating_point(self) -> dict[str, Any] | None:
@@ -95,7 +89,9 @@ class TrainedModel:
         return checkpoint.read_metadata(self.checkpoint).get("operating_point")
 
     def predict(self, images: Images) -> np.ndarray:
-        """Returns the probability of class 1, float64 [N], as --mode=predict computes it.
+        """Returns probabilities, float64, as --mode=predict computes them.
+
+        They are [N], of class 1, or [N, K] for K > 2 classes, in the order of `classes`.
 
         Args:
             images: uint8 [N, S, S, 3], an iterator of such arrays, or a path. S is
@@ -103,9 +99,9 @@ class TrainedModel:
 
         Raises:
             UserError: the images have another shape or type, or can't be read.
-            RunError: the log-odds of a patch are not finite.
+            RunError: the scores of a patch are not finite.
         """
-        return _join_finite(self._predict(self._patches(images)))
+        return _join_finite(self._predict(self._patches(images)), self._scores_shape)
 
     def features(self, images: Images) -> np.ndarray:
         """Returns the vector before the classifier, float32 [N, D]; takes what `predict` takes."""
@@ -114,15 +110,26 @@ class TrainedModel:
         return _concatenate(found, np.empty((0, width), np.float32))
 
     def gradcam(self, images: Images) -> np.ndarray:
-        """Returns Grad-CAM maps of class 1, float32 [N, S, S], each scaled to a maximum of 1.
+        """Returns Grad-CAM maps, float32 [N, S, S], each scaled to a maximum of 1.
 
-        A map is all 0 if no part of the patch raises the log-odds. Takes what `predict` takes.
+        They are of class 1, or for more than two classes of each patch's predicted class. A map is
+        all 0 if no part of the patch raises that class's log-odds. Takes what `predict` takes.
         """
         batches = map(np.stack, scorer.in_batches(self._patches(images), _BATCH))
-        # Explain all patches as called positive, so that every map is of class 1.
-        maps = (_scaled(self._explain(batch, np.ones(len(batch), bool))) for batch in batches)
+        maps = (_scaled(self._explain(batch, self._mapped_classes(batch))) for batch in batches)
         side = self.config.data.patch_size
         return _concatenate(maps, np.empty((0, side, side), np.float32))
+
+    def _mapped_classes(self, batch: np.ndarray) -> np.ndarray:
+        if len(self.classes) == 2:
+            return np.ones(len(batch), int)
+        return _join_finite(self._predict(iter(batch)), self._scores_shape).argmax(axis=1)
+
+    @property
+    def _scores_shape(self) -> tuple[int, ...]:
+        """Returns the shape of one patch's scores: () of two classes, else (K,)."""
+        count = len(self.classes)
+        return () if count == 2 else (count,)
 
     def _patches(self, images: Images) -> Iterator[np.ndarray]:
         return patches_of(images, tiling(self.config), self.mpp)
@@ -171,18 +178,18 @@ class ExportedModel:
         return self._description.get("mpp")
 
     def predict(self, images: Images) -> np.ndarray:
-        """Returns the probability of class 1, float64 [N]; takes what `TrainedModel.predict` does.
+        """Returns probabilities, float64 [N] or [N, K]; see `TrainedModel.predict`.
 
         Raises:
             UserError: the images have another shape or type, or can't be read.
-            RunError: the log-odds of a patch are not finite.
+            RunError: the scores of a patch are not finite.
         """
         # The file was exported for one device.
         mesh = Mesh(np.array(jax.local_devices()[:1]), (sharding.AXIS,))
-        score, side = self._scorer_and_side
-        patches = patches_of(images, self._tiling(side), self.mpp)
-        log_odds = scorer.map_patches(score, patches, _BATCH, mesh)
-        return _join_finite(map(scorer.mean_probabilities, log_odds))
+        network = self._network
+        patches = patches_of(images, self._tiling(network.side), self.mpp)
+        scores = scorer.map_patches(network.score, patches, _BATCH, mesh)
+        return _join_finite(map(scorer.mean_probabilities, scores), network.shape)
 
     def features(self, images: Images) -> NoReturn:
         """Raises `UserError`, because the file gives only probabilities and log-odds."""
@@ -208,7 +215,7 @@ class ExportedModel:
         raise UserError(f"{self.file}: an exported file gives {what}; load its checkpoint instead")
 
     @functools.cached_property
-    def _scorer_and_side(self) -> tuple[scorer.Scorer, int]:
+    def _network(self) -> "_Network":
         return _READERS[self.file.suffix](self.file)
 
     @functools.cached_property
@@ -268,34 +275,46 @@ def _read_verified(file: Path) -> bytes:
     return content
 
 
-def _read_stablehlo(file: Path) -> tuple[scorer.Scorer, int]:
-    """Returns the scorer, and the side of its patches."""
+class _Network(NamedTuple):
+    """The network of an exported file."""
+
+    score: scorer.Scorer
+    side: int  # of a patch, in pixels
+    shape: tuple[int, ...]  # of a patch's scores: () for log-odds, (K,) for logits of K classes
+
+
+def _read_stablehlo(file: Path) -> _Network:
     content = _read_verified(file)
     try:
         exported = jax.export.deserialize(bytearray(content))
         side = int(exported.in_avals[0].shape[1])
-        # Its results are (probability, log_odds).
+        # Its results are (probability, log_odds), or (probability, logits).
         jitted = jax.jit(lambda images: [exported.call(images)[1]])
+        shape = tuple(map(int, exported.out_avals[1].shape[1:]))
         # Lower now, so that deeper damage or a wrong program is an error here, not when it scores.
         jitted.lower(jax.ShapeDtypeStruct((1, side, side, 3), np.uint8))
     except Exception as error:  # parsers of flatbuffers and of MLIR raise many types
         raise UserError(f"{file} can't be read: {reason_of(error)}") from error
-    return jitted, side
+    return _Network(jitted, side, shape)
 
 
-def _read_onnx(file: Path) -> tuple[scorer.Scorer, int]:
-    """Returns the scorer, and the side of its patches."""
+def _read_onnx(file: Path) -> _Network:
     session = _onnx_session(file)
     model_inputs = [(x.name, x.type, x.shape[1:]) for x in session.get_inputs()]
-    model_outputs = [x.name for x in session.get_outputs()]
+    shapes = {x.name: tuple(x.shape[1:]) for x in session.get_outputs()}
+    name = "log_odds" if "log_odds" in shapes else "logits"
     side = next((shape[0] for *_, shape in model_inputs if shape), None)
     # An axis of any length has a name instead of a number.
-    is_ours = isinstance(side, int) and "log_odds" in model_outputs
+    is_ours = all(isinstance(size, int) for size in (side, *shapes.get(name, (None,))))
     if not is_ours or model_inputs != [("image", "tensor(uint8)", [side, side, 3])]:
         raise UserError(
             f"{file}: was not written by --mode=export; give a file that was, or a run's folder"
         )
-    return lambda images: session.run(["log_odds"], {"image": np.asarray(images)}), side
+
+    def score(images: np.ndarray) -> list[np.ndarray]:
+        return session.run([name], {"image": np.asarray(images)})
+
+    return _Network(score, side, shapes[name])
 
 
 def _onnx_session(file: Path) -> Any:
@@ -355,9 +374,14 @@ def _scaled(maps: np.ndarray) -> np.ndarray:
     return maps / np.where(most > 0, most, 1)
 
 
-def _join_finite(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """Joins probabilities, and raises `RunError` if one of them is not finite."""
-    found = _concatenate(parts, np.empty(0))
+def _join_finite(parts: Iterable[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Joins probabilities, and raises `RunError` if one of them is not finite.
+
+    Args:
+        parts: [n, *shape] each.
+        shape: of the probabilities of one patch.
+    """
+    found = _concatenate(parts, np.empty((0, *shape)))
     scorer.check_finite(found, range(len(found)))
     return found
 

@@ -4,7 +4,8 @@ import numpy as np
 from sklearn.calibration import calibration_curve
 
 from bef_jax.report import plots
-from bef_jax.report.plots import LIGHT, _series, _smoothed
+from bef_jax.report.plots import _series, _smoothed
+from bef_jax.report.theme import LIGHT
 
 
 def test_series_of_a_resumed_run_takes_the_last_line_of_a_step():

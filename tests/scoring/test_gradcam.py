@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from bef_jax.models import create
 from bef_jax.runtime import sharding
@@ -21,24 +22,43 @@ class Features(nn.Module):
 class LinearHead(nn.Module):
     """A convolution, mean pooling and a linear layer, so that Grad-CAM has a closed form."""
 
+    classes: int = 2
+
     @nn.compact
     def __call__(self, x, train=False):
         x = Features(name="block_00")(x)
-        return nn.Dense(2, name="classifier")(x.mean((1, 2)))
+        return nn.Dense(self.classes, name="classifier")(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_gradcam_of_a_linear_head_equals_cam(sign):
+@pytest.mark.parametrize(("called", "sign"), [(1, 1.0), (0, -1.0)])
+def test_gradcam_of_a_linear_head_equals_cam(called, sign):
     """Grad-CAM is CAM (Zhou et al. 2016) divided by the number of positions."""
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
     model = LinearHead()
     variables = model.init(jax.random.key(0), images)
-    (found,) = gradcam.stage_maps(model, variables, images, jnp.full(3, sign), ["block_00"])
+    (found,) = gradcam.stage_maps(model, variables, images, jnp.full(3, called), ["block_00"])
     params = variables["params"]
     features = Features().apply({"params": params["block_00"]}, images)
     kernel = params["classifier"]["kernel"]
     weights = sign * (kernel[:, 1] - kernel[:, 0]) / 64  # 8 x 8 positions
     np.testing.assert_allclose(found, np.maximum(features @ weights, 0), atol=1e-7)
+
+
+def test_gradcam_of_five_classes_is_of_the_called_class_against_the_others():
+    images = np.random.default_rng(0).normal(size=(5, 8, 8, 3)).astype(np.float32)
+    model = LinearHead(classes=5)
+    variables = model.init(jax.random.key(0), images)
+    called = np.array([3, 0, 4, 1, 2])
+    (found,) = gradcam.stage_maps(model, variables, images, jnp.asarray(called), ["block_00"])
+    params = variables["params"]
+    features = Features().apply({"params": params["block_00"]}, images)
+    logits, kernel = model.apply(variables, images), params["classifier"]["kernel"]
+    for row, number in enumerate(called):
+        # The log-odds fall with each other class by its share of the others' probability.
+        others = np.delete(np.arange(5), number)
+        shares = softmax(logits[row, others])
+        weights = (kernel[:, number] - kernel[:, others] @ shares) / 64
+        np.testing.assert_allclose(found[row], np.maximum(features[row] @ weights, 0), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
