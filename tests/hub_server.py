@@ -1,4 +1,4 @@
-"""A server with as much of a model hub's protocol as fetching a file needs.
+"""A server with as much of a hub's protocol as fetching a file or a data set needs.
 
 Large files are redirected to another host, with their SHA-256 as ETag, and are resumed by ranges.
 Small ones are served directly, with their git SHA-1 as ETag.
@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ class Hub:
     """The files that the server has, how it fails, and the requests that it got.
 
     Attributes:
-        files: {repository: {file: content}} of the branch main.
+        files: {repository: {file: content}} of the branch main. The name of a data set's repository
+            begins with datasets/.
         refused: {repository: (status, X-Error-Code)}.
         cut: byte at which each connection that sends a large file breaks; None: never.
         shorter: by how many bytes a large file is shorter than its metadata say.
@@ -91,8 +93,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/cdn/"):
             self._send_large(self.path.removeprefix("/cdn/"))
             return
-        repository, _, rest = self.path.lstrip("/").partition("/resolve/")
-        revision, _, file = rest.partition("/")
+        if match := re.fullmatch(r"/api/(.+)/(revision|tree)/([^/?]*)(\?.*)?", self.path):
+            repository, asked, revision = match[1].removeprefix("models/"), match[2], match[3]
+            file = None
+        else:
+            repository, _, rest = self.path.lstrip("/").partition("/resolve/")
+            revision, _, file = rest.partition("/")
         if repository in self.hub.refused:
             status, code = self.hub.refused[repository]
             self._send(status, {"X-Error-Code": code} if code else {})
@@ -101,10 +107,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(401, {"X-Error-Code": "RepoNotFound"})
         elif revision not in ("main", COMMIT):
             self._send(404, {"X-Error-Code": "RevisionNotFound"})
+        elif file is None:
+            self._send_list(repository, asked)
         elif file not in self.hub.files[repository]:
             self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         else:
             self._send_file(self.hub.files[repository][file])
+
+    def _send_list(self, repository, asked):
+        files = [
+            {"type": "file", "path": name, "rfilename": name, "size": len(content), "oid": "0" * 40}
+            for name, content in self.hub.files[repository].items()
+        ]
+        info = {"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": files}
+        answer = json.dumps(files if asked == "tree" else info).encode()
+        self._send(200, {"Content-Type": "application/json"}, answer)
 
     def _send_file(self, content):
         if len(content) <= LARGE:

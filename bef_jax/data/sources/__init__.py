@@ -15,7 +15,7 @@ from bef_jax.runtime.files import user_path
 # Modules of this package, each with `open_source`, `identity` and DESCRIPTION. Their functions
 # import the libraries that read files, because together these take 0.3 s, and a run whose store
 # exists needs none of them.
-SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "image_folder", "csv", "synthetic")
+SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "image_folder", "csv", "parquet", "synthetic")
 _OF_PICTURES = ("image_folder", "csv", "parquet")
 _PCAM_ONLY = ("pcam_hdf5", "rpcam", "tfds", "synthetic")
 

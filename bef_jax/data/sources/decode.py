@@ -17,7 +17,9 @@ from bef_jax.errors import UserError
 from bef_jax.runtime.devices import cores
 
 _BLOCK = 16  # pictures that a thread decodes before it looks for more work
-_CHUNK_BYTES = 64 << 20  # the most pixels of a chunk; two chunks are in memory at once
+# The most bytes of a chunk's pixels, and of its undecoded pictures except one. Two chunks are in
+# memory at once.
+_CHUNK_BYTES = 64 << 20
 # The most pixels of one picture, 4096 x 4096. Each thread may decode one, at 7 bytes for each.
 _LIMIT = 1 << 24
 
@@ -139,7 +141,7 @@ def _chunks(rows: Iterator[Listed], form: Form, dtype: np.dtype) -> Iterator[Chu
     pool = ThreadPoolExecutor(cores(), "decode")
     try:
         started: deque[tuple[list[Listed], np.ndarray, list[Future]]] = deque()
-        while batch := list(itertools.islice(rows, size)):
+        while batch := _next_rows(rows, size):
             images = np.empty((len(batch), form.side, form.side, 3), np.uint8)
             blocks = [slice(start, start + _BLOCK) for start in range(0, len(batch), _BLOCK)]
             futures = [pool.submit(_decode, batch[each], images[each], form) for each in blocks]
@@ -156,6 +158,15 @@ def _chunks(rows: Iterator[Listed], form: Form, dtype: np.dtype) -> Iterator[Chu
                 future.cancel()
         # Threads finish the blocks that they are at, so that none outlives the caller.
         pool.shutdown()
+
+
+def _next_rows(rows: Iterator[Listed], count: int) -> list[Listed]:
+    """Returns the next `count` rows, or fewer if these hold many bytes."""
+    batch, held = [], 0
+    while len(batch) < count and held < _CHUNK_BYTES and (row := next(rows, None)):
+        batch.append(row)
+        held += len(row.content or b"")
+    return batch
 
 
 def _finished(

@@ -49,7 +49,19 @@ def divide(
     classes: Sequence[str],
     where: str,
 ) -> dict[str, list["Listed"]]:
-    """Returns the pictures of each split that has any.
+    """Returns the pictures of each split that has any; see `divide_places`."""
+    places = divide_places(data, pictures, given, classes, where)
+    return {split: [pictures[place] for place in found] for split, found in places.items()}
+
+
+def divide_places(
+    data: ConfigDict,
+    pictures: Sequence["Listed"],
+    given: Mapping[str, Sequence[int]] | None,
+    classes: Sequence[str],
+    where: str,
+) -> dict[str, Sequence[int]]:
+    """Returns, for each split that has any, the places of its pictures.
 
     Args:
         data: config.data; its `split_ratio` decides if the source has no splits.
@@ -73,7 +85,7 @@ def divide(
         check_splits({split: labels[rows] for split, rows in given.items()}, classes, where)
         if groups is not None:
             report_shared({split: [groups[row] for row in rows] for split, rows in given.items()})
-    return {split: [pictures[row] for row in rows] for split, rows in given.items() if len(rows)}
+    return {split: rows for split, rows in given.items() if len(rows)}
 
 
 def _check_lengths(texts: Sequence[str], kind: str, where: str) -> None:

@@ -112,10 +112,12 @@ def test_sizes_keep_the_first_patches_and_progress_is_reported(make):
     assert calls == [("reading valid", 5, "patches"), 5, ("reading train", 3, "patches"), 3]
 
 
-def test_chunks_of_large_patches_hold_fewer(make, monkeypatch):
+@pytest.mark.parametrize("padding", [0, 2 * SIDE * SIDE * 3])
+def test_chunks_of_large_patches_or_large_files_hold_fewer(padding, make, monkeypatch):
     monkeypatch.setattr(decode, "_CHUNK_BYTES", 10 * SIDE * SIDE * 3)
-    chunks = opened(make(), [encoded(noise())] * 25).chunks
-    assert [len(chunk.labels) for _, chunk in chunks] == [10, 10, 5]
+    chunks = opened(make(), [encoded(noise()) + bytes(padding)] * 25).chunks
+    sizes = [len(chunk.labels) for _, chunk in chunks]
+    assert sizes == ([4] * 6 + [1] if padding else [10, 10, 5])
 
 
 # --- threads
