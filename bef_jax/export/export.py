@@ -120,7 +120,7 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
         "outputs": {name: {"shape": ["n"], "dtype": "float32"} for name in OUTPUTS},
         "center": config.rcc.center,
         "classes": [negative, positive],
-        "mpp": sources.describe(config.data.source).mpp,
+        "mpp": sources.scale(config.data),
         "threshold": config.eval.threshold,
         "temperature": 1.0,
         "operating_point": operating_point,
