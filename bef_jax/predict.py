@@ -68,8 +68,7 @@ def predict_files(
     """
     _check_flags(path)
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
-    mpp, side = sources.describe(config.data.source).mpp, config.data.patch_size
-    inputs.check(path, split, side, mpp, lenient=True)
+    inputs.check(path, split, config.data.patch_size, sources.scale(config.data), lenient=True)
     start = time.perf_counter()
     unreadable: dict[str, str] = {}  # filled while patches are consumed
     patches = _shown(inputs.read(path, split, tiling(config), unreadable))

@@ -11,12 +11,11 @@ import numpy as np
 
 from bef_jax.data import pictures, store
 from bef_jax.data.chunk import ranges
-from bef_jax.data.patch import SPLITS, Tiling
+from bef_jax.data.patch import SPLITS, Tiling, same_scale
 from bef_jax.data.sources import hdf5, npz
 from bef_jax.errors import UserError, printable
 
 LOG = logging.getLogger(__name__)
-_SAME_SCALE = 1.08  # ratio of two scales; PCam's own two scanners differ by 7.5 %
 
 
 class Patch(NamedTuple):
@@ -85,18 +84,14 @@ def _check_pictures(path: Path, side: int, mpp: float | None, lenient: bool) -> 
             errors.append(error)
     if errors and not (lenient and scales):
         raise errors[0]
-    mismatched = [(file, scale) for file, scale in scales if scale and mpp and _differ(scale, mpp)]
+    known = [(file, scale) for file, scale in scales if scale and mpp]
+    mismatched = [(file, scale) for file, scale in known if not same_scale(scale, mpp)]
     if mismatched:
         LOG.warning(
             "%d of %d pictures have another scale than the network's %.3f um/px, the first of them "
             "%s with %.3f: their scores mean little; resample them",
             len(mismatched), len(files), mpp, *mismatched[0],
         )  # fmt: skip
-
-
-def _differ(picture_mpp: float, mpp: float) -> bool:
-    """Returns whether two scales, in micrometres per pixel, differ too much to count as one."""
-    return not 1 / _SAME_SCALE <= picture_mpp / mpp <= _SAME_SCALE
 
 
 def read(

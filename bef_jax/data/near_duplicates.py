@@ -36,14 +36,12 @@ FILE = "near_duplicates.json"
 VERSION = 1  # of the definition of a near duplicate; results of another version are not used
 LISTED = 100  # pairs of ids that a result names, for each pair of splits
 _PARTS = 9  # the hash compares neighbours among 9 x 9 means
-_SIDE = 10  # pixels of such a part; the central 90 x 90 of a patch are read
 # A hash is cut into this many bands of 16 bits. If two hashes differ in fewer bits than there are
 # bands, at least one band is equal (the pigeonhole principle). So RADIUS < _BANDS must hold.
 _BANDS = 4
 _MAX_CANDIDATES = 10**7  # pairs whose hashes are compared at once; limits the memory
-# BT.601's luma in whole 256ths. Sums over 100 pixels stay below 2^24, so float32 is exact and every
-# machine finds the same pairs.
-_LUMA = (77, 150, 29)
+_LUMA = (77, 150, 29)  # BT.601's, in whole 256ths
+_EXACT = 16  # sums over parts of up to 16 x 16 pixels stay below 2^24, so float32 is exact
 
 
 def across_splits(splits: Mapping[str, Split], folder: Path, content: str) -> dict[str, dict]:
@@ -99,18 +97,24 @@ def _check(kept: Any) -> None:
 
 
 def luma_grids(images: np.ndarray) -> np.ndarray:
-    """Returns the mean luma of 9 x 9 parts of each uint8 patch, float32 [N, 9, 9] in 0 .. 255."""
+    """Returns the mean luma of 9 x 9 parts of each uint8 patch, float32 [N, 9, 9] in 0 .. 255.
+
+    The parts are as large as possible. Of a patch of 96 px, the central 90 x 90 are read.
+    """
     grids = np.empty((len(images), _PARTS, _PARTS), np.float32)
-    # [90 * 3, 9]: a product with it adds up the columns and the weighted channels of each part.
-    columns = np.kron(np.eye(_PARTS), np.tile(_LUMA, _SIDE)[:, None]).astype(np.float32)
-    edge = (images.shape[1] - _PARTS * _SIDE) // 2
-    inside = slice(edge, edge + _PARTS * _SIDE)
+    side = images.shape[1] // _PARTS
+    # Sums must be exact, so that every machine finds the same pairs.
+    dtype = np.float32 if side <= _EXACT else np.float64
+    # [9 * side * 3, 9]: a product with it adds up the columns and the weighted channels of a part.
+    columns = np.kron(np.eye(_PARTS), np.tile(_LUMA, side)[:, None]).astype(dtype)
+    edge = (images.shape[1] - _PARTS * side) // 2
+    inside = slice(edge, edge + _PARTS * side)
     for rows in ranges(len(images)):
         pixels = images[rows, inside, inside]
         # Add up the lines first, as integers, so that only a tenth of the numbers are converted.
-        lines = pixels.reshape(len(pixels), _PARTS, _SIDE, -1).sum(2, dtype=np.uint16)
-        grids[rows] = lines.astype(np.float32) @ columns
-    return grids / (256 * _SIDE**2)
+        lines = pixels.reshape(len(pixels), _PARTS, side, -1).sum(2, dtype=np.uint16)
+        grids[rows] = lines.astype(dtype) @ columns
+    return grids / (256 * side**2)
 
 
 def difference_hashes(grids: np.ndarray) -> np.ndarray:

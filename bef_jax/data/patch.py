@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 PCAM_SIDE = 96  # side of PCam's patches, in pixels
 PCAM_CENTER = 32  # side of the region in the middle that decides their labels
-PATCH, CENTER, CENTER_SIDE, IMAGE_SHAPE = 96, (32, 64), 32, (96, 96, 3)
 PCAM_CLASSES = ("normal", "metastasis")
 SPLITS = ("train", "valid", "test")
 # Sources are read in this order. A patch in two splits is dropped from the one that is read later.

@@ -123,7 +123,7 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
         },
         "center": config.rcc.center,
         "classes": list(classes),
-        "mpp": sources.describe(config.data.source).mpp,
+        "mpp": sources.scale(config.data),
         "threshold": config.eval.threshold if is_binary else None,
         "temperature": 1.0,
         "operating_point": operating_point,

@@ -76,7 +76,7 @@ class TrainedModel:
     @property
     def mpp(self) -> float | None:
         """Returns the micrometres per pixel of its training patches; None if unknown."""
-        return sources.describe(self.config.data.source).mpp
+        return sources.scale(self.config.data)
 
     @property
     def threshold(self) -> float | None:

@@ -75,6 +75,10 @@ def scoring_config(
     # Fields of training alone stay as saved: the checkpoint's arrays fit its own optimiser.
     used = [name for name in changes if affects(name) in (*_FROM_CONFIG, INPUT, SCORE)]
     _set(config, {name: changes[name] for name in used})
+    if (side := differing.get("data.patch_size")) is not None:
+        # Scoring draws no windows. Without this, `validate` would refuse patches that are smaller
+        # than the windows of training.
+        _set(config, {"rcc.min_size": side, "rcc.max_size": side})
     config.model.update(_SCORING_FORMS)
     # Validate again, because a change may be invalid together with the saved fields.
     with checkpoint.error_context(path):

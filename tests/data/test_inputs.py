@@ -75,6 +75,18 @@ def test_a_folder_may_hold_patches_and_larger_pictures(tmp_path):
     assert [patch.id for patch in read(tmp_path / "b" / "one.png")] == ["one.png"]
 
 
+@pytest.mark.parametrize("side", [32, 65, 224])
+def test_arrays_of_any_side_are_read_by_a_network_that_has_it(side, tmp_path):
+    images, tiling = random_patches(3, side), Tiling(side, side, side)
+    np.savez(tmp_path / "a.npz", images=images)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = images
+    for name in ("a.npz", "a.h5"):
+        assert_patches(read(tmp_path / name, tiling=tiling), ["a_0", "a_1", "a_2"], images)
+        with pytest.raises(UserError, match=rf"not uint8 \[3, {side}, {side}, 3\]"):
+            inputs.check(tmp_path / name, None, 96)
+
+
 @pytest.mark.parametrize(
     ("name", "split", "words"),
     [

@@ -39,6 +39,20 @@ def test_grid_is_the_mean_luma_of_each_part():
     np.testing.assert_allclose(luma_grids(images)[2], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("side", "part"), [(32, 3), (97, 10), (153, 17), (512, 56)])
+def test_parts_of_other_patches_are_as_large_as_possible(side, part):
+    images = np.random.default_rng(side).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    images[0] = 255
+    first, found = (side - 9 * part) // 2, luma_grids(images)
+    assert (found[0] == 255).all() and 9 * (part + 1) > side
+    for r in range(9):
+        for c in range(9):
+            top, left = first + part * r, first + part * c
+            pixels = images[1, top : top + part, left : left + part].reshape(-1, 3)
+            total = sum(int(x) for x in pixels.astype(np.int64) @ np.array([77, 150, 29]))
+            assert found[1, r, c] == np.float32(total) / (256 * part**2)
+
+
 def hash_bits(grid):
     """Returns the 64 bits of a difference hash, found with loops."""
     across = [grid[r, c] < grid[r, c + 1] for r in range(0, 8, 2) for c in range(8)]

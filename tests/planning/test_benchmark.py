@@ -46,6 +46,9 @@ KEYS = {
 }  # fmt: skip
 
 
+SPLIT = benchmark.random_patches(2)
+
+
 def make_config(folder):
     config = quickstart.get_config()
     config.update_from_flattened_dict(SHRUNK | FIELDS | {"data.dir": str(folder)})
@@ -118,6 +121,17 @@ def test_lax_is_timed_with_the_native_convolution(measured):
     for work in ("train", "eval"):
         assert figures[f"{work}_images_per_second"] > 0
         assert figures[f"{work}_ratio"] > 0
+
+
+@pytest.mark.parametrize(("side", "count"), [(32, 36_864), (96, 4096), (224, 752), (512, 144)])
+def test_random_patches_of_any_side_have_about_as_many_pixels(side, count, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(benchmark, "random_patches", lambda *asked: drawn.append(asked) or SPLIT)
+    config = make_config(tmp_path)
+    for batch_size, expected in ((8, count), (50_000, 50_000)):
+        config.data.patch_size, config.batch_size = side, batch_size
+        with benchmark._input_split(config):
+            assert drawn.pop() == (expected, side)
 
 
 def test_results_keep_the_summary_and_how_to_repeat_it(measured):

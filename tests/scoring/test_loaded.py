@@ -245,7 +245,8 @@ DESCRIPTION = {"classes": ["a", "b"], "mpp": 0.5, "files": {"model.onnx": {"sha2
 
 WRONG_FIELDS = [
     ("classes", None), ("classes", [1, 2]), ("classes", "ab"), ("mpp", "0.5"), ("mpp", True),
-    ("files", []), ("files", {"model.onnx": 3}), ("files", {"model.onnx": {"sha256": 3}}),
+    ("center", "32"), ("center", True), ("files", []), ("files", {"model.onnx": 3}),
+    ("files", {"model.onnx": {"sha256": 3}}),
 ]  # fmt: skip
 DAMAGED_DESCRIPTIONS = {
     "empty": "",
@@ -281,6 +282,31 @@ def test_a_file_whose_checksum_differs_from_its_description_is_not_read(name, tm
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(UserError, match=r"not what export\.json beside it describes"):
             bef_jax.load(tmp_path / name).predict(np.zeros((1, 96, 96, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("side", "description", "expected"),
+    [
+        (96, {}, (96, 32, 32)),  # as earlier versions wrote it
+        (96, {"center": 0}, (96, 96, 96)),
+        (64, {"center": 32}, (64, 32, 32)),
+        (224, {}, (224, 224, 224)),
+    ],
+)
+def test_an_exported_file_cuts_pictures_around_its_own_center(
+    side, description, expected, tmp_path
+):
+    (tmp_path / "export.json").write_text(json.dumps(DESCRIPTION | description))
+    (tmp_path / "model.onnx").touch()
+    assert bef_jax.load(tmp_path / "model.onnx")._tiling(side) == expected
+
+
+@pytest.mark.parametrize("center", [-1, 65])
+def test_a_center_that_does_not_fit_the_patches_is_refused(center, tmp_path):
+    (tmp_path / "export.json").write_text(json.dumps(DESCRIPTION | {"center": center}))
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(UserError, match=rf"center={center}, but patches have a side of 64"):
+        bef_jax.load(tmp_path / "model.onnx")._tiling(64)
 
 
 @pytest.mark.slow

@@ -86,6 +86,17 @@ def test_a_change_of_a_single_field_is_used_and_logged(run_summary, scoring, cap
     ]
 
 
+def test_smaller_patches_can_be_scored_than_the_run_was_trained_on(run_summary, scoring):
+    """The windows of training had 40 .. 48 px, and need not fit, because scoring draws none."""
+    changes = {"data.patch_size": 32, "rcc.eval_size": 32}
+    config, _ = scoring(**changes)
+    assert (config.data.patch_size, config.rcc.eval_size) == (32, 32)
+    with pytest.raises(UserError, match=r"rcc\.eval_size=48 is above data\.patch_size=32"):
+        scoring(**{"data.patch_size": 32})
+    config, _ = scoring(**{"data.patch_size": 224})
+    assert (config.data.patch_size, config.rcc.eval_size) == (224, 48)
+
+
 def test_flags_of_another_network_are_refused_and_of_the_same_one_are_not(run_summary, scoring):
     scoring(**{"model.fusion": True, "model.depthwise": "native", "model.remat": "block"})
     with pytest.raises(UserError, match=r"model\.fusion=True: leave out --config\.model\.fusion"):

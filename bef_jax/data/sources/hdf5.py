@@ -33,11 +33,11 @@ from bef_jax.data.chunk import (
     short_name,
     silent,
 )
+from bef_jax.data.patch import PCAM_SIDE
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_regular, open_user_file
 
 _FIX = "fetch it again, or unpack a .gz yourself"
-_REPACK = "repack it: h5repack -l CHUNK=1x96x96x3 -f GZIP=1"
 # The largest file of PCam unpacks to 7.25 GB. A longer one is not PCam's and would fill the disk.
 _UNPACKED_LIMIT = 10**10  # bytes
 _UNPACKED_ALWAYS_ALLOWED = 64 << 20  # bytes
@@ -52,17 +52,20 @@ _SIZE_KEEPING = (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
 _UNCHECKED_CHUNK_BYTES = 256 << 20  # a chunk that cannot unpack to more is not checked
 
 
-def stream(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def stream(path: Path, side: int = PCAM_SIDE) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (ids, images) of the data set `x` of one .h5 or .h5.gz, at most 512 at a time.
 
     The id of a patch is <the file's name>_<row>.
+
+    Args:
+        side: of a patch, in pixels.
 
     Raises:
         UserError: it is damaged, or holds something other than patches.
     """
     stem = path.name.removesuffix(".gz").removesuffix(".h5")
     with _dataset(path, "x") as x:
-        for rows, images in _blocks(x, _check_patches(x, path)):
+        for rows, images in _blocks(x, _check_patches(x, path, side)):
             yield numbered(stem, rows), images
 
 
@@ -97,9 +100,9 @@ def _read_labels(y: h5py.Dataset, count: int, path: Path) -> np.ndarray:
     return check_labels(y[:], count, str(path))
 
 
-def _check_patches(x: h5py.Dataset, path: Path) -> int:
+def _check_patches(x: h5py.Dataset, path: Path, side: int = PCAM_SIDE) -> int:
     """Checks that `x` holds patches, and returns how many."""
-    check_images(x.shape or (), x.dtype, str(path))
+    check_images(x.shape or (), x.dtype, str(path), side)
     _check_storage(x, path)
     return len(x)
 
@@ -145,7 +148,9 @@ def _check_storage(data: h5py.Dataset, path: Path) -> None:
     chunk = math.prod(data.chunks) * data.dtype.itemsize
     band = data.chunks[0] * math.prod(data.shape[1:]) * data.dtype.itemsize
     if chunk > _CHUNK_LIMIT or band > _BAND_LIMIT:
-        raise UserError(f"{path}: chunks of {data.chunks} are too large to be read; {_REPACK}")
+        raise UserError(
+            f"{path}: chunks of {data.chunks} are too large to be read; {_repack(data)}"
+        )
     _check_chunks(data, chunk, path)
 
 
@@ -196,8 +201,14 @@ def _check_chunks(data: h5py.Dataset, unpacked_size: int, path: Path) -> None:
     for chunk in large:
         if not _unpacks_within(data, chunk, unpacked_size, code):
             raise UserError(
-                f"{path}: the chunk at {chunk.chunk_offset} may be too large to be read; {_REPACK}"
+                f"{path}: the chunk at {chunk.chunk_offset} may be too large to be read; "
+                f"{_repack(data)}"
             )
+
+
+def _repack(data: h5py.Dataset) -> str:
+    row = "x".join(map(str, (1, *data.shape[1:])))
+    return f"repack it: h5repack -l CHUNK={row} -f GZIP=1"
 
 
 def _packing(data: h5py.Dataset, path: Path) -> tuple[int, int] | None:
@@ -207,7 +218,8 @@ def _packing(data: h5py.Dataset, path: Path) -> tuple[int, int] | None:
     packing = [(place, code) for place, code in enumerate(codes) if code not in _SIZE_KEEPING]
     if len(packing) > 1 or any(code not in _DENSEST for _, code in packing):
         raise UserError(
-            f"{path}: packed by the filters {codes}; only one of gzip and LZF is read; {_REPACK}"
+            f"{path}: packed by the filters {codes}; only one of gzip and LZF is read; "
+            f"{_repack(data)}"
         )
     return packing[0] if packing else None
 
