@@ -164,8 +164,9 @@ def _weighted_rates(
         actual, calls = (np.bincount(x, weights, classes) for x in (labels, called))
         others = weights.sum() - actual
         with np.errstate(invalid="ignore"):  # 0 / 0 gives NaN, as it should
-            sensitivity, f1 = hits / actual, 2 * hits / (actual + calls)
-            specificity = (others - (calls - hits)) / others
+            sensitivity, specificity = hits / actual, (others - (calls - hits)) / others
+            # A class without patches has no F1, even if some are called to be of it.
+            f1 = np.where(actual, 2 * hits / (actual + calls), np.nan)
         return np.stack([sensitivity, specificity, f1])
 
     return rates

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from scipy.special import expit, logit
+from scipy.special import expit, logit, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, recall_score
 
 from bef_jax.scoring.calibration import choose_threshold, fit_temperature, temper, tuned_figures
 from bef_jax.scoring.metrics import Evaluation, binary_metrics
+from bef_jax.scoring.multiclass import multiclass_metrics
 
 
 def predictions(n=4000, factor=3.0, seed=0):
@@ -114,3 +115,77 @@ def test_what_is_chosen_on_valid_is_applied_to_test():
     assert blocks["operating_point"]["threshold"] == threshold
     assert blocks["operating_point"]["sensitivity"] == recall_score(test.labels, called)
     assert {block["chosen_on"] for block in blocks.values()} == {"valid"}
+
+
+# ---- more than two classes ----------------------------------------------------------------------
+
+
+def class_predictions(n=3000, factor=2.5, seed=0):
+    """Returns probabilities of four classes, whose logits are `factor` times the true ones."""
+    rng = np.random.default_rng(seed)
+    logits = 1.5 * rng.normal(size=(n, 4))
+    labels = [rng.choice(4, p=row) for row in softmax(logits, axis=1)]
+    return softmax(factor * logits, axis=1), np.array(labels)
+
+
+def class_evaluation(split, probabilities, labels):
+    names = ("a", "b", "c", "d")
+    metrics = multiclass_metrics(probabilities, labels, names)
+    ids = np.arange(len(labels)).astype(str)
+    return Evaluation(split, ids, labels, probabilities, metrics, classes=names)
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 2.5])
+def test_temperature_of_four_classes_has_the_smallest_loss_and_is_the_factor(factor):
+    probabilities, labels = class_predictions(factor=factor)
+    found = fit_temperature(probabilities, labels)
+    assert found == pytest.approx(factor, rel=0.08)
+    grid = found * np.linspace(0.9, 1.1, 201)
+    losses = [log_loss(labels, softmax(np.log(probabilities) / t, axis=1)) for t in grid]
+    assert abs(np.argmin(losses) - 100) <= 1
+
+
+def test_two_columns_have_the_temperature_of_their_second():
+    probabilities, labels = predictions(500)
+    both = np.stack([1 - probabilities, probabilities], axis=1)
+    expected = fit_temperature(probabilities, labels)
+    assert fit_temperature(both, labels) == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(temper(both, 3.0)[:, 1], temper(probabilities, 3.0))
+
+
+def test_tempering_of_classes_keeps_decisions_and_is_finite_for_0():
+    probabilities = np.array([[0.0, 0.0, 1.0], [0.2, 0.5, 0.3]])
+    tempered = temper(probabilities, 2.0)
+    np.testing.assert_array_equal(tempered.argmax(axis=1), [2, 1])
+    assert np.isfinite(tempered).all()
+    roots = np.sqrt(probabilities[1])
+    np.testing.assert_allclose(tempered[1], roots / roots.sum())
+
+
+CERTAIN = np.array([[0.5, 0.3, 0.2], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4]])
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels"),
+    [
+        (CERTAIN, [1, 1, 1]),  # one class only
+        (np.tile(CERTAIN[:1], (3, 1)), [0, 1, 2]),  # the same probabilities for all
+        (CERTAIN, [0, 1, 2]),  # right about every patch
+        (CERTAIN, [2, 2, 0]),  # wrong about every patch
+    ],
+)
+def test_classes_of_which_nothing_can_be_chosen_have_no_temperature(probabilities, labels):
+    assert fit_temperature(probabilities, np.array(labels)) is None
+
+
+def test_the_blocks_of_four_classes_have_a_temperature_and_no_threshold():
+    valid = class_evaluation("valid", *class_predictions(seed=1))
+    test = class_evaluation("test", *class_predictions(seed=2))
+    calibrated, point = tuned_figures(valid, test).values()
+    temperature = fit_temperature(valid.probabilities, valid.labels)
+    tempered = softmax(np.log(test.probabilities) / temperature, axis=1)
+    assert calibrated["temperature"] == temperature
+    assert calibrated["loss"] == pytest.approx(log_loss(test.labels, tempered))
+    assert calibrated["ece"] < test.metrics["ece"] and calibrated["brier"] < test.metrics["brier"]
+    figures = ("threshold", "accuracy", "sensitivity", "specificity", "f1")
+    assert point == {"chosen_on": "valid"} | dict.fromkeys(figures)

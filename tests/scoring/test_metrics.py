@@ -13,6 +13,9 @@ from bef_jax.scoring.metrics import (
     delong_interval,
     f1,
     structural_components,
+    weighted_auc,
+    weighted_average_precision,
+    weighted_calibration_error,
 )
 from tests.scoring.test_paired_tests import brute_force_delong
 
@@ -112,6 +115,29 @@ def test_calibration_error_agrees_with_a_loop_over_bins():
 def test_the_last_bin_of_the_calibration_error_includes_1():
     # Both lie in [14/15, 1], where 1.95 positives are predicted and one is found.
     assert binary_metrics([0.95, 1.0], [1, 0])["ece"] == pytest.approx(0.95 / 2)
+
+
+@pytest.mark.parametrize("decimals", [None, 1, 0])
+def test_a_weight_counts_as_so_many_copies_of_a_patch(decimals):
+    for seed in range(20):
+        probabilities, labels = predictions(60, seed, decimals)
+        positive, weights = labels == 1, np.random.default_rng(seed).poisson(1, 60)
+        copies = np.repeat(probabilities, weights), np.repeat(labels, weights)
+        auc = weighted_auc(probabilities, positive)(weights)
+        assert auc == pytest.approx(sklearn_metrics.roc_auc_score(*copies[::-1]))
+        precision = weighted_average_precision(probabilities, positive)(weights)
+        assert precision == pytest.approx(sklearn_metrics.average_precision_score(*copies[::-1]))
+        error = weighted_calibration_error(probabilities, positive)(weights)
+        assert error == pytest.approx(binary_metrics(*copies)["ece"])
+
+
+def test_weights_that_leave_one_class_leave_figures_undefined():
+    probabilities, labels = predictions(60)
+    positive = labels == 1
+    for weights in (labels, 1 - labels):
+        assert np.isnan(weighted_auc(probabilities, positive)(weights))
+    assert weighted_average_precision(probabilities, positive)(labels) == 1
+    assert np.isnan(weighted_average_precision(probabilities, positive)(1 - labels))
 
 
 def test_a_probability_at_the_threshold_is_positive():

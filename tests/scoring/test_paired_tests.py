@@ -1,5 +1,7 @@
 """Paired tests, compared with brute force, with sums by hand and with scikit-learn's AUC."""
 
+import functools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -90,3 +92,77 @@ def test_decisions_are_taken_at_the_threshold():
     first, second, labels = np.array([0.6, 0.2]), np.array([0.8, 0.2]), np.array([1, 0])
     assert paired_tests(first, second, labels, 0.7)["only_second_right"] == 1
     assert paired_tests(first, second, labels, 0.5)["only_second_right"] == 0
+
+
+# ---- groups, and more than two classes ----------------------------------------------------------
+
+FEW = 150  # resamples of the comparisons with loops, which call scikit-learn for each
+macro_auc = functools.partial(roc_auc_score, multi_class="ovr")
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    monkeypatch.setattr("bef_jax.scoring.intervals.RESAMPLES", FEW)
+
+
+def two_models_of_classes(n=200, better=0.0):
+    """Returns probabilities of three classes by two models [N, 3] each, and the labels."""
+    rng = np.random.default_rng(0)
+    labels, shared = rng.integers(0, 3, n), rng.normal(size=(n, 3))
+    logits = [
+        (1 + extra) * np.eye(3)[labels] + shared + 0.7 * rng.normal(size=(n, 3))
+        for extra in (better, 0.0)
+    ]
+    return *(np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in logits), labels
+
+
+def brute_force_interval(first, second, labels, groups):
+    rng, names = np.random.default_rng(0), sorted(set(groups))
+    differences = []
+    for _ in range(FEW):
+        drawn = rng.integers(0, len(names), len(names))
+        rows = np.concatenate([np.flatnonzero(groups == names[number]) for number in drawn])
+        of_first, of_second = (macro_auc(labels[rows], x[rows]) for x in (first, second))
+        differences.append(of_first - of_second)
+    return list(np.percentile(differences, [2.5, 97.5]))
+
+
+@pytest.mark.parametrize("make", [two_models, two_models_of_classes])
+@pytest.mark.parametrize("better", [0.0, 1.0])
+def test_the_difference_is_resampled_by_groups(make, better, few_resamples):
+    first, second, labels = make(better=better)
+    groups = np.array([f"{row % 23:02}" for row in range(200)])
+    found = paired_tests(first, second, labels, 0.5, groups)
+    expected = macro_auc(labels, first) - macro_auc(labels, second)
+    assert found["auc_difference"] == pytest.approx(expected)
+    ends = brute_force_interval(first, second, labels, groups)
+    assert found["auc_difference_ci95"] == pytest.approx(ends)
+    assert (ends[0] > 0) == (better > 0)
+    # Both would need independent patches.
+    assert (found["delong_p"], found["mcnemar_p"]) == (None, None)
+
+
+def test_classes_without_groups_are_compared_patch_by_patch(few_resamples):
+    first, second, labels = two_models_of_classes(better=1.0)
+    found = paired_tests(first, second, labels, 0.5)
+    ids = np.array([f"{row:03}" for row in range(200)])
+    ends = brute_force_interval(first, second, labels, ids)
+    assert found["auc_difference_ci95"] == pytest.approx(ends)
+    assert found["delong_p"] is None
+    right = [x.argmax(axis=1) == labels for x in (first, second)]
+    assert found | mcnemar_test(*right) == found
+    assert found["only_first_right"] > found["only_second_right"]
+
+
+def test_the_interval_of_classes_agrees_with_delongs_where_both_hold():
+    first, second, labels = two_models(n=600, better=0.3, decimals=9)
+    groups = np.array([f"{row:03}" for row in range(600)])
+    resampled = paired_tests(first, second, labels, 0.5, groups)["auc_difference_ci95"]
+    closed = paired_tests(first, second, labels, 0.5)["auc_difference_ci95"]
+    assert resampled == pytest.approx(closed, abs=0.15 * np.ptp(closed))
+
+
+def test_patches_of_one_patient_give_a_difference_without_an_interval():
+    found = paired_tests(*two_models_of_classes(), 0.5, np.full(200, "patient 1"))
+    assert found["auc_difference"] is not None
+    assert found["auc_difference_ci95"] is None

@@ -50,7 +50,40 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text_and_comes_back(text, cell, 
     np.testing.assert_array_equal(read_probabilities(file, "")[0], ids)
 
 
+CLASSES = ("fat", "=1+1", 'a "b", c', "two\nlines", "-", "Größe", "label")
+
+
+def test_more_than_two_classes_have_a_column_each_and_come_back(tmp_path):
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(7), 20)
+    ids, labels = np.array([f"p{row}" for row in range(20)]), rng.integers(0, 7, 20, np.uint8)
+    file = tmp_path / "scores_valid.csv"
+    evaluation = Evaluation("valid", ids, labels, probabilities, {}, classes=CLASSES)
+    write_probabilities(file, evaluation)
+    wrote = (ids, labels, probabilities)
+    for written, found in zip(wrote, read_probabilities(file, ""), strict=True):
+        assert written.dtype == found.dtype
+        np.testing.assert_array_equal(written, found)
+    with file.open(newline="", encoding="utf-8") as stream:
+        first, *rows = csv.DictReader(stream)
+    assert list(first) == ["id", "label", *(f"probability_{name}" for name in CLASSES)]
+    for number, row in enumerate([first, *rows]):
+        name = CLASSES[labels[number]]
+        assert row["label"] == {"=1+1": "'=1+1", "-": "'-"}.get(name, name)
+        assert float(row[f"probability_{name}"]) == probabilities[number, labels[number]]
+
+
+def test_labels_of_more_than_256_classes_come_back(tmp_path):
+    file, names = tmp_path / "scores_valid.csv", tuple(map(str, range(300)))
+    ids, labels = np.array(["a", "b"]), np.array([1, 299], np.uint16)
+    probabilities = np.full((2, 300), 1 / 300)
+    write_probabilities(file, Evaluation("valid", ids, labels, probabilities, {}, classes=names))
+    _, found, _ = read_probabilities(file, "")
+    np.testing.assert_array_equal(found, labels)
+
+
 HEAD = "id,label,probability\n"
+OF_CLASSES = "id,label,probability_a,probability_b,probability_c\n"
 DAMAGED = {
     "empty": "",
     "zeros": "\0\0",
@@ -64,6 +97,14 @@ DAMAGED = {
     "probability NaN": HEAD + "a,0,nan\n",
     "probability 2": HEAD + "a,0,2\n",
     "empty row": HEAD + "\n",
+    "two columns of classes": "id,label,probability_a,probability_b\nx,a,0,1\n",
+    "a class twice": "id,label,probability_a,probability_b,probability_a\nx,a,0,1,0\n",
+    "another column": OF_CLASSES.replace("probability_c", "c") + "x,a,0,1,0\n",
+    "a class too few": OF_CLASSES + "x,a,0,1\n",
+    "a class too many": OF_CLASSES + "x,a,0,1,0,0\n",
+    "an unknown class": OF_CLASSES + "x,d,0,1,0\n",
+    "a class's probability 2": OF_CLASSES + "x,a,0,2,0\n",
+    "a class's probability NaN": OF_CLASSES + "x,a,0,nan,0\n",
     "long id": HEAD + "x" * 200_000 + ",0,0\n",
     "long id in many rows": HEAD + "x" * 9000 + ",0,0\n" + "a,0,0\n" * 9000,
 }
