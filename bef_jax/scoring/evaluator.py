@@ -42,12 +42,15 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
         probabilities = mean_probabilities(scores)
         plain = mean_probabilities(scores[:1]) if len(scores) > 1 else None
         check_finite(probabilities, split.ids)
+        metrics = metrics_of(probabilities, split.labels, split.classes, config.eval.threshold)
+        if split.groups is not None:
+            metrics["auc_ci95"] = None  # DeLong's needs independent patches; see `summarise`
         return Evaluation(
             split=split.name,
             ids=split.ids,
             labels=split.labels,
             probabilities=probabilities,
-            metrics=metrics_of(probabilities, split.labels, split.classes, config.eval.threshold),
+            metrics=metrics,
             plain=plain,
             classes=split.classes,
             groups=split.groups,

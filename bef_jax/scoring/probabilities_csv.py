@@ -10,6 +10,7 @@ from typing import TextIO
 
 import numpy as np
 
+from bef_jax.configs.fields import MOST_CLASSES
 from bef_jax.data.patch import label_dtype
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file, write_text
@@ -108,6 +109,8 @@ def _columns(head: list[str]) -> tuple[Callable[[str], int], int]:
     """
     if head == _HEAD:
         return int, 1
+    if len(head) > MOST_CLASSES + 2:
+        raise ValueError(f"it has more than {MOST_CLASSES:,} classes")
     names = [name.removeprefix(_OF_CLASS) for name in head[2:] if name.startswith(_OF_CLASS)]
     is_ours = head[:2] == _HEAD[:2] and len(names) == len(head) - 2 > 2
     if not is_ours or len(set(names)) < len(names):

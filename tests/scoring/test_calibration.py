@@ -178,6 +178,15 @@ def test_classes_of_which_nothing_can_be_chosen_have_no_temperature(probabilitie
     assert fit_temperature(probabilities, np.array(labels)) is None
 
 
+def test_a_patch_whose_class_comes_second_gives_a_temperature():
+    probabilities, labels = np.array([[0.5, 0.4, 0.1], [0.8, 0.1, 0.1]]), np.array([1, 0])
+    found = fit_temperature(probabilities, labels)
+    losses = [
+        log_loss(labels, temper(probabilities, found * t), labels=range(3)) for t in (0.95, 1, 1.05)
+    ]
+    assert losses[1] == min(losses)
+
+
 def test_the_blocks_of_four_classes_have_a_temperature_and_no_threshold():
     valid = class_evaluation("valid", *class_predictions(seed=1))
     test = class_evaluation("test", *class_predictions(seed=2))

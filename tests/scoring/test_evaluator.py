@@ -1,5 +1,6 @@
 """A run of three classes of several patients, from its patches to its figures."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -90,6 +91,25 @@ def test_eval_mode_gives_what_training_reported_and_compares(summary, workdir):
     assert comparison["auc"] == found["auc"]
     assert comparison["auc_difference_ci95"] == [0.0, 0.0]
     assert comparison["only_first_right"] == comparison["only_second_right"] == 0
+
+
+def test_two_classes_with_groups_have_an_interval_over_groups(small_config):
+    config, mesh = small_config(), sharding.make_mesh()
+    store.prepare(config.data)
+    valid = store.open_split(store.store_path(config.data), "valid")
+    groups = np.array([f"patient {row % 7}" for row in range(len(valid))])
+    variables = create_state(config, sharding.replicated(mesh)).eval_variables()
+    evaluate_split = evaluator.make_evaluator(config, mesh)
+    alone = evaluate_split(variables, valid)
+    grouped = evaluate_split(variables, dataclasses.replace(valid, groups=groups))
+    # DeLong's interval takes the patches as independent.
+    assert alone.metrics["auc_ci95"] is not None and grouped.metrics["auc_ci95"] is None
+    first, second = (evaluator.summarise(x, config, x) for x in (alone, grouped))
+    assert second["auc_ci95"][0] <= second["auc"] <= second["auc_ci95"][1]
+    assert second["ci95"].pop("resampled") == "groups"
+    assert first["ci95"].keys() == second["ci95"].keys()
+    differing = {name for name in first if first[name] != second[name]}
+    assert differing == {"auc_ci95", "ci95"}
 
 
 def test_eight_views_have_an_interval_of_one_view_too(config_of):

@@ -100,6 +100,7 @@ DAMAGED = {
     "two columns of classes": "id,label,probability_a,probability_b\nx,a,0,1\n",
     "a class twice": "id,label,probability_a,probability_b,probability_a\nx,a,0,1,0\n",
     "another column": OF_CLASSES.replace("probability_c", "c") + "x,a,0,1,0\n",
+    "10,001 classes": "id,label," + ",".join(f"probability_{i}" for i in range(10_001)) + "\n",
     "a class too few": OF_CLASSES + "x,a,0,1\n",
     "a class too many": OF_CLASSES + "x,a,0,1,0,0\n",
     "an unknown class": OF_CLASSES + "x,d,0,1,0\n",
