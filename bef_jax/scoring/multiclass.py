@@ -115,8 +115,8 @@ def weighted_figures(
 
     def figures(weights: np.ndarray) -> Figures:
         n = weights.sum()
-        # A product of vectors would start the threads of BLAS, which cost more than they save.
         aucs, (sensitivity, specificity, f1) = class_aucs(weights), rates(weights)
+        # weights @ loss would start the threads of BLAS, which cost more than they save.
         return {
             "loss": np.sum(weights * loss) / n,
             "accuracy": np.sum(weights * right) / n,
