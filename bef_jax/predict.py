@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,24 +20,30 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bef_jax.data import inputs, sources
 from bef_jax.data.inputs import Patch
-from bef_jax.data.patch import deciding_side, tiling
+from bef_jax.data.patch import class_names, deciding_side, tiling
 from bef_jax.errors import UserError, printable
 from bef_jax.runtime import files, lock, sharding
-from bef_jax.scoring.heatmap import TileProbabilities, name_of, remove_heatmaps, write_heatmap
+from bef_jax.scoring.heatmap import (
+    ClassTiles,
+    TileProbabilities,
+    name_of,
+    remove_heatmaps,
+    write_class_maps,
+    write_heatmap,
+)
 from bef_jax.scoring.probabilities_csv import csv_cell
 from bef_jax.scoring.scorer import check_finite, make_predictor
 from bef_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 _FILE, _MAPS, _STAGE = "predictions.csv", "heatmaps", ".predict.tmp"
-_HEAD = ["id", "probability", "decision"]
 
 
 class Prediction(NamedTuple):
-    """A patch without its pixels, and its probability of class 1."""
+    """A patch without its pixels, and its probability of class 1, or float64 [K] for K > 2."""
 
     patch: Patch
-    probability: float
+    probability: float | np.ndarray
 
 
 def predict_files(
@@ -59,11 +65,12 @@ def predict_files(
         The summary: mode, checkpoint, input, n, positives, unreadable (file and reason of each
         picture that can't be read), threshold, temperature, tta, operating_point, predictions,
         heatmaps, images_per_second. `operating_point` is what the run chose on the valid split, or
-        None.
+        None. For more than two classes, positives and threshold are None, and `counts` says how
+        many patches are called each class.
 
     Raises:
         UserError: the input or the checkpoint can't be used, or no output can be written.
-        RunError: the log-odds of a patch are not finite. After either error, earlier predictions
+        RunError: the scores of a patch are not finite. After either error, earlier predictions
             stay as they were.
     """
     _check_flags(path)
@@ -83,7 +90,7 @@ def predict_files(
         "input": str(path),
         **found,
         "unreadable": [{"file": name, "reason": reason} for name, reason in unreadable.items()],
-        "threshold": config.eval.threshold,
+        "threshold": config.eval.threshold if config.model.num_classes == 2 else None,
         "temperature": 1.0,  # the probabilities are the network's own; none is applied
         "tta": config.eval.tta,
         "operating_point": checkpoint.read_metadata(checkpoint_path).get("operating_point"),
@@ -125,7 +132,8 @@ def _publish(stage: Path, workdir: Path) -> None:
         LOG.info("replacing %s and the heat maps of an earlier run", workdir / _FILE)
     remove_heatmaps(workdir / _MAPS)
     os.replace(stage / _FILE, workdir / _FILE)
-    for file in sorted(stage.rglob("*.png")):
+    # Leave out folders: that of the maps of big.png has this name, too.
+    for file in sorted(path for path in stage.rglob("*.png") if path.is_file()):
         target = workdir / file.relative_to(stage)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
@@ -163,14 +171,18 @@ def _predict(
     for probabilities in predict(pixels()):
         predicted = [waiting.popleft() for _ in probabilities]
         check_finite(probabilities, [patch.id for patch in predicted])
-        yield from map(Prediction, predicted, probabilities.tolist())
+        # Rows of probabilities stay arrays, because lists take four times as much memory.
+        is_binary = probabilities.ndim == 1
+        yield from map(
+            Prediction, predicted, probabilities.tolist() if is_binary else probabilities
+        )
 
 
 # ---- writing ------------------------------------------------------------------------------------
 
 
 def _write(stage: Path, predictions: Iterator[Prediction], config: ConfigDict) -> dict:
-    """Writes predictions.csv and heatmaps/ into `stage`; returns n, positives, and heatmaps."""
+    """Writes predictions.csv and heatmaps/ into `stage`; returns their part of the summary."""
     with open(stage / _FILE, "w", newline="", encoding="utf-8") as file:
         return _write_rows(csv.writer(file), predictions, config, stage / _MAPS)
 
@@ -178,26 +190,68 @@ def _write(stage: Path, predictions: Iterator[Prediction], config: ConfigDict) -
 def _write_rows(
     out: Any, predictions: Iterator[Prediction], config: ConfigDict, folder: Path
 ) -> dict:
-    """Writes a row for each patch, and a heat map of each picture that is larger than a patch."""
-    threshold, n, positives = config.eval.threshold, 0, 0
+    """Writes a row for each patch, and heat maps of each picture that is larger than a patch.
+
+    Returns:
+        n, positives, for more than two classes `counts`, and heatmaps.
+    """
+    classes, threshold = class_names(config), config.eval.threshold
+    counts, is_binary = [0] * len(classes), len(classes) == 2
     maps: dict[str, None] = {}  # a set that keeps the order
-    out.writerow(_HEAD)
+    out.writerow(_head(classes))
     # The tiles of a picture follow each other, so memory holds one map at a time. A patch that was
     # not cut from a picture has None as its picture.
     for picture, of_picture in itertools.groupby(predictions, key=lambda each: each.patch.picture):
-        tiles = TileProbabilities(deciding_side(config))
+        tiles = (TileProbabilities if is_binary else ClassTiles)(deciding_side(config))
         for patch, probability in of_picture:
-            decision = int(probability >= threshold)
-            out.writerow([csv_cell(printable(patch.id)), probability, decision])
-            n, positives = n + 1, positives + decision
+            decision = int(probability >= threshold if is_binary else probability.argmax())
+            counts[decision] += 1
+            out.writerow(_row(patch.id, probability, decision, classes))
             if picture:
                 tiles.add(patch.y, patch.x, probability)
         if picture:
             # The id of a tile is <name of the picture>:x=<x>:y=<y>.
-            name = _new_name(patch.id.rsplit(":x=", 1)[0], maps)
-            write_heatmap(folder / name, picture, tiles, threshold)
-            maps[name] = None
-    return {"n": n, "positives": positives, "heatmaps": list(maps)}
+            name = patch.id.rsplit(":x=", 1)[0]
+            maps |= dict.fromkeys(_draw(folder, name, picture, tiles, config, maps))
+    found = {"n": sum(counts), "positives": counts[1] if is_binary else None}
+    if not is_binary:
+        found["counts"] = dict(zip(classes, counts, strict=True))
+    return found | {"heatmaps": list(maps)}
+
+
+def _head(classes: Sequence[str]) -> list[str]:
+    if len(classes) == 2:
+        return ["id", "probability", "decision"]
+    return ["id", "decision", *(printable(f"probability_{name}") for name in classes)]
+
+
+def _row(
+    name: str, probability: float | np.ndarray, decision: int, classes: Sequence[str]
+) -> list[Any]:
+    name = csv_cell(printable(name))
+    if len(classes) == 2:
+        return [name, probability, decision]
+    return [name, csv_cell(printable(classes[decision])), *probability.tolist()]
+
+
+def _draw(
+    folder: Path,
+    name: str,
+    picture: Path,
+    tiles: TileProbabilities | ClassTiles,
+    config: ConfigDict,
+    taken: dict[str, None],
+) -> list[str]:
+    """Draws the maps of a picture, and returns their names below `folder`."""
+    classes = class_names(config)
+    if isinstance(tiles, ClassTiles):
+        # A folder of the picture's own name is free, because no other picture has that name.
+        return [
+            f"{name}/{file}" for file in write_class_maps(folder / name, picture, tiles, classes)
+        ]
+    name = _new_name(name, taken)
+    write_heatmap(folder / name, picture, tiles, config.eval.threshold, classes)
+    return [name]
 
 
 def _new_name(picture_name: str, taken: dict[str, None]) -> str:

@@ -16,13 +16,16 @@ from PIL import Image
 
 import bef_jax
 from bef_jax import evaluate, predict
+from bef_jax.configs import quickstart
 from bef_jax.data import store
 from bef_jax.errors import RunError, UserError
 from bef_jax.runtime import lock, sharding
+from bef_jax.scoring import heatmap, trained
 from bef_jax.scoring.evaluator import make_evaluator
 from bef_jax.training import checkpoint
 from bef_jax.training.checkpoint import Checkpoints
-from bef_jax.training.state import abstract_state
+from bef_jax.training.state import abstract_state, create_state
+from tests.conftest import SHRUNK
 
 
 def rows_of(workdir):
@@ -189,6 +192,76 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(small_config, 
         make(workdir / name)
         with pytest.raises(UserError, match=f"{name}: is in .* file;|{name}: is in .* folder;"):
             predict.predict_files(small_config(), workdir, tmp_path, tmp_path)
+
+
+# ---- more than two classes ----------------------------------------------------------------------
+
+CLASSES = ("=fat", "a/b", "\U0001f52c\n")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Returns the workdir of a checkpoint of three classes, with random weights."""
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(
+        SHRUNK | {"model.num_classes": 3, "data.classes": CLASSES, "predict.stride": 32}
+    )
+    folder = tmp_path_factory.mktemp("three")
+    state = create_state(config, sharding.replicated(sharding.make_mesh()))
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(0, state, {"config": json.loads(config.to_json_best_effort())}, None)
+    checkpoints.close()
+    return folder
+
+
+def predict_three(folder, path):
+    best = trained.find(folder)
+    return predict.predict_files(trained.scoring_config(best), folder, best, path)
+
+
+def test_three_classes_have_a_column_each(three, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (11, 96, 96, 3), dtype=np.uint8)
+    np.savez(tmp_path / "patches.npz", images=images)
+    summary = predict_three(three, tmp_path / "patches.npz")
+    expected = bef_jax.load(three).predict(images)
+    with open(three / "predictions.csv", newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    columns = ["probability_=fat", "probability_a/b", "probability_\U0001f52c\\n"]
+    assert head == ["id", "decision", *columns]
+    assert [list(map(float, row[2:])) for row in rows] == expected.tolist()
+    called = expected.argmax(axis=1)
+    # A spreadsheet must not run a name, and a terminal must not obey one.
+    names = ["'=fat", "a/b", "\U0001f52c\\n"]
+    assert [row[1] for row in rows] == [names[number] for number in called]
+    counts = np.bincount(called, minlength=3).tolist()
+    assert summary["counts"] == dict(zip(CLASSES, counts, strict=True))
+    assert (summary["n"], summary["positives"], summary["threshold"]) == (11, None, None)
+    json.dumps(summary)
+
+
+def test_a_larger_picture_has_a_folder_of_maps(three, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (130, 200, 3), dtype=np.uint8)
+    for name in ("big.png", "below/big.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name)
+    # A map of two classes that an earlier run may have left has the folder's name.
+    maps = three / "heatmaps"
+    tiles = heatmap.TileProbabilities(32, [(0, 0, 0.5)])
+    heatmap.write_heatmap(maps / "big.png", tmp_path / "big.png", tiles, 0.5)
+    summary = predict_three(three, tmp_path)
+    assert summary["n"] == sum(summary["counts"].values()) == 2 * 5 * 7
+    decided = {row["decision"] for row in rows_of(three)}
+    files = {"'=fat": "0__fat.png", "a/b": "1_a_b.png", "\U0001f52c\\n": "2___.png"}
+    expected = {"classes.png", *(files[name] for name in decided)}
+    for folder in ("big.png", "below/big.tif"):
+        assert {path.name for path in (maps / folder).iterdir()} == expected
+        assert all(Image.open(file).width > 200 for file in (maps / folder).iterdir())
+    written = {str(path) for path in maps.rglob("*.png") if path.is_file()}
+    assert set(summary["heatmaps"]) == written
+    # A later run of another input removes them.
+    np.savez(tmp_path / "patches.npz", images=pixels[None, :96, :96])
+    assert predict_three(three, tmp_path / "patches.npz")["heatmaps"] == []
+    assert not list(maps.rglob("*"))
 
 
 def test_pictures_with_similar_names_get_maps_of_their_own(run_summary, workdir, scoring, tmp_path):

@@ -24,6 +24,7 @@ from bef_jax.ablation.workers import Worker, find_workers
 from bef_jax.config import as_json, flatten, validate
 from bef_jax.configs.ablation import ROWS
 from bef_jax.configs.fields import ENVIRONMENT, affects
+from bef_jax.data import store
 from bef_jax.data.prepare import prepare_with_progress
 from bef_jax.errors import RunError, UserError
 from bef_jax.runtime import lock
@@ -72,7 +73,7 @@ def run_ablation(
 
     Returns:
         The summary: mode, runs (the number of trials), finished and, once a trial has finished,
-        split, rows (`table.tabulate`) and files. For a dry run: mode, runs, finished, rows
+        the fields of `table.tabulate` and files. For a dry run: mode, runs, finished, rows
         (`cost.estimate`) and seconds.
 
     Raises:
@@ -98,7 +99,9 @@ def run_ablation(
         finished = [trial for trial in trials if trial.summary()]
         summary = {"mode": "ablate", "runs": len(trials), "finished": len(finished)}
         if finished:
-            table = tabulate(finished, config.eval.threshold)
+            split = scored_block(finished[0].summary())["split"]
+            groups = store.open_split(store.store_path(config.data), split).groups
+            table = tabulate(finished, config.eval.threshold, groups)
             summary |= table | {"files": write_table(workdir, table, finished)}
     return summary
 

@@ -109,6 +109,19 @@ def test_files_are_compared_on_tissue_of_the_networks_size(side):
         np.testing.assert_array_equal(patches[:, 96], patches[:, 95])
 
 
+def test_facts_of_three_classes_name_each_and_have_no_threshold(small_config):
+    names = ("fat", "a/b", "\U0001f52c")
+    config = small_config(**{"model.num_classes": 3, "data.classes": names})
+    found = export.facts(config, None)
+    assert found["classes"] == list(names)
+    assert found["threshold"] is None
+    shapes = {name: output["shape"] for name, output in found["outputs"].items()}
+    assert shapes == {"probability": ["n", 3], "logits": ["n", 3]}
+    # Everything that is said has a meaning, and the other way round.
+    assert {"probability", "logits", "threshold"} <= set(found["meaning"])
+    assert "log_odds" not in json.dumps(found)
+
+
 # ---- errors that come before anything is compiled -----------------------------------------------
 
 
@@ -158,11 +171,6 @@ def test_a_missing_package_is_refused_with_its_installation(
     with pytest.raises(UserError, match=rf'needs {module}: pip install "bef_jax\[export\]"'):
         start_export(tmp_path, **fields)
     assert not (tmp_path / "export").exists()
-
-
-def test_three_classes_are_refused(start_export, tmp_path):
-    with pytest.raises(UserError, match="scores two classes, not 3"):
-        start_export(tmp_path, **{"model.num_classes": 3})
 
 
 def test_a_second_export_to_the_same_folder_is_refused(start_export, tmp_path):

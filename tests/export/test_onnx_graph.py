@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from scipy.special import softmax
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -30,6 +31,17 @@ def test_a_select_between_broadcast_arrays_is_broadcast_too():
     (name,) = (argument.name for argument in session.get_inputs())
     (sums,) = session.run(None, {name: x})
     np.testing.assert_allclose(sums, 4 * x.max(1), rtol=1e-6)
+
+
+def test_an_output_with_more_axes_than_the_batch_declares_them():
+    (n,) = jax.export.symbolic_shape("n")
+    argument = jax.ShapeDtypeStruct((n, 5), jnp.float32)
+    file = to_onnx(lambda x: (jax.nn.softmax(x), x.sum(1)), argument, ["probability", "sum"])
+    session = onnxruntime.InferenceSession(file)
+    assert [output.shape for output in session.get_outputs()] == [["n", 5], ["n"]]
+    x = 100 * np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    found, _ = session.run(None, {"image": x})
+    np.testing.assert_allclose(found, softmax(x, axis=1), rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ TORCH = "model.padding=symmetric,model.bn_epsilon=1e-5"
 
 
 @functools.cache
-def variables_of(name):
+def variables_of(name, classes=2):
     """Returns random variables; they do not show the padding or the settings of batch norm."""
     rng = np.random.default_rng(0)
-    shapes = reading._shapes(get_config(f"model.name={name}").model)
+    shapes = reading._shapes(get_config(f"model.name={name},model.num_classes={classes}").model)
     flat = {name: rng.normal(size=leaf.shape).astype("float32") for name, leaf in shapes.items()}
     return unflatten_dict(flat, sep="/")
 
@@ -57,6 +57,7 @@ def test_written_files_hold_the_network_and_its_settings(arg, architecture, argu
     described = json.loads((tmp_path / "config.json").read_text())
     assert (described["architecture"], described["model_args"]) == (architecture, arguments)
     assert described["num_classes"] == described["pretrained_cfg"]["num_classes"] == 2
+    assert "label_names" not in described
     tensors = safetensors.load_file(file)
     check_same_arrays(tensors, variables)
     # timm finds the classifier by this name, to replace it for another number of classes.
@@ -89,6 +90,17 @@ def test_another_total_stride_is_noted_and_the_crop_is_timm_s_input_size(tmp_pat
     assert described["pretrained_cfg"]["input_size"] == [3, 64, 64]
     with safe_open(tmp_path / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt", "total_stride": "16"}
+
+
+def test_a_network_of_three_classes_has_their_names(tmp_path):
+    names = "data.classes=('fat','a/b','\U0001f52c')"
+    config = get_config(f"model.name=efficientnet_b0,model.num_classes=3,{names}")
+    variables = variables_of("efficientnet_b0", 3)
+    timm.write(config, variables, tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["label_names"] == ["fat", "a/b", "\U0001f52c"]
+    assert described["num_classes"] == described["pretrained_cfg"]["num_classes"] == 3
+    check_same_arrays(safetensors.load_file(tmp_path / "model.safetensors"), variables)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,12 @@ import pytest
 from PIL import Image
 
 from bef_jax.scoring import heatmap
-from bef_jax.scoring.heatmap import TileProbabilities, write_heatmap
+from bef_jax.scoring.heatmap import (
+    ClassTiles,
+    TileProbabilities,
+    write_class_maps,
+    write_heatmap,
+)
 
 
 def tiles(*squares, side=32):
@@ -133,3 +138,65 @@ def test_only_maps_and_empty_folders_are_removed(tmp_path):
     heatmap.remove_heatmaps(maps)
     left = sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*"))
     assert left == ["kept", "kept/theirs.png", "theirs.png"]
+
+
+# ---- more than two classes ----------------------------------------------------------------------
+
+
+def test_the_most_certain_square_decides_the_class_of_a_pixel():
+    rng = np.random.default_rng(0)
+    tiles = ClassTiles(32)
+    squares = [
+        (y, x, rng.dirichlet(np.ones(5))) for y in range(0, 65, 16) for x in range(0, 49, 16)
+    ]
+    for y, x, probabilities in squares:
+        tiles.add(y, x, probabilities)
+    found = tiles.called_classes(98, 80, 1)
+    for row in range(98):
+        for column in range(80):
+            touching = [p for y, x, p in squares if 0 <= row - y < 32 and 0 <= column - x < 32]
+            expected = max(touching, key=max).argmax() if touching else -1
+            assert found[row, column] == expected
+    for number in range(5):
+        of_class = [(y, x, np.float32(p[number])) for y, x, p in squares]
+        expected = TileProbabilities(32, of_class).to_array(98, 80, 3)
+        np.testing.assert_array_equal(tiles.of_class(number).to_array(98, 80, 3), expected)
+
+
+def write_three_stripes(folder, classes, shape=(96, 160)):
+    """Draws a grey picture whose left part is class 0, and its right part the last class."""
+    Image.fromarray(np.full((*shape, 3), 128, np.uint8)).save(folder / "grey.png")
+    tiles, last = ClassTiles(32), len(classes) - 1
+    for y in range(0, shape[0], 32):
+        for x in range(0, shape[1], 32):
+            probabilities = np.full(len(classes), 0.3 / last)
+            probabilities[0 if x < 64 else last] = 0.7
+            tiles.add(y, x, probabilities)
+    return write_class_maps(folder / "maps", folder / "grey.png", tiles, classes)
+
+
+@pytest.mark.filterwarnings("error")
+def test_each_class_that_some_place_has_gets_a_map(tmp_path):
+    names = ["_a/b", "nowhere", "\U0001f52c", "$x$"]
+    assert write_three_stripes(tmp_path, names) == ["classes.png", "0__a_b.png", "3__x_.png"]
+    drawn = pixels_of(tmp_path / "maps" / "classes.png")
+    counts = {}
+    for number in (0, 3):
+        colour = (
+            0.6 * 255 * np.array(matplotlib.colors.to_rgb(heatmap._COLOURS[number])) + 0.4 * 128
+        )
+        counts[number] = (np.abs(drawn - colour) < 3).all(axis=2).sum()
+    assert counts[0] > 10_000
+    assert counts[3] / counts[0] == pytest.approx(3 / 2, rel=0.05)  # as the tiles have the classes
+
+
+def test_of_very_many_classes_there_is_only_the_map_of_classes(tmp_path):
+    names = [f"class {i}" for i in range(65)]
+    assert write_three_stripes(tmp_path, names) == ["classes.png"]
+    assert len(write_three_stripes(tmp_path, names[:64])) == 3
+
+
+def test_maps_of_classes_are_removed_with_their_folders(tmp_path):
+    write_three_stripes(tmp_path, ["a", "b", "c"])
+    heatmap.remove_heatmaps(tmp_path / "maps")
+    assert not list((tmp_path / "maps").iterdir())
