@@ -75,10 +75,11 @@ def predict_files(
     """
     _check_flags(path)
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
-    inputs.check(path, split, config.data.patch_size, sources.scale(config.data), lenient=True)
+    mpp = sources.scale(config.data)
+    inputs.check(path, split, config.data.patch_size, mpp, lenient=True)
     start = time.perf_counter()
     unreadable: dict[str, str] = {}  # filled while patches are consumed
-    patches = _shown(inputs.read(path, split, tiling(config), unreadable))
+    patches = _shown(inputs.read(path, split, tiling(config), mpp, unreadable))
     with lock.held(workdir, ".predict.lock"), _stage(workdir) as stage:
         found = _write(stage, _predict(checkpoint_path, config, patches), config)
         if not found["n"]:

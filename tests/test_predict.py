@@ -275,19 +275,21 @@ def test_pictures_with_similar_names_get_maps_of_their_own(run_summary, workdir,
     assert all(os.path.exists(file) for file in summary["heatmaps"])
 
 
-def test_a_picture_of_another_scale_gives_a_warning(
-    run_summary, workdir, scoring, tmp_path, caplog
-):
+def test_a_picture_of_another_scale_gets_no_score(run_summary, workdir, scoring, tmp_path):
     config, best = scoring()
     config.data.source = "pcam_hdf5"  # a source whose scale is known
     for name, mpp in (("a.tif", 0.24), ("b.tif", 0.93)):
         image = np.zeros((96, 96, 3), np.uint8)
         tifffile.imwrite(tmp_path / name, image, photometric="rgb", resolutionunit="CENTIMETER",
                          resolution=(1e4 / mpp, 1e4 / mpp))  # fmt: skip
-    with caplog.at_level("WARNING", logger="bef_jax"):
+    summary = predict.predict_files(config, workdir, best, tmp_path)
+    assert summary["n"] == 1
+    (refused,) = summary["unreadable"]
+    assert refused["file"] == "a.tif"
+    assert "says 0.24 um per pixel, but the network's patches have 0.972" in refused["reason"]
+    (tmp_path / "b.tif").unlink()
+    with pytest.raises(UserError, match=r"says 0\.24 um per pixel"):
         predict.predict_files(config, workdir, best, tmp_path)
-    (line,) = [each.getMessage() for each in caplog.records if "scale" in each.getMessage()]
-    assert "1 of 2 pictures" in line and "a.tif with 0.240" in line
 
 
 def test_a_missing_input_is_named_before_a_checkpoint_is_read(small_config, tmp_path):

@@ -1,7 +1,6 @@
 """Reads the patches to be scored from pictures, folders of pictures, npz, HDF5 or stores."""
 
 import itertools
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,6 @@ from bef_jax.data.chunk import ranges
 from bef_jax.data.patch import SPLITS, Tiling, same_scale
 from bef_jax.data.sources import hdf5, npz
 from bef_jax.errors import UserError, printable
-
-LOG = logging.getLogger(__name__)
 
 
 class Patch(NamedTuple):
@@ -45,7 +42,7 @@ def check(
         path: see `read`.
         split: see `read`.
         side: of the network's patches, in pixels.
-        mpp: micrometres per pixel of the network; pictures with another scale cause a warning.
+        mpp: micrometres per pixel of the network; pictures that say another scale are refused.
         lenient: one readable picture of a folder is enough.
 
     Raises:
@@ -56,8 +53,9 @@ def check(
     if split and not _is_store(path):
         raise UserError(f"--split={split}: only a store has splits; {path} is not one")
     if _is_store(path):
+        _check_kind(path, side, mpp)
         for name in _splits(path, split):
-            _check_side(path, store.open_split(path, name), side)
+            store.open_split(path, name)
     elif _is_array_file(path):
         # Read its first patches, except from a .gz, because unpacking takes minutes.
         if path.suffix != ".gz":
@@ -66,38 +64,38 @@ def check(
         _check_pictures(path, side, mpp, lenient)
 
 
-def _check_side(path: Path, split: store.Split, side: int) -> None:
-    found = split.images.shape[1]
+def _check_kind(path: Path, side: int, mpp: float | None) -> None:
+    """Checks that the patches of a store have the network's side and scale."""
+    manifest = store.read_manifest(path)
+    found, own = manifest["patch_size"], manifest["mpp"]
     if found != side:
         raise UserError(
             f"--input={path}: the patches of this store are {found}x{found}, but the network reads "
             f"{side}x{side}; name another --input"
         )
+    if mpp and own and not same_scale(mpp, own):
+        raise UserError(
+            f"--input={path}: the patches of this store have {own:.4g} um per pixel, but the "
+            f"network's have {mpp:.4g}; name another --input"
+        )
 
 
 def _check_pictures(path: Path, side: int, mpp: float | None, lenient: bool) -> None:
-    files, scales, errors = pictures.find(path), [], []
+    files, errors = pictures.find(path), []
     for file in files:
         try:
-            scales.append((file, pictures.look(file, pictures.at_least(side)).mpp))
+            pictures.look(file, pictures.fit_for(side, mpp))
         except UserError as error:
             errors.append(error)
-    if errors and not (lenient and scales):
+    if errors and not (lenient and len(errors) < len(files)):
         raise errors[0]
-    known = [(file, scale) for file, scale in scales if scale and mpp]
-    mismatched = [(file, scale) for file, scale in known if not same_scale(scale, mpp)]
-    if mismatched:
-        LOG.warning(
-            "%d of %d pictures have another scale than the network's %.3f um/px, the first of them "
-            "%s with %.3f: their scores mean little; resample them",
-            len(mismatched), len(files), mpp, *mismatched[0],
-        )  # fmt: skip
 
 
 def read(
     path: Path,
     split: str | None,
     tiling: Tiling,
+    mpp: float | None = None,
     unreadable: dict[str, str] | None = None,
 ) -> Iterator[Patch]:
     """Yields the patches of an input in an order that does not depend on the file system.
@@ -107,6 +105,7 @@ def read(
             `x`, or a store.
         split: of a store; without it, all splits.
         tiling: how larger pictures are cut. All patches have its side.
+        mpp: see `check`.
         unreadable: is filled with the names of pictures that cannot be read, each with the reason;
             the other pictures are read. Without it, the first such picture is an error.
 
@@ -126,7 +125,7 @@ def read(
         for file in pictures.find(path):
             name = file.relative_to(root).as_posix()
             try:
-                yield from _of_picture(file, name, tiling)
+                yield from _of_picture(file, name, tiling, mpp)
             except UserError as error:
                 if unreadable is None:
                     raise
@@ -151,8 +150,8 @@ def _of_split(split: store.Split) -> Iterator[Patch]:
             yield from map(Patch, split.ids[rows].tolist(), block)
 
 
-def _of_picture(file: Path, name: str, tiling: Tiling) -> Iterator[Patch]:
-    pixels = pictures.read(file, pictures.at_least(tiling.side))
+def _of_picture(file: Path, name: str, tiling: Tiling, mpp: float | None) -> Iterator[Patch]:
+    pixels = pictures.read(file, pictures.fit_for(tiling.side, mpp))
     if pixels.shape[:2] == (tiling.side, tiling.side):
         yield Patch(name, pixels)
         return

@@ -344,7 +344,7 @@ def patches_of(images: Images, tiling: Tiling, mpp: float | None = None) -> Iter
 
     Args:
         tiling: how pictures that are larger than a patch are cut. All patches have its side.
-        mpp: micrometres per pixel of the network; a picture with another value gives a warning.
+        mpp: micrometres per pixel of the network; a picture that says another scale is refused.
 
     Raises:
         UserError: an array has another shape or type, or the path can't be read.
@@ -352,7 +352,7 @@ def patches_of(images: Images, tiling: Tiling, mpp: float | None = None) -> Iter
     if isinstance(images, str | os.PathLike):
         path = user_path(images)
         inputs.check(path, None, tiling.side, mpp)
-        return (patch.pixels for patch in inputs.read(path, None, tiling))
+        return (patch.pixels for patch in inputs.read(path, None, tiling, mpp))
     # A single array, of NumPy, JAX or torch, has a shape. An iterable of arrays has none.
     arrays = [images] if hasattr(images, "shape") else images
     return (patch for array in arrays for patch in _checked(array, tiling.side))

@@ -140,3 +140,13 @@ def test_a_store_of_other_patches_is_refused(small_config):
     store.prepare(data)
     with pytest.raises(UserError, match=r"are 96x96, but the network reads 64x64"):
         inputs.check(store.store_path(data), "test", 64)
+
+
+def test_a_store_of_another_scale_is_refused(small_config):
+    data = small_config().data
+    data.mpp = 0.5
+    data.store = f"{store.store_path(data)}_half"
+    store.prepare(data)
+    inputs.check(store.store_path(data), "test", 96, mpp=0.53)
+    with pytest.raises(UserError, match=r"have 0\.5 um per pixel, but the network's have 0\.972"):
+        inputs.check(store.store_path(data), "test", 96, mpp=0.972)

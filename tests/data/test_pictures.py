@@ -154,12 +154,12 @@ def test_the_error_names_the_refused_picture(write, words, tmp_path):
 def test_a_picture_smaller_than_a_patch_is_refused_with_both_sizes(ask, tmp_path):
     path = tmp_path / "a file.png"
     Image.fromarray(noise(95, 200)).save(path)
-    ask(path, pictures.at_least(95))
+    ask(path, pictures.fit_for(95))
     with pytest.raises(UserError, match=r"a file\.png: 200x95 pixels; .* patches of 96x96"):
-        ask(path, pictures.at_least(96))
+        ask(path, pictures.fit_for(96))
     write_png(path, 10_001, 10_000, bits=1, colour_type=0, packed=b"")
     with pytest.raises(UserError, match="above 100,000,000 pixels"):
-        ask(path, pictures.at_least(96))
+        ask(path, pictures.fit_for(96))
 
 
 def test_a_picture_of_gigabytes_is_refused_by_its_header(tmp_path):

@@ -24,7 +24,7 @@ from PIL import Image
 from bef_jax.config import flatten, validate
 from bef_jax.configs import default, quickstart
 from bef_jax.data import inputs, store
-from bef_jax.data.patch import SPLITS
+from bef_jax.data.patch import SPLITS, Tiling
 from bef_jax.errors import UserError
 from bef_jax.models import weights
 from bef_jax.models.weights import reading
@@ -139,6 +139,31 @@ def _rpcam(folder: Path, rng: random.Random) -> None:
     (folder / "train_labels.csv").write_bytes(text.encode())
 
 
+def _image_folder(folder: Path, rng: random.Random) -> None:
+    """Writes a folder for each class, some of them with pictures that are no patches."""
+    for label in ("normal", "tumour \u2764"):
+        (folder / label).mkdir()
+        images, _ = patches(rng, 12)
+        for row, image in enumerate(images):
+            suffix = rng.choice([".png", ".jpg", ".tif", ".webp", ".bmp"])
+            image = image if rng.random() < 0.99 else image[:95]
+            Image.fromarray(image).save(folder / label / f"P{row % 4} {row}{suffix}")
+
+
+def _csv(folder: Path, rng: random.Random) -> None:
+    """Writes pictures and their table, in the dialects of spreadsheets."""
+    (folder / "pictures").mkdir()
+    images, labels = patches(rng, 24)
+    mark = rng.choice([",", ";", "\t"])
+    rows = [f"path{mark}label{mark}group"]
+    for row, image in enumerate(images):
+        name = f"pictures/{row}.png"
+        Image.fromarray(image).save(folder / name)
+        rows.append(f"{name}{mark}class {labels[row]}{mark}P{row % 8}")
+    text = rng.choice(["", "\ufeff"]) + rng.choice(["\n", "\r\n"]).join([*rows, ""])
+    (folder / "patches.csv").write_bytes(text.encode())
+
+
 # ---- inputs to score, through predict -----------------------------------------------------------
 
 
@@ -159,6 +184,8 @@ _FORMATS = [
     (".png", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"], [{}]),
     (".jpg", ["RGB", "L", "CMYK"], [{}, {"progressive": True}]),
     (".tif", ["RGB", "RGBA", "L", "CMYK", "F", "I", "I;16"], _TIFF),
+    (".webp", ["RGB", "RGBA", "L"], [{}, {"lossless": True}]),
+    (".bmp", ["RGB", "L", "P", "1"], [{}]),
 ]
 
 
@@ -176,10 +203,10 @@ def _hdf5_to_score(folder: Path, rng: random.Random) -> None:
 
 
 def _read_input(path: Path) -> None:
-    inputs.check(path, split=None)
+    inputs.check(path, split=None, side=96)
     ids = set()
     # Do not read all windows of a large picture, because that would exceed an input's time.
-    for patch in itertools.islice(inputs.read(path, split=None, stride=32), 1000):
+    for patch in itertools.islice(inputs.read(path, None, Tiling(96, 32, 32)), 1000):
         assert patch.pixels.shape == (96, 96, 3)
         assert patch.pixels.dtype == np.uint8
         assert patch.id not in ids
@@ -333,6 +360,8 @@ ENTRIES = {
     "npz_to_score": Entry(_npz_to_score, lambda folder: _read_input(folder / "patches.npz")),
     "hdf5_to_score": Entry(_hdf5_to_score, lambda folder: _read_input(folder / "patches.h5")),
     "rpcam": Entry(_rpcam, functools.partial(_prepare, "rpcam")),
+    "image_folder": Entry(_image_folder, functools.partial(_prepare, "image_folder")),
+    "csv": Entry(_csv, functools.partial(_prepare, "csv")),
     "store": Entry(lambda folder, _: _write(_good_store(), folder), _open_store),
     "checkpoint": Entry(lambda folder, _: _write(_good_checkpoint(), folder), _open_checkpoint),
     "safetensors": Entry(_safetensors, functools.partial(_read_weights, "weights.safetensors")),

@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image
 
 from bef_jax import predict
+from bef_jax.configs import default
 from bef_jax.data import inputs
+from bef_jax.data.patch import tiling
 from bef_jax.errors import UserError
 from bef_jax.predict import Prediction
 from bef_jax.runtime import lock
@@ -40,14 +42,15 @@ def names(folder: Path, rng: random.Random) -> None:
 
 def write_names(folder: Path) -> None:
     """Gives every patch the probability 0.5, and checks what predict writes."""
-    inputs.check(folder, split=None, lenient=True)
+    config = default.get_config()
+    inputs.check(folder, None, config.data.patch_size, lenient=True)
     unreadable: dict[str, str] = {}
-    patches = inputs.read(folder, None, 32, unreadable)
+    patches = inputs.read(folder, None, tiling(config), unreadable=unreadable)
     predictions = (Prediction(patch._replace(pixels=None), 0.5) for patch in patches)
     with tempfile.TemporaryDirectory() as name:
-        found = predict._write(Path(name), predictions, 0.5)
+        found = predict._write(Path(name), predictions, config)
         if not found["n"]:
-            raise UserError(predict._first(unreadable))
+            raise UserError(predict._none_readable(unreadable))
         lines = (Path(name) / "predictions.csv").read_text(encoding="utf-8").splitlines()
         assert len(list((Path(name) / "heatmaps").rglob("*.png"))) == len(found["heatmaps"])
     rows = list(csv.reader(lines))

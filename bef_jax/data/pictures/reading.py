@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from bef_jax.data.patch import Tiling
+from bef_jax.data.patch import Tiling, same_scale
 from bef_jax.data.pictures import jpeg
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file
@@ -98,8 +98,13 @@ def check_size(path: Path, header: Header) -> None:
         raise UserError(f"{path}: {width}x{height} pixels are {_TOO_LARGE}")
 
 
-def at_least(side: int) -> Check:
-    """Returns a check like `check_size` that also refuses pictures smaller than a patch."""
+def fit_for(side: int, mpp: float | None = None) -> Check:
+    """Returns a check like `check_size` that also refuses what a network cannot score.
+
+    Args:
+        side: of the network's patches, in pixels; no side of a picture may be smaller.
+        mpp: micrometres per pixel of the network; a picture that says another scale is refused.
+    """
 
     def check(path: Path, header: Header) -> None:
         height, width = header.height, header.width
@@ -107,6 +112,11 @@ def at_least(side: int) -> Check:
             raise UserError(
                 f"{path}: {width}x{height} pixels; the network reads patches of {side}x{side}, so "
                 "give a picture that is not smaller"
+            )
+        if mpp and header.mpp and not same_scale(header.mpp, mpp):
+            raise UserError(
+                f"{path}: says {header.mpp:.4g} um per pixel, but the network's patches have "
+                f"{mpp:.4g}; resample it"
             )
         check_size(path, header)
 
