@@ -5,8 +5,9 @@
 #
 # It takes some minutes on two CPU cores, from the repository's root, with the extra [weights].
 # FOLDER (default: a temporary one, which is removed) gets the pictures and the run; what is already
-# there is used again. A classifier of the mean colour alone reaches 0.92, so the network has to see
-# textures. The windows of 128 px take a third of the time of whole patches; evaluation sees these.
+# there is used again. The windows of 128 px take a third of the time of whole patches, which
+# evaluation sees. A logistic regression on each patch's mean colour has a macro AUC of 0.92, and 0.96
+# with its standard deviation, so a network has to be above that.
 set -euo pipefail
 
 folder=${1:-}
