@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bef_jax.data import sources
+from bef_jax.data import sources, store
 from bef_jax.data.sources import csv
 from bef_jax.errors import UserError
 from tests.data.sources.conftest import expect_error
@@ -277,6 +277,26 @@ def test_the_split_changes_what_is_read_and_is_in_the_identity(tmp_path, make_da
     }.items():  # fmt: skip
         other = csv.identity(make_data("csv", tmp_path / "x.csv", **{field: value}))
         assert {name for name in first if first[name] != other[name]} == {field}
+
+
+def test_a_table_in_the_order_of_npz_makes_the_same_store(tmp_path, patches, write, make_data):
+    """So it gives the same training; only the names of the patches differ."""
+    write("npz", tmp_path, patches)
+    rows = ["path,label,split"]
+    for split, (images, labels) in patches.items():
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            Image.fromarray(image).save(tmp_path / f"{split}{number}.png")
+            rows.append(f"{split}{number}.png,{label},{split}")
+    (tmp_path / "patches.csv").write_text("\n".join(rows))
+    ours = make_data("csv", tmp_path / "patches.csv")
+    theirs = make_data("npz", tmp_path)
+    assert store.store_path(ours) == tmp_path / "store_csv"
+    assert store.prepare(ours)["content"] == store.prepare(theirs)["content"]
+    for split in patches:
+        one, other = (store.open_split(store.store_path(data), split) for data in (ours, theirs))
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.labels, other.labels)
+        assert one.ids[0] == f"{split}0.png"
 
 
 @pytest.mark.slow

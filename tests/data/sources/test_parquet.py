@@ -12,7 +12,7 @@ from PIL import Image
 
 from bef_jax.data import sources
 from bef_jax.data.sources import parquet as source
-from bef_jax.data.sources.parquet.pages import largest_page
+from bef_jax.data.sources.parquet.footer import largest_page, read_footer
 from bef_jax.errors import UserError
 from tests.data.sources.conftest import expect_error
 from tests.hub_server import environment, serve
@@ -396,14 +396,19 @@ def test_the_largest_page_is_found(compression, version, tmp_path):
         pa.table({"x": values}), path, use_dictionary=False, data_page_size=5000,
         write_batch_size=1, compression=compression, data_page_version=version,
     )  # fmt: skip
-    chunk = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    known = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    (group,) = read_footer(path)
+    chunk = group.chunks["x"]
+    assert group.count == 101 and list(group.chunks) == ["x"]
+    assert chunk == (known.data_page_offset, known.total_compressed_size, True)
     with open(path, "rb") as file:
-        found = largest_page(file, chunk.data_page_offset, chunk.total_compressed_size)
-        assert 50_000 < found < 60_000
-        with pytest.raises(ValueError, match=r"damaged|ends too early"):
-            largest_page(file, chunk.data_page_offset, path.stat().st_size)
-        with pytest.raises(ValueError, match=r"damaged|ends too early"):
-            largest_page(file, chunk.data_page_offset + 1, chunk.total_compressed_size)
+        assert 50_000 < largest_page(file, chunk) < 60_000
+        for wrong in (
+            chunk._replace(size=path.stat().st_size),
+            chunk._replace(start=chunk.start + 1),
+        ):
+            with pytest.raises(ValueError, match="its footer, or the header of a page, is damaged"):
+                largest_page(file, wrong)
 
 
 # ---- hub ----------------------------------------------------------------------------------------
