@@ -42,6 +42,9 @@ def test_the_layout_of_1aurent_patchcamelyon(label_type, tmp_path, make_data):
 )
 def test_splits_are_found_by_the_names_of_files_or_folders(pattern, tmp_path, make_data):
     data = make_data("parquet", write_splits(tmp_path, pattern))
+    for hidden in (tmp_path / ".notes.parquet", tmp_path / ".cache" / "notes.parquet"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_text("no Parquet file")
     assert numbers_of(read_all(data)[1]) == NUMBERS
     for path in sorted(tmp_path.rglob("*"), reverse=True):
         if "valid" in path.name:
