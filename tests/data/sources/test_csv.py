@@ -282,6 +282,7 @@ def test_a_table_in_the_order_of_npz_makes_the_same_store(tmp_path, patches, wri
 
 @pytest.mark.slow
 def test_a_long_table_takes_little_memory(folder, table, make_data, monkeypatch):
+    read_all(make_data("csv", table(PLAIN)))  # imports the libraries
     count = 200_000
     path = table(rows_of("path,label", "pictures/of/a/folder/{n}.png,{label}", 0))
     with open(path, "a") as file:
