@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bef_jax.data import sources
+from bef_jax.data import sources, store
 from bef_jax.data.sources import csv
 from bef_jax.errors import UserError
-from tests.data.sources.conftest import expect_error
+from tests.data.sources.conftest import expect_error, read_all
 from tests.memory import growth_of
 
 SPLIT_OF = ["train"] * 6 + ["valid"] * 3 + ["test"] * 3
@@ -53,25 +53,6 @@ def rows_of(header, row, count=12):
 PLAIN = rows_of("path,label,split", "img/{n}.png,{label},{split}")
 
 
-def read(data):
-    """Returns the classes, and {split: [(first pixel, label, id, group)]}."""
-    contents = sources.open_source(data)
-    found = {}
-    for split, chunk in contents.chunks:
-        assert chunk.images.shape[1:] == (96, 96, 3)
-        groups = [None] * len(chunk.ids) if chunk.groups is None else chunk.groups.tolist()
-        found.setdefault(split, []).extend(
-            zip(
-                chunk.images[:, 0, 0, 0].tolist(),
-                chunk.labels.tolist(),
-                chunk.ids.tolist(),
-                groups,
-                strict=True,
-            )
-        )
-    return contents.classes, found
-
-
 EXPECTED = {
     split: [(n, n % 2, f"img/{n}.png", None) for n in range(12) if SPLIT_OF[n] == split]
     for split in ("test", "valid", "train")
@@ -99,7 +80,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_table_gives_the_same_patches(form, table, make_data):
-    classes, found = read(make_data("csv", table(FORMS[form])))
+    classes, found = read_all(make_data("csv", table(FORMS[form])))
     assert classes == ("a", "b")
     assert found == EXPECTED
     assert list(found) == ["test", "valid", "train"]
@@ -108,14 +89,14 @@ def test_every_form_of_a_table_gives_the_same_patches(form, table, make_data):
 def test_patches_come_in_the_order_of_the_table_and_the_first_are_kept(table, make_data):
     head, *rows = PLAIN.splitlines()
     data = make_data("csv", table("\n".join([head, *reversed(rows)])), train_size=4, test_size=2)
-    _, found = read(data)
+    _, found = read_all(data)
     numbers = {split: [row[0] for row in rows] for split, rows in found.items()}
     assert numbers == {"test": [11, 10], "valid": [8, 7, 6], "train": [5, 4, 3, 2]}
 
 
 def test_absolute_paths_and_a_folder_with_one_table(folder, table, make_data):
     path = table(PLAIN.replace("img/", f"{folder}/img/"))
-    _, found = read(make_data("csv", folder))
+    _, found = read_all(make_data("csv", folder))
     assert found == {
         split: [(n, label, f"{folder}/{name}", None) for n, label, name, _ in rows]
         for split, rows in EXPECTED.items()
@@ -137,10 +118,10 @@ def test_absolute_paths_and_a_folder_with_one_table(folder, table, make_data):
 def test_labels_may_be_numbers_phrases_or_emoji(labels, classes, table, make_data):
     rows = [f'img/{n}.png,"{labels[n % 2]}",{SPLIT_OF[n]}' for n in range(12)]
     text = "\n".join(["path,label,split", *rows])
-    found_classes, found = read(make_data("csv", table(text)))
+    found_classes, found = read_all(make_data("csv", table(text)))
     assert found_classes == classes
     assert [classes[row[1]] for row in found["train"]] == labels * 3
-    _, found = read(make_data("csv", table(text), classes=tuple(reversed(classes))))
+    _, found = read_all(make_data("csv", table(text), classes=tuple(reversed(classes))))
     assert [classes[1 - row[1]] for row in found["train"]] == labels * 3
 
 
@@ -149,7 +130,7 @@ def test_splits_of_our_own_share_no_group_in_any_order_of_rows(fields, table, ma
     column = "patient" if "P" in fields.get("group", "") else "group"
     text = rows_of(f"path,{column},label", "img/{n}.png,{group},{label}")
     data = make_data("csv", table(text), split_ratio=(0.5, 0.25, 0.25), **fields)
-    found = read(data)[1]
+    found = read_all(data)[1]
     group_of = {
         n: str(n)[0] if "img" in fields.get("group", "") else f"P{n // 2}" for n in range(12)
     }
@@ -158,7 +139,7 @@ def test_splits_of_our_own_share_no_group_in_any_order_of_rows(fields, table, ma
     assert sum(map(len, sides.values())) == len(set(group_of.values()))
     head, *rows = text.splitlines()
     table("\n".join([head, *np.random.default_rng(0).permutation(rows)]))
-    assert {split: set(rows) for split, rows in read(data)[1].items()} == {
+    assert {split: set(rows) for split, rows in read_all(data)[1].items()} == {
         split: set(rows) for split, rows in found.items()
     }
 
@@ -166,10 +147,10 @@ def test_splits_of_our_own_share_no_group_in_any_order_of_rows(fields, table, ma
 def test_given_splits_that_share_a_group_are_reported(table, make_data, caplog):
     text = rows_of("path,label,split,group", "img/{n}.png,{label},{split},{group}")
     with caplog.at_level(logging.WARNING):
-        read(make_data("csv", table(text)))
+        read_all(make_data("csv", table(text)))
         assert "the first is P4" in caplog.text  # P4 has the patches 8 and 9
         caplog.clear()
-        read(make_data("csv", table(text.replace("img/8.png,a,valid", "img/8.png,a,test"))))
+        read_all(make_data("csv", table(text.replace("img/8.png,a,valid", "img/8.png,a,test"))))
         assert "the first is P" not in caplog.text
 
 
@@ -261,7 +242,7 @@ def test_a_link_is_followed_and_a_broken_one_is_missing(folder, table, make_data
     path = table(PLAIN)
     os.rename(folder / "img/3.png", folder / "there.png")
     (folder / "img/3.png").symlink_to(folder / "there.png")
-    assert read(make_data("csv", path))[1] == EXPECTED
+    assert read_all(make_data("csv", path))[1] == EXPECTED
     (folder / "there.png").unlink()
     expect_error(
         make_data("csv", path), " line 5: img/3.png is missing, the first of 1 of 12 files"
@@ -279,8 +260,29 @@ def test_the_split_changes_what_is_read_and_is_in_the_identity(tmp_path, make_da
         assert {name for name in first if first[name] != other[name]} == {field}
 
 
+def test_a_table_in_the_order_of_npz_makes_the_same_store(tmp_path, patches, write, make_data):
+    """So it gives the same training; only the names of the patches differ."""
+    write("npz", tmp_path, patches)
+    rows = ["path,label,split"]
+    for split, (images, labels) in patches.items():
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            Image.fromarray(image).save(tmp_path / f"{split}{number}.png")
+            rows.append(f"{split}{number}.png,{label},{split}")
+    (tmp_path / "patches.csv").write_text("\n".join(rows))
+    ours = make_data("csv", tmp_path / "patches.csv")
+    theirs = make_data("npz", tmp_path)
+    assert store.store_path(ours) == tmp_path / "store_csv"
+    assert store.prepare(ours)["content"] == store.prepare(theirs)["content"]
+    for split in patches:
+        one, other = (store.open_split(store.store_path(data), split) for data in (ours, theirs))
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.labels, other.labels)
+        assert one.ids[0] == f"{split}0.png"
+
+
 @pytest.mark.slow
 def test_a_long_table_takes_little_memory(folder, table, make_data, monkeypatch):
+    read_all(make_data("csv", table(PLAIN)))  # imports the libraries
     count = 200_000
     path = table(rows_of("path,label", "pictures/of/a/folder/{n}.png,{label}", 0))
     with open(path, "a") as file:

@@ -36,7 +36,8 @@ from bef_jax.data import sources
 data = get_config().data
 for data.source in sources.SOURCES:
     assert sources.identity(data) and sources.describe(data.source).comparable
-libraries = {"h5py", "PIL", "pooch", "requests", "tensorflow_datasets", "tifffile"}
+libraries = {"h5py", "huggingface_hub", "PIL", "pooch", "pyarrow", "requests", "tifffile"}
+libraries |= {"tensorflow_datasets"}
 print(*libraries & sys.modules.keys())
 """
 

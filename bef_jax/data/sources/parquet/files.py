@@ -35,7 +35,7 @@ def locate(where: str) -> Path:
 
 
 def find(where: Path) -> dict[str | None, list[Path]]:
-    """Returns the files of each split, sorted; all are of None if there is only one split.
+    """Returns the files of each split, sorted; all are of None if they name no split but train.
 
     The split is the first word of a file's name, as in train-00000-of-00004.parquet, or else the
     name of its folder.
@@ -48,7 +48,7 @@ def find(where: Path) -> dict[str | None, list[Path]]:
             raise UserError(f"{where}: no such file; set config.data.dir to Parquet files")
         return {None: [where]}
     files = sorted(file for pattern in _PATTERNS for file in where.glob(pattern))
-    files = [file for file in files if not file.name.startswith(".")]
+    files = [file for file in files if "/." not in f"/{file.relative_to(where).as_posix()}"]
     if not files:
         raise UserError(f"{where}: holds no .parquet file; set config.data.dir to its folder")
     _check(where, files)
@@ -76,7 +76,8 @@ def _split_of_folder(where: Path, file: Path) -> str | None:
 
 def _check(where: Path, files: Sequence[Path]) -> None:
     """Checks that files are regular ones, of one data set, with one name each, and all there."""
-    homes, stems = {}, {}
+    homes: dict[Path, Path] = {}
+    stems: dict[tuple[str | None, str], Path] = {}
     for file in files:
         check_regular(file)
         home = file.parent.parent if _split_of_folder(where, file) else file.parent

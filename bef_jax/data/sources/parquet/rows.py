@@ -1,9 +1,5 @@
-"""Reads the rows of a Parquet file: first labels, names and groups of all, later the pictures.
+"""Reads the rows of a Parquet file: first labels, names and groups of all, later the pictures."""
 
-No file is trusted. It can declare more rows than it holds, and its pages can unpack to any size.
-"""
-
-import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,24 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bef_jax.data.chunk import LONGEST_ID, readable
-from bef_jax.data.sources.parquet.pages import largest_page
-from bef_jax.errors import UserError, install_command, listed
-from bef_jax.runtime.files import check_regular, open_user_file
+from bef_jax.data.chunk import LONGEST_ID
+from bef_jax.data.sources.parquet.batches import FIX, File, batches, opened
+from bef_jax.errors import UserError, listed
 
 if TYPE_CHECKING:
     import pyarrow
-    from pyarrow import parquet
 
-_FIX = "fetch it again, or write it again"
-_BUFFER = 1 << 20  # bytes that are read at once
-_FOOTER_LIMIT = 16 << 20  # bytes; the objects that Arrow makes of them take many times as much
-_PAGE_LIMIT = 192 << 20  # bytes of a page, unpacked; Arrow can hold three copies of it
-_BATCH_BYTES = 64 << 20  # the most that the values of a batch take, unless a single one takes more
-_BATCH_ROWS = 1 << 16
 _LARGEST_PICTURE = 64 << 20  # bytes; more than the pixels of any picture that is decoded
-_SMALLEST_PICTURE = 64  # bytes, if it is not one of many equal ones
-_ROWS_ALWAYS_ALLOWED = 100_000
 
 
 class Rows(NamedTuple):
@@ -61,18 +47,18 @@ def read_rows(path: Path, group: str) -> Rows:
         UserError: the file is damaged, a column is missing or of another type, or a row has no
             label or no group.
     """
-    with _opened(path) as file:
-        schema = file.schema_arrow
+    with opened(path) as file:
+        schema = file.reader.schema_arrow
         _image_leaf(schema, path)
         leaves = ["label"] + ["image.path"] * _has_paths(schema)
         group = group or ("group" if "group" in schema.names else "")
         if group:
             _has_numbers(schema, group, path)
-            leaves.append(group)
+            leaves += [group] * (group != "label")
         names = _class_names(schema)
         is_numbered = _has_numbers(schema, "label", path) and not names
         found = Rows([], [], [] if group else None, names, is_numbered)
-        for batch in _batches(file, path, leaves):
+        for batch in batches(file, leaves, range(len(file.groups))):
             _add(found, batch, group, path)
         return found
 
@@ -106,24 +92,24 @@ def read_pictures(path: Path, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
     Raises:
         UserError: the file is damaged, or one of the rows has no picture.
     """
-    with _opened(path) as file:
-        leaf = _image_leaf(file.schema_arrow, path)
+    with opened(path) as file:
+        leaf = _image_leaf(file.reader.schema_arrow, path)
         start = 0
-        for number in range(file.num_row_groups):
-            end = start + file.metadata.row_group(number).num_rows
+        for number, group in enumerate(file.groups):
+            end = start + group.count
             wanted = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)]
             if len(wanted):
-                for row, picture in _of_row_group(file, path, leaf, number, wanted - start):
+                for row, picture in _of_row_group(file, leaf, number, wanted - start):
                     yield start + row, _content(picture, f"{path} row {start + row}")
             start = end
 
 
 def _of_row_group(
-    file: "parquet.ParquetFile", path: Path, leaf: str, number: int, rows: np.ndarray
+    file: File, leaf: str, number: int, rows: np.ndarray
 ) -> Iterator[tuple[int, "pyarrow.Scalar"]]:
     """Yields (row, its picture), with rows counted from the start of the group."""
     start = 0
-    for batch in _batches(file, path, [leaf], number):
+    for batch in batches(file, [leaf], [number]):
         values = batch.column("image")
         values = values.field("bytes") if leaf == "image.bytes" else values
         end = start + len(values)
@@ -132,7 +118,7 @@ def _of_row_group(
         start = end
         if start > rows[-1]:
             return
-    raise UserError(f"{path}: holds fewer rows than it declares; {_FIX}")
+    raise UserError(f"{file.path}: holds fewer rows than it declares; {FIX}")
 
 
 def _content(picture: "pyarrow.Scalar", where: str) -> bytes:
@@ -143,83 +129,6 @@ def _content(picture: "pyarrow.Scalar", where: str) -> bytes:
             f"{_LARGEST_PICTURE}"
         )
     return picture.as_py()
-
-
-# ---- the file -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator["parquet.ParquetFile"]:
-    """Opens a file whose number of rows is plausible."""
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            f"config.data.source=parquet needs pyarrow: {install_command('hub')}"
-        ) from error
-    check_regular(path)
-    with readable(path, _FIX):
-        _check_footer(path)
-        # Without a buffer, Arrow would read a column chunk whole, and a file can be one chunk.
-        with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-            _check_counts(file.metadata, path)
-            yield file
-
-
-def _check_footer(path: Path) -> None:
-    # The last eight bytes are the length of the footer and PAR1.
-    with open_user_file(path) as file:
-        file.seek(max(0, path.stat().st_size - 8))
-        length = int.from_bytes(file.read(4), "little")
-    if length > _FOOTER_LIMIT:
-        raise UserError(f"{path}: its footer says that it has {length} bytes; {_FIX}")
-
-
-def _check_counts(metadata: "parquet.FileMetaData", path: Path) -> None:
-    counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
-        raise UserError(f"{path}: its numbers of rows contradict each other; {_FIX}")
-    # The names and labels of all rows will be in memory.
-    if metadata.num_rows > max(_ROWS_ALWAYS_ALLOWED, path.stat().st_size // _SMALLEST_PICTURE):
-        raise UserError(f"{path}: declares {metadata.num_rows} rows, which it cannot hold; {_FIX}")
-
-
-def _batches(
-    file: "parquet.ParquetFile", path: Path, leaves: Sequence[str], number: int | None = None
-) -> Iterator["pyarrow.RecordBatch"]:
-    """Yields the rows of the columns `leaves`, of one row group or of all."""
-    groups = range(file.num_row_groups) if number is None else [number]
-    count = _batch_rows(file.metadata, path, leaves, groups)
-    yield from file.iter_batches(count, row_groups=groups, columns=leaves, use_threads=False)
-
-
-def _batch_rows(
-    metadata: "parquet.FileMetaData", path: Path, leaves: Sequence[str], groups: Sequence[int]
-) -> int:
-    """Returns how many rows can be read at once; checks the pages."""
-    largest = 1
-    with open_user_file(path) as file:
-        for number in groups:
-            group = metadata.row_group(number)
-            for chunk in map(group.column, range(group.num_columns)):
-                if chunk.path_in_schema in leaves:
-                    page = _largest_page(file, chunk, path)
-                    # A value is in one page, and a dictionary's value can be in all rows.
-                    largest = max(largest, page if "BYTE_ARRAY" in chunk.physical_type else 16)
-    return min(max(1, _BATCH_BYTES // largest), _BATCH_ROWS)
-
-
-def _largest_page(file, chunk: "parquet.ColumnChunkMetaData", path: Path) -> int:
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-        start = min(start, chunk.dictionary_page_offset)
-    size = largest_page(file, start, chunk.total_compressed_size)
-    if size > _PAGE_LIMIT:
-        raise UserError(
-            f"{path}: a page of {chunk.path_in_schema} has {size} bytes, above {_PAGE_LIMIT}; "
-            "write it with smaller pages, and without a dictionary"
-        )
-    return size
 
 
 # ---- columns ------------------------------------------------------------------------------------
