@@ -18,11 +18,11 @@ import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from bef_jax import hub
 from bef_jax.data import sources
 from bef_jax.data.chunk import (
     Begin,
@@ -35,17 +35,16 @@ from bef_jax.data.chunk import (
     check_texts,
     silent,
 )
-from bef_jax.data.patch import PCAM_CLASSES, PCAM_SIDE, SPLITS, same_scale
+from bef_jax.data.manifest import FORMAT_VERSION, MANIFEST, arrays, read_manifest
+from bef_jax.data.patch import PCAM_CLASSES, PCAM_SIDE, same_scale
 from bef_jax.data.sources import npy
 from bef_jax.data.writer import StoreWriter
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import (
     check_outputs,
     check_regular,
-    check_types,
     first_damaged,
     open_user_file,
-    read_json,
     user_path,
     write_json,
 )
@@ -53,11 +52,8 @@ from bef_jax.runtime.files import (
 LOG = logging.getLogger(__name__)
 
 _ELSEWHERE = "set config.data.store (by default the store lies in config.data.dir)"
-FORMAT_VERSION = 2  # a store of a later version is refused
-# Version 1 held PCam's patches only. These are the fields that it lacks.
-_SINCE_2 = {"classes": list(PCAM_CLASSES), "patch_size": PCAM_SIDE, "groups": None}
+# Fields that decide what a store holds, and that the first version did not have.
 _DECIDING_SINCE_2 = {"classes": [], "patch_size": PCAM_SIDE}
-MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Split:
 
 
 def store_path(data: ConfigDict) -> Path:
-    """Returns the folder of the store: `data.store`, or <dir>/store_<source>.
+    """Returns the folder of the store: `data.store`, or <dir>/store_<source>[_<file>].
 
     If the source reads no folder, the name also holds what decides its patches, so that variants do
     not collide.
@@ -93,7 +89,10 @@ def store_path(data: ConfigDict) -> Path:
     if data.store:
         return user_path(data.store)
     identity = sources.identity(data)
-    variant = () if "dir" in identity else identity.values()
+    # A table has its store beside it, and there may be other tables in its folder.
+    is_file = Path(data.dir).suffix in (".csv", ".parquet")
+    of_file = (Path(data.dir).stem,) if is_file else ()
+    variant = of_file if "dir" in identity else identity.values()
     name = "_".join(map(str, ("store", data.source, *variant)))
     return user_path(sources.home(data) / name)
 
@@ -145,28 +144,6 @@ def _check_place(path: Path) -> None:
     check_outputs(_temporary_path(path), fix=_ELSEWHERE)
 
 
-def read_manifest(path: Path) -> dict:
-    """Returns the manifest of the store at `path`.
-
-    Raises:
-        UserError: there is no store, or its manifest is damaged or has another format version.
-    """
-    file = Path(path) / MANIFEST
-    try:
-        manifest = read_json(file, _check_manifest, f"delete {path} and run --mode=prepare again")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no store there; run --mode=prepare first") from error
-    version = manifest["format_version"]
-    if version not in (1, FORMAT_VERSION):
-        raise UserError(
-            f"{path}: has store format {version}, but this version reads "
-            f"{FORMAT_VERSION}; run --mode=prepare with another config.data.store"
-        )
-    if version == 1:
-        manifest = {**_SINCE_2, "mpp": sources.describe(manifest["source"]).mpp} | manifest
-    return manifest
-
-
 def open_split(path: Path, split: str) -> Split:
     """Maps one split of the store at `path`; only its images are not read into memory.
 
@@ -178,7 +155,7 @@ def open_split(path: Path, split: str) -> Split:
     if not manifest["counts"].get(split):
         there = ", ".join(name for name, count in manifest["counts"].items() if count)
         raise UserError(f"{path}: has no {split} split; it has {there}")
-    files = {name: path / split / f"{name}.npy" for name in _arrays(manifest)}
+    files = {name: path / split / f"{name}.npy" for name in arrays(manifest)}
     # Comparing sizes costs nothing and names the file. NumPy would only say that the map is too
     # long.
     for name, file in files.items():
@@ -190,11 +167,6 @@ def open_split(path: Path, split: str) -> Split:
             f"{path / split}: damaged ({reason_of(error)}); "
             f"delete {path} and run --mode=prepare again"
         ) from error
-
-
-def _arrays(manifest: dict) -> tuple[str, ...]:
-    """Returns the names of the arrays of each split."""
-    return ("images", "labels", "ids") + (("groups",) if manifest["groups"] else ())
 
 
 def _map(split: str, manifest: dict, files: dict[str, Path]) -> Split:
@@ -232,56 +204,6 @@ def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
     if header.dtype.hasobject:
         raise ValueError(f"{file.name} holds objects")
     return header, np.memmap(os.fspath(file), header.dtype, "r", offset, header.shape)
-
-
-def _check_manifest(manifest: Any) -> None:
-    """Raises ValueError, KeyError or TypeError if it is not as `prepare` writes it."""
-    check_types(manifest, format_version=int)
-    if manifest["format_version"] not in (1, FORMAT_VERSION):
-        return  # another version may have other fields
-    check_types(manifest, source=str, library_version=str, config=dict, counts=dict)
-    check_types(manifest, class_counts=dict, duplicates=dict, files=dict)
-    if manifest["source"] not in sources.SOURCES:
-        raise ValueError(f"source {manifest['source']}")
-    if not isinstance(manifest["config"].get("dir", ""), str):
-        raise TypeError("config.dir is not text")
-    if manifest["format_version"] == FORMAT_VERSION:
-        _check_kind(manifest)
-    check_types(manifest["counts"], **dict.fromkeys(SPLITS, int))
-    check_types(manifest["class_counts"], **dict.fromkeys(SPLITS, list))
-    check_types(manifest["duplicates"], dropped_within=dict, dropped_across=dict)
-    check_types(manifest["duplicates"], conflicting_labels=int, conflicts=list)
-    check_types(manifest["content"], total=str)
-    for entry in manifest["files"].values():
-        check_types(entry, bytes=int, sha256=str)
-    for split, count in manifest["counts"].items():
-        _check_split(manifest, split, count)
-
-
-def _check_kind(manifest: dict) -> None:
-    """Checks what says of which kind the patches are."""
-    check_types(manifest, classes=list, patch_size=int)
-    classes, mpp, groups = (manifest[name] for name in ("classes", "mpp", "groups"))
-    if len(classes) < 2 or not all(type(name) is str for name in classes):
-        raise TypeError("classes are not two texts or more")
-    if mpp is not None and not (isinstance(mpp, float) and 0 < mpp < np.inf):
-        raise TypeError("mpp is not a number above 0")
-    if groups is not None:
-        check_types(groups, shared=int, **dict.fromkeys(SPLITS, int))
-
-
-def _check_split(manifest: dict, split: str, count: int) -> None:
-    wanted, classes = len(manifest.get("classes", PCAM_CLASSES)), manifest["class_counts"][split]
-    if not all(type(number) is int for number in classes) or len(classes) != wanted:
-        raise TypeError(f"class_counts of {split} are not {wanted} numbers")
-    for dropped in ("dropped_within", "dropped_across"):
-        check_types(manifest["duplicates"][dropped], **{split: int})
-    names = [f"{split}/{name}.npy" for name in _arrays(_SINCE_2 | manifest)] if count else []
-    for name in names:
-        # An empty file holds no array. A link to a file of the system would pass as one of size 0:
-        # some report this size, but never end.
-        if manifest["files"][name]["bytes"] < 1:
-            raise ValueError(f"{name} is empty")
 
 
 def verify(path: Path, begin: Begin = silent) -> None:
@@ -348,7 +270,7 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
     made, wanted = manifest["config"], _deciding_fields(data)
     # A store may be moved, and its source may be deleted. So compare the folders only while both
     # exist.
-    if not all(os.path.isdir(fields.get("dir", "")) for fields in (made, wanted)):
+    if not all(_is_there(fields.get("dir", "")) for fields in (made, wanted)):
         wanted.pop("dir", None)
     for field, value in wanted.items():
         if value != made.get(field, _DECIDING_SINCE_2.get(field)):
@@ -358,6 +280,11 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
             )
     _check_scale(data, manifest["mpp"], path)
     return manifest
+
+
+def _is_there(place: str) -> bool:
+    """Returns whether a source can still be compared: what is on a hub always can."""
+    return place.startswith(hub.PREFIX) or os.path.exists(place)
 
 
 def _check_scale(data: ConfigDict, mpp: float | None, where: Path | str) -> None:

@@ -132,8 +132,7 @@ def _split_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
     """Returns the folder of each split; nothing if no name is that of a split.
 
     Raises:
-        UserError: there are other folders beside them, two for one split, or none for train or
-            valid.
+        UserError: there are other folders beside them, two for one split, or none for train.
     """
     splits: dict[str, str] = {}
     others = [name for name in names if name.lower() not in SPLIT_NAMES]
@@ -149,11 +148,8 @@ def _split_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
             f"{root / others[0]}: is beside {listed(list(splits.values()))}, which are splits; "
             "move it into a split, or give the splits other names if they are classes"
         )
-    for split in ("train", "valid"):
-        if splits and split not in splits:
-            raise UserError(
-                f"{root}: has {listed(list(splits.values()))}, but no folder {split}; add it"
-            )
+    if splits and "train" not in splits:
+        raise UserError(f"{root}: has {listed(list(splits.values()))}, but no folder train; add it")
     return splits
 
 

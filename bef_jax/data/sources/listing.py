@@ -3,6 +3,7 @@
 All of it is checked before a picture is decoded, because decoding can take hours.
 """
 
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from bef_jax.errors import UserError, listed, reason_of
 
 if TYPE_CHECKING:
     from bef_jax.data.sources.decode import Listed
+
+LOG = logging.getLogger(__name__)
 
 # What users call the splits, in lower case.
 SPLIT_NAMES = {split: split for split in SPLITS} | {"val": "valid", "validation": "valid"}
@@ -64,7 +67,7 @@ def divide_places(
     """Returns, for each split that has any, the places of its pictures.
 
     Args:
-        data: config.data; its `split_ratio` decides if the source has no splits.
+        data: config.data; its `split_ratio` decides if the source has no splits, or no valid.
         pictures: all of the source, in any order.
         given: the places in `pictures` of each split, if the source has splits; else None.
         classes: their names, in the order of their labels.
@@ -83,9 +86,32 @@ def divide_places(
         given = assign_splits(ids, labels, groups, data.split_ratio)
     else:
         check_splits({split: labels[rows] for split, rows in given.items()}, classes, where)
+        if not len(given.get("valid", ())):
+            given = _with_valid(given, ids, labels, groups, data.split_ratio)
         if groups is not None:
             report_shared({split: [groups[row] for row in rows] for split, rows in given.items()})
     return {split: rows for split, rows in given.items() if len(rows)}
+
+
+def _with_valid(
+    given: Mapping[str, Sequence[int]],
+    ids: Sequence[str],
+    labels: np.ndarray,
+    groups: Sequence[str] | None,
+    ratio: Sequence[float],
+) -> dict[str, Sequence[int]]:
+    """Returns splits in which a part of train is valid, for a source that has only train and test.
+
+    Its share is that of valid in train and valid together.
+    """
+    rows = np.asarray(given["train"])
+    of_train = None if groups is None else [groups[row] for row in rows]
+    parts = assign_splits(
+        [ids[row] for row in rows], labels[rows], of_train, (ratio[0], ratio[1], 0)
+    )
+    train, valid = rows[parts["train"]], rows[parts["valid"]]
+    LOG.info("there is no valid split, so %d of the %d patches of train are", len(valid), len(rows))
+    return {**given, "train": train, "valid": valid}
 
 
 def _check_lengths(texts: Sequence[str], kind: str, where: str) -> None:
@@ -161,13 +187,10 @@ def check_splits(
         where: the folder or file that has them, for errors.
 
     Raises:
-        UserError: train or valid has no patch, or train lacks a class that another split has.
+        UserError: train has no patch, or lacks a class that another split has.
     """
-    for split in ("train", "valid"):
-        if not len(labels_by_split.get(split, ())):
-            raise UserError(
-                f"{where}: has no patch of the {split} split; train and valid need some"
-            )
+    if not len(labels_by_split.get("train", ())):
+        raise UserError(f"{where}: has no patch of the train split; add some")
     known = np.bincount(labels_by_split["train"], minlength=len(classes)) > 0
     for split in SPLITS[1:]:
         others = np.unique(labels_by_split.get(split, np.zeros(0, int)))

@@ -3,6 +3,7 @@
 import codecs
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,7 +191,6 @@ MISTAKES = {
     "a class only in test": (
         with_line(13, "img/11.png,c,test"), ": train has no patch of class 'c', which test has",
     ),
-    "no valid": (PLAIN.replace(",valid", ",test"), ": has no patch of the valid split"),
     "no picture": (with_line(2, "patches.csv,a,train"), "patches.csv: cannot be read as a picture"),
 }  # fmt: skip
 
@@ -295,3 +295,14 @@ def test_a_long_table_takes_little_memory(folder, table, make_data, monkeypatch)
             sources.open_source(make_data("csv", path))
 
     assert growth_of(read_table) < count * 1000
+
+
+def test_two_tables_of_a_folder_have_a_store_each(table, make_data):
+    first = make_data("csv", table(PLAIN))
+    assert store.prepare(first)["class_counts"]
+    other = table(PLAIN.replace(",b,", ",c,")).rename(Path(first.dir).with_name("other.csv"))
+    assert store.prepare(make_data("csv", other))["classes"] == ["a", "c"]
+    again = make_data("csv", other, store=str(store.store_path(first)))
+    Path(first.dir).write_text(PLAIN)  # both tables are there
+    with pytest.raises(UserError, match=r"config\.data\.dir is .*other\.csv"):
+        store.prepare(again)

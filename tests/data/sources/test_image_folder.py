@@ -181,7 +181,6 @@ GIVEN_MISTAKES = {
     "looser": (add("c.png"), {}, "{}/c.png: is in no folder of a class"),
     "beside": (add("c/c.png"), {}, "{}/c: is beside train, valid, which are splits"),
     "no train": (move("train", "test"), {}, "{}: has test, valid, but no folder train; add it"),
-    "no valid": (move("valid", "test"), {}, "{}: has test, train, but no folder valid; add it"),
     "two": (add("val/a/1.png"), {}, "{}/valid: val is the valid split, too"),
     "unknown": (add("test/c/1.png"), {}, "train has no patch of class 'c', which test has"),
     "empty": (empty("test/a"), {}, "{}/test/a: holds no picture"),

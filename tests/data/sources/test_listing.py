@@ -51,7 +51,7 @@ def test_given_splits_need_patches_and_train_needs_every_class():
 
     check()
     check(test=[])
-    expect_error("table: has no patch of the valid split", lambda: check(valid=[]))
+    check(valid=[])  # `divide` then takes some of train
     expect_error("table: has no patch of the train split", lambda: check(train=[]))
     expect_error("train has no patch of class 'c', which test has", lambda: check(test=[2, 0]))
 
@@ -112,6 +112,28 @@ def test_pictures_are_divided_as_given_or_by_the_ratio(make_data, caplog):
     expect_error(
         "table: train has no patch of class 'y'", divide, {"train": [0], "valid": [1]}, None
     )
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_without_a_valid_split_a_part_of_train_is_valid(grouped, make_data, caplog):
+    pictures = [
+        Listed(f"{row}.png", row % 2, f"{row}.png", f"P{row // 6}" if grouped else None)
+        for row in range(80)
+    ]
+    given = {"train": range(10, 70), "test": range(10)}
+    data = make_data("csv", "t.csv", split_ratio=(3, 1, 7))
+    with caplog.at_level(logging.INFO):
+        found = listing.divide(data, pictures, given, ("a", "b"), "t.csv")
+    assert found["test"] == pictures[:10]
+    # Both are in the order of the table, and every patch of train is in one of them.
+    names = {split: [int(each.id[:-4]) for each in found[split]] for split in ("train", "valid")}
+    assert names["train"] == sorted(names["train"]) and names["valid"] == sorted(names["valid"])
+    assert sorted(names["train"] + names["valid"]) == list(range(10, 70))
+    assert abs(len(names["valid"]) - 15) <= (6 if grouped else 0), "a quarter of train"
+    if grouped:
+        groups = [{each.group for each in found[split]} for split in ("train", "valid")]
+        assert not groups[0] & groups[1]
+    assert "of the 60 patches of train are" in caplog.text
 
 
 def test_a_long_id_or_group_is_refused_since_all_take_as_much_memory(make_data):

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from bef_jax.data.duplicates import MAX_REPORTED, Duplicates
 from bef_jax.data.patch import SPLITS
+from bef_jax.data.writer import MAX_REPORTED, Duplicates
 
 SEEN = [
     (bytes([digest]), split, label, f"{split}_{row}")
