@@ -23,7 +23,7 @@ def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
     .h5 or a store.
 
         model = bef_jax.load("runs/b2")
-        probabilities = model.predict(images)  # float64 [N]
+        probabilities = model.predict(images)  # float64 [N], or [N, K] for K > 2 classes
 
     Args:
         where: a run's folder (its best checkpoint), a checkpoint's folder, or a file that
