@@ -271,7 +271,7 @@ def test_a_table_in_the_order_of_npz_makes_the_same_store(tmp_path, patches, wri
     (tmp_path / "patches.csv").write_text("\n".join(rows))
     ours = make_data("csv", tmp_path / "patches.csv")
     theirs = make_data("npz", tmp_path)
-    assert store.store_path(ours) == tmp_path / "store_csv"
+    assert store.store_path(ours) == tmp_path / "store_csv_patches"
     assert store.prepare(ours)["content"] == store.prepare(theirs)["content"]
     for split in patches:
         one, other = (store.open_split(store.store_path(data), split) for data in (ours, theirs))

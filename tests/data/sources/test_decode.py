@@ -161,8 +161,13 @@ def test_ctrl_c_ends_the_threads(make, monkeypatch):
         return noise()
 
     monkeypatch.setattr(decode.pictures, "read", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        next(chunks)
+    # A shell starts background jobs with Ctrl-C switched off, and Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(chunks)
+    finally:
+        signal.signal(signal.SIGINT, before)
     for thread in decoding_threads():
         thread.join(10)
     assert not decoding_threads()
