@@ -155,7 +155,7 @@ def draw_bins(
         label = f"{evaluation.split}: ECE {evaluation.metrics['ece']:.4f}"
         axes.plot(mean, share, marker="o", markersize=5, **line, label=label)
         counts.stairs(number, edges, **line)
-    legend(axes, theme, loc="upper left")
+    legend(axes, theme, loc="best")
     return figure
 
 
