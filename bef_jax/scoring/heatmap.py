@@ -162,13 +162,14 @@ def write_class_maps(
     is of `class_names.file_name`. With more than 64 classes there is only classes.png.
     """
     pixels = pictures.read(picture)
-    scale = _scale_of(pixels)
-    called = tiles.called_classes(*pixels.shape[:2], scale)
+    scale, shape = _scale_of(pixels), pixels.shape[:2]
     small = _reduced(pixels, scale)
+    del pixels  # 300 MB of the largest picture
+    called = tiles.called_classes(*shape, scale)
     _save(_draw_classes(small, called, picture.name, classes), folder / "classes.png")
     written = ["classes.png"]
     for number in sorted({number for number, _ in tiles.called} if tiles.rows else ()):
-        found = tiles.of_class(number).to_array(*pixels.shape[:2], scale)
+        found = tiles.of_class(number).to_array(*shape, scale)
         name = f"{file_name(number, classes)}.png"
         figure = _draw_class(small, found, called == number, classes[number])
         _save(figure, folder / name)
@@ -185,6 +186,8 @@ def _save(figure: "Figure", file: Path) -> None:
     """Writes a map, as `remove_heatmaps` recognises it, and makes its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png", dpi=150, metadata={"Software": _MARK})
+    # A figure refers to itself, so its pictures would stay until the next collection of garbage.
+    figure.clear()
 
 
 def remove_heatmaps(folder: Path) -> None:

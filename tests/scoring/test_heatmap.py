@@ -15,6 +15,7 @@ from bef_jax.scoring.heatmap import (
     write_class_maps,
     write_heatmap,
 )
+from tests.memory import growth_of
 
 
 def tiles(*squares, side=32):
@@ -200,3 +201,25 @@ def test_maps_of_classes_are_removed_with_their_folders(tmp_path):
     write_three_stripes(tmp_path, ["a", "b", "c"])
     heatmap.remove_heatmaps(tmp_path / "maps")
     assert not list((tmp_path / "maps").iterdir())
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_maps(tmp_path):
+    """Each map of 1,600 px holds some 60 MB until its figure is cleared."""
+    shape = (1600, 1600)
+    pixels = np.zeros((*shape, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "black.png")
+
+    def draw(count):
+        tiles = ClassTiles(32)
+        for number in range(count):
+            probabilities = np.full(64, 0.5 / 63)
+            probabilities[number] = 0.5
+            tiles.add(32 * number, 0, probabilities)
+        classes = [f"class {i}" for i in range(64)]
+        assert len(write_class_maps(tmp_path / "maps", tmp_path / "black.png", tiles, classes)) == (
+            count + 1
+        )
+
+    few, many = (growth_of(lambda count=count: draw(count)) for count in (2, 12))
+    assert many - few < 150 << 20
