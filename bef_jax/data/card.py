@@ -9,6 +9,8 @@ from bef_jax.data.patch import PCAM_CLASSES, SPLITS
 from bef_jax.data.sources.description import ONLY_SAME_FILES, Description
 from bef_jax.data.store import Split
 
+_MOST_LISTED = 30  # classes whose counts are listed one by one
+
 
 def data_card(
     folder: Path, manifest: Mapping[str, Any], splits: Mapping[str, Split]
@@ -50,6 +52,9 @@ def _shared(manifest: Mapping[str, Any], description: Description) -> str:
 def _class_counts(classes: Sequence[str], counts: Sequence[int]) -> str:
     if tuple(classes) == PCAM_CLASSES:
         return f"{counts[0]:,} normal, {counts[1]:,} with metastasis"
+    if len(classes) > _MOST_LISTED:
+        there = sum(n > 0 for n in counts)
+        return f"{sum(counts):,} of {there:,} classes, {min(counts):,} to {max(counts):,} of each"
     return ", ".join(f"{n:,} {name}" for n, name in zip(counts, classes, strict=True))
 
 

@@ -77,3 +77,29 @@ def test_exact_duplicates_of_all_splits_are_added_up(small_config):
     }
     text = card(small_config(), duplicates=duplicates)["exact duplicates dropped"]
     assert text == "4 within splits, 2 across; 1 had contradicting labels"
+
+
+@pytest.mark.parametrize(
+    ("shared", "answer"),
+    [
+        (0, "no: each group is in one split (12 of train, 4 of valid)"),
+        (3, "yes: 3 groups are in several splits; a score is higher than on new slides"),
+    ],
+)
+def test_groups_say_whether_splits_share_slides(small_config, shared, answer):
+    groups = {"train": 12, "valid": 4, "test": 0, "shared": shared}
+    assert card(small_config(), groups=groups)["do splits share slides?"] == answer
+
+
+def test_classes_are_named_unless_they_are_many(small_config):
+    counts = {"train": [5, 6, 0], "valid": [1, 2, 3], "test": [0, 0, 0]}
+    found = card(small_config(), classes=["a", "b", "c"], class_counts=counts)
+    assert found["train"] == "5 a, 6 b, 0 c" and "test" not in found
+    counts = {"train": [5, 0] * 20, "valid": [1] * 40, "test": [0] * 40}
+    found = card(small_config(), classes=[str(i) for i in range(40)], class_counts=counts)
+    assert found["train"] == "100 of 20 classes, 0 to 5 of each"
+
+
+def test_the_scale_is_that_of_the_store(small_config):
+    assert card(small_config(), mpp=0.5)["scale"] == "0.5 um per pixel"
+    assert card(small_config(), mpp=None)["scale"] == "not known"

@@ -30,8 +30,8 @@ _LONGEST_LINE = 1 << 16  # characters of a row of a table
 
 
 LISTED = Description(
-    shared_slides="no, if config.data.group is set and the source has no splits of its own; "
-    "otherwise not known; if yes, a score is higher than on new slides",
+    shared_slides="not known: config.data.group can say which patches are of one; "
+    "if yes, a score is higher than on new slides",
     comparable=ONLY_SAME_FILES,
 )
 # What decides which patches are read, and into which split, in addition to the folder and sizes.
