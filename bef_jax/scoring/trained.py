@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from bef_jax.config import flatten, validate
 from bef_jax.configs import default
 from bef_jax.configs.fields import DATA, ENVIRONMENT, INPUT, NETWORK, SCORE, SPEED, affects
+from bef_jax.data.patch import class_names
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import user_path
 from bef_jax.training import checkpoint
@@ -83,7 +84,15 @@ def scoring_config(
     # Validate again, because a change may be invalid together with the saved fields.
     with checkpoint.error_context(path):
         validate(config)
+        _check_class_names(config)
     return config
+
+
+def _check_class_names(config: ConfigDict) -> None:
+    """Raises `UserError` unless each output of the network has a name."""
+    names, count = class_names(config), config.model.num_classes
+    if len(names) != count or not all(isinstance(name, str) for name in names):
+        raise UserError(f"config.data.classes does not name {count} classes; give another one")
 
 
 def _fields_of(config: ConfigDict, start: str = "") -> dict[str, Any]:

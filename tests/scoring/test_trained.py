@@ -138,6 +138,17 @@ def test_the_error_about_an_unknown_field_names_the_checkpoint(run_summary, work
         trained.scoring_config(workdir / "checkpoints" / "3")
 
 
+@pytest.mark.parametrize("classes", [("a", "b", "c"), ("a",), (1, 2)])
+def test_the_error_about_wrong_names_of_classes_is_one_line(
+    classes, run_summary, workdir, change_saved
+):
+    change_saved({"data.classes": classes})
+    path = checkpoint.best(workdir)
+    with pytest.raises(UserError, match=r"data\.classes does not name 2 classes") as error:
+        trained.scoring_config(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_the_checkpoint_has_the_operating_point_that_valid_chose(run_summary, workdir):
     point = checkpoint.read_metadata(checkpoint.best(workdir))["operating_point"]
     valid = run_summary["valid"]
