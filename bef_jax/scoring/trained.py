@@ -92,7 +92,7 @@ def _check_class_names(config: ConfigDict) -> None:
     """Raises `UserError` unless each output of the network has a name."""
     names, count = class_names(config), config.model.num_classes
     if len(names) != count or not all(isinstance(name, str) for name in names):
-        raise UserError(f"config.data.classes does not name {count} classes; give another one")
+        raise UserError(f"config.data.classes does not name {count} classes; use another")
 
 
 def _fields_of(config: ConfigDict, start: str = "") -> dict[str, Any]:
