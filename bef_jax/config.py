@@ -107,6 +107,10 @@ def _check_combinations(config: ConfigDict) -> None:
     for name in ("augment.mean", "augment.std"):
         _check_triple(name, config.augment[name.removeprefix("augment.")])
     _check_ratio(config.data.split_ratio)
+    if not all(isinstance(name, str) and name for name in config.data.classes):
+        raise UserError(
+            f"config.data.classes={tuple(config.data.classes)}: give texts, such as ('0', '1')"
+        )
     # Check this after the triples, because only numbers can be compared with 0.
     if min(config.augment.std) <= 0:
         raise UserError("config.augment.std: give three numbers above 0, because they are divisors")

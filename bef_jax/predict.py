@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bef_jax.data import inputs, sources
+from bef_jax.data import inputs
 from bef_jax.data.inputs import Patch
 from bef_jax.data.patch import class_names, deciding_side, tiling
 from bef_jax.errors import UserError, printable
@@ -75,7 +75,7 @@ def predict_files(
     """
     _check_flags(path)
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
-    mpp = sources.scale(config.data)
+    mpp = config.data.mpp or None
     inputs.check(path, split, config.data.patch_size, mpp, lenient=True)
     start = time.perf_counter()
     unreadable: dict[str, str] = {}  # filled while patches are consumed
@@ -131,10 +131,14 @@ def _publish(stage: Path, workdir: Path) -> None:
     """Moves the outputs to their place, and removes the heat maps of the earlier input."""
     if (workdir / _FILE).exists():
         LOG.info("replacing %s and the heat maps of an earlier run", workdir / _FILE)
-    remove_heatmaps(workdir / _MAPS)
-    os.replace(stage / _FILE, workdir / _FILE)
     # Leave out folders: that of the maps of big.png has this name, too.
-    for file in sorted(path for path in stage.rglob("*.png") if path.is_file()):
+    maps = sorted(path for path in stage.rglob("*.png") if path.is_file())
+    remove_heatmaps(workdir / _MAPS)
+    # A file of the user's may have the name of a map, or of its folder.
+    names = [path.relative_to(stage) for path in maps]
+    files.check_outputs(workdir, map(str, names), {str(name.parent) for name in names})
+    os.replace(stage / _FILE, workdir / _FILE)
+    for file in maps:
         target = workdir / file.relative_to(stage)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)

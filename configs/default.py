@@ -95,7 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def _model() -> ConfigDict:
     model = ConfigDict()
     model.name = "efficientnet_b0"  # a name in bef_jax.models.REGISTRY
-    model.num_classes = 2  # classes of the softmax; evaluation scores class 1 against class 0
+    model.num_classes = 2  # classes of the softmax
     model.total_stride = 32  # 32 | 16 (stem stride 1) | 8 (and the trunk's last stride 1)
     model.attention = "none"  # none | cbam: channel, then spatial attention on fused stages
     # Channels divided by the width of CBAM's hidden layer, which is 8 at least.

@@ -23,6 +23,8 @@ MOST_FLOAT = 3.4028234663852886e38  # the largest float32; larger numbers are in
 MOST_IMAGES = 65_536  # of a batch: 1.8 GB of pixels at 96 px; also the most steps of a call
 PATCH_SIDES = (32, 512)  # the smallest and the largest side of a patch, in pixels
 MOST_CLASSES = 10_000
+# A run takes these from its store where they are empty, so that its checkpoints have them.
+FROM_STORE = ("data.classes", "data.mpp")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bef_jax.ablation.table import FILES, scored_block, tabulate, write_table
 from bef_jax.ablation.workers import Worker, find_workers
 from bef_jax.config import as_json, flatten, validate
 from bef_jax.configs.ablation import ROWS
-from bef_jax.configs.fields import ENVIRONMENT, affects
+from bef_jax.configs.fields import ENVIRONMENT, FROM_STORE, affects
 from bef_jax.data import store
 from bef_jax.data.prepare import prepare_with_progress
 from bef_jax.errors import RunError, UserError
@@ -141,6 +141,8 @@ def check_unchanged(trial: Trial) -> None:
     # Pass the new one through JSON too, because JSON turns tuples into lists.
     old, new = _fields(old), _fields(as_json(trial.config))
     for name in new:
+        if name in FROM_STORE and not new[name]:
+            continue
         # A trial of an older version may lack a field, which then can't be compared.
         differs = name in old and old[name] != new[name]
         if differs and affects(name) != ENVIRONMENT:

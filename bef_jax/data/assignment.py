@@ -67,7 +67,7 @@ def check_filled(splits: Mapping[str, Sequence], ratio: Sequence[float]) -> None
         if share and not splits[split]:
             raise UserError(
                 f"config.data.split_ratio leaves none of {count} patches for the {split} split; "
-                "give it a larger share, or use more patches"
+                "give it a larger share, use more patches, or set the share of test to 0"
             )
 
 

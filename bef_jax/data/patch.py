@@ -57,6 +57,17 @@ def class_names(config: ConfigDict) -> tuple[str, ...]:
     return PCAM_CLASSES if count == len(PCAM_CLASSES) else tuple(map(str, range(count)))
 
 
+def same_classes(saved: ConfigDict, config: ConfigDict) -> bool:
+    """Returns whether the labels of a saved network and of `config` mean the same.
+
+    An imported network may not know the names of its classes. Then their number is enough.
+    """
+    is_unnamed = not saved.data.classes and saved.model.num_classes != len(PCAM_CLASSES)
+    if is_unnamed:
+        return saved.model.num_classes == config.model.num_classes
+    return class_names(saved) == class_names(config)
+
+
 def label_dtype(classes: int) -> np.dtype:
     """Returns the smallest type that holds the labels of so many classes."""
     return np.min_scalar_type(classes - 1)

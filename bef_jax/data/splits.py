@@ -62,10 +62,11 @@ def check_store(config: ConfigDict, manifest: Mapping) -> None:
             f"{len(classes)} classes ({_list(classes)}); set --config.model.num_classes="
             f"{len(classes)}"
         )
-    if names and set(names) == set(classes) and names != classes:
+    # A name at two places would turn labels around, without any other sign of it.
+    if any(name in classes and name != classes[number] for number, name in enumerate(names)):
         raise UserError(
             f"config.data.classes is {_list(names)}, but the labels of the store mean "
-            f"{_list(classes)}; prepare it again with this order"
+            f"{_list(classes)}; prepare another store, with the classes in the order of the network"
         )
     if names and set(names) != set(classes):
         LOG.warning(
@@ -77,7 +78,7 @@ def check_store(config: ConfigDict, manifest: Mapping) -> None:
             f"config.data.patch_size is {config.data.patch_size}, but the store has patches of "
             f"{manifest['patch_size']} pixels; make another one"
         )
-    mpp, own = sources.scale(config.data), manifest["mpp"]
+    mpp, own = config.data.mpp, manifest["mpp"]
     if mpp and own and not same_scale(mpp, own):
         raise UserError(
             f"config.data.mpp is {mpp}, but the store has {own} micrometres per pixel; resample "
@@ -98,7 +99,9 @@ def check_classes(splits: Mapping[str, Split]) -> None:
     """
     for name, split in splits.items():
         counts = np.bincount(split.labels, minlength=len(split.classes))
-        listed = [f"{n:,} {label}" for n, label in zip(counts, split.classes, strict=True)]
+        # A number as a name would look like a second count.
+        of = " of " if all(label.isdigit() for label in split.classes) else " "
+        listed = [f"{n:,}{of}{label}" for n, label in zip(counts, split.classes, strict=True)]
         text = f"{name} split: {_list(listed)}"
         LOG.info("%s", text)
         if name == "train":

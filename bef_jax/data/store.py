@@ -53,6 +53,7 @@ LOG = logging.getLogger(__name__)
 
 _ELSEWHERE = "set config.data.store (by default the store lies in config.data.dir)"
 # Fields that decide what a store holds, and that the first version did not have.
+_TABLES = (".csv", ".tsv", ".txt", ".parquet")  # suffixes of a source that is one file
 _DECIDING_SINCE_2 = {"classes": [], "patch_size": PCAM_SIDE}
 
 
@@ -90,7 +91,7 @@ def store_path(data: ConfigDict) -> Path:
         return user_path(data.store)
     identity = sources.identity(data)
     # A table has its store beside it, and there may be other tables in its folder.
-    is_file = Path(data.dir).suffix in (".csv", ".parquet")
+    is_file = Path(data.dir).suffix.lower() in _TABLES
     of_file = (Path(data.dir).stem,) if is_file else ()
     variant = of_file if "dir" in identity else identity.values()
     name = "_".join(map(str, ("store", data.source, *variant)))
@@ -272,6 +273,17 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
     # exist.
     if not all(_is_there(fields.get("dir", "")) for fields in (made, wanted)):
         wanted.pop("dir", None)
+        wanted.pop("table", None)
+    if wanted.get("table", made.get("table")) != made.get("table"):
+        raise UserError(
+            f"{data.dir}: has changed since the store {path} was made of it; "
+            "delete this store, or name another config.data.store"
+        )
+    # The source may have said what the configuration says now.
+    if list(data.classes) == manifest["classes"]:
+        wanted.pop("classes", None)
+    if data.resize != "mpp" and data.mpp and data.mpp == manifest["mpp"]:
+        wanted.pop("mpp", None)
     for field, value in wanted.items():
         if value != made.get(field, _DECIDING_SINCE_2.get(field)):
             raise UserError(
@@ -279,6 +291,8 @@ def _matching_manifest(path: Path, data: ConfigDict) -> dict:
                 f"{made.get(field)!r}; name another config.data.store, or delete this one"
             )
     _check_scale(data, manifest["mpp"], path)
+    if "table" not in made:  # the checksum of a table would show that it changed
+        LOG.info("using the store %s; delete it if %s has changed", path, data.source)
     return manifest
 
 

@@ -65,6 +65,13 @@ class StoreWriter:
                     f"{self.read_counts[split]} read; check the source, or set "
                     "config.data.rectify=False to keep duplicates"
                 )
+        have_groups = {len(writer.groups) for writer in self._writers.values()} != {0}
+        for split, writer in self._writers.items():
+            if have_groups and len(writer.groups) < len(writer.labels):
+                raise UserError(
+                    f"config.data: patches of {split} have no group, but others have; "
+                    "give all of them one, or none"
+                )
         for writer in self._writers.values():
             writer.close()
         return self._counts() | {"content": self._content(), "files": self._files(begin)}

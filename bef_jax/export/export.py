@@ -21,7 +21,6 @@ from jax import Array, export
 from ml_collections import ConfigDict
 
 from bef_jax import __version__
-from bef_jax.data import sources
 from bef_jax.data.patch import PCAM_SIDE, class_names
 from bef_jax.data.sources import synthetic
 from bef_jax.errors import RunError, UserError, install_command
@@ -123,7 +122,7 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
         },
         "center": config.rcc.center,
         "classes": list(classes),
-        "mpp": sources.scale(config.data),
+        "mpp": config.data.mpp or None,
         "threshold": config.eval.threshold if is_binary else None,
         "temperature": 1.0,
         "operating_point": operating_point,

@@ -158,7 +158,7 @@ def _luminance(rgb: tuple[float, float, float]) -> float:
 def reliability(evaluations: Mapping[str, Evaluation], theme: Theme) -> Figure:
     """Plots how often the called class is right, in bins of its probability."""
     x, y = "probability of the called class", "share that is right"
-    return draw_bins(evaluations, theme, top_bins, x, y)
+    return draw_bins(evaluations, theme, top_bins, x, y, "lower right")
 
 
 def top_bins(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -83,15 +83,14 @@ def has_many_classes(evaluations: Mapping[str, Evaluation]) -> bool:
 
 
 def _interval_note(evaluations: Mapping[str, Evaluation], summary: Mapping[str, Any]) -> str:
-    if all(each.groups is None for each in evaluations.values()):
-        return _OVER_PATCHES
+    is_grouped = any(each.groups is not None for each in evaluations.values())
     blocks = {split: block_of(summary, split).get("ci95") or {} for split in evaluations}
     missing = [
-        f" There are none for {escape(split)}, because {escape(block['reason'])}."
+        f" Intervals of {escape(split)} are missing, because {escape(block['reason'])}."
         for split, block in blocks.items()
         if "reason" in block
     ]
-    return _OVER_GROUPS + "".join(missing)
+    return (_OVER_GROUPS if is_grouped else _OVER_PATCHES) + "".join(missing)
 
 
 def _headline(

@@ -135,6 +135,7 @@ def draw_bins(
     bins_of: Callable[[Evaluation], tuple[np.ndarray, np.ndarray, np.ndarray]],
     x: str,
     y: str,
+    corner: str = "upper left",
 ) -> Figure:
     """Plots the second array of `bins_of` against the first, and below them the counts.
 
@@ -142,6 +143,7 @@ def draw_bins(
         bins_of: returns what `in_bins` returns.
         x: name of the axis of probabilities.
         y: name of the axis of shares.
+        corner: where the legend is.
     """
     figure = new_figure(theme)
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -155,7 +157,7 @@ def draw_bins(
         label = f"{evaluation.split}: ECE {evaluation.metrics['ece']:.4f}"
         axes.plot(mean, share, marker="o", markersize=5, **line, label=label)
         counts.stairs(number, edges, **line)
-    legend(axes, theme, loc="best")
+    legend(axes, theme, loc=corner)
     return figure
 
 

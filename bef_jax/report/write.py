@@ -5,6 +5,7 @@ The plots are also saved beside it as PNG files.
 """
 
 import base64
+import dataclasses
 import functools
 import io
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from PIL import Image
 
 from bef_jax.report import multiclass_plots, page, plots
 from bef_jax.report.gallery import Explain, contact_sheet, show
+from bef_jax.report.html import block_of
 from bef_jax.report.theme import DARK, LIGHT, Theme, png
 from bef_jax.runtime.files import write_bytes, write_text
 from bef_jax.scoring.metrics import Evaluation
@@ -88,7 +90,11 @@ def write_report(report_dir: Path, content: Content) -> Path:
 
 def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
     # These are functions, because each plot is drawn twice, in the colours of both themes.
-    history, evaluations = content.history, content.evaluations
+    history = content.history
+    evaluations = {
+        split: _with_interval(evaluation, block_of(content.summary, split))
+        for split, evaluation in content.evaluations.items()
+    }
     curves = {
         "loss": lambda theme: plots.loss(history, theme),
         "validation": lambda theme: plots.validation(history, theme),
@@ -100,6 +106,12 @@ def _plots(content: Content) -> dict[str, Callable[[Theme], Any]]:
         "precision_recall": lambda theme: plots.precision_recall(evaluations, theme),
         "reliability": lambda theme: plots.reliability(evaluations, theme),
     }
+
+
+def _with_interval(evaluation: Evaluation, block: Mapping[str, Any]) -> Evaluation:
+    """Returns the evaluation with the interval of its AUC; where there are groups, it has none."""
+    interval = evaluation.metrics["auc_ci95"] or block.get("auc_ci95")
+    return dataclasses.replace(evaluation, metrics=evaluation.metrics | {"auc_ci95": interval})
 
 
 def _plots_of_many_classes(

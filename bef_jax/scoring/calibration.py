@@ -22,7 +22,7 @@ def tuned_figures(valid: Evaluation, evaluation: Evaluation) -> dict[str, dict]:
         calibrated: temperature, and loss, brier and ece with it. operating_point: threshold, and
         accuracy, sensitivity, specificity and f1 at it. Both name the split, as `chosen_on`. The
         other values are None where nothing could be chosen on `valid`. More than two classes have
-        no threshold, so that the whole operating point is None.
+        no threshold, so all of their operating point is None.
     """
     chosen = choose_operating_point(valid)
     temperature, threshold = chosen["temperature"], chosen["threshold"]

@@ -37,10 +37,12 @@ def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Ev
         # Neither is a list, so that the host gathers a batch while devices score the one before.
         batches = (put_batch(split, mesh, rows).images for rows in padded_rows(len(split), size))
         scored = fetch_one_behind(map(scorer, batches))
-        # [tta, N] or [tta, N, K], float32, without the padding of the last batch.
-        scores = np.concatenate([np.stack(views) for views in scored], axis=1)[:, : len(split)]
-        probabilities = mean_probabilities(scores)
-        plain = mean_probabilities(scores[:1]) if len(scores) > 1 else None
+        # Probabilities, and those of the first view, of each batch: the scores of all views of
+        # thousands of classes would fill the memory.
+        found = [(mean_probabilities(x), mean_probabilities(x[:1])) for x in scored]
+        # [N] or [N, K] each, without the padding of the last batch.
+        probabilities, plain = (np.concatenate(x)[: len(split)] for x in zip(*found, strict=True))
+        plain = plain if config.eval.tta > 1 else None
         check_finite(probabilities, split.ids)
         metrics = metrics_of(probabilities, split.labels, split.classes, config.eval.threshold)
         if split.groups is not None:

@@ -23,6 +23,7 @@ from bef_jax.scoring.multiclass import (
 LEVEL = 0.95
 RESAMPLES = 1000  # so that each end of a percentile interval rests on 25 of them
 ONE_GROUP = "the split has one group only, and an interval needs two at least"
+RARE_CLASS = "more than 2.5 % of the resamples lack a class"
 
 
 def intervals(evaluation: Evaluation) -> dict[str, Any]:
@@ -112,8 +113,7 @@ def resampled_intervals(evaluation: Evaluation) -> dict[str, Any]:
     Returns:
         For two classes: the figures of `intervals`, and auc. For more: loss, accuracy,
         balanced_accuracy, auc, macro_f1, brier, ece and per_class, {class: {figure: interval}}.
-        Where there are groups, `resampled` is "groups". If there is only one, `reason` says why
-        all intervals are None.
+        Where there are groups, `resampled` is "groups". `reason` says why intervals are None.
     """
     probabilities, labels = evaluation.probabilities, evaluation.labels
     if len(evaluation.classes) == 2:
@@ -128,8 +128,10 @@ def resampled_intervals(evaluation: Evaluation) -> dict[str, Any]:
     block = {name: _block_of(name, values, evaluation.classes) for name, values in found.items()}
     if evaluation.groups is not None:
         block["resampled"] = "groups"
-        if _is_one(evaluation.groups):
-            block["reason"] = ONE_GROUP
+    if evaluation.groups is not None and _is_one(evaluation.groups):
+        block["reason"] = ONE_GROUP
+    elif None in block.values():
+        block["reason"] = RARE_CLASS
     return block
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bef_jax.data import inputs, sources
+from bef_jax.data import inputs
 from bef_jax.data.patch import PCAM_CENTER, PCAM_SIDE, Tiling, class_names, tiling
 from bef_jax.errors import UserError, install_command, reason_of
 from bef_jax.runtime import sharding
@@ -76,7 +76,7 @@ class TrainedModel:
     @property
     def mpp(self) -> float | None:
         """Returns the micrometres per pixel of its training patches; None if unknown."""
-        return sources.scale(self.config.data)
+        return self.config.data.mpp or None
 
     @property
     def threshold(self) -> float | None:

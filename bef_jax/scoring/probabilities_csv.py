@@ -19,7 +19,10 @@ from bef_jax.scoring.metrics import Evaluation
 _HEAD = ["id", "label", "probability"]
 _OF_CLASS = "probability_"  # the beginning of a column's name, if there are more than two classes
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_LONGEST = 1 << 26  # bytes: some 1.5 million patches, and ten times as much memory to read
+# Bytes: some 1.5 million patches of two classes, and ten times as much memory to read. Each further
+# class may have 1 MB, 50,000 patches.
+_LONGEST = 1 << 26
+_FURTHER = 1 << 20
 _MOST_LETTERS = 1 << 26  # NumPy gives each id the length of the longest, and each letter 4 bytes
 
 
@@ -69,8 +72,10 @@ def read_probabilities(file: Path, fix: str) -> tuple[np.ndarray, np.ndarray, np
     """
     try:
         with open_user_file(file) as stream:
-            content = stream.read(_LONGEST + 1)
-        if len(content) > _LONGEST:
+            head = stream.readline(_LONGEST)
+            longest = _LONGEST + _FURTHER * min(head.count(b","), MOST_CLASSES)
+            content = head + stream.read(longest + 1)
+        if len(content) > longest:
             raise ValueError("it is longer than any file that this program reads")
         return _parse(io.TextIOWrapper(io.BytesIO(content), "utf-8", newline=""))
     except UserError:

@@ -10,7 +10,17 @@ from ml_collections import ConfigDict
 
 from bef_jax.config import flatten, validate
 from bef_jax.configs import default
-from bef_jax.configs.fields import DATA, ENVIRONMENT, INPUT, NETWORK, SCORE, SPEED, affects
+from bef_jax.configs.fields import (
+    DATA,
+    ENVIRONMENT,
+    FROM_STORE,
+    INPUT,
+    NETWORK,
+    SCORE,
+    SPEED,
+    affects,
+)
+from bef_jax.data import sources
 from bef_jax.data.patch import class_names
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import user_path
@@ -62,6 +72,9 @@ def scoring_config(
     config = checkpoint.read_config(path)
     # Use the defaults, because the processes of the training run may be elsewhere, or gone.
     _set(config, _fields_of(default.get_config(), "distributed."))
+    if not config.data.mpp and config.data.source in sources.SOURCES:
+        # Take the scale from the source of training now, because `given` can name another source.
+        _set(config, {"data.mpp": sources.describe(config.data.source).mpp or 0.0})
     changes = _as_json(dict(changes or {}))
     if given is not None:
         validate(given)
@@ -124,8 +137,7 @@ def _log_ignored(
     saved: Mapping[str, Any], given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
     """Logs the fields in which the checkpoint decides, and --config has another value."""
-    # A store fills these fields in when a run starts, so a given configuration may leave them open.
-    open_fields = [name for name in ("data.classes", "data.mpp") if not given.get(name)]
+    open_fields = [name for name in FROM_STORE if not given.get(name)]
     decided = [
         name
         for name in saved

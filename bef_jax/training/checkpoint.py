@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from bef_jax.config import as_json, flatten, validate
 from bef_jax.configs import default
 from bef_jax.configs.fields import FIELDS, NETWORK, OPTIMIZER
+from bef_jax.data.patch import same_classes
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime import distributed
 from bef_jax.runtime.files import (
@@ -366,6 +367,8 @@ def check_fits(saved: dict, config: ConfigDict, path: Path) -> None:
     # Ignore distributed.*, because the address of the coordinator may differ at every start.
     lasting = [name for name in new if not name.startswith("distributed.")]
     changed = [name for name in lasting if old[name] != new[name]]
+    if "data.classes" in changed and same_classes(with_defaults(saved), config):
+        changed.remove("data.classes")
     fatal = [name for name in changed if _decides_state(name, old, new)]
     if fatal:
         listed = ", ".join(f"{name} (saved {old[name]!r}, now {new[name]!r})" for name in fatal)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from bef_jax.config import as_json, flatten
 from bef_jax.configs.fields import INPUT, NETWORK, affects
 from bef_jax.data import sources
-from bef_jax.data.patch import class_names, same_scale
+from bef_jax.data.patch import same_classes, same_scale
 from bef_jax.errors import UserError, listed
 from bef_jax.models import is_attention, is_classifier
 from bef_jax.runtime.files import check_regular, user_path
@@ -129,7 +129,7 @@ def _read(path: Path, config: ConfigDict, sharding: Sharding) -> dict:
         # Read it in the shapes of its own config, because Orbax refuses others, and the
         # classifier may differ.
         variables = checkpoint.restore_variables(path, saved, sharding)
-        if class_names(saved) == class_names(config):
+        if same_classes(saved, config):
             return variables
         # The logits are those of other classes, also where there are as many of them.
         params = variables["params"].items()

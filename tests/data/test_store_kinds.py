@@ -122,7 +122,7 @@ def test_a_wrong_kind_in_a_manifest_is_refused(
     [
         ({"model.num_classes": 2}, "set --config.model.num_classes=3"),
         ({"data.patch_size": 64}, "the store has patches of 40 pixels"),
-        ({"data.classes": CLASSES[::-1]}, "prepare it again with this order"),
+        ({"data.classes": CLASSES[::-1]}, "in the order of the network"),
         ({"data.mpp": 1.06}, "the store has 0.972 micrometres per pixel"),
     ],
 )
@@ -136,6 +136,36 @@ def test_a_store_that_does_not_fit_the_network_is_refused(
     check_store(config, manifest)
     config.update_from_flattened_dict(fields)
     expect_error(message, check_store, config, manifest)
+
+
+def test_a_name_at_another_place_is_refused_also_among_other_names(config, nine_patches, tmp_path):
+    """The store's tumour would count as the network's fat, and every score would be turned."""
+    write_npz(tmp_path, nine_patches)
+    manifest = store.prepare(config.data)
+    config.data.classes = ("tumour", "stroma ❤", "benign")
+    expect_error("in the order of the network", check_store, config, manifest)
+
+
+def test_groups_of_some_patches_only_are_refused(config, nine_patches, tmp_path):
+    del nine_patches["valid"]["groups"]
+    write_npz(tmp_path, nine_patches)
+    expect_error("patches of valid have no group, but others have", store.prepare, config.data)
+    assert not list(Path(tmp_path).glob("store*"))
+
+
+def test_a_run_goes_on_with_the_configuration_that_its_store_filled_in(
+    config, nine_patches, tmp_path
+):
+    for split in nine_patches.values():
+        split["labels"] = split["labels"] % 2
+    write_npz(tmp_path, nine_patches)
+    config.update_from_flattened_dict({"data.classes": (), "model.num_classes": 2})
+    config.data.mpp = 0.5
+    opened, _ = open_splits(config)
+    assert open_splits(opened)[0].data == opened.data
+    named = opened.copy_and_resolve_references()
+    named.data.classes = ("normal", "metastasis")
+    open_splits(named)
 
 
 def test_other_names_of_as_many_classes_are_a_warning(config, nine_patches, tmp_path, caplog):
@@ -174,6 +204,7 @@ def test_opening_names_classes_and_scale_in_the_configuration(config, nine_patch
         ("pcam_hdf5", {"classes": CLASSES}, "pcam_hdf5 has 2 classes"),
         ("npz", {"classes": ("a", "a")}, "give two names or more, each once"),
         ("npz", {"classes": ("a",)}, "give two names or more, each once"),
+        ("tfds", {"classes": ("metastasis", "normal")}, "label 0 of tfds is normal"),
     ],
 )
 def test_fields_that_are_not_for_a_source_are_refused(make_data, tmp_path, source, fields, message):

@@ -128,7 +128,7 @@ def test_groups_change_the_note_about_intervals(tmp_path):
         assert words in page and "There are none" not in page
     summary = {"valid": {"ci95": {"reason": "the split has one group only"}}}
     page = page_of(tmp_path, {"valid": seen}, summary=summary)
-    assert "There are none for valid, because the split has one group only." in page
+    assert "Intervals of valid are missing, because the split has one group only." in page
 
 
 def test_of_very_many_classes_the_least_sensitive_are_listed(tmp_path):

@@ -55,9 +55,14 @@ def _check_kind(data: ConfigDict) -> None:
         raise UserError(
             f"config.data.classes has {count} names, but {data.source} has 2 classes; give 2"
         )
+    if data.source in _PCAM_ONLY and tuple(data.classes) == PCAM_CLASSES[::-1]:
+        raise UserError(
+            f"config.data.classes: label 0 of {data.source} is normal, 1 is metastasis; leave it out"
+        )
     if count == 1 or len(set(data.classes)) < count:
         raise UserError(
-            f"config.data.classes={tuple(data.classes)}: give two names or more, each once"
+            f"config.data.classes={tuple(data.classes)}: give two names or more, each once, "
+            "such as ('benign', 'malignant')"
         )
 
 

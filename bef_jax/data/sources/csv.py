@@ -23,13 +23,23 @@ from bef_jax.data.sources.listing import (
     table_lines,
 )
 from bef_jax.errors import UserError, listed, reason_of
-from bef_jax.runtime.files import check_regular, open_user_file, user_path
+from bef_jax.runtime.files import check_regular, open_user_file, sha256, user_path
 
 _DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal mark
 _COLUMNS = ("path", "label", "split", "group")
 
 DESCRIPTION = LISTED
-identity = listed_identity
+
+
+def identity(data: ConfigDict) -> dict:
+    """Returns the fields of `config.data` that decide what is read, and the table's checksum.
+
+    A table is edited more often than it gets another name.
+    """
+    path = user_path(data.dir)
+    if path.is_dir() and len(tables := _tables(path)) == 1:
+        path = tables[0]
+    return listed_identity(data) | ({"table": sha256(path)} if path.is_file() else {})
 
 
 class _Row(NamedTuple):
@@ -125,16 +135,20 @@ def _find_table(path: Path) -> Path:
     """Returns the table: `path` itself, or the only .csv file in this folder."""
     if not path.is_dir():
         return path
-    try:
-        tables = sorted(file for file in path.iterdir() if file.suffix.lower() == ".csv")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be listed ({reason_of(error)})") from error
+    tables = _tables(path)
     if len(tables) != 1:
         names = f" ({listed([file.name for file in tables])})" if tables else ""
         raise UserError(
             f"{path}: holds {len(tables)} .csv files{names}; set config.data.dir to the one to read"
         )
     return tables[0]
+
+
+def _tables(folder: Path) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".csv")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({reason_of(error)})") from error
 
 
 def _rows(table: Path, group: str) -> Iterator[_Row]:

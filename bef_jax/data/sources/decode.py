@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from bef_jax.data import pictures
-from bef_jax.data.chunk import CHUNK_SIZE, Begin, Chunk, Contents, counted, kept, silent
+from bef_jax.data.chunk import CHUNK_SIZE, Begin, Chunk, Contents, counted, silent
 from bef_jax.data.patch import READ_ORDER, label_dtype, same_scale
 from bef_jax.errors import UserError
 from bef_jax.runtime.devices import cores
@@ -75,11 +75,7 @@ def open_listed(
     Raises:
         UserError: there is no picture, or the first one is refused by its header.
     """
-    rows = {
-        split: splits[split][: kept(len(splits[split]), data[f"{split}_size"])]
-        for split in READ_ORDER
-        if split in splits
-    }
+    rows = {split: splits[split] for split in READ_ORDER if split in splits}
     form = form_of(data, next(itertools.chain.from_iterable(rows.values())))
     chunks = (
         read_listed(split, rows[split], len(rows[split]), form, len(classes), begin)

@@ -17,6 +17,7 @@ from bef_jax.data.sources.listing import (
     LISTED,
     SPLIT_NAMES,
     divide,
+    evenly,
     group_finder,
     listed_identity,
     order_classes,
@@ -63,16 +64,8 @@ def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
 
 
 def _mixed(rows: Sequence["Listed"]) -> list["Listed"]:
-    """Returns the pictures of a split in an order of which each part has all classes.
-
-    config.data.train_size keeps the first of them, which would otherwise be of one class.
-    """
-    labels = np.array([row.label for row in rows])
-    counts = np.bincount(labels)
-    places = np.empty(len(rows))
-    places[np.argsort(labels, kind="stable")] = np.concatenate(
-        [(np.arange(count) + 0.5) / max(count, 1) for count in counts]
-    )
+    """Returns the pictures of a split in an order of which each part has all classes."""
+    places = evenly(np.array([row.label for row in rows]))
     return [rows[row] for row in np.argsort(places, kind="stable")]
 
 

@@ -90,7 +90,33 @@ def divide_places(
             given = _with_valid(given, ids, labels, groups, data.split_ratio)
         if groups is not None:
             report_shared({split: [groups[row] for row in rows] for split, rows in given.items()})
-    return {split: rows for split, rows in given.items() if len(rows)}
+    return {
+        split: _limited(np.asarray(rows), labels, data[f"{split}_size"])
+        for split, rows in given.items()
+        if len(rows)
+    }
+
+
+def _limited(rows: np.ndarray, labels: np.ndarray, limit: int | None) -> np.ndarray:
+    """Returns at most `limit` of the rows, in their order, with the shares of their classes.
+
+    The first ones of a sorted table would be of one class.
+    """
+    kept = np.argsort(evenly(labels[rows]), kind="stable")[:limit]
+    return rows[np.sort(kept)]
+
+
+def evenly(labels: np.ndarray) -> np.ndarray:
+    """Returns places, float64 [n] in 0 .. 1, at which each class is spread evenly.
+
+    Args:
+        labels: integers [n].
+    """
+    places = np.empty(len(labels))
+    places[np.argsort(labels, kind="stable")] = np.concatenate(
+        [(np.arange(count) + 0.5) / max(count, 1) for count in np.bincount(labels)]
+    )
+    return places
 
 
 def _with_valid(
@@ -110,7 +136,8 @@ def _with_valid(
         [ids[row] for row in rows], labels[rows], of_train, (ratio[0], ratio[1], 0)
     )
     train, valid = rows[parts["train"]], rows[parts["valid"]]
-    LOG.info("there is no valid split, so %d of the %d patches of train are", len(valid), len(rows))
+    text = "there is no valid split, so %d of the %d patches of train are used as valid"
+    LOG.info(text, len(valid), len(rows))
     return {**given, "train": train, "valid": valid}
 
 

@@ -304,5 +304,26 @@ def test_two_tables_of_a_folder_have_a_store_each(table, make_data):
     assert store.prepare(make_data("csv", other))["classes"] == ["a", "c"]
     again = make_data("csv", other, store=str(store.store_path(first)))
     Path(first.dir).write_text(PLAIN)  # both tables are there
-    with pytest.raises(UserError, match=r"config\.data\.dir is .*other\.csv"):
+    with pytest.raises(UserError, match=r"other\.csv: has changed since the store"):
         store.prepare(again)
+
+
+def test_a_table_that_was_edited_is_not_the_one_of_the_store(table, make_data):
+    data = make_data("csv", table(PLAIN))
+    store.prepare(data)
+    store.prepare(data)
+    Path(data.dir).write_text(PLAIN.replace(",a,", ",c,"))
+    with pytest.raises(UserError, match=r"patches\.csv: has changed since the store"):
+        store.prepare(data)
+    Path(data.dir).unlink()
+    assert store.prepare(data)["classes"] == ["a", "b"]
+
+
+def test_a_limit_keeps_the_shares_of_the_classes_of_a_sorted_table(table, make_data):
+    rows = PLAIN.splitlines()
+    by_label = "\n".join([rows[0], *sorted(rows[1:], key=lambda row: row.split(",")[1])])
+    _, everything = read_all(make_data("csv", table(by_label)))
+    _, some = read_all(make_data("csv", table(by_label), train_size=4))
+    assert [label for _, label, _, _ in some["train"]] == [0, 0, 1, 1]
+    # They stay in the order of the table.
+    assert some["train"] == [row for row in everything["train"] if row in some["train"]]

@@ -133,7 +133,7 @@ def test_without_a_valid_split_a_part_of_train_is_valid(grouped, make_data, capl
     if grouped:
         groups = [{each.group for each in found[split]} for split in ("train", "valid")]
         assert not groups[0] & groups[1]
-    assert "of the 60 patches of train are" in caplog.text
+    assert "of the 60 patches of train are used as valid" in caplog.text
 
 
 def test_a_long_id_or_group_is_refused_since_all_take_as_much_memory(make_data):

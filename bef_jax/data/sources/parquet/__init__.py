@@ -54,6 +54,10 @@ def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
     where = locate(data.dir)
     paths_of = find(where)
     rows = {path: read_rows(path, data.group) for paths in paths_of.values() for path in paths}
+    if len({found.groups is None for found in rows.values()}) > 1:
+        raise UserError(
+            f"{where}: only some of its files have groups; give all of them this column, or none"
+        )
     classes, numbers = _classes(list(rows.values()), data.classes, str(where))
     entries: list[Listed] = []
     given: dict[str | None, range] = {}
