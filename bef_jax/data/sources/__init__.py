@@ -57,7 +57,7 @@ def _check_kind(data: ConfigDict) -> None:
         )
     if data.source in _PCAM_ONLY and tuple(data.classes) == PCAM_CLASSES[::-1]:
         raise UserError(
-            f"config.data.classes: label 0 of {data.source} is normal, 1 is metastasis; leave it out"
+            f"config.data.classes: label 0 of {data.source} is normal, 1 metastasis; leave it out"
         )
     if count == 1 or len(set(data.classes)) < count:
         raise UserError(
