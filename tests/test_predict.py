@@ -277,7 +277,7 @@ def test_pictures_with_similar_names_get_maps_of_their_own(run_summary, workdir,
 
 def test_a_picture_of_another_scale_gets_no_score(run_summary, workdir, scoring, tmp_path):
     config, best = scoring()
-    config.data.source = "pcam_hdf5"  # a source whose scale is known
+    config.data.mpp = 0.972
     for name, mpp in (("a.tif", 0.24), ("b.tif", 0.93)):
         image = np.zeros((96, 96, 3), np.uint8)
         tifffile.imwrite(tmp_path / name, image, photometric="rgb", resolutionunit="CENTIMETER",

@@ -14,7 +14,7 @@ import pytest
 from bef_jax.ablation import ablate
 from bef_jax.ablation.cost import estimate
 from bef_jax.config import flatten
-from bef_jax.configs import ablation, densenet121, resnet50
+from bef_jax.configs import ablation, densenet121, quickstart, resnet50
 from bef_jax.errors import UserError
 from bef_jax.planning.flops import training_flops
 from tests.conftest import SHRUNK
@@ -225,3 +225,15 @@ def test_an_error_of_a_run_reaches_the_user_in_one_line(tmp_path, data_dir):
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: baseline, seed 0: ") and "nowhere" in line
+
+
+def test_what_a_store_filled_in_is_no_change(tmp_path):
+    config = quickstart.get_config()
+    trial = ablate.Trial("plain", 0, tmp_path, config, {})
+    saved = json.loads(config.to_json_best_effort())
+    saved["data"] |= {"classes": ["a", "b"], "mpp": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    ablate.check_unchanged(trial)
+    config.data.classes = ("b", "a")
+    with pytest.raises(UserError, match=r"was begun with config\.data\.classes=\['a', 'b'\]"):
+        ablate.check_unchanged(trial)

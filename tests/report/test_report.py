@@ -1,6 +1,7 @@
 """Reports, whose pages and pictures are parsed again."""
 
 import base64
+import dataclasses
 import io
 import itertools
 import re
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bef_jax.report import Content, write_report
+from bef_jax.report import Content, plots, write, write_report
 from bef_jax.report.gallery import ShownPatch, contact_sheet
+from bef_jax.report.theme import LIGHT
 from tests.report.conftest import make_evaluation
 
 VOID = {"meta", "img", "source"}
@@ -144,3 +146,12 @@ def test_names_that_users_give_are_escaped(tmp_path, images):
     page = write_report(folder, content).read_text()
     assert "<script" not in page and "<b>" not in page and 'patch "' not in page
     assert Page(page).cells.count(evil) == 5
+
+
+def test_the_roc_curve_has_the_interval_over_groups(evaluation):
+    """It is in the summary alone, because DeLong's needs independent patches."""
+    grouped = evaluation()
+    grouped = dataclasses.replace(grouped, metrics=grouped.metrics | {"auc_ci95": None})
+    found = write._with_interval(grouped, {"auc_ci95": [0.6, 0.7]})
+    (text, *_) = plots.roc({"valid": found}, LIGHT).axes[0].get_legend().get_texts()
+    assert "(95% CI 0.6000 to 0.7000)" in text.get_text()

@@ -86,6 +86,20 @@ def test_a_change_of_a_single_field_is_used_and_logged(run_summary, scoring, cap
     ]
 
 
+def test_the_scale_is_that_of_training_whatever_is_scored(
+    run_summary, scoring, small_config, change_saved
+):
+    _, path = scoring()
+    change_saved({"data.source": "pcam_hdf5"})
+    elsewhere = small_config(**{"data.source": "npz", "data.dir": "elsewhere"})
+    assert trained.scoring_config(path, elsewhere).data.mpp == 0.972
+    change_saved({"data.source": "npz"})
+    pcam = small_config(**{"data.source": "pcam_hdf5"})
+    assert trained.scoring_config(path, pcam).data.mpp == 0
+    change_saved({"data.mpp": 0.5})
+    assert trained.scoring_config(path, pcam).data.mpp == 0.5
+
+
 def test_smaller_patches_can_be_scored_than_the_run_was_trained_on(run_summary, scoring):
     """The windows of training had 40 .. 48 px, and need not fit, because scoring draws none."""
     changes = {"data.patch_size": 32, "rcc.eval_size": 32}
