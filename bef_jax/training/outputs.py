@@ -14,9 +14,9 @@ from bef_jax.runtime.files import check_outputs, check_types, read_json, write_j
 _SCORES = ("scores_valid.csv", "scores_test.csv")
 FILES = ("config.json", "metrics.jsonl", "train_summary.json", *_SCORES)
 FOLDERS = ("checkpoints", "tensorboard", "report")
-_PLOTS = ("loss", "validation", "roc", "precision_recall", "reliability", "most_wrong",
-          "roc_valid", "roc_test", "confusion_valid", "confusion_test")  # fmt: skip
-REPORT = ("index.html", *(f"{name}.png" for name in _PLOTS))
+_PLOTS = ("loss", "validation", "roc", "precision_recall", "reliability", "most_wrong")
+_OF_SPLITS = ("roc_valid", "roc_test", "confusion_valid", "confusion_test")  # of many classes
+REPORT = ("index.html", *(f"{name}.png" for name in (*_PLOTS, *_OF_SPLITS)))
 _FIGURES = ("auc", "accuracy", "loss", "brier", "ece")  # None if not defined
 
 
