@@ -142,7 +142,7 @@ def _general(known: Sequence[flags.Flag]) -> str:
     texts = {_flag_spelling(flag): "; ".join(flag.help.splitlines()) for flag in known}
     return "\n".join(
         [
-            "Boosted EfficientNet in JAX: metastases in H&E patches of lymph nodes, and other classes.",
+            "Boosted EfficientNet in JAX: metastases, or other classes, in H&E patches.",
             "",
             "  bef-jax --config=NAME [--mode=MODE] [--workdir=DIR] [--config.FIELD=VALUE ...]",
             "  bef-jax --mode=MODE --workdir=DIR [...]       for eval, predict and export",
