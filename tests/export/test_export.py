@@ -84,7 +84,7 @@ def check_that_the_onnx_file_alone_is_enough(folder, summary, expected):
 
 
 def test_facts_come_from_the_configuration_and_the_operating_point(small_config):
-    config = small_config(**{"data.source": "rpcam", "eval.threshold": 0.3})
+    config = small_config(**{"data.mpp": 0.972, "eval.threshold": 0.3})
     chosen = {"temperature": 1.5, "threshold": 0.4}
     found = export.facts(config, chosen)
     assert (found["mpp"], found["threshold"], found["operating_point"]) == (0.972, 0.3, chosen)

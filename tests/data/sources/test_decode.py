@@ -97,15 +97,15 @@ def test_files_and_bytes_become_chunks_in_their_order(make, tmp_path):
     assert joined[3].tolist() == [row.group for row in rows]
 
 
-def test_sizes_keep_the_first_patches_and_progress_is_reported(make):
+def test_splits_come_in_the_order_of_reading_and_progress_is_reported(make):
     rows, calls = rows_of([encoded(noise(seed=i)) for i in range(9)]), []
 
     def begin(name, total, unit):
         calls.append((name, total, unit))
         return calls.append
 
-    data = make(train_size=3)
-    contents = decode.open_listed(data, {"train": rows, "valid": rows[4:]}, ("a", "b"), begin)
+    splits = {"train": rows[:3], "valid": rows[4:]}
+    contents = decode.open_listed(make(), splits, ("a", "b"), begin)
     [(_, valid), (_, train)] = contents.chunks
     assert valid.ids.tolist() == list("45678") and train.ids.tolist() == list("012")
     assert train.groups is None
