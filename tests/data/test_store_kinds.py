@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bef_jax.configs import default
-from bef_jax.data import store
+from bef_jax.data import splits, store
 from bef_jax.data.splits import check_store, open_splits
 from bef_jax.errors import UserError
 from tests.data.conftest import expect_error
@@ -146,6 +146,14 @@ def test_a_name_at_another_place_is_refused_also_among_other_names(config, nine_
     expect_error("in the order of the network", check_store, config, manifest)
 
 
+def test_opening_fills_in_the_names_that_the_store_knows(config, nine_patches, tmp_path):
+    write_npz(tmp_path, nine_patches)
+    manifest = store.prepare(config.data)
+    config.data.classes = ()
+    assert tuple(splits._with_facts(config, manifest).data.classes) == CLASSES
+    assert config.data.classes == ()
+
+
 def test_groups_of_some_patches_only_are_refused(config, nine_patches, tmp_path):
     del nine_patches["valid"]["groups"]
     write_npz(tmp_path, nine_patches)
@@ -187,9 +195,9 @@ def test_a_class_that_train_lacks_is_refused(config, nine_patches, tmp_path):
 def test_opening_names_classes_and_scale_in_the_configuration(config, nine_patches, tmp_path):
     write_npz(tmp_path, nine_patches)
     config.data.mpp = 0.5
-    opened, splits = open_splits(config)
+    opened, found = open_splits(config)
     assert tuple(opened.data.classes) == CLASSES and opened.data.mpp == 0.5
-    assert list(splits) == ["train", "valid", "test"]
+    assert list(found) == ["train", "valid", "test"]
     opened.data.patch_size = 50
     assert opened.rcc.max_size == 50, "the copy's references still follow"
     assert config.data.patch_size == 40, "and lead to the copy only"
