@@ -228,7 +228,9 @@ def _draw(
     _set_title(plain, name)
     covered.set_title(f"largest probability {np.nanmax(found):.3f}", loc="left")
     bar = figure.colorbar(layer, ax=covered, shrink=0.8)
-    bar.set_label(f"probability of {positive_name(classes)}", parse_math=False)
+    # The font may lack the letters of a name.
+    positive = drawn_name(positive_name(classes)) or "class 1"
+    bar.set_label(f"probability of {positive}", parse_math=False)
     return figure
 
 

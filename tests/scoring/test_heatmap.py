@@ -99,6 +99,15 @@ def test_a_map_is_drawn_when_a_name_is_a_formula_or_not_text(name, tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
+@pytest.mark.filterwarnings("error")  # matplotlib warns of letters that its font lacks
+@pytest.mark.parametrize("positive", ["腫瘍", "tumour 腫瘍", "$x", "a\x1b[31m"])
+def test_a_map_is_drawn_whatever_the_class_is_called(positive, tmp_path):
+    Image.fromarray(np.zeros((96, 128, 3), np.uint8)).save(tmp_path / "a.png")
+    found, names = tiles((0, 0, 0.5)), ("normal", positive)
+    write_heatmap(tmp_path / "out.png", tmp_path / "a.png", found, 0.5, names)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("shape", [(96, 153_600), (153_600, 96)], ids=["wide", "high"])
 def test_a_strip_is_stretched_so_that_it_is_visible(shape, tmp_path):
     Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "strip.png")
