@@ -7,6 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from bef_jax.data import store
+from bef_jax.data.patch import class_names
 from bef_jax.data.splits import check_store, warn_of_one_class
 from bef_jax.data.store import Split
 from bef_jax.runtime import sharding
@@ -34,7 +35,7 @@ def evaluate_checkpoint(
     """
     folder = store.store_path(config.data)
     manifest = store.read_manifest(folder)
-    check_store(config, manifest)
+    check_store(config, manifest, class_names(config))
     counts = manifest["counts"]
     patches = store.open_split(folder, split or ("test" if counts.get("test") else "valid"))
     # Read this before the first evaluation, so that a wrong path is an error at once.

@@ -28,7 +28,7 @@ def open_splits(config: ConfigDict) -> tuple[ConfigDict, dict[str, Split]]:
         UserError: see `store.prepare`, `store.open_split`, `check_store` and `check_classes`.
     """
     manifest = prepare_with_progress(config.data)
-    check_store(config, manifest)
+    check_store(config, manifest, config.data.classes)
     folder = store.store_path(config.data)
     # A source may have no test split.
     splits = {
@@ -48,14 +48,19 @@ def _with_facts(config: ConfigDict, manifest: Mapping) -> ConfigDict:
     return config
 
 
-def check_store(config: ConfigDict, manifest: Mapping) -> None:
-    """Checks that a network of this configuration can score the patches of a store.
+def check_store(config: ConfigDict, manifest: Mapping, names: Sequence[str]) -> None:
+    """Checks that a network of this configuration can learn or score the patches of a store.
+
+    Args:
+        config: the whole configuration.
+        manifest: of the store.
+        names: of the network's classes; empty if it takes them from the store.
 
     Raises:
         UserError: the store has another number of classes, other classes, another side of patches
             or another scale.
     """
-    classes, names = tuple(manifest["classes"]), tuple(config.data.classes)
+    classes, names = tuple(manifest["classes"]), tuple(names)
     if len(classes) != config.model.num_classes:
         raise UserError(
             f"config.model.num_classes is {config.model.num_classes}, but the data have "
@@ -65,7 +70,7 @@ def check_store(config: ConfigDict, manifest: Mapping) -> None:
     # A name at two places would turn labels around, without any other sign of it.
     if any(name in classes and name != classes[number] for number, name in enumerate(names)):
         raise UserError(
-            f"config.data.classes is {_list(names)}, but the labels of the store mean "
+            f"the network's classes are {_list(names)}, but the labels of the store mean "
             f"{_list(classes)}; prepare another store, with the classes in the order of the network"
         )
     if names and set(names) != set(classes):

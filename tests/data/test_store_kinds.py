@@ -9,6 +9,7 @@ import pytest
 
 from bef_jax.configs import default
 from bef_jax.data import splits, store
+from bef_jax.data.patch import PCAM_CLASSES
 from bef_jax.data.splits import check_store, open_splits
 from bef_jax.errors import UserError
 from tests.data.conftest import expect_error
@@ -131,11 +132,11 @@ def test_a_store_that_does_not_fit_the_network_is_refused(
 ):
     write_npz(tmp_path, nine_patches)
     manifest = store.prepare(config.data) | {"mpp": 0.972}
-    check_store(config, manifest)
+    check_store(config, manifest, config.data.classes)
     config.update_from_flattened_dict({"data.mpp": 1.04})  # 7 % more, as PCam's two scanners
-    check_store(config, manifest)
+    check_store(config, manifest, config.data.classes)
     config.update_from_flattened_dict(fields)
-    expect_error(message, check_store, config, manifest)
+    expect_error(message, check_store, config, manifest, config.data.classes)
 
 
 def test_a_name_at_another_place_is_refused_also_among_other_names(config, nine_patches, tmp_path):
@@ -143,7 +144,7 @@ def test_a_name_at_another_place_is_refused_also_among_other_names(config, nine_
     write_npz(tmp_path, nine_patches)
     manifest = store.prepare(config.data)
     config.data.classes = ("tumour", "stroma ❤", "benign")
-    expect_error("in the order of the network", check_store, config, manifest)
+    expect_error("in the order of the network", check_store, config, manifest, config.data.classes)
 
 
 def test_opening_fills_in_the_names_that_the_store_knows(config, nine_patches, tmp_path):
@@ -176,11 +177,25 @@ def test_a_run_goes_on_with_the_configuration_that_its_store_filled_in(
     open_splits(named)
 
 
+def test_a_network_of_pcam_is_not_scored_on_labels_that_are_turned_around(
+    config, nine_patches, tmp_path
+):
+    """Folders called metastasis and normal come in this order, and PCam's classes in the other."""
+    for split in nine_patches.values():
+        split["labels"] = split["labels"] % 2
+    write_npz(tmp_path, nine_patches)
+    config.data.classes = ("metastasis", "normal")
+    manifest = store.prepare(config.data)
+    network = default.get_config("data.patch_size=40")
+    check_store(network, manifest, ())  # training takes the names as they are
+    expect_error("classes are normal, metastasis", check_store, network, manifest, PCAM_CLASSES)
+
+
 def test_other_names_of_as_many_classes_are_a_warning(config, nine_patches, tmp_path, caplog):
     write_npz(tmp_path, nine_patches)
     manifest = store.prepare(config.data)
     config.data.classes = ("a", "b", "c")
-    check_store(config, manifest)
+    check_store(config, manifest, config.data.classes)
     assert "called fat, stroma ❤, tumour, and not a, b, c" in caplog.text
 
 
