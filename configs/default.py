@@ -83,6 +83,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # row or column. Half of it takes four times as long, and gives a smoother heat map.
     predict.stride = placeholder(int)
 
+    config.slides = slides = ConfigDict()
+    # Micrometres per pixel of the largest level, which counts instead of what a slide says; 0: as
+    # the slide says. A flat TIFF without a scale is read as a slide only if this is set.
+    slides.mpp = 0.0
+    # Windows whose greatest probabilities are averaged for a slide's score; 1: the greatest counts.
+    slides.top = 1
+    slides.detection_threshold = 0.1  # smallest probability of a candidate lesion
+    slides.detection_radius = 200.0  # micrometres; of two candidates nearer than this, one is kept
+    config.data.slide_mpp = slides.get_ref("mpp")  # for the source slides; follows slides.mpp
+
     config.ablation = ablation = ConfigDict()
     ablation.seeds = 3  # runs of each row, with seeds from config.seed on
     ablation.rows = ()  # names in ROWS of configs/ablation.py; empty: all
@@ -150,7 +160,7 @@ def _optim() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    # pcam_hdf5 | rpcam | tfds | npz | image_folder | csv | parquet | synthetic
+    # pcam_hdf5 | rpcam | tfds | npz | image_folder | csv | parquet | slides | synthetic
     data.source = "pcam_hdf5"
     # Folder of the source's files, or the file of csv and parquet, or hf:OWNER/NAME for parquet; ~
     # is your home.
@@ -168,6 +178,10 @@ def _data() -> ConfigDict:
     # What tells the patient or slide of a patch: a column of csv or parquet, or a regular
     # expression for a picture's path, such as '(?P<group>P\d+)_'. Splits share no group.
     data.group = ""
+    # Folder of the annotations (TIFF masks, ASAP XML, GeoJSON, reference.csv) of the source slides;
+    # empty: they lie beside the slides.
+    data.annotations = ""
+    data.slide_patches = 20_000  # patches that the source slides draws, of both classes together
     data.download = False  # fetches PCam into dir when it is missing (pcam_hdf5, tfds)
     data.rectify = True  # drops exact duplicates, within and across splits
     data.train_size = placeholder(int)  # patches of train that synthetic makes, or others keep

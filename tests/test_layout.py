@@ -12,12 +12,13 @@ PACKAGE = ROOT / "bef_jax"
 # the package, or a single module. If several names fit a module, the longest one decides.
 FLOORS = (
     {"errors", "configs", "runtime", "hub", "data.patch"},
+    {f"slides.{name}" for name in ("reader", "tissue", "tiles", "blocks", "annotations")},
     {"data"},
     {"models"},
     {"config"},
     {"training"},
     {"scoring"},
-    {"report", "export", "ablation", "planning"},
+    {"slides", "report", "export", "ablation", "planning"},
     {"train", "evaluate", "predict"},
     {"cli", "main", "__main__"},
 )

@@ -62,7 +62,7 @@ def comments() -> dict[str, str]:
     return found
 
 
-_OF_OTHER_MODES = ("ablation.", "benchmark.", "predict.")
+_OF_OTHER_MODES = ("ablation.", "benchmark.", "predict.", "slides.")
 _TRAINING = tuple(name for name in comments() if not name.startswith(_OF_OTHER_MODES))
 _STEP = (
     *("dtype", "batch_size", "bn_groups", "ema_decay", "label_smoothing", "data.placement"),
@@ -75,7 +75,9 @@ MODES = {
     "eval": Mode(
         "computes metrics of a checkpoint on a split", (*_SCORES, "data.", "distributed.")
     ),
-    "predict": Mode("scores pictures, folders, .npz, .h5 or stores", ("predict.", *_SCORES)),
+    "predict": Mode(
+        "scores slides, pictures, folders, .npz, .h5 or stores", ("predict.", "slides.", *_SCORES)
+    ),
     "export": Mode("turns a checkpoint into StableHLO and ONNX, for serving", ("eval.threshold",)),
     "ablate": Mode("trains the rows of the paper's table, and draws it", ("ablation.", *_TRAINING)),
     "benchmark": Mode(
