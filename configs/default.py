@@ -43,9 +43,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.compile_cache = "auto"
 
     config.model = _model()
-    config.data = _data()
+    config.data = data = _data()
 
-    config.rcc = _rcc(config.data)
+    config.rcc = _rcc(data)
 
     config.augment = augment = ConfigDict()
     augment.flips = True  # the eight flips and turns of a square
@@ -91,7 +91,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     slides.top = 1
     slides.detection_threshold = 0.1  # smallest probability of a candidate lesion
     slides.detection_radius = 200.0  # micrometres; of two candidates nearer than this, one is kept
-    config.data.slide_mpp = slides.get_ref("mpp")  # for the source slides; follows slides.mpp
+    # Micrometres per pixel of the source slides' largest level; follows slides.mpp.
+    data.slide_mpp = slides.get_ref("mpp") + 0.0
+    # Side of the square in which a pixel of tumour makes a patch of the source slides positive;
+    # follows rcc.center.
+    data.slide_center = config.rcc.get_ref("center") + 0
 
     config.ablation = ablation = ConfigDict()
     ablation.seeds = 3  # runs of each row, with seeds from config.seed on

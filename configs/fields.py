@@ -93,7 +93,6 @@ FIELDS = {
     "data.group": Field(DATA),
     "data.annotations": Field(DATA),
     "data.slide_patches": Field(DATA, 2, MOST_INT),
-    "data.slide_mpp": Field(DATA, 0, 1000),
     "data.download": Field(DATA),
     "data.rectify": Field(DATA),
     "data.train_size": Field(DATA, 1, MOST_INT),
@@ -135,6 +134,9 @@ FIELDS = {
     "benchmark.runs": Field(ENVIRONMENT, 1, MOST_INT),
     "predict.stride": Field(ENVIRONMENT, 1, PATCH_SIDES[1]),
     "slides.mpp": Field(ENVIRONMENT, 0, 1000),
+    # These follow slides.mpp and rcc.center, which users set, and which errors name first.
+    "data.slide_mpp": Field(DATA, 0, 1000),
+    "data.slide_center": Field(DATA, 0, PATCH_SIDES[1]),
     "slides.top": Field(ENVIRONMENT, 1, MOST_INT),
     "slides.detection_threshold": Field(ENVIRONMENT, 0, 1),
     "slides.detection_radius": Field(ENVIRONMENT, 0, 100_000),

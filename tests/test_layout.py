@@ -11,8 +11,9 @@ PACKAGE = ROOT / "bef_jax"
 # Lowest first. A module imports from its own floor and from those below it. A room is a folder of
 # the package, or a single module. If several names fit a module, the longest one decides.
 FLOORS = (
-    {"errors", "configs", "runtime", "hub", "data.patch"},
-    {f"slides.{name}" for name in ("reader", "tissue", "tiles", "blocks", "annotations")},
+    {"errors", "configs", "runtime", "hub", "data.patch", "data.pictures"},
+    {"slides.readers"}
+    | {f"slides.{name}" for name in ("reader", "tissue", "tiles", "blocks", "annotations")},
     {"data"},
     {"models"},
     {"config"},

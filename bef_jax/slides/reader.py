@@ -1,78 +1,42 @@
 """Slides as pyramids of levels, whose regions are read one by one.
 
-OpenSlide reads the formats of scanners, DICOM and tiled TIFF; tifffile reads other TIFF files.
+OpenSlide reads the formats of scanners, DICOM and tiled TIFF; tifffile reads other TIFF files; and
+Pillow reads large pictures.
 """
 
-import threading
-from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import NamedTuple
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
-import numpy as np
+from bef_jax.data import pictures
+from bef_jax.data.patch import same_scale
+from bef_jax.errors import UserError, install_command, reason_of
+from bef_jax.runtime.files import check_regular, open_user_file
+from bef_jax.slides.readers import of_picture, tiff_pages, with_openslide
+from bef_jax.slides.readers.base import Level, Region, Slide
+from bef_jax.slides.readers.of_picture import PictureReader
+from bef_jax.slides.readers.with_openslide import OpenSlideReader
+from bef_jax.slides.readers.with_tifffile import TiffReader
 
-from bef_jax.errors import UserError, reason_of
+__all__ = ["SUFFIXES", "Level", "Region", "Slide", "find_slides", "is_slide", "open_slide"]
 
+LOG = logging.getLogger(__name__)
 
-class Level(NamedTuple):
-    """One level of a pyramid.
-
-    Attributes:
-        width: in pixels.
-        height: in pixels.
-        downsample: pixels of level 0 for each of this level, in x and in y.
-    """
-
-    width: int
-    height: int
-    downsample: tuple[float, float]
-
-
-class Region(NamedTuple):
-    """The pixels of a rectangle.
-
-    Attributes:
-        pixels: uint8 [H, W, 3], RGB; what is transparent is white.
-        failed: bool [H, W], what cannot be decoded; None if all can be.
-    """
-
-    pixels: np.ndarray
-    failed: np.ndarray | None = None
-
-
-class Slide(ABC):
-    """An open slide; its regions may be read in several threads at once.
-
-    Attributes:
-        path: of the file.
-        levels: the largest first.
-        mpp: micrometres per pixel of level 0; None if neither the slide nor the user says it.
-        reader: the name of the library that reads it, and the format, such as "openslide aperio".
-    """
-
-    path: Path
-    levels: tuple[Level, ...]
-    mpp: float | None
-    reader: str
-
-    @abstractmethod
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> Region:
-        """Returns a rectangle of a level, in pixels of that level; it lies inside the level.
-
-        Raises:
-            UserError: the slide can no longer be opened.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Closes the file."""
-
-    def __enter__(self) -> "Slide":
-        """Returns the slide, which is closed at the end."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes the file."""
-        self.close()
+# Of the files that hold only slides; a TIFF may be a slide, a picture or a patch.
+SUFFIXES = (
+    ".svs",
+    ".ndpi",
+    ".mrxs",
+    ".scn",
+    ".vms",
+    ".vmu",
+    ".bif",
+    ".dcm",
+    ".czi",
+    ".svslide",
+)
+_GENERIC = "generic-tiff"  # OpenSlide's name of a tiled TIFF that no scanner's mark is on
 
 
 def open_slide(path: Path, mpp: float | None = None) -> Slide:
@@ -85,33 +49,167 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     Raises:
         UserError: no library can read it, or its pixels are not square.
     """
-    return _OpenSlide(path, mpp)
+    mpp = mpp or None
+    is_tiff = _check(path)
+    if not with_openslide.vendor_of(path):
+        return _open_without(path, mpp, is_tiff)
+    try:
+        return OpenSlideReader(path, mpp)
+    except UserError as error:
+        if not is_tiff:
+            raise
+        return _second_try(path, mpp, error)
 
 
-class _OpenSlide(Slide):
-    def __init__(self, path: Path, mpp: float | None):
-        import openslide
+def _check(path: Path) -> bool:
+    """Returns whether an existing regular file is a TIFF."""
+    check_regular(path)
+    try:
+        return tiff_pages.is_tiff(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a slide ({reason_of(error)})") from error
 
-        self.path = path
-        self._lock = threading.Lock()
-        try:
-            self._handle = openslide.OpenSlide(str(path))
-        except Exception as error:
-            raise UserError(f"{path}: cannot be read as a slide ({reason_of(error)})") from error
-        width, height = self._handle.dimensions
-        self.levels = tuple(
-            Level(w, h, (width / w, height / h)) for w, h in self._handle.level_dimensions
+
+def _second_try(path: Path, mpp: float | None, error: UserError) -> Slide:
+    """Opens a TIFF that OpenSlide refuses, such as for its compression."""
+    try:
+        return TiffReader(path, mpp)
+    except UserError:
+        raise error from None
+
+
+def _open_without(path: Path, mpp: float | None, is_tiff: bool) -> Slide:
+    """Opens a file of which OpenSlide knows nothing."""
+    if is_tiff:
+        return TiffReader(path, mpp)
+    if of_picture.pixel_count(path):
+        return PictureReader(path, mpp)
+    if not with_openslide.is_installed():
+        raise UserError(
+            f"{path}: OpenSlide is missing, which reads it; {install_command('slides')}"
         )
-        said = self._handle.properties.get("openslide.mpp-x")
-        self.mpp = mpp or (said and float(said)) or None
-        self.reader = f"openslide {self._handle.properties['openslide.vendor']}"
+    folder = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and not folder.is_dir():
+        raise UserError(f"{path}: its folder {folder} is missing; put it beside the file")
+    raise UserError(
+        f"{path}: cannot be read as a slide (OpenSlide: unknown format, or a part of it is missing "
+        "or damaged); name another file, or remove this one"
+    )
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> Region:
-        factors = self.levels[level].downsample
-        place = (round(x * factors[0]), round(y * factors[1]))
-        rgba = np.asarray(self._handle.read_region(place, level, (width, height)))
-        pixels = np.where(rgba[..., 3:] > 0, rgba[..., :3], 255)
-        return Region(np.ascontiguousarray(pixels, dtype=np.uint8))
 
-    def close(self) -> None:
-        self._handle.close()
+def is_slide(path: Path, side: int, mpp: float | None = None, given_mpp: float = 0.0) -> bool:
+    """Returns whether a file is read as a slide; otherwise it is a picture or a patch.
+
+    Only its headers are read. A damaged file that has a suffix of slides is a slide, which
+    `open_slide` refuses; a damaged file of another name is none.
+
+    Args:
+        path: of the file.
+        side: of the network's patches, in pixels.
+        mpp: micrometres per pixel of the network, if known.
+        given_mpp: the user's micrometres per pixel of slides, or 0.
+    """
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        with open_user_file(path) as file:
+            start = file.read(4)
+    except (UserError, OSError):
+        return False
+    if start not in tiff_pages.TIFF_STARTS:
+        count = of_picture.pixel_count(path)
+        return count > pictures.LIMIT if count else bool(with_openslide.vendor_of(path))
+    facts = tiff_pages.look(path)
+    vendor = with_openslide.vendor_of(path)
+    if vendor not in (None, _GENERIC) or (facts and (facts.is_scanned or facts.levels > 1)):
+        return True
+    return bool(facts) and (
+        _is_large_tiff(facts, side, mpp, given_mpp) or _has_levels(path, vendor, facts)
+    )
+
+
+def _is_large_tiff(
+    facts: tiff_pages.TiffFacts, side: int, mpp: float | None, given_mpp: float
+) -> bool:
+    """Returns whether a flat TIFF is a slide by its size and scale."""
+    if facts.width * facts.height > pictures.LIMIT:
+        return True
+    if given_mpp:
+        return max(facts.width, facts.height) > side
+    is_other_scale = bool(mpp and facts.mpp) and not same_scale(facts.mpp, mpp)
+    return is_other_scale and (facts.width, facts.height) != (side, side)
+
+
+def _has_levels(path: Path, vendor: str | None, facts: tiff_pages.TiffFacts) -> bool:
+    """Returns whether OpenSlide finds a pyramid where tifffile found one level."""
+    if vendor != _GENERIC or facts.pages < 2:
+        return False
+    try:
+        with OpenSlideReader(path, 1.0) as slide:
+            return len(slide.levels) > 1
+    except UserError:
+        return False
+
+
+def find_slides(
+    path: Path, side: int, mpp: float | None = None, given_mpp: float = 0.0
+) -> list[tuple[str, Path]]:
+    """Returns the slides at `path`, sorted: itself, or those in a folder and the folders below.
+
+    Args:
+        path: a file of any suffix, or a folder, whose pictures and slides are looked at.
+        side: see `is_slide`.
+        mpp: see `is_slide`.
+        given_mpp: see `is_slide`.
+
+    Returns:
+        Names and paths. A name is the path from the folder on, with slashes and without suffix. It
+        keeps the suffix where two would be equal, or one would lie in the folder of another.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    names = [path.name]
+    if path.is_dir():
+        names = [name for name, _ in pictures.walk(path, (*pictures.SUFFIXES, *SUFFIXES))]
+    root = path if path.is_dir() else path.parent
+    found = [name for name in names if is_slide(root / name, side, mpp, given_mpp)]
+    found = list(_one_of_each_series(root, found))
+    return list(zip(_short_names(found), (root / name for name in found), strict=True))
+
+
+def _one_of_each_series(root: Path, names: list[str]) -> Iterator[str]:
+    """Yields the slides, and of those that are files of one DICOM series the first."""
+    first: dict[str, str] = {}
+    for name in names:
+        series = with_openslide.series_of(root / name) if name.lower().endswith(".dcm") else None
+        if series in first:
+            LOG.info("%s: is of the same slide as %s", root / name, first[series])
+            continue
+        if series:
+            first[series] = name
+        yield name
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Returns the names without suffixes, but with them where they would not differ enough."""
+    short, before = [_without_suffix(name) for name in names], None
+    # A longer name may be one that another slide has without its suffix.
+    while short != before:
+        before, clashing = short, _clashing(short)
+        pairs = zip(names, short, strict=True)
+        short = [full if name in clashing else name for full, name in pairs]
+    return short
+
+
+def _clashing(names: list[str]) -> set[str]:
+    """Returns which names two slides have, or are the folder of another."""
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    return {name for name, count in Counter(names).items() if count > 1 or name in folders}
+
+
+def _without_suffix(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    stem = file.rpartition(".")[0]
+    # Nothing but dots would be no name, or lead out of the folder.
+    return f"{folder}{slash}{stem if stem.strip('.') else file}"

@@ -32,10 +32,14 @@ def find(path: Path) -> list[Path]:
     return found
 
 
-def walk(folder: Path | str) -> Iterator[tuple[str, bool]]:
+def walk(folder: Path | str, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[tuple[str, bool]]:
     """Yields the pictures in a folder and those below it, in the order of their sorted names.
 
     Hidden folders are left out, and links to folders are followed.
+
+    Args:
+        folder: where to begin.
+        suffixes: of the files that are wanted, in lower case.
 
     Yields:
         The path of a picture relative to `folder`, with slashes; and whether it is known to be a
@@ -46,11 +50,11 @@ def walk(folder: Path | str) -> Iterator[tuple[str, bool]]:
     """
     seen: dict[tuple[int, int], str] = {}
     # Use a stack, because folders can lie deeper in each other than Python's calls may.
-    levels = [_level(folder, "", seen)]
+    levels = [_level(folder, "", seen, suffixes)]
     while levels:
         for name, kind in levels[-1]:
             if kind == Kind.FOLDER:
-                levels.append(_level(folder, f"{name}/", seen))
+                levels.append(_level(folder, f"{name}/", seen, suffixes))
                 break
             yield name, kind == Kind.FILE
         else:
@@ -58,7 +62,10 @@ def walk(folder: Path | str) -> Iterator[tuple[str, bool]]:
 
 
 def _level(
-    folder: Path | str, below: str, seen: dict[tuple[int, int], str]
+    folder: Path | str,
+    below: str,
+    seen: dict[tuple[int, int], str],
+    suffixes: tuple[str, ...],
 ) -> Iterator[tuple[str, Kind]]:
     """Returns what is right in a folder below `folder`, whose path from there is `below`.
 
@@ -66,9 +73,10 @@ def _level(
         folder: where the walk began.
         below: empty, or with a slash at its end.
         seen: the folders that were listed, by device and inode; this one is added.
+        suffixes: see `walk`.
     """
     path = os.path.join(folder, below)
-    found = list_folder(path)
+    found = list_folder(path, suffixes)
     facts = os.stat(path)
     other = seen.setdefault((facts.st_dev, facts.st_ino), path)
     if other != path:
@@ -76,7 +84,7 @@ def _level(
     return ((below + name, kind) for name, kind in found)
 
 
-def list_folder(folder: Path | str) -> list[tuple[str, Kind]]:
+def list_folder(folder: Path | str, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, Kind]]:
     """Returns the names of the folders and pictures right in a folder, sorted.
 
     Pictures are known by their suffix; none is opened. Hidden files and folders are left out: macOS
@@ -87,7 +95,9 @@ def list_folder(folder: Path | str) -> list[tuple[str, Kind]]:
     """
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, _kind(entry)) for entry in entries if entry.name[0] != "."]
+            found = [
+                (entry.name, _kind(entry, suffixes)) for entry in entries if entry.name[0] != "."
+            ]
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be listed ({reason_of(error)}); make it readable"
@@ -95,12 +105,12 @@ def list_folder(folder: Path | str) -> list[tuple[str, Kind]]:
     return sorted((name, kind) for name, kind in found if kind)
 
 
-def _kind(entry: os.DirEntry) -> Kind | None:
-    """Returns what an entry is, or None if it is neither a folder nor named like a picture."""
+def _kind(entry: os.DirEntry, suffixes: tuple[str, ...]) -> Kind | None:
+    """Returns what an entry is, or None if it is neither a folder nor has a suffix."""
     # The system says these with the name, so that only links need a look of their own.
     if _is_folder(entry):
         return Kind.FOLDER
-    if not entry.name.lower().endswith(SUFFIXES):
+    if not entry.name.lower().endswith(suffixes):
         return None
     return Kind.FILE if entry.is_file(follow_symlinks=False) else Kind.OTHER
 

@@ -11,6 +11,7 @@ import numpy as np
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _FRAMES = (0xC0, 0xC2)  # baseline, progressive
+_ANY_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SCAN = 0xDA
 # Tables, comments, and what applications write. Three of these are absent: Exif and XMP (0xE1) can
 # turn a picture, and Adobe's mark (0xEE) can mean other colours.
@@ -49,6 +50,22 @@ def _frame_size(frame: bytes) -> tuple[int, int] | None:
         return None
     bits, height, width, count = struct.unpack_from(">BHHB", frame)
     return (height, width) if (bits, count) == (8, 3) and height and width else None
+
+
+def declared_size(content: bytes) -> tuple[int, int] | None:
+    """Returns height and width that any JPEG declares; None if it has no frame before its scan.
+
+    A decoder takes memory for them, whatever follows.
+    """
+    place = 2
+    while place + 9 <= len(content):
+        first, mark, length = struct.unpack_from(">BBH", content, place)
+        if first != 0xFF or mark == _SCAN:
+            return None
+        if mark in _ANY_FRAME:
+            return struct.unpack_from(">HH", content, place + 5)
+        place += 1 if mark == 0xFF else 2 + length  # bytes of 0xFF may stand before a mark
+    return None
 
 
 def decode(content: bytes) -> np.ndarray | None:

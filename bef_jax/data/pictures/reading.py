@@ -7,8 +7,6 @@ turned as their EXIF says, and laid on white where they are transparent. Everyth
 import contextlib
 import io
 import math
-import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -19,6 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from bef_jax.data.patch import Tiling, same_scale
 from bef_jax.data.pictures import jpeg
+from bef_jax.data.pictures.scale import mpp_of_tags
+from bef_jax.data.pictures.silence import SILENCE
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file
 
@@ -31,7 +31,7 @@ _TOO_LARGE = f"above {LIMIT:,} pixels; cut it into parts"
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
 _KINDS = "PNG, JPEG, TIFF, WebP or BMP"
 _SMALL = 4 << 20  # bytes of a file that are read at once
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE = (255, 255, 255)
 _BAND = 1 << 20  # pixels that are converted at once
 # Tags of TIFF; EXIF has the first one too.
@@ -53,8 +53,6 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
     8: lambda x: np.rot90(x),
 }
-_MICROMETRES = {2: 25_400, 3: 10_000}  # in TIFF's units, inch and centimetre
-_SCALES = (0.05, 20)  # um/px of microscopes; 72 and 300 dots per inch are for screens and paper
 
 
 class Header(NamedTuple):
@@ -136,7 +134,7 @@ def look(path: Path | str, check: Check = check_size, content: bytes | None = No
     """
 
     def of_image(image: Image.Image) -> Header:
-        return _header(path, image)
+        return header_of(path, image)
 
     def of_page(page: tifffile.TiffPage) -> Header:
         return _page_header(path, page)
@@ -161,13 +159,13 @@ def read(path: Path | str, check: Check = check_size, content: bytes | None = No
 
     def of_image(image: Image.Image) -> np.ndarray:
         # Check first, because decoding a picture that is too large would already take the memory.
-        check(path, _header(path, image))
+        check(path, header_of(path, image))
         return _pixels(image)
 
     def of_page(page: tifffile.TiffPage) -> np.ndarray:
         check(path, _page_header(path, page))
         tag = page.tags.get(_ORIENTATION)
-        return _turned(page.asarray(), tag.value if tag else 1)
+        return turned(page.asarray(), tag.value if tag else 1)
 
     with _opened(path, content) as file:
         # Decoders seek and read often, so a small file is read at once.
@@ -213,13 +211,18 @@ def _mirrored(start: int, length: int, tiling: Tiling) -> np.ndarray:
 # ---- headers ------------------------------------------------------------------------------------
 
 
-def _header(path: Path, image: Image.Image) -> Header:
+def header_of(path: Path | str, image: Image.Image) -> Header:
+    """Returns what an opened image says; it refuses more than 8 bits, and WebP and tiles too large.
+
+    Raises:
+        UserError: see above.
+    """
     tags = image.tag_v2 if image.format == "TIFF" else {}
     _check_depth(path, image, tags)
     _check_area(path, tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1))
     if image.format == "WEBP" and image.height * image.width > _WEBP_LIMIT:
         raise UserError(f"{path}: a WebP above {_WEBP_LIMIT:,} pixels; write it as PNG")
-    mpp = _mpp(tags.get(_X_RESOLUTION), tags.get(_RESOLUTION_UNIT))
+    mpp = mpp_of_tags(tags.get(_X_RESOLUTION), tags.get(_RESOLUTION_UNIT))
     return Header(image.height, image.width, image.mode, mpp)
 
 
@@ -250,7 +253,7 @@ def _page_header(path: Path, page: tifffile.TiffPage) -> Header:
     _check_area(path, page.tilewidth * page.tilelength)
     tags = [page.tags.get(name) for name in (_X_RESOLUTION, _RESOLUTION_UNIT)]
     resolution, unit = (tag.value if tag else None for tag in tags)
-    mpp = _mpp(resolution and resolution[0] / max(resolution[1], 1), unit and int(unit))
+    mpp = mpp_of_tags(resolution and resolution[0] / max(resolution[1], 1), unit and int(unit))
     return Header(page.shape[0], page.shape[1], "RGB", mpp)
 
 
@@ -258,17 +261,6 @@ def _check_area(path: Path, pixels: int) -> None:
     """Refuses huge tiles: a TIFF's tile is decoded whole, and may be larger than the picture."""
     if pixels > LIMIT:
         raise UserError(f"{path}: its tiles are {_TOO_LARGE}")
-
-
-def _mpp(resolution: float | None, unit: int | None) -> float | None:
-    """Returns the micrometres per pixel that a TIFF's pixels per unit mean.
-
-    It is None unless the scale is one of a microscope.
-    """
-    if not resolution or unit not in _MICROMETRES:
-        return None
-    mpp = _MICROMETRES[unit] / float(resolution)
-    return mpp if _SCALES[0] <= mpp <= _SCALES[1] else None
 
 
 # ---- decoding -----------------------------------------------------------------------------------
@@ -302,7 +294,7 @@ def _with_pillow_or_tifffile(
         UserError: neither can read it; the text has the reason of each library that tried.
     """
     try:
-        with _SILENCE, Image.open(file, formats=_FORMATS) as image:
+        with SILENCE, Image.open(file, formats=_FORMATS) as image:
             return of_image(image)
     except UserError:
         raise
@@ -315,37 +307,9 @@ def _with_pillow_or_tifffile(
         reason = reason_of(error)
     with contextlib.suppress(OSError):
         file.seek(0)
-        if file.read(4) in _TIFF_STARTS:
+        if file.read(4) in TIFF_STARTS:
             return _with_tifffile(path, file, of_page, reason)
     raise UserError(f"{path}: cannot be read as a picture ({reason})")
-
-
-class _Silence(contextlib.AbstractContextManager):
-    """Silences warnings while any thread is inside, because this module checks sizes and tags.
-
-    catch_warnings alone is not safe in threads: they would restore each other's filters.
-    """
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._filters = contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._filters.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._filters.close()
-
-
-_SILENCE = _Silence()
 
 
 def _with_tifffile(
@@ -368,22 +332,33 @@ def _pixels(image: Image.Image) -> np.ndarray:
     """Decodes the image and returns uint8 [H, W, 3], turned as its tag says."""
     image.load()
     is_small = image.width * image.height <= _BAND
-    pixels = np.array(_on_white(image)) if is_small else _in_bands(image)
+    pixels = np.array(on_white(image)) if is_small else _in_bands(image)
     # Pillow turns a TIFF itself and then removes the tag.
-    return _turned(pixels, image.getexif().get(_ORIENTATION, 1))
+    return turned(pixels, image.getexif().get(_ORIENTATION, 1))
 
 
 def _in_bands(image: Image.Image) -> np.ndarray:
-    # Copies of a whole picture of 4 channels would take too much memory beside the result.
-    rows = max(1, _BAND // image.width)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        pixels[top:bottom] = _on_white(image.crop((0, top, image.width, bottom)))
+    top = 0
+    for band in bands(image):
+        pixels[top : top + len(band)] = band
+        top += len(band)
     return pixels
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def bands(image: Image.Image) -> Iterator[np.ndarray]:
+    """Yields a decoded picture on white, from top to bottom, uint8 [rows, W, 3] of about 1 M px.
+
+    Copies of a whole picture of 4 channels would take too much memory.
+    """
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        yield np.asarray(on_white(image.crop((0, top, image.width, bottom))))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Returns the picture as RGB, laid on white where it is transparent."""
     # Pictures without an alpha channel can still declare some of their colours transparent.
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -393,5 +368,6 @@ def _on_white(image: Image.Image) -> Image.Image:
     return canvas.convert("RGB")
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Returns a view of pixels [H, W, 3], turned as the tag Orientation says."""
     return _TURNS.get(orientation, lambda x: x)(pixels)

@@ -1,0 +1,1 @@
+"""The libraries that read slides, each behind the same interface."""
