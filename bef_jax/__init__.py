@@ -17,17 +17,19 @@ __version__ = "0.1.0"
 def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
     """Returns a trained network that scores patches.
 
-    The result has `predict(images)`, `features(images)`, `gradcam(images)`, `config`, `classes`
-    and `mpp`. Images are uint8 [N, S, S, 3], where S is the side of the network's patches, such as
-    96: an array of any length, an iterator of arrays, or the path of a picture, a folder, a .npz, a
-    .h5 or a store.
+    The result has `predict(images)`, `predict_slide(path)`, `features(images)`, `gradcam(images)`,
+    `config`, `classes` and `mpp`. Images are uint8 [N, S, S, 3], where S is the side of the
+    network's patches, such as 96: an array of any length, an iterator of arrays, or the path of a
+    picture, a folder, a .npz, a .h5 or a store. A whole slide is read by `predict_slide` alone.
 
         model = bef_jax.load("runs/b2")
         probabilities = model.predict(images)  # float64 [N], or [N, K] for K > 2 classes
+        slide = model.predict_slide("case1.svs")  # x, y and probabilities of all windows
+        picture = slide.to_map()  # float32 [rows, columns], NaN where there is no tissue
 
     Args:
         where: a run's folder (its best checkpoint), a checkpoint's folder, or a file that
-            --mode=export wrote, which has only `predict`, `classes` and `mpp`.
+            --mode=export wrote, which has only `predict`, `predict_slide`, `classes` and `mpp`.
 
     Raises:
         UserError: there is no trained network, or it is damaged.

@@ -13,6 +13,7 @@ from PIL import Image
 from bef_jax.data import pictures
 from bef_jax.data.patch import PCAM_CLASSES
 from bef_jax.errors import printable
+from bef_jax.runtime import files
 from bef_jax.scoring.class_names import drawn_name, drawn_names, file_name, positive_name
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 _LONGEST = 1600  # pixels to which a larger picture is reduced: more than a drawing shows
+# Longest side of a small picture in pixels, each of which is drawn as one. A drawing of it takes a
+# third of the memory of one of 1,600.
+SMALL = 1000
 _INCHES = 10  # length of a drawing's longer side
+_DPI = SMALL // _INCHES
 _ALPHA = 0.6  # opacity of a map over its picture
 _STRIP = 10  # a strip is more than this many times as long as it is wide
 _BAND = 1 << 22  # pixels that are reduced at a time
@@ -30,6 +35,7 @@ _MOST_MAPPED = 64  # classes, with a map each
 _COLOURS = ("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933",
             "#AA4499")  # fmt: skip
 _OTHERS = "#888888"
+_LINE = "#D55E00"  # around what is called positive
 _MARK = "bef_jax heat map"  # in each PNG, so that `remove_heatmaps` recognises it
 
 
@@ -148,8 +154,9 @@ def write_heatmap(
     pixels = pictures.read(picture)
     scale = _scale_of(pixels)
     found = tiles.to_array(*pixels.shape[:2], scale)
-    figure = _draw(_reduced(pixels, scale), found, picture.name, threshold, classes)
-    _save(figure, file)
+    # Squares that lie apart are not outlined if all are positive.
+    area = (np.nan_to_num(found) >= threshold) & (np.nanmin(found) < threshold)
+    _save(_draw(_reduced(pixels, scale), found, area, picture.name, classes), file)
 
 
 def write_class_maps(
@@ -177,15 +184,64 @@ def write_class_maps(
     return written
 
 
+def write_map(
+    file: Path,
+    pixels: np.ndarray,
+    found: np.ndarray,
+    name: str,
+    threshold: float,
+    classes: Sequence[str],
+) -> None:
+    """Draws probabilities of class 1 over a small picture, as `write_heatmap` does.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        found: float [H, W]; NaN where there is no probability, but not everywhere.
+        name: of the picture.
+    """
+    _save(_draw(pixels, found, found >= threshold, name, classes), file, _DPI)
+
+
+def write_called(
+    file: Path, pixels: np.ndarray, called: np.ndarray, name: str, classes: Sequence[str]
+) -> None:
+    """Draws the class of each place over a small picture, as classes.png shows it.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        called: int [H, W]; -1 where there is no class, but not everywhere.
+        name: of the picture.
+    """
+    _save(_draw_classes(pixels, called, name, classes), file, _DPI)
+
+
+def write_plain(file: Path, pixels: np.ndarray, name: str, why: str) -> None:
+    """Draws a small picture, uint8 [H, W, 3], that has no map; its title says why."""
+    figure, (plain,) = _panels(pixels, 1)
+    _set_title(plain, f"{name}: {why}")
+    _save(figure, file, _DPI)
+
+
+def class_colours(classes: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Returns the colour of each class, RGB in 0 .. 255, in which maps of few classes show it."""
+    from matplotlib.colors import to_rgb
+
+    # Of two classes, the second one has the colour of the line around it.
+    colours = (_OTHERS, _LINE) if len(classes) == 2 else _COLOURS
+    rgb = [tuple(round(255 * value) for value in to_rgb(colour)) for colour in colours]
+    return [rgb[number % len(rgb)] for number in range(len(classes))]
+
+
 def _scale_of(pixels: np.ndarray) -> int:
     """Returns how many pixels of a picture become one pixel of its drawing."""
     return max(1, -(-max(pixels.shape[:2]) // _LONGEST))
 
 
-def _save(figure: "Figure", file: Path) -> None:
+def _save(figure: "Figure", file: Path, dpi: int = 150) -> None:
     """Writes a map, as `remove_heatmaps` recognises it, and makes its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="png", dpi=150, metadata={"Software": _MARK})
+    with files.replacing(file) as stream:
+        figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": _MARK})
     # A figure refers to itself, so its pictures would stay until the next collection of garbage.
     figure.clear()
 
@@ -218,13 +274,14 @@ def _reduced(pixels: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _draw(
-    pixels: np.ndarray, found: np.ndarray, name: str, threshold: float, classes: Sequence[str]
+    pixels: np.ndarray, found: np.ndarray, area: np.ndarray, name: str, classes: Sequence[str]
 ) -> "Figure":
+    """Draws probabilities over a picture, with a line around an area, bool [H, W]."""
     figure, (plain, covered) = _panels(pixels, 2)
     layer = _cover(covered, found)
     # A strip that is one pixel wide when drawn can have no outline.
-    if np.nanmax(found) >= threshold > np.nanmin(found) and min(found.shape) > 1:
-        _outline(covered, np.nan_to_num(found) >= threshold)
+    if area.any() and not area.all() and min(found.shape) > 1:
+        _outline(covered, area)
     _set_title(plain, name)
     covered.set_title(f"largest probability {np.nanmax(found):.3f}", loc="left")
     bar = figure.colorbar(layer, ax=covered, shrink=0.8)
@@ -308,7 +365,7 @@ def _cover(axes: "Axes", found: np.ndarray) -> "AxesImage":
 
 def _outline(axes: "Axes", area: np.ndarray) -> None:
     """Draws a line around an area, bool [H, W], which must be two pixels wide and high."""
-    axes.contour(area, levels=[0.5], colors="#D55E00")
+    axes.contour(area, levels=[0.5], colors=_LINE)
 
 
 def _set_title(axes: "Axes", name: str) -> None:

@@ -78,15 +78,19 @@ def log_odds(logits: Array) -> Array:
 
 def make_predictor(
     config: ConfigDict, variables: dict, mesh: Mesh
-) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
-    """Returns `predict(patches)`, which yields probabilities, float64, by batches.
+) -> Callable[..., Iterator[np.ndarray]]:
+    """Returns `predict(patches, sizes=())`, which yields probabilities, float64, by batches.
 
     They are [n], of class 1, or [n, K] for K > 2 classes. Each patch is uint8 [S, S, 3]. A caller
     must use `check_finite`, because a probability may be NaN (`mean_probabilities`).
     """
     scorer = make_scorer(config, mesh)(variables)
     size = batch_size(config, mesh)
-    return lambda patches: map(mean_probabilities, map_patches(scorer, patches, size, mesh))
+
+    def predict(patches: Iterable[np.ndarray], sizes: Sequence[int] = ()) -> Iterator[np.ndarray]:
+        return map(mean_probabilities, map_patches(scorer, patches, size, mesh, sizes))
+
+    return predict
 
 
 def make_featurizer(
@@ -163,7 +167,11 @@ def in_batches(patches: Iterable[np.ndarray], size: int) -> Iterator[list[np.nda
 
 
 def map_patches(
-    function: Callable, patches: Iterable[np.ndarray], size: int, mesh: Mesh
+    function: Callable,
+    patches: Iterable[np.ndarray],
+    size: int,
+    mesh: Mesh,
+    sizes: Sequence[int] = (),
 ) -> Iterator:
     """Yields `function(images)` by batches, and fetches each result after the next call.
 
@@ -174,19 +182,20 @@ def map_patches(
         function: takes uint8 [N, S, S, 3] on the devices of `mesh`, and returns arrays [N, ...].
         patches: uint8 [S, S, 3] each.
         size: patches per batch, a multiple of the number of devices.
+        sizes: the sizes to which batches may be padded, ascending, such as `two_sizes`. Without it
+            there is one, which depends on the first batch.
     """
 
-    def start_batches() -> Iterator:
-        padded_size = None
+    def start_batches(sizes: Sequence[int]) -> Iterator:
         for batch in in_batches(patches, size):
             # The first batch fixes the size, because no later one is longer.
-            if padded_size is None:
-                padded_size = _padded_size(len(batch), size, mesh)
+            sizes = sizes or [_padded_size(len(batch), size, mesh)]
+            padded_size = next(each for each in sizes if each >= len(batch))
             rows = padded_rows(len(batch), padded_size)[0]
             images = np.stack([batch[row] for row in rows])
             yield len(batch), function(jax.device_put(images, sharding.by_rows(mesh)))
 
-    for count, result in fetch_one_behind(start_batches()):
+    for count, result in fetch_one_behind(start_batches(sizes)):
         yield jax.tree.map(lambda x, count=count: x[:count], result)
 
 
@@ -197,6 +206,15 @@ def _padded_size(count: int, size: int, mesh: Mesh) -> int:
     """
     per_device = -(-count // mesh.size)
     return min(size, mesh.size << (per_device - 1).bit_length())
+
+
+def two_sizes(size: int, mesh: Mesh) -> tuple[int, int]:
+    """Returns an eighth of a batch's size, rounded up as `batch_size` does, and the size itself.
+
+    Many short inputs, such as the rows of a slide, are padded to these. So two programs serve them
+    all, and what is computed for one does not depend on the others.
+    """
+    return sharding.round_up(-(-size // 8), mesh.size), size
 
 
 def fetch_one_behind(results: Iterable) -> Iterator:

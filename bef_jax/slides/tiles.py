@@ -17,7 +17,9 @@ from bef_jax.errors import UserError
 from bef_jax.slides.reader import Slide
 
 BLOCK = 960  # pixels at the network's scale that are read at once, in each direction
-_MOST_READ = 2048  # pixels of a level that a block may have in each direction
+_MOST_READ = 2048  # pixels of a level that a block may have in each direction, without margins
+_MOST_TILE = 8192  # pixels of a level that a tile may take in each direction, 256 MB as RGBA
+_ROUNDING = 1e-6  # of a pixel, from dividing lengths
 
 
 @dataclass(frozen=True)
@@ -83,34 +85,57 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float) -> Grid:
     is resampled.
 
     Raises:
-        UserError: the slide does not say its scale, or is too coarse.
+        UserError: the slide does not say its scale, or is too coarse, or far too fine.
     """
     if not slide.mpp:
         raise UserError(
             f"{slide.path}: does not say its um per pixel; give --config.slides.mpp=..."
         )
-    scales = [slide.mpp * math.sqrt(math.prod(level.downsample)) for level in slide.levels]
-    near = [i for i, each in enumerate(scales) if same_scale(each, mpp)]
-    finer = [i for i, each in enumerate(scales) if each < mpp]
-    if not near and not finer:
+    level, ratio = _choose_level(slide, mpp)
+    if ratio * tiling.side > _MOST_TILE:
+        raise UserError(
+            f"{slide.path}: has {slide.mpp:.4g} um per pixel and no level near the network's "
+            f"{mpp:.4g}, so each tile would take {ratio * tiling.side:,.0f} pixels in each "
+            "direction; if that scale is wrong, give --config.slides.mpp=..."
+        )
+    found = slide.levels[level]
+    width, height = (math.ceil(length / ratio - _ROUNDING) for length in found[:2])
+    return Grid(
+        tiling,
+        level,
+        resize=(ratio, ratio),
+        scale=(found.downsample[0] * ratio, found.downsample[1] * ratio),
+        width=width,
+        height=height,
+        rows=_count(height, tiling),
+        columns=_count(width, tiling),
+        mpp=_scale_of(slide, level) * ratio,
+    )
+
+
+def _choose_level(slide: Slide, mpp: float) -> tuple[int, float]:
+    """Returns a level, and how many of its pixels become one pixel of `mpp` um, 1 or more.
+
+    Raises:
+        UserError: all levels are too coarse.
+    """
+    scales = [_scale_of(slide, level) for level in range(len(slide.levels))]
+    near = [level for level, scale in enumerate(scales) if same_scale(scale, mpp)]
+    if near:
+        return min(near, key=lambda level: abs(math.log(scales[level] / mpp))), 1.0
+    finer = [level for level, scale in enumerate(scales) if scale < mpp]
+    if not finer:
         raise UserError(
             f"{slide.path}: has {slide.mpp:.4g} um per pixel, coarser than the network's {mpp:.4g} "
             f"by more than {SAME_SCALE - 1:.0%}; scan it at a finer scale"
         )
-    if near:
-        level = min(near, key=lambda i: abs(math.log(scales[i] / mpp)))
-        resize, seen = (1.0, 1.0), scales[level]
-    else:
-        level = max(finer, key=lambda i: scales[i])
-        ratio, seen = mpp / scales[level], mpp
-        resize = (ratio, ratio)
-    found = slide.levels[level]
-    width, height = (
-        math.ceil(length / factor - 1e-6) for length, factor in zip(found[:2], resize, strict=True)
-    )
-    scale = tuple(a * b for a, b in zip(resize, found.downsample, strict=True))
-    rows, columns = _count(height, tiling), _count(width, tiling)
-    return Grid(tiling, level, resize, scale, width, height, rows, columns, seen)
+    level = max(finer, key=lambda level: scales[level])
+    return level, mpp / scales[level]
+
+
+def _scale_of(slide: Slide, level: int) -> float:
+    """Returns micrometres per pixel of a level."""
+    return slide.mpp * math.sqrt(math.prod(slide.levels[level].downsample))
 
 
 def _count(length: int, tiling: Tiling) -> int:

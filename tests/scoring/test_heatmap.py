@@ -150,6 +150,63 @@ def test_only_maps_and_empty_folders_are_removed(tmp_path):
     assert left == ["kept", "kept/theirs.png", "theirs.png"]
 
 
+# ---- small pictures that are drawn from memory --------------------------------------------------
+
+
+def write_small_map(file, found, threshold=0.5):
+    pixels = np.full((*found.shape, 3), 128, np.uint8)
+    heatmap.write_map(file, pixels, found.astype(np.float32), "a.svs", threshold, ("a", "b"))
+    return pixels_of(file)
+
+
+def is_line(drawn):
+    return (np.abs(drawn - (0xD5, 0x5E, 0x00)) < 30).all(axis=2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_area_in_glass_is_outlined_also_if_all_of_it_is_positive(tmp_path):
+    found = np.full((100, 100), np.nan)
+    found[20:40, 30:70] = 0.9
+    area = np.argwhere(is_line(write_small_map(tmp_path / "a.png", found)))
+    # A pixel is drawn about ten pixels wide, because the picture fills ten inches.
+    assert np.ptp(area, axis=0) / 10 == pytest.approx((20, 40), abs=1)
+    assert not is_line(write_small_map(tmp_path / "a.png", found, threshold=0.95)).any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_without_a_map_is_drawn_alone(tmp_path):
+    heatmap.write_plain(tmp_path / "a.png", np.full((9, 9, 3), 77, np.uint8), "$a.svs", "no tissue")
+    drawn = pixels_of(tmp_path / "a.png")
+    assert (drawn == 77).all(axis=2).mean() > 0.7
+
+
+def test_classes_have_the_colours_in_which_they_are_drawn(tmp_path):
+    names = ("a", "b", "c")
+    called = np.repeat([0, 1, 2, -1], 10)[None].repeat(40, axis=0)
+    heatmap.write_called(tmp_path / "a.png", np.zeros((40, 40, 3), np.uint8), called, "a", names)
+    drawn = pixels_of(tmp_path / "a.png")
+    for colour in heatmap.class_colours(names):
+        on_black = 0.6 * np.array(colour)
+        assert (np.abs(drawn - on_black) < 3).all(axis=2).mean() > 0.03
+    assert len(set(heatmap.class_colours(names))) == 3
+    assert len(heatmap.class_colours(list(map(str, range(30))))) == 30
+
+
+def test_a_map_that_cannot_be_drawn_leaves_the_one_before(tmp_path, monkeypatch):
+    write_small_map(tmp_path / "a.png", np.full((9, 9), 0.3))
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(self, stream, **_):
+        stream.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_small_map(tmp_path / "a.png", np.full((9, 9), 0.4))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
 # ---- more than two classes ----------------------------------------------------------------------
 
 
