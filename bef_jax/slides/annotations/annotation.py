@@ -1,7 +1,6 @@
-"""Where tumour is in a slide, as people drew it: TIFF masks, ASAP's XML files and GeoJSON."""
+"""What every kind of annotation can say."""
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import numpy as np
 
@@ -15,21 +14,15 @@ class Annotation(ABC):
     ) -> np.ndarray:
         """Returns which pixels of a rectangle are tumour, bool [H, W].
 
-        A pixel is tumour if its centre is.
+        A pixel is tumour if its centre is. Outside of the slide nothing is. Several threads may
+        call it at once.
 
         Args:
             x: left edge of the rectangle, in pixels of level 0.
             y: its top edge.
             scale: pixels of level 0 for each pixel of the result, in x and y.
             shape: of the result, H and W.
+
+        Raises:
+            UserError: a file of pixels can no longer be read.
         """
-
-
-def find_annotation(folder: Path, name: str) -> Path | None:
-    """Returns the annotation of the slide `name` (its file's name without suffix) in a folder."""
-    raise NotImplementedError
-
-
-def read_annotation(path: Path, size: tuple[int, int]) -> Annotation:
-    """Reads an annotation; `size` is the slide's width and height, in pixels of level 0."""
-    raise NotImplementedError
