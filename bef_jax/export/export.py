@@ -21,7 +21,7 @@ from jax import Array, export
 from ml_collections import ConfigDict
 
 from bef_jax import __version__
-from bef_jax.data.patch import PCAM_SIDE, class_names
+from bef_jax.data.patch import PCAM_SIDE, class_names, deciding_side
 from bef_jax.data.sources import synthetic
 from bef_jax.errors import RunError, UserError, install_command
 from bef_jax.export import timm
@@ -121,6 +121,7 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
             name: {"shape": shape, "dtype": "float32"} for name in output_names(len(classes))
         },
         "center": config.rcc.center,
+        "stride": deciding_side(config),
         "classes": list(classes),
         "mpp": config.data.mpp or None,
         "threshold": config.eval.threshold if is_binary else None,
@@ -131,6 +132,8 @@ def facts(config: ConfigDict, operating_point: dict | None) -> dict[str, Any]:
             **(_meaning_of_two(*classes) if is_binary else _MEANING_OF_MANY),
             "center": "side of the square in the middle of a patch that decides its class, in "
             "pixels; 0: the whole patch decides",
+            "stride": "pixels from one patch to the next, so that each place of a slide is decided "
+            "once",
             "mpp": "micrometres per pixel of the patches that the network learned from",
             "operating_point": "temperature and threshold chosen on the validation split; the "
             "file's own probability uses the temperature above",

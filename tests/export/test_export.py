@@ -95,6 +95,7 @@ def test_facts_come_from_the_configuration_and_the_operating_point(small_config)
     larger = export.facts(small_config(**{"data.patch_size": 224, "rcc.center": 0}), None)
     assert (found["input"]["shape"], found["center"]) == (["n", 96, 96, 3], 32)
     assert (larger["input"]["shape"], larger["center"]) == (["n", 224, 224, 3], 0)
+    assert (found["stride"], larger["stride"]) == (32, 224)
 
 
 @pytest.mark.parametrize("side", [32, 96, 97, 512])
