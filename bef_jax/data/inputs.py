@@ -1,8 +1,8 @@
-"""Reads the patches to be scored from pictures, folders of pictures, npz, HDF5 or stores."""
+"""Finds slides, and reads the patches to be scored from pictures, folders, npz, HDF5 or stores."""
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from bef_jax.data.chunk import ranges
 from bef_jax.data.patch import SPLITS, Tiling, same_scale
 from bef_jax.data.sources import hdf5, npz
 from bef_jax.errors import UserError, printable
+from bef_jax.slides.reader import find_slides
 
 
 class Patch(NamedTuple):
@@ -33,8 +34,46 @@ class Patch(NamedTuple):
     x: int = 0
 
 
+def divide(
+    path: Path,
+    split: str | None,
+    side: int,
+    mpp: float | None = None,
+    slide_mpp: float | None = None,
+) -> tuple[list[tuple[str, Path]], list[Path] | None]:
+    """Divides an input into slides, which are read block by block, and pictures.
+
+    Args:
+        path: see `read`.
+        split: see `read`.
+        side: of the network's patches, in pixels.
+        mpp: micrometres per pixel of the network.
+        slide_mpp: micrometres per pixel of the slides' largest levels, if the user says them.
+
+    Returns:
+        Names and files of the slides, as `find_slides` returns them, and the pictures; None
+        for an input that holds neither, such as a store.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    if split or not path.exists() or _is_store(path) or _is_array_file(path):
+        return [], None
+    slides = find_slides(path, side, mpp, slide_mpp or 0.0)
+    files = [path]
+    if path.is_dir():
+        files = [path / name for name, _ in pictures.walk(path)]
+    chosen = {file for _, file in slides}
+    return slides, [file for file in files if file not in chosen]
+
+
 def check(
-    path: Path, split: str | None, side: int, mpp: float | None = None, lenient: bool = False
+    path: Path,
+    split: str | None,
+    side: int,
+    mpp: float | None = None,
+    lenient: bool = False,
+    only: Sequence[Path] | None = None,
 ) -> None:
     """Checks all of an input that can be checked in little time, before anything is compiled.
 
@@ -44,6 +83,7 @@ def check(
         side: of the network's patches, in pixels.
         mpp: micrometres per pixel of the network; pictures that say another scale are refused.
         lenient: one readable picture of a folder is enough.
+        only: see `read`.
 
     Raises:
         UserError: it is missing, or of a kind that cannot be scored.
@@ -61,7 +101,7 @@ def check(
         if path.suffix != ".gz":
             next(_arrays(path, side))
     else:
-        _check_pictures(path, side, mpp, lenient)
+        _check_pictures(pictures.find(path) if only is None else only, side, mpp, lenient)
 
 
 def _check_kind(path: Path, side: int, mpp: float | None) -> None:
@@ -80,8 +120,8 @@ def _check_kind(path: Path, side: int, mpp: float | None) -> None:
         )
 
 
-def _check_pictures(path: Path, side: int, mpp: float | None, lenient: bool) -> None:
-    files, errors = pictures.find(path), []
+def _check_pictures(files: Sequence[Path], side: int, mpp: float | None, lenient: bool) -> None:
+    errors = []
     for file in files:
         try:
             pictures.look(file, pictures.fit_for(side, mpp))
@@ -97,6 +137,7 @@ def read(
     tiling: Tiling,
     mpp: float | None = None,
     unreadable: dict[str, str] | None = None,
+    only: Sequence[Path] | None = None,
 ) -> Iterator[Patch]:
     """Yields the patches of an input in an order that does not depend on the file system.
 
@@ -108,6 +149,7 @@ def read(
         mpp: see `check`.
         unreadable: is filled with the names of pictures that cannot be read, each with the reason;
             the other pictures are read. Without it, the first such picture is an error.
+        only: the pictures of the input, or those of them that are read; None: all.
 
     Raises:
         UserError: a part of it is damaged, or is not a patch.
@@ -122,7 +164,7 @@ def read(
     else:
         # Ids are relative to the input and use slashes, so that they do not change with its place.
         root = path if path.is_dir() else path.parent
-        for file in pictures.find(path):
+        for file in pictures.find(path) if only is None else only:
             name = file.relative_to(root).as_posix()
             try:
                 yield from _of_picture(file, name, tiling, mpp)

@@ -13,12 +13,13 @@ from typing import NoReturn
 
 import jax
 
-from bef_jax.errors import RunError, UserError, one_line, printable
+from bef_jax.errors import RunError, UserError, listed, one_line, printable
 
 RESUME_HINT = "run the same command on all hosts; training goes on from its last checkpoint"
-_FREE_SPACE = "free some space, and run it again; training goes on from its last checkpoint"
-# Look for these in the text, because what Orbax's threads raise in C++ carries no errno.
-_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+_FREE_SPACE = "free some space, and run it again; it goes on from what was saved last"
+# Look for these in the text, because what Orbax's threads raise in C++ carries no errno. A disk or
+# a shell can limit the size of a file, too.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 def process_name() -> str:
@@ -31,12 +32,13 @@ def status_of(summary: dict) -> int:
     unreadable = summary.get("unreadable")
     if not unreadable:
         return 0
-    first = printable("{file}: {reason}".format(**unreadable[0]))
-    print(
-        f"failed: {len(unreadable)} of the pictures can't be read and got no prediction; "
-        f"predict_summary.json lists them; the first is {first}",
-        file=sys.stderr,
-    )
+    what, where = "pictures can't be read and got no prediction", "predict_summary.json lists them"
+    if summary.get("slides"):
+        what = "slides and pictures can't be read, or not in full"
+        where = f"{listed([each['file'] for each in unreadable])}; {where} with the reasons"
+    first = "{file}: {reason}".format(**unreadable[0])
+    line = f"failed: {len(unreadable)} of the {what}; {where}; the first is {first}"
+    print(printable(line), file=sys.stderr)
     return 1
 
 

@@ -1,6 +1,7 @@
 """The progress of long work, on stderr: a live bar on a terminal, else a line now and then.
 
-`Progress` is for the one loop of training, and `Phases` is for data, read piece by piece.
+`Progress` is for the one loop of training, `Phases` is for data, read piece by piece, and `Slides`
+is for predict.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,9 @@ FORMATS = {
     "images_per_second": "{:,.0f} images/s",
     "input_wait_fraction": "wait {:.0%}",
 }
+
+
+_LONGEST_NAME = 28  # characters of a slide's name that a terminal of 80 columns has room for
 
 
 class _Display:
@@ -69,11 +73,11 @@ class _Display:
 class _Pace:
     """The speed of work since the first call of `rate` or `left`."""
 
-    def __init__(self, total: int):
-        self._total = total
-        self._first: tuple[int, float] | None = None
+    def __init__(self, total: float):
+        self.total = total
+        self._first: tuple[float, float] | None = None
 
-    def rate(self, done: int, now: float) -> float | None:
+    def rate(self, done: float, now: float) -> float | None:
         """Returns how much is done in a second; None if it is too early to know."""
         # Earlier work, such as compilation, says nothing about the time left.
         self._first = self._first or (done, now)
@@ -81,10 +85,10 @@ class _Pace:
         is_known = done > first_done and now > first_time
         return (done - first_done) / (now - first_time) if is_known else None
 
-    def left(self, done: int, now: float) -> str | None:
+    def left(self, done: float, now: float) -> str | None:
         """Returns the time left in words; None if it is too early to know."""
         rate = self.rate(done, now)
-        return f"{timedelta(seconds=round((self._total - done) / rate))} left" if rate else None
+        return f"{timedelta(seconds=round((self.total - done) / rate))} left" if rate else None
 
 
 class Progress(_Display):
@@ -163,7 +167,7 @@ class Phases(_Display):
         Args:
             name: the work, in words for a reader.
             total: the amount of work, in units.
-            unit: "patches" or "bytes".
+            unit: "patches", "slides" or "bytes".
         """
         task = self._bar.add_task(name, total=total, figures="")
         done, start, pace = 0, monotonic(), _Pace(total)
@@ -176,6 +180,81 @@ class Phases(_Display):
             self._line(f"{name}: {figures}", now, is_last=done >= total)
 
         return advance
+
+
+class Slides(_Display):
+    """Shows how far the slides of an input are scored: the present one, and all together.
+
+    It is a context manager with two bars. Amounts are areas, in tiles.
+    """
+
+    def __init__(
+        self, count: int, tiles: float, console: Console | None = None, line_seconds: float = 10.0
+    ):
+        """Sets up the display; nothing is shown before the first slide begins.
+
+        Args:
+            count: the number of slides.
+            tiles: the area of all slides.
+            console: where to show it; stderr by default.
+            line_seconds: the least time between two lines, if there is no terminal.
+        """
+        name, figures = TextColumn("{task.description}", markup=False), "{task.fields[figures]}"
+        super().__init__(console, line_seconds, name, BarColumn(bar_width=12), TextColumn(figures))
+        self._count, self._number = count, 0
+        self._name, self._of_slide, self._in_slide = "", 0.0, 0.0
+        self._done, self._pace = 0.0, _Pace(tiles)
+        # The second bar is drawn below the first, and stays where it is.
+        self._tasks = [self._bar.add_task(name, total=None, figures="") for name in ("", "slides")]
+
+    def begin(self, name: str, tiles: float) -> None:
+        """Begins the next slide; what is left of the one before it is not scored.
+
+        Args:
+            name: of the slide.
+            tiles: its area.
+        """
+        self.saved(self._of_slide - self._in_slide)
+        self._name, self._of_slide, self._in_slide = name, tiles, 0.0
+        self._number += 1
+
+    @property
+    def place(self) -> str:
+        """Returns which slide it is, such as "slide 3 of 40"."""
+        return f"slide {self._number:,} of {self._count:,}"
+
+    def saved(self, tiles: float) -> None:
+        """Shows that an earlier run scored an area of the slide."""
+        # Count it as no work, because it says nothing about the speed of this run.
+        self._in_slide += tiles
+        self._pace.total -= tiles
+
+    def advance(self, tiles: float) -> None:
+        """Shows that a further area of the slide was scored."""
+        self._in_slide += tiles
+        self._done += tiles
+        now = monotonic()
+        slide, folder = self._describe(now)
+        self._bar.update(
+            self._tasks[0], description=self._name[-_LONGEST_NAME:], figures=slide,
+            completed=self._in_slide, total=self._of_slide,
+        )  # fmt: skip
+        self._bar.update(
+            self._tasks[1], figures=folder, completed=self._done, total=self._pace.total
+        )
+        is_last = self._number == self._count and self._in_slide > self._of_slide - 0.5
+        self._line(f"{self._name}: {slide}; slide {folder}", now, is_last)
+
+    def _describe(self, now: float) -> tuple[str, str]:
+        """Returns what is said of the slide and of the folder."""
+        rate = self._pace.rate(self._done, now)
+        slide = f"{self._in_slide:,.0f}/{self._of_slide:,.0f} tiles"
+        folder = f"{self._number:,}/{self._count:,}"
+        if not rate:
+            return slide, folder
+        left = (self._of_slide - self._in_slide, self._pace.total - self._done)
+        of_slide, of_folder = (timedelta(seconds=round(max(0.0, x) / rate)) for x in left)
+        return f"{slide}  {rate:,.0f}/s  {of_slide} left", f"{folder}  {of_folder} left"
 
 
 def _figures(done: int, total: int, unit: str, pace: _Pace, now: float, start: float) -> str:

@@ -28,3 +28,18 @@ def installed_versions() -> dict[str, str]:
     """Returns the versions of the software that decides the speed."""
     packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     return packages | {"python": platform.python_version()}
+
+
+def versions_of_slides() -> dict[str, str | None]:
+    """Returns the versions of what reads and scores slides; None for what is not installed."""
+    packages = {name: name for name in ("bef_jax", "jax", "tifffile")} | {
+        "openslide": "openslide-bin"
+    }
+    return {name: _version(package) for name, package in packages.items()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -92,7 +92,7 @@ def test_on_a_full_disk_the_reason_is_the_last_line_and_no_thread_delays_the_end
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
         "failed: write: No space left on device; "
-        "free some space, and run it again; training goes on from its last checkpoint\n"
+        "free some space, and run it again; it goes on from what was saved last\n"
     )
 
 
@@ -104,6 +104,12 @@ def test_a_summary_with_pictures_that_cannot_be_read_is_a_failure(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("failed: 2 of the pictures can't be read and got no prediction; ")
     assert line.endswith("the first is a\\nb.png: cut")
+    unreadable += [{"file": f"{number}{{}}.svs", "reason": "cut"} for number in range(20)]
+    assert exit.status_of({"unreadable": unreadable, "slides": {"n": 30}}) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("failed: 22 of the slides and pictures can't be read, or not in full; ")
+    assert "; a\\nb.png, c.png, 0{}.svs, " in line
+    assert "17{}.svs and 2 more; predict_summary.json lists them" in line
 
 
 @pytest.mark.parametrize(

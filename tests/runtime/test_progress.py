@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from bef_jax.runtime import progress
-from bef_jax.runtime.progress import Phases, Progress
+from bef_jax.runtime.progress import Phases, Progress, Slides
 
 
 @pytest.fixture
@@ -156,3 +156,45 @@ def test_brackets_in_a_name_are_shown_and_a_quiet_console_shows_nothing():
         with Phases(console=out) as phases:
             phases.begin("[bold]unpacking", 3, "bytes")(3)
         assert out.file.getvalue() == ("" if quiet else "[bold]unpacking: 0/0 MB  in 0:00:00\n")
+
+
+def test_slides_say_how_far_each_is_and_all_are(clock):
+    """All slides have 1,000 tiles; 300 of them, and a whole slide, are of an earlier run."""
+    out = console(terminal=False)
+    with Slides(4, 4000, console=out) as shown:
+        shown.begin("a.svs", 1000)
+        clock[0] += 3600  # compiling
+        for _ in range(10):
+            shown.advance(100)
+            clock[0] += 2
+        shown.begin("done.svs", 1000)
+        shown.begin("b.svs", 1000)
+        assert shown.place == "slide 3 of 4"
+        shown.saved(300)
+        for _ in range(7):
+            shown.advance(100)
+            clock[0] += 2
+        shown.begin("c.svs", 1000)
+        shown.advance(1000)
+    assert out.file.getvalue().splitlines() == [
+        "a.svs: 100/1,000 tiles; slide 1/4",
+        "a.svs: 600/1,000 tiles  50/s  0:00:08 left; slide 1/4  0:01:08 left",
+        "b.svs: 400/1,000 tiles  50/s  0:00:12 left; slide 3/4  0:00:32 left",
+        "b.svs: 900/1,000 tiles  50/s  0:00:02 left; slide 3/4  0:00:22 left",
+        "c.svs: 1,000/1,000 tiles  76/s  0:00:00 left; slide 4/4  0:00:00 left",
+    ]
+
+
+def test_a_terminal_of_80_columns_has_both_bars_of_slides(clock):
+    out = console(terminal=True, width=80)
+    with Slides(1000, 90_000_000, console=out) as shown:
+        shown.begin("folder/[bold]" + "a" * 80 + "-01.svs", 120_000)
+        for _ in range(2):
+            shown.advance(60_000)
+            clock[0] += 10
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.file.getvalue())
+    slide, folder = text.replace("\r", "\n").split("\n")[-3:-1]
+    assert "aaa-01.svs" in slide
+    assert "120,000/120,000 tiles  6,000/s  0:00:00 left" in slide
+    assert folder.startswith("slides")
+    assert "1/1,000  4:09:40 left" in folder
