@@ -20,7 +20,11 @@ LOG = logging.getLogger(__name__)
 
 
 def assign_splits(
-    ids: Sequence[str], labels: np.ndarray, groups: Sequence[str] | None, ratio: Sequence[float]
+    ids: Sequence[str],
+    labels: np.ndarray,
+    groups: Sequence[str] | None,
+    ratio: Sequence[float],
+    kind: str = "patches",
 ) -> dict[str, list[int]]:
     """Returns the rows of each split, ascending; its keys are in READ_ORDER.
 
@@ -33,6 +37,7 @@ def assign_splits(
         labels: integers [N], numbers of classes.
         groups: one for each row; None if they are not known.
         ratio: the shares of train, valid and test; their sum need not be 1.
+        kind: what the rows are, for errors.
 
     Raises:
         UserError: the ratio is wrong or leaves a split empty, or the groups are too few.
@@ -43,11 +48,11 @@ def assign_splits(
     if groups is None:
         numbers = _assign_patches(ids, labels, shares)
     else:
-        numbers = _assign_groups(groups, labels, shares)
+        numbers = _assign_groups(groups, labels, shares, kind)
     splits = {
         split: np.flatnonzero(numbers == SPLITS.index(split)).tolist() for split in READ_ORDER
     }
-    check_filled(splits, ratio)
+    check_filled(splits, ratio, kind)
     return splits
 
 
@@ -60,32 +65,36 @@ def check_ratio(ratio: Sequence[float]) -> None:
         )
 
 
-def check_filled(splits: Mapping[str, Sequence], ratio: Sequence[float]) -> None:
-    """Raises `UserError` if a split has a share above 0, but no patch."""
+def check_filled(
+    splits: Mapping[str, Sequence], ratio: Sequence[float], kind: str = "patches"
+) -> None:
+    """Raises `UserError` if a split has a share above 0, but nothing of what `kind` names."""
     count = sum(map(len, splits.values()))
     for split, share in zip(SPLITS, ratio, strict=True):
         if share and not splits[split]:
             raise UserError(
-                f"config.data.split_ratio leaves none of {count} patches for the {split} split; "
-                "give it a larger share, use more patches, or set the share of test to 0"
+                f"config.data.split_ratio leaves none of {count} {kind} for the {split} split; "
+                f"give it a larger share, use more {kind}, or set the share of test to 0"
             )
 
 
-def report_shared(groups_by_split: Mapping[str, Iterable[str]]) -> None:
+def report_shared(groups_by_split: Mapping[str, Iterable[str]], kind: str = "patches") -> None:
     """Warns if splits that came with the source share groups; a score is then too high.
 
     Args:
         groups_by_split: the groups of all patches of each split.
+        kind: what has these groups, if not patches.
     """
     counts = [Counter(groups) for groups in groups_by_split.values()]
     splits_of = Counter(group for count in counts for group in count)
     shared = [group for group, splits in splits_of.items() if splits > 1]
     if shared:
         LOG.warning(
-            "groups that are in more than one split: %d, with %d patches; the first is %s. "
+            "groups that are in more than one split: %d, with %d %s; the first is %s. "
             "Scores are then higher than on new groups",
             len(shared),
             sum(count[group] for count in counts for group in shared),
+            kind,
             printable(min(shared)[:100]),
         )
 
@@ -138,7 +147,9 @@ class _Group(NamedTuple):
     weights: np.ndarray
 
 
-def _assign_groups(groups: Sequence[str], labels: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def _assign_groups(
+    groups: Sequence[str], labels: np.ndarray, shares: np.ndarray, kind: str
+) -> np.ndarray:
     """Returns the number of each row's split, int8 [N], with each group in one split."""
     numbers: dict[str, int] = {}
     member = np.fromiter((numbers.setdefault(name, len(numbers)) for name in groups), np.int64)
@@ -149,7 +160,7 @@ def _assign_groups(groups: Sequence[str], labels: np.ndarray, shares: np.ndarray
     if len(by_size) < len(train) + len(others):
         raise UserError(
             f"config.data.group gives {len(by_size)} groups, but train needs {len(train)} to have "
-            f"every class, and {' and '.join(others)} one each; use patches of more groups"
+            f"every class, and {' and '.join(others)} one each; use {kind} of more groups"
         )
     split_of = np.zeros(len(by_size), np.int8)
     lacking = np.tile(shares, (labels.max() + 2, 1))

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ LONGEST_ID = 1024  # characters
 _IDS_ALWAYS_ALLOWED = 256 << 20  # bytes of memory that the ids of any file may take
 
 # begin(name, total, unit) announces a long piece of work and returns a function. That function is
-# called with how much more of the work is done. The unit is "patches" or "bytes".
+# called with how much more of the work is done. The unit is "patches", "slides" or "bytes".
 Begin = Callable[[str, int, str], Callable[[int], object]]
 
 
@@ -57,11 +57,13 @@ class Contents(NamedTuple):
         chunks: (split, chunk) in READ_ORDER, each split whole. Memory does not grow with it.
         classes: the names of the classes, in the order of their labels.
         mpp: micrometres per pixel, or None if the source does not say.
+        tables: returns more text files of the store, by name; called after all chunks were read.
     """
 
     chunks: Iterator[tuple[str, Chunk]]
     classes: tuple[str, ...] = PCAM_CLASSES
     mpp: float | None = None
+    tables: Callable[[], Mapping[str, str]] = dict
 
 
 def counted(

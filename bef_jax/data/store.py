@@ -47,6 +47,7 @@ from bef_jax.runtime.files import (
     open_user_file,
     user_path,
     write_json,
+    write_text,
 )
 
 LOG = logging.getLogger(__name__)
@@ -129,6 +130,8 @@ def prepare(data: ConfigDict, begin: Begin = silent) -> dict:
         for split, chunk in itertools.chain([first], chunks):
             writer.add(split, chunk)
         manifest = _manifest(data, contents) | writer.close(begin)
+        for name, text in contents.tables().items():
+            write_text(folder / name, text)
         write_json(folder / MANIFEST, manifest)
         return _publish(folder, path, data, manifest)
 

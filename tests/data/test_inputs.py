@@ -10,6 +10,7 @@ from PIL import Image
 from bef_jax.data import inputs, store
 from bef_jax.data.patch import Tiling
 from bef_jax.errors import UserError
+from tests.slides.slide_files import tissue_pixels, write_pyramid
 
 PCAM = Tiling(96, 32, 32)
 
@@ -150,3 +151,31 @@ def test_a_store_of_another_scale_is_refused(small_config):
     inputs.check(store.store_path(data), "test", 96, mpp=0.53)
     with pytest.raises(UserError, match=r"have 0\.5 um per pixel, but the network's have 0\.972"):
         inputs.check(store.store_path(data), "test", 96, mpp=0.972)
+
+
+def test_slides_are_told_apart_from_pictures_and_stores(small_config, tmp_path):
+    folder = tmp_path / "in"
+    for name in ("b", "a/b"):
+        (folder / name).mkdir(parents=True)
+        write_pyramid(folder / name / "s.tif", tissue_pixels(300, 200), 0.972, (1, 2))
+        Image.fromarray(random_patches(1)[0]).save(folder / name / "p.png")
+    (folder / "broken.svs").write_bytes(b"")
+    slides, rest = inputs.divide(folder, None, 96, 0.972)
+    assert slides == [
+        ("a/b/s", folder / "a/b/s.tif"),
+        ("b/s", folder / "b/s.tif"),
+        ("broken", folder / "broken.svs"),
+    ]
+    assert rest == [folder / "a/b/p.png", folder / "b/p.png"]
+    found = [patch.id for patch in inputs.read(folder, None, PCAM, only=rest)]
+    assert found == ["a/b/p.png", "b/p.png"]
+    inputs.check(folder, None, 96, only=rest)
+    assert inputs.divide(rest[0], None, 96) == ([], [rest[0]])
+    assert inputs.divide(slides[0][1], None, 96) == ([("s", slides[0][1])], [])
+    data = small_config().data
+    store.prepare(data)
+    np.savez(tmp_path / "a.npz", images=random_patches(1))
+    for other in (store.store_path(data), tmp_path / "a.npz", tmp_path / "nowhere"):
+        assert inputs.divide(other, None, 96) == ([], None)
+    # A split of what is no store is an error of `check`.
+    assert inputs.divide(folder, "test", 96) == ([], None)

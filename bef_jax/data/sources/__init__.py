@@ -15,9 +15,20 @@ from bef_jax.runtime.files import user_path
 # Modules of this package, each with `open_source`, `identity` and DESCRIPTION. Their functions
 # import the libraries that read files, because together these take 0.3 s, and a run whose store
 # exists needs none of them.
-SOURCES = ("pcam_hdf5", "rpcam", "npz", "tfds", "image_folder", "csv", "parquet", "synthetic")
+SOURCES = (
+    *("pcam_hdf5", "rpcam", "npz", "tfds", "image_folder", "csv", "parquet", "slides"),
+    "synthetic",
+)
 _OF_PICTURES = ("image_folder", "csv", "parquet")
 _PCAM_ONLY = ("pcam_hdf5", "rpcam", "tfds", "synthetic")
+# Fields with the value that they have where they mean nothing, and the sources that have them. The
+# fields slide_mpp and slide_center are not here, because they follow others.
+_OF_SOURCES = {
+    "resize": ("none", _OF_PICTURES),
+    "group": ("", (*_OF_PICTURES, "slides")),
+    "annotations": ("", ("slides",)),
+    "slide_patches": (20_000, ("slides",)),
+}
 
 
 def check(data: ConfigDict) -> None:
@@ -39,23 +50,23 @@ def check(data: ConfigDict) -> None:
 
 def _check_kind(data: ConfigDict) -> None:
     """Checks the fields that say of which kind the patches are."""
-    for name, default in (("resize", "none"), ("group", "")):
-        if data.source not in _OF_PICTURES and data[name] != default:
+    for name, (default, found) in _OF_SOURCES.items():
+        if data.source not in found and data[name] != default:
             raise UserError(
-                f"config.data.{name} is for the sources {', '.join(_OF_PICTURES)}, and not for "
-                f"{data.source}; leave it out"
+                f"config.data.{name} is for the source{'s' * (len(found) > 1)} {', '.join(found)}, "
+                f"and not for {data.source}; leave it out"
             )
     if data.source in _PCAM_ONLY and data.patch_size != PCAM_SIDE:
         raise UserError(
             f"config.data.patch_size is {data.patch_size}, but the patches of {data.source} are "
             f"{PCAM_SIDE}x{PCAM_SIDE}; leave it out"
         )
-    count = len(data.classes)
-    if data.source in _PCAM_ONLY and count not in (0, len(PCAM_CLASSES)):
+    count, has_two = len(data.classes), data.source in (*_PCAM_ONLY, "slides")
+    if has_two and count not in (0, len(PCAM_CLASSES)):
         raise UserError(
             f"config.data.classes has {count} names, but {data.source} has 2 classes; give 2"
         )
-    if data.source in _PCAM_ONLY and tuple(data.classes) == PCAM_CLASSES[::-1]:
+    if has_two and tuple(data.classes) == PCAM_CLASSES[::-1]:
         raise UserError(
             f"config.data.classes: label 0 of {data.source} is normal, 1 metastasis; leave it out"
         )

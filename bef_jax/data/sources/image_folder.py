@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 from bef_jax.data.chunk import Begin, Contents, silent
 from bef_jax.data.sources.listing import (
     LISTED,
-    SPLIT_NAMES,
     divide,
     evenly,
     group_finder,
     listed_identity,
     order_classes,
+    split_folders,
 )
 from bef_jax.errors import UserError, listed
 from bef_jax.runtime.files import check_regular, user_path
@@ -83,7 +83,7 @@ def _class_folders(root: Path) -> dict[str | None, dict[str, str]]:
             f"{root}: no such folder; set config.data.dir to the one that has a folder per class"
         )
     names = _subfolders(root)
-    splits = _split_folders(root, names)
+    splits = split_folders(root, names)
     if not splits:
         return {None: {name: name for name in names}}
     return {
@@ -119,31 +119,6 @@ def _is_store(folder: Path) -> bool:
     # By default, this source's store is in the folder of its pictures. While it is written, its
     # name has an ending, and it has no manifest yet.
     return folder.name.startswith("store_image_folder") or (folder / "manifest.json").is_file()
-
-
-def _split_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """Returns the folder of each split; nothing if no name is that of a split.
-
-    Raises:
-        UserError: there are other folders beside them, two for one split, or none for train.
-    """
-    splits: dict[str, str] = {}
-    others = [name for name in names if name.lower() not in SPLIT_NAMES]
-    for name in names:
-        if split := SPLIT_NAMES.get(name.lower()):
-            if split in splits:
-                raise UserError(
-                    f"{root / name}: {splits[split]} is the {split} split, too; join them"
-                )
-            splits[split] = name
-    if splits and others:
-        raise UserError(
-            f"{root / others[0]}: is beside {listed(list(splits.values()))}, which are splits; "
-            "move it into a split, or give the splits other names if they are classes"
-        )
-    if splits and "train" not in splits:
-        raise UserError(f"{root}: has {listed(list(splits.values()))}, but no folder train; add it")
-    return splits
 
 
 def _report_absent(split: str | None, names: Sequence[str]) -> None:

@@ -87,7 +87,7 @@ def divide_places(
     else:
         check_splits({split: labels[rows] for split, rows in given.items()}, classes, where)
         if not len(given.get("valid", ())):
-            given = _with_valid(given, ids, labels, groups, data.split_ratio)
+            given = with_valid(given, ids, labels, groups, data.split_ratio)
         if groups is not None:
             report_shared({split: [groups[row] for row in rows] for split, rows in given.items()})
     return {
@@ -119,25 +119,26 @@ def evenly(labels: np.ndarray) -> np.ndarray:
     return places
 
 
-def _with_valid(
+def with_valid(
     given: Mapping[str, Sequence[int]],
     ids: Sequence[str],
     labels: np.ndarray,
     groups: Sequence[str] | None,
     ratio: Sequence[float],
+    kind: str = "patches",
 ) -> dict[str, Sequence[int]]:
     """Returns splits in which a part of train is valid, for a source that has only train and test.
 
-    Its share is that of valid in train and valid together.
+    Its share is that of valid in train and valid together. See `assign_splits` for the arguments.
     """
     rows = np.asarray(given["train"])
     of_train = None if groups is None else [groups[row] for row in rows]
     parts = assign_splits(
-        [ids[row] for row in rows], labels[rows], of_train, (ratio[0], ratio[1], 0)
+        [ids[row] for row in rows], labels[rows], of_train, (ratio[0], ratio[1], 0), kind
     )
     train, valid = rows[parts["train"]], rows[parts["valid"]]
-    text = "there is no valid split, so %d of the %d patches of train are used as valid"
-    LOG.info(text, len(valid), len(rows))
+    text = "there is no valid split, so %d of the %d %s of train are used as valid"
+    LOG.info(text, len(valid), len(rows), kind)
     return {**given, "train": train, "valid": valid}
 
 
@@ -147,6 +148,31 @@ def _check_lengths(texts: Sequence[str], kind: str, where: str) -> None:
         raise UserError(
             f"{where}: {longest[:100]} is a {kind} of more than {LONGEST_ID} characters; shorten it"
         )
+
+
+def split_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """Returns the folder of each split; nothing if no name is that of a split.
+
+    Raises:
+        UserError: there are other folders beside them, two for one split, or none for train.
+    """
+    splits: dict[str, str] = {}
+    others = [name for name in names if name.lower() not in SPLIT_NAMES]
+    for name in names:
+        if split := SPLIT_NAMES.get(name.lower()):
+            if split in splits:
+                raise UserError(
+                    f"{root / name}: {splits[split]} is the {split} split, too; join them"
+                )
+            splits[split] = name
+    if splits and others:
+        raise UserError(
+            f"{root / others[0]}: is beside {listed(list(splits.values()))}, which are splits; "
+            "move it into a split, or give other names to these if they are none"
+        )
+    if splits and "train" not in splits:
+        raise UserError(f"{root}: has {listed(list(splits.values()))}, but no folder train; add it")
+    return splits
 
 
 # ---- classes ------------------------------------------------------------------------------------
