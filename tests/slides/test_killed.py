@@ -88,13 +88,13 @@ def disturb(words, log, rng):
         The signal, the status and the last line on stderr.
     """
     signum = rng.choice([signal.SIGKILL, signal.SIGTERM])
-    reads = len(lines(log)) + rng.randrange(0, 2 * ACROSS + 2)
+    reads = len(lines(log)) + rng.randrange(0, ACROSS + 2)
     with subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         while process.poll() is None and len(lines(log)) < reads:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signum)
         errors = process.communicate()[1]
     return signum, process.returncode, errors.splitlines()[-1:]
@@ -107,7 +107,7 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(networks, slide, t
     undisturbed = command(networks, slide, tmp_path / "a" / "run", tmp_path / "all_reads")
     finish(undisturbed)
     assert len(lines(tmp_path / "all_reads")) == ROWS * ACROSS
-    words = command(networks, slide, tmp_path / "b" / "run", log, pause=0.05)
+    words = command(networks, slide, tmp_path / "b" / "run", log, pause=0.1)
     stopped = 0
     for number in range(KILLS):
         before = len(lines(log))
