@@ -1,6 +1,7 @@
 """Finds slides, and reads the patches to be scored from pictures, folders, npz, HDF5 or stores."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from bef_jax.data.patch import SPLITS, Tiling, same_scale
 from bef_jax.data.sources import hdf5, npz
 from bef_jax.errors import UserError, printable
 from bef_jax.slides.reader import find_slides
+
+LOG = logging.getLogger(__name__)
 
 
 class Patch(NamedTuple):
@@ -121,14 +124,26 @@ def _check_kind(path: Path, side: int, mpp: float | None) -> None:
 
 
 def _check_pictures(files: Sequence[Path], side: int, mpp: float | None, lenient: bool) -> None:
-    errors = []
+    errors, without_scale = [], []
     for file in files:
         try:
-            pictures.look(file, pictures.fit_for(side, mpp))
+            header = pictures.look(file, pictures.fit_for(side, mpp))
         except UserError as error:
             errors.append(error)
+            continue
+        if not header.mpp and max(header.height, header.width) > side:
+            without_scale.append(file)
     if errors and not (lenient and len(errors) < len(files)):
         raise errors[0]
+    if without_scale and mpp:
+        LOG.info(
+            "pictures that do not say their um per pixel: %d, the first is %s; they are scored as "
+            "if they had the network's %.4g. With --config.slides.mpp=..., TIFF files are read as "
+            "slides of that scale",
+            len(without_scale),
+            without_scale[0],
+            mpp,
+        )
 
 
 def read(

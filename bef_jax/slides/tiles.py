@@ -127,7 +127,8 @@ def _choose_level(slide: Slide, mpp: float) -> tuple[int, float]:
     if not finer:
         raise UserError(
             f"{slide.path}: has {slide.mpp:.4g} um per pixel, coarser than the network's {mpp:.4g} "
-            f"by more than {SAME_SCALE - 1:.0%}; scan it at a finer scale"
+            f"by more than {SAME_SCALE - 1:.0%}; scan it at a finer scale, or, if that scale is "
+            "wrong, give --config.slides.mpp=..."
         )
     level = max(finer, key=lambda level: scales[level])
     return level, mpp / scales[level]

@@ -179,3 +179,16 @@ def test_slides_are_told_apart_from_pictures_and_stores(small_config, tmp_path):
         assert inputs.divide(other, None, 96) == ([], None)
     # A split of what is no store is an error of `check`.
     assert inputs.divide(folder, "test", 96) == ([], None)
+
+
+def test_pictures_without_a_scale_are_counted_in_the_log(tmp_path, caplog):
+    pixels = np.full((200, 120, 3), 200, np.uint8)
+    for name in ("a.png", "b.tif", "patch.png"):
+        Image.fromarray(pixels[:96, :96] if name == "patch.png" else pixels).save(tmp_path / name)
+    with caplog.at_level("INFO"):
+        inputs.check(tmp_path, None, 96)
+        assert not caplog.records  # a network without a scale has nothing to compare
+        inputs.check(tmp_path, None, 96, 0.972)
+    (record,) = caplog.records
+    assert "um per pixel: 2, the first is" in record.message and "a.png" in record.message
+    assert "0.972" in record.message and "--config.slides.mpp" in record.message

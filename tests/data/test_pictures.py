@@ -193,6 +193,14 @@ def test_a_truncated_picture_is_refused(tmp_path):
         pictures.read(path)
 
 
+def test_an_unknown_compression_is_the_reason_whatever_the_size(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 3), np.uint8), photometric="rgb")
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tif:
+        tif.pages[0].tags["Compression"].overwrite(52479)
+    with pytest.raises(UserError, match="its compression, 52479, is unknown"):
+        pictures.look(tmp_path / "a.tif", pictures.fit_for(96))
+
+
 def test_the_reason_comes_from_the_decoder_that_knows_the_format(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(noise(96, 96)).save(path)

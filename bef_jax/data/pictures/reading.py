@@ -243,6 +243,8 @@ def _check_depth(path: Path, image: Image.Image, tags: dict) -> None:
 
 
 def _page_header(path: Path, page: tifffile.TiffPage) -> Header:
+    if page.compression not in tifffile.TIFF.DECOMPRESSORS:
+        raise UserError(f"{path}: its compression, {page.compression}, is unknown; write it as PNG")
     is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
     # tifffile decodes the YCbCr of a JPEG to RGB.
     becomes_rgb = is_jpeg and page.photometric == tifffile.PHOTOMETRIC.YCBCR

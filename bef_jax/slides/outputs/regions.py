@@ -22,6 +22,8 @@ from bef_jax.slides.outputs.window_map import WindowMap
 _MICRO, _MACRO = 200, 2000
 _FEW = 32  # corners of a ring of which all pairs are compared
 _BAND = 64  # rows of windows
+# With more regions than this, each has less text: 24 MB for 100,000 regions of one window, not 37.
+_MANY = 25_000
 _BATCH = 1 << 13  # regions whose text is made at a time
 _LEVEL = 6  # of gzip
 
@@ -120,6 +122,7 @@ def write_regions(file: Path, regions: Regions, classes: Sequence[str]) -> None:
 
     Rings are closed. Outer ones are counter-clockwise and holes clockwise, as RFC 7946 asks, in its
     own axes, where y points up. So in the picture, where y points down, outer ones are clockwise.
+    With more than 25,000 regions, classes, colours and mean probabilities are left out.
     """
     with (
         files.replacing(file) as raw,
@@ -139,12 +142,12 @@ def geojson(regions: Regions, classes: Sequence[str]) -> Iterator[str]:
 
 
 def _features(regions: Regions, first: int, stop: int, classes: Sequence[str]) -> Iterator[str]:
-    """Yields the features of the regions first .. stop - 1, counted from 0."""
-    names = [json.dumps(printable(name))[1:-1] for name in classes]
-    kinds = [
-        f'"classification":{{"name":"{name}","color":[{red},{green},{blue}]}}'
-        for name, (red, green, blue) in zip(names, class_colours(classes), strict=True)
-    ]
+    """Yields the features of the regions first .. stop - 1, counted from 0.
+
+    QuPath takes a feature that does not say what it is as an annotation.
+    """
+    is_short = len(regions.classes) > _MANY
+    starts = (_short_starts if is_short else _starts)(classes)
     facts = (
         values[first:stop].tolist()
         for values in (
@@ -158,12 +161,35 @@ def _features(regions: Regions, first: int, stop: int, classes: Sequence[str]) -
     polygons = _polygons(regions, first, stop)
     rows = zip(itertools.count(first + 1), polygons, *facts, strict=False)
     for number, polygon, kind, greatest, mean, area, diameter in rows:
+        before, after = starts[kind]
+        more = "" if is_short else f'"mean probability":{mean:.4g},'
         yield (
             '{"type":"Feature","geometry":{"type":"Polygon","coordinates":['
-            f'{polygon}]}},"properties":{{"objectType":"annotation","name":"{names[kind]} {number}"'
-            f',{kinds[kind]},"measurements":{{"probability":{greatest:.4g},"mean probability":'
-            f'{mean:.4g},"area um^2":{area:.1f},"longest diameter um":{diameter:.1f}}}}}}}'
+            f'{polygon}]}},"properties":{{{before}{number}{after},"measurements":{{"probability":'
+            f'{greatest:.4g},{more}"area um^2":{area:.1f},"diameter um":{diameter:.1f}}}}}}}'
         )
+
+
+def _starts(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns, for each class, what stands before and after a region's number in its properties."""
+    return [
+        (
+            f'"objectType":"annotation","name":"{name} ',
+            f'","classification":{{"name":"{name}","color":[{red},{green},{blue}]}}',
+        )
+        for name, (red, green, blue) in zip(_escaped(classes), class_colours(classes), strict=True)
+    ]
+
+
+def _short_starts(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the same for a file of many regions; of two classes, all regions are of one."""
+    if len(classes) == 2:
+        return [('"name":"', '"')] * 2
+    return [(f'"name":"{name} ', '"') for name in _escaped(classes)]
+
+
+def _escaped(classes: Sequence[str]) -> list[str]:
+    return [json.dumps(printable(name))[1:-1] for name in classes]
 
 
 def _polygons(regions: Regions, first: int, stop: int) -> Iterator[str]:

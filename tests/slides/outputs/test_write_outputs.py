@@ -67,8 +67,7 @@ def test_facts_are_those_of_the_probabilities(tmp_path):
         assert len(list(csv.reader(file))) == facts["windows"] + 1
     regions = json.loads(gzip.decompress((tmp_path / "regions.geojson.gz").read_bytes()))
     longest = [
-        feature["properties"]["measurements"]["longest diameter um"]
-        for feature in regions["features"]
+        feature["properties"]["measurements"]["diameter um"] for feature in regions["features"]
     ]
     assert facts["regions"] == len(longest)
     assert facts["largest_lesion_um"] == pytest.approx(max(longest), abs=0.06)
