@@ -357,6 +357,18 @@ def test_folders_of_splits_are_kept(make, made, tmp_path):
     assert read(make(tmp_path)).keys() == {"test", "valid", "train"}
 
 
+def test_a_train_folder_whose_slides_are_all_left_out_is_an_error(make, made, tmp_path):
+    for name, split in {"tumor_0": "valid", "normal_0": "valid", "normal_1": "train"}.items():
+        (tmp_path / split).mkdir(exist_ok=True)
+        for file in made[0].glob(f"{name}*"):
+            shutil.copy(file, tmp_path / split)
+    # Its tumour is known, but not where it is.
+    (tmp_path / "reference.csv").write_text("normal_1,Tumor\ntumor_0,Tumor\nnormal_0,Normal\n")
+    expect_error(make(tmp_path), "no slide of train has normal tissue")
+    shutil.move(tmp_path / "valid", tmp_path / "test")
+    expect_error(make(tmp_path), "no slide of train has normal tissue")
+
+
 def test_annotations_may_lie_in_a_folder_of_their_own(make, made, drawn, tmp_path):
     folder = shutil.copytree(made[0], tmp_path / "slides")
     (folder / "annotations").mkdir()

@@ -29,7 +29,7 @@ def divide(data: ConfigDict, surveys: Sequence[Survey]) -> dict[str, list[Survey
     else:
         splits = np.array([each.found.split for each in surveys])
         rows = {split: np.flatnonzero(splits == split) for split in SPLITS if split in splits}
-        if "valid" not in rows:
+        if "train" in rows and "valid" not in rows:
             rows = with_valid(rows, names, labels, groups, data.split_ratio, "slides")
         if groups:
             report_shared(
@@ -40,7 +40,8 @@ def divide(data: ConfigDict, surveys: Sequence[Survey]) -> dict[str, list[Survey
         for split in READ_ORDER
         if len(rows.get(split, ()))
     }
-    _check_train(data, found["train"])
+    # Slides whose tumour no annotation shows were left out; they may be all of train.
+    _check_train(data, found.get("train", ()))
     return found
 
 
