@@ -68,6 +68,9 @@ def broken(run, truth, what):
         case "mpp":
             slide.write_text(json.dumps(record | {"mpp": -1}))
             return run, truth, "slide.json: damaged"
+        case "file":
+            slide.write_text(json.dumps(record | {"file": ""}))
+            return run, truth, "slide.json: damaged"
         case "score":
             slide.write_text(json.dumps(record | {"score": 7.0}))
             return run, truth, "slide.json: damaged"
@@ -96,7 +99,7 @@ def broken(run, truth, what):
 
 @pytest.mark.parametrize(
     "what",
-    ["no truth", "no slides", "not done", "gone", "damaged", "classes", "mpp", "score"]
+    ["no truth", "no slides", "not done", "gone", "damaged", "classes", "mpp", "score", "file"]
     + ["no detections", "no point", "no number", "no column"]
     + ["not listed", "not drawn", "not normal"],
 )
@@ -118,6 +121,17 @@ def test_one_annotation_is_not_that_of_two_slides(tmp_path):
     write_asap(tmp_path / "truth" / "a.xml", [("Tumor", SQUARE)])
     with pytest.raises(UserError, match="is the annotation of x/a and of y/a"):
         evaluate_slides(run, tmp_path / "truth")
+
+
+def test_a_slide_whose_name_keeps_its_suffix_has_the_truth_of_its_stem(tmp_path):
+    """Another slide lies in the folder a, so that the name of a.svs is not a."""
+    changes = {"file": "a.svs", "detections": [(800, 800, 0.4)]}
+    run = write_run(tmp_path / "run", {"a.svs": changes, "a/b": {}})
+    (tmp_path / "truth").mkdir()
+    write_asap(tmp_path / "truth" / "a.xml", [("Tumor", SQUARE)])
+    assert evaluate_slides(run, tmp_path / "truth")["froc"] == 1
+    (tmp_path / "truth" / "reference.csv").write_text("a.svs,Tumor\na/b.tif,Normal\n")
+    assert evaluate_slides(run, tmp_path / "truth")["n_tumour_slides"] == 1
 
 
 def test_without_slides_csv_all_slides_count(tmp_path):

@@ -5,7 +5,12 @@ from pathlib import Path
 from bef_jax.slides.annotations import asap, geojson, masks
 from bef_jax.slides.annotations.annotation import Annotation
 from bef_jax.slides.annotations.find import annotated_names, find_annotation
-from bef_jax.slides.annotations.reference import LESION_CLASSES, SlideLabel, read_reference
+from bef_jax.slides.annotations.reference import (
+    LESION_CLASSES,
+    SlideLabel,
+    label_of,
+    read_reference,
+)
 
 __all__ = [
     "LESION_CLASSES",
@@ -13,6 +18,7 @@ __all__ = [
     "SlideLabel",
     "annotated_names",
     "find_annotation",
+    "label_of",
     "read_annotation",
     "read_reference",
 ]

@@ -66,6 +66,17 @@ def read_reference(folder: Path) -> dict[str, SlideLabel] | None:
     return found
 
 
+def label_of(reference: dict[str, SlideLabel] | None, name: str) -> SlideLabel | None:
+    """Returns what reference.csv says of a slide, which it may call by its file's name alone.
+
+    Args:
+        reference: as `read_reference` returns it.
+        name: the slide's file without suffix, with the folders that it lies in.
+    """
+    known = reference or {}
+    return known.get(name) or known.get(PurePosixPath(name).name)
+
+
 def _labels(rows: list[list[str]], file: Path) -> Iterator[tuple[str, SlideLabel]]:
     places, body = _columns(rows, file)
     for row in body:

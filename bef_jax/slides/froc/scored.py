@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ class ScoredSlide:
     """A slide, and what was found in it.
 
     Attributes:
-        name: its path below the input, without suffix.
+        name: of its folder in WORKDIR/slides.
+        stem: its file below the input, without suffix, as the truth calls it. The name keeps the
+            suffix where two slides would have the same name.
         size: width and height, in pixels of level 0.
         mpp: micrometres per pixel of level 0.
         score: that the slide has tumour.
@@ -33,6 +35,7 @@ class ScoredSlide:
     """
 
     name: str
+    stem: str
     size: tuple[int, int]
     mpp: float
     score: float
@@ -111,6 +114,7 @@ def _read_slide(folder: Path, name: str) -> ScoredSlide | None:
         return None
     return ScoredSlide(
         name,
+        PurePosixPath(found["file"]).with_suffix("").as_posix(),
         (found["width"], found["height"]),
         float(found["mpp"]),
         float(found["score"] or 0),  # glass alone has no score; there is no tumour in it
@@ -120,10 +124,12 @@ def _read_slide(folder: Path, name: str) -> ScoredSlide | None:
 
 
 def _check(found: Any) -> None:
-    check_types(found, width=int, height=int, mpp=float, windows=int, classes=list)
+    check_types(found, width=int, height=int, mpp=float, windows=int, classes=list, file=str)
     check_types(found, score=int | float | None, lesion_class=str | None)
     if not 0 < found["mpp"] < math.inf or min(found["width"], found["height"]) < 1:
         raise ValueError("mpp, width or height is not above 0")
+    if not PurePosixPath(found["file"]).name:
+        raise ValueError(f"file is {found['file']!r}")
     if not 0 <= (found["score"] or 0) <= 1:
         raise ValueError(f"score is {found['score']}, not in 0 .. 1")
     if (found["lesion_class"] or "none").casefold() not in LESION_CLASSES:

@@ -10,6 +10,7 @@ from bef_jax.slides.annotations import (
     SlideLabel,
     annotated_names,
     find_annotation,
+    label_of,
     read_annotation,
     read_reference,
 )
@@ -47,7 +48,7 @@ def read_truth(folder: Path, slides: Sequence[ScoredSlide]) -> Iterator[Truth]:
     if not folder.is_dir():
         raise UserError(f"--truth={folder}: no such folder")
     reference = read_reference(folder)
-    files = [find_annotation(folder, slide.name) for slide in slides]
+    files = [find_annotation(folder, slide.stem) for slide in slides]
     _check_different(files, slides)
     _warn_of_others(folder, slides, reference or {})
     if reference is None and not any(files):
@@ -59,7 +60,7 @@ def read_truth(folder: Path, slides: Sequence[ScoredSlide]) -> Iterator[Truth]:
 def _truth_of(
     folder: Path, slide: ScoredSlide, file: Path | None, reference: dict[str, SlideLabel] | None
 ) -> Truth:
-    label = _label_of(slide.name, reference or {})
+    label = label_of(reference, slide.stem)
     if label is None and file is None and reference is not None:
         raise UserError(f"{folder / 'reference.csv'}: lacks {slide.name}; add a line for it")
     if label and label.is_tumour and file is None:
@@ -76,11 +77,6 @@ def _truth_of(
     return Truth(label.is_tumour, label.lesion_class, lesions)
 
 
-def _label_of(name: str, reference: dict[str, SlideLabel]) -> SlideLabel | None:
-    """Returns what reference.csv says of a slide, which it may call by its file's name alone."""
-    return reference.get(name) or reference.get(PurePosixPath(name).name)
-
-
 def _check_different(files: Sequence[Path | None], slides: Sequence[ScoredSlide]) -> None:
     owners: dict[Path, str] = {}
     for file, slide in zip(files, slides, strict=True):
@@ -95,7 +91,7 @@ def _warn_of_others(
     folder: Path, slides: Sequence[ScoredSlide], reference: dict[str, SlideLabel]
 ) -> None:
     """Warns of slides that the folder knows, but that were not scored."""
-    scored = {part.casefold() for s in slides for part in (s.name, PurePosixPath(s.name).name)}
+    scored = {part.casefold() for s in slides for part in (s.stem, PurePosixPath(s.stem).name)}
     known = set(reference) | annotated_names(folder)
     others = sorted(name for name in known if name.casefold() not in scored)
     if others:

@@ -514,6 +514,15 @@ def test_tumour_without_annotation_is_left_out(with_reference, caplog):
     assert "1 slides with tumour are left out" in caplog.text and "normal_2" in caplog.text
 
 
+def test_a_reference_knows_slides_of_one_stem_by_it(make, made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "slides")
+    shutil.copy(folder / "normal_1.tif", folder / "normal_0.tiff")
+    rows = (f"{name}.tif,{'Tumor' if has else 'Normal'}\n" for name, has in NAMES.items())
+    (folder / "reference.csv").write_text("".join(rows))
+    groups = {group for *_, group in everything(read(make(folder, rectify=False)))}
+    assert {"normal_0.tif", "normal_0.tiff"} <= groups
+
+
 def test_a_reference_that_contradicts_or_lacks_a_slide_is_an_error(with_reference):
     expect_error(
         with_reference(tumor_1="Normal"), "tumor_1_mask.tif: has tumour, but reference.csv"

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from bef_jax.data.sources.listing import SPLIT_NAMES, group_finder, split_folder
 from bef_jax.data.sources.slides.files import MASKS, POLYGONS, find_files
 from bef_jax.errors import UserError, listed, printable
 from bef_jax.runtime.files import user_path
-from bef_jax.slides.annotations import SlideLabel, find_annotation, read_reference
+from bef_jax.slides.annotations import SlideLabel, find_annotation, label_of, read_reference
 from bef_jax.slides.reader import find_slides
 
 LOG = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def find_all(data: ConfigDict, mpp: float) -> list[Found]:
             group_of(path.relative_to(root).as_posix()) if group_of else name,
             split_of[path],
             annotations[path],
-            _label(name, annotations[path], reference, folder),
+            _label(_stem(path, root), annotations[path], reference, folder),
         )
         for name, path in sorted(slides.items())
     ]
@@ -126,9 +126,15 @@ def _without_annotations(slides: dict[str, Path], root: Path, folder: Path) -> d
 
 
 def _annotation(path: Path, root: Path, folder: Path) -> Path | None:
-    # Two slides of one stem keep their suffixes in their names, but annotations have none.
-    name = path.relative_to(root).with_suffix("").as_posix()
-    return find_annotation(folder, name, path)
+    return find_annotation(folder, _stem(path, root), path)
+
+
+def _stem(path: Path, root: Path) -> str:
+    """Returns how annotations and reference.csv call a slide.
+
+    Its name keeps the suffix where two slides would have the same name.
+    """
+    return path.relative_to(root).with_suffix("").as_posix()
 
 
 def _check_once(annotations: dict[Path, Path | None]) -> None:
@@ -167,8 +173,8 @@ def _label(
     reference: dict[str, SlideLabel] | None,
     folder: Path,
 ) -> bool | None:
-    """Returns what reference.csv says of a slide, which it may call by its file's name alone."""
-    found = (reference or {}).get(name) or (reference or {}).get(PurePosixPath(name).name)
+    """Returns whether reference.csv says that a slide has tumour; None if it lacks the slide."""
+    found = label_of(reference, name)
     if reference is not None and not found and not annotation:
         raise UserError(f"{folder / 'reference.csv'}: lacks {name}; add a line for it")
     return found.is_tumour if found else None
