@@ -24,7 +24,6 @@ _LEAST = 1 / 16  # false positives per slide where the plot begins, because its 
 _MOST_ROWS = 2000  # of lesions on the page; lesions.csv has all
 _UNFOLDED = 40  # rows of a table that is not folded
 _ALT = "Sensitivity for lesions against the average number of false positives per slide"
-_CLASS_NAMES = {"none": "none", "itc": "ITC", "micro": "micro", "macro": "macro"}
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,9 @@ def _anchors(summary: Mapping[str, Any]) -> str:
 def _confusion(confusion: Mapping[str, Mapping[str, int]] | None) -> str:
     if confusion is None:
         return "<p>The truth does not say which class of metastasis slides have.</p>"
-    rows = [["", *(f"called {name}" for name in _CLASS_NAMES.values())]]
-    for true, name in _CLASS_NAMES.items():
-        rows.append([name, *(f"{confusion[true][found]:,}" for found in _CLASS_NAMES)])
+    rows = [["", *(f"called {name}" for name in confusion)]]
+    for name, counts in confusion.items():
+        rows.append([name, *(f"{counts[found]:,}" for found in confusion)])
     return table(rows)
 
 

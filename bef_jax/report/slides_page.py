@@ -39,7 +39,12 @@ _ONE_PICTURE = 120_000  # bytes at most
 _SIDES = (1200, 900, 675, 500, 375, 280, 210, 160, 120)  # pixels of a picture's longer side
 _QUALITY = 80  # of JPEG
 _SHARES = 5  # classes on a card; the others are summed up
-_CLASSES = {"itc": "ITC", "micro": "micrometastasis", "macro": "macrometastasis"}
+_CLASSES = {
+    "none": "no positive region",
+    "ITC": "ITC",
+    "micro": "micrometastasis",
+    "macro": "macrometastasis",
+}
 
 
 def write_slides_page(workdir: Path, slides: list[dict]) -> Path:
@@ -163,7 +168,7 @@ def _verdict(slide: Mapping[str, Any]) -> str:
     if score < 0:
         return '<p class="score"><b>-</b> no window was scored</p>'
     lesion = str(slide.get("lesion_class") or "none")
-    found = _CLASSES.get(lesion.lower(), "no positive region" if lesion == "none" else lesion)
+    found = _CLASSES.get(lesion, lesion)
     if (longest := slide.get("largest_lesion_um")) and lesion != "none":
         found += f", {_length(longest)}"
     kind = "positive" if slide.get("positives") else ""

@@ -54,8 +54,8 @@ def test_the_page_escapes_names_and_has_all_figures(tmp_path):
                   "not found", "ITC", "0.807", "72.4%", "only if it is of the same",
                   "does not say which class"):  # fmt: skip
         assert words in text, words
-    confusion = {true: dict.fromkeys(("none", "itc", "micro", "macro"), 7) for true in
-                 ("none", "itc", "micro", "macro")}  # fmt: skip
+    confusion = {true: dict.fromkeys(("none", "ITC", "micro", "macro"), 7) for true in
+                 ("none", "ITC", "micro", "macro")}  # fmt: skip
     text = write_froc_page(tmp_path, content(confusion=confusion)).read_text()
     assert "called macro" in text and text.count("<td>7</td>") == 16
 

@@ -5,7 +5,7 @@ import pytest
 import tifffile
 
 from bef_jax.errors import UserError
-from bef_jax.slides.annotations import annotated_names, find_annotation, read_reference
+from bef_jax.slides.annotations import annotated_names, find_annotation, read_reference, reference
 
 GREY, COLOURS = np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)
 
@@ -70,9 +70,11 @@ def test_names_that_have_an_annotation(tmp_path):
          {"test_001": (True, "macro"), "test_003": (False, "none")}),
         ("image,type\r\na.tif,Tumor\r\nb.svs,normal\r\n",
          {"a": (True, None), "b": (False, "none")}),
+        ("name,label\na.svslide,1\nb.png,0\nc.d,0\n",
+         {"a": (True, None), "b": (False, "none"), "c.d": (False, "none")}),
         ("patient,stage\npatient_000.zip,pN1\npatient_000_node_0.tif,negative\n"
          "patient_000_node_1.tif,itc\npatient_000_node_2.tif,macro\n",
-         {"patient_000_node_0": (False, "none"), "patient_000_node_1": (True, "itc"),
+         {"patient_000_node_0": (False, "none"), "patient_000_node_1": (True, "ITC"),
           "patient_000_node_2": (True, "macro")}),
         ("patient_000.zip,pN0\npatient_000_node_0.tif,micro\n",
          {"patient_000_node_0": (True, "micro")}),
@@ -91,6 +93,14 @@ def test_reference(text, right, tmp_path):
 
 def test_no_reference(tmp_path):
     assert read_reference(tmp_path) is None
+
+
+def test_a_long_reference_is_refused_and_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "_LONGEST", 20)
+    # 24 bytes in UTF-8, but 20 letters.
+    (tmp_path / "reference.csv").write_text("éééé,Tumor\nb,Normal\n"[:20], encoding="utf-8")
+    with pytest.raises(UserError, match="is longer than"):
+        read_reference(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -156,9 +156,9 @@ def test_a_case_by_hand(tmp_path):
     # Pairs of a tumour slide and a normal one: b and c tie, all others are in order.
     assert summary["slide_auc"] == 7 / 8
     assert (summary["n_slides"], summary["n_lesions"], summary["n_itc"]) == (4, 3, 1)
-    none = {"none": 0, "itc": 0, "micro": 0, "macro": 0}
+    none = {"none": 0, "ITC": 0, "micro": 0, "macro": 0}
     assert summary["confusion"] == {
-        "none": none | {"none": 1, "itc": 1}, "itc": none, "micro": none,
+        "none": none | {"none": 1, "ITC": 1}, "ITC": none, "micro": none,
         "macro": none | {"micro": 1, "macro": 1},
     }  # fmt: skip
     # A resample draws neither a nor b with a probability of 1/16.

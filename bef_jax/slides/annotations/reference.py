@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from bef_jax.data import pictures
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import open_user_file
+from bef_jax.slides.reader import SUFFIXES
 
-LESION_CLASSES = ("none", "itc", "micro", "macro")
+# By the longest diameter; ITC: isolated tumour cells.
+LESION_CLASSES = ("none", "ITC", "micro", "macro")
+_CLASSES = {name.casefold(): name for name in LESION_CLASSES}
 _FILE = "reference.csv"
 _LONGEST = 1 << 24  # bytes, some 400,000 slides
 _TUMOUR = ("tumor", "tumour", "positive", "metastasis", "1")
@@ -19,8 +23,6 @@ _LABEL_COLUMNS = ("type", "label", "tumor", "tumour")
 _CLASS_COLUMNS = ("class", "stage", "lesion_class")
 # Of the columns without a head: the name and the label, and the class in CAMELYON16's file.
 _PLACES = (0, 1, 3)
-_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".dcm")
-_SUFFIXES += (".czi", ".svslide")
 
 
 class SlideLabel(NamedTuple):
@@ -48,10 +50,11 @@ def read_reference(folder: Path) -> dict[str, SlideLabel] | None:
     file = folder / _FILE
     try:
         with open_user_file(file) as stream:
-            text = stream.read(_LONGEST + 1).decode("utf-8-sig")
-        if len(text) > _LONGEST:
+            content = stream.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
             raise UserError(f"{file}: is longer than {_LONGEST >> 20} MiB; name another folder")
-        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if row]
+        text = io.StringIO(content.decode("utf-8-sig"))
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text) if row]
     except FileNotFoundError:
         return None
     except UserError:
@@ -106,22 +109,22 @@ def _columns(
 
 def _label(label: str, lesion_class: str, where: str) -> SlideLabel:
     label, lesion_class = label.casefold(), lesion_class.casefold()
-    if label in LESION_CLASSES or label == "negative":
-        lesion_class = "none" if label == "negative" else label
-        return SlideLabel(lesion_class != "none", lesion_class)
+    if label in _CLASSES or label == "negative":
+        name = _CLASSES.get(label, "none")
+        return SlideLabel(name != "none", name)
     if label not in (*_TUMOUR, *_NORMAL):
         raise UserError(f"{where} has the label {label!r}; write tumor, normal or a class")
     is_tumour = label in _TUMOUR
     if not is_tumour:
         lesion_class = lesion_class or "none"
-    if lesion_class not in ("", *LESION_CLASSES):
+    if lesion_class not in ("", *_CLASSES):
         listed = ", ".join(LESION_CLASSES)
         raise UserError(f"{where} has the class {lesion_class!r}; write one of {listed}")
     if lesion_class and is_tumour == (lesion_class == "none"):
         raise UserError(f"{where} is called {label} and {lesion_class}; correct one of them")
-    return SlideLabel(is_tumour, lesion_class or None)
+    return SlideLabel(is_tumour, _CLASSES.get(lesion_class))
 
 
 def _without_suffix(name: str) -> str:
-    is_slide = PurePosixPath(name).suffix.lower() in _SUFFIXES
+    is_slide = name.lower().endswith((*pictures.SUFFIXES, *SUFFIXES))
     return str(PurePosixPath(name).with_suffix("")) if is_slide else name

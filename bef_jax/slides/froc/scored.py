@@ -118,7 +118,7 @@ def _read_slide(folder: Path, name: str) -> ScoredSlide | None:
         (found["width"], found["height"]),
         float(found["mpp"]),
         float(found["score"] or 0),  # glass alone has no score; there is no tumour in it
-        (found["lesion_class"] or "none").casefold(),
+        found["lesion_class"] or "none",
         _read_detections(folder / "detections.csv"),
     )
 
@@ -132,7 +132,7 @@ def _check(found: Any) -> None:
         raise ValueError(f"file is {found['file']!r}")
     if not 0 <= (found["score"] or 0) <= 1:
         raise ValueError(f"score is {found['score']}, not in 0 .. 1")
-    if (found["lesion_class"] or "none").casefold() not in LESION_CLASSES:
+    if (found["lesion_class"] or "none") not in LESION_CLASSES:
         raise ValueError(f"lesion_class is {found['lesion_class']!r}")
 
 

@@ -15,6 +15,7 @@ from scipy.spatial.distance import pdist
 from bef_jax.errors import printable
 from bef_jax.runtime import files
 from bef_jax.scoring.heatmap import class_colours
+from bef_jax.slides.annotations import LESION_CLASSES
 from bef_jax.slides.outputs.outlines import Outlines, trace
 from bef_jax.slides.outputs.window_map import WindowMap
 
@@ -110,11 +111,8 @@ def lesion_class(diameter: float) -> str:
 
     Metastases are micro from 0.2 mm and macro above 2 mm; smaller ones are isolated tumour cells.
     """
-    if diameter <= 0:
-        return "none"
-    if diameter < _MICRO:
-        return "ITC"
-    return "micro" if diameter <= _MACRO else "macro"
+    number = (diameter > 0) + (diameter >= _MICRO) + (diameter > _MACRO)
+    return LESION_CLASSES[number]
 
 
 def write_regions(file: Path, regions: Regions, classes: Sequence[str]) -> None:
