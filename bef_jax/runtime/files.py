@@ -5,6 +5,7 @@ as /dev/zero has no end. A written file appears whole, under its name, or not at
 """
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -148,6 +149,19 @@ def replacing(file: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_gzip(file: Path, level: int) -> Iterator[BinaryIO]:
+    """Yields what packs into a new file, which replaces `file` at the end, as `replacing` does.
+
+    The same content gives the same bytes, because the file has no time and no name in it.
+
+    Args:
+        level: of gzip, 1 for the fastest to 9 for the smallest file.
+    """
+    with replacing(file) as raw, gzip.GzipFile("", "wb", level, raw, mtime=0) as out:
+        yield out
 
 
 def write_bytes(file: Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ class SlidePrediction:
         side: of a window.
         probabilities: float64 [N] of class 1, or [N, K] for K > 2 classes; NaN where a patch cannot
             be decoded.
-        step: from one window to the next, in x and y; also the size of a map's pixel.
+        step: from one window to the next, in x and y.
         shape: rows and columns of windows of the whole slide, and of a map.
         width: of the slide.
         height: of the slide.
@@ -46,8 +46,8 @@ class SlidePrediction:
     def to_map(self) -> np.ndarray:
         """Returns the probabilities as a picture, float32 [rows, columns] or [K, rows, columns].
 
-        The upper left corner of pixel (row, column) is at x = column * step[0] and
-        y = row * step[1]. A pixel is NaN where there is no tissue, or the patch cannot be decoded.
+        Pixel (row, column) is the window whose upper left corner is at x = column * step[0] and
+        y = row * step[1]. It is NaN where there is no tissue, or the patch cannot be decoded.
         """
         rows, columns = (
             np.rint(places / step).astype(int)

@@ -4,7 +4,13 @@ from pathlib import Path
 
 from bef_jax.slides.annotations import asap, geojson, masks
 from bef_jax.slides.annotations.annotation import Annotation
-from bef_jax.slides.annotations.find import annotated_names, find_annotation
+from bef_jax.slides.annotations.find import (
+    MASKS,
+    POLYGONS,
+    annotated_names,
+    find_annotation,
+    is_called_mask,
+)
 from bef_jax.slides.annotations.reference import (
     LESION_CLASSES,
     SlideLabel,
@@ -14,10 +20,13 @@ from bef_jax.slides.annotations.reference import (
 
 __all__ = [
     "LESION_CLASSES",
+    "MASKS",
+    "POLYGONS",
     "Annotation",
     "SlideLabel",
     "annotated_names",
     "find_annotation",
+    "is_called_mask",
     "label_of",
     "read_annotation",
     "read_reference",

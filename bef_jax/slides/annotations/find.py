@@ -9,8 +9,9 @@ from bef_jax.errors import UserError, reason_of
 
 # What follows the slide's name in the names of CAMELYON16's masks.
 _MASK = re.compile(r"_(?:evaluation_)?mask\.tiff?$")
-_POLYGONS = (".xml", ".geojson", ".geojson.gz", ".json", ".json.gz")
-_TIFF = (".tif", ".tiff")
+POLYGONS = (".xml", ".geojson", ".geojson.gz", ".json", ".json.gz")
+_MANY_USES = (".json", ".json.gz")  # files of other kinds have these suffixes, too
+MASKS = (".tif", ".tiff")
 
 
 def find_annotation(folder: Path, name: str, slide: Path | None = None) -> Path | None:
@@ -43,16 +44,21 @@ def find_annotation(folder: Path, name: str, slide: Path | None = None) -> Path 
 def annotated_names(folder: Path) -> set[str]:
     """Returns the names of slides whose annotations are in a folder, without folders in it.
 
-    A TIFF without _mask does not count here, because it may be a slide.
+    A TIFF without _mask does not count here, because it may be a slide, and neither does .json.
     """
     found = set()
     for file in _files(folder):
         name = file.name.casefold()
         mask = _MASK.search(name)
-        ending = mask[0] if mask else next((x for x in _POLYGONS[:3] if name.endswith(x)), None)
-        if ending and name.endswith(ending):
+        ending = mask[0] if mask else next(filter(name.endswith, POLYGONS), None)
+        if ending and ending not in _MANY_USES:
             found.add(file.name[: -len(ending)])
     return found
+
+
+def is_called_mask(file: Path) -> bool:
+    """Returns whether a file has the name of a mask, which no slide has."""
+    return bool(_MASK.search(file.name.casefold()))
 
 
 def _candidates(folder: Path, name: str) -> list[Path]:
@@ -71,7 +77,7 @@ def _is_annotation(file: Path, rest: str) -> bool:
     """Returns whether a file is an annotation, by what follows the slide's name in its name."""
     if not file.is_file():
         return False
-    return rest in _POLYGONS or bool(_MASK.fullmatch(rest)) or (rest in _TIFF and _is_grey(file))
+    return rest in POLYGONS or bool(_MASK.fullmatch(rest)) or (rest in MASKS and _is_grey(file))
 
 
 def _is_grey(file: Path) -> bool:

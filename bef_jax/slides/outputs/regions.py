@@ -1,6 +1,5 @@
 """regions.geojson.gz: outlines of what a network calls positive, which QuPath opens."""
 
-import gzip
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -122,10 +121,7 @@ def write_regions(file: Path, regions: Regions, classes: Sequence[str]) -> None:
     own axes, where y points up. So in the picture, where y points down, outer ones are clockwise.
     With more than 25,000 regions, classes, colours and mean probabilities are left out.
     """
-    with (
-        files.replacing(file) as raw,
-        gzip.GzipFile("", "wb", _LEVEL, raw, mtime=0) as out,
-    ):
+    with files.replacing_gzip(file, _LEVEL) as out:
         for text in geojson(regions, classes):
             out.write(text.encode())
 

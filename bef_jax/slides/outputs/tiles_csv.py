@@ -1,7 +1,6 @@
 """tiles.csv.gz: a line for each window of a slide that has tissue."""
 
 import csv
-import gzip
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,10 +31,7 @@ def write_tiles(file: Path, grid: Grid, windows: Iterable[Windows], classes: Seq
     # There are far fewer rows and columns than windows, so write their numbers once.
     left, top = ([f"{value:.0f}," for value in values] for values in (columns, rows))
     side = f"{round(grid.side, 2):.10g},"
-    with (
-        files.replacing(file) as raw,
-        gzip.GzipFile("", "wb", _LEVEL, raw, mtime=0) as out,
-    ):
+    with files.replacing_gzip(file, _LEVEL) as out:
         out.write(_head(classes).encode())
         for part in windows:
             places = zip(part.rows.tolist(), part.columns.tolist(), strict=True)

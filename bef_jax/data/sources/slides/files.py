@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from bef_jax.data import pictures
 from bef_jax.runtime.files import sha256, user_path
+from bef_jax.slides.annotations import POLYGONS
+from bef_jax.slides.reader import SUFFIXES
 
-POLYGONS = (".xml", ".geojson", ".json", ".geojson.gz", ".json.gz")
-MASKS = (".tif", ".tiff")
 _TEXTS = (*POLYGONS, ".csv")
 
 
@@ -44,10 +45,6 @@ def checksum(data: ConfigDict) -> str | None:
     folders = [folder for each in given if (folder := user_path(each)).is_dir()]
     if not folders:
         return None
-    # These import the libraries that read pictures and slides.
-    from bef_jax.data import pictures
-    from bef_jax.slides.reader import SUFFIXES
-
     digest, count = hashlib.sha256(), 0
     for folder in folders:
         for path in find_files(folder, _TEXTS + SUFFIXES + pictures.SUFFIXES):

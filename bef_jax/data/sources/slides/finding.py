@@ -8,10 +8,18 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from bef_jax.data.sources.listing import SPLIT_NAMES, group_finder, split_folders
-from bef_jax.data.sources.slides.files import MASKS, POLYGONS, find_files
+from bef_jax.data.sources.slides.files import find_files
 from bef_jax.errors import UserError, listed, printable
 from bef_jax.runtime.files import user_path
-from bef_jax.slides.annotations import SlideLabel, find_annotation, label_of, read_reference
+from bef_jax.slides.annotations import (
+    MASKS,
+    POLYGONS,
+    SlideLabel,
+    find_annotation,
+    is_called_mask,
+    label_of,
+    read_reference,
+)
 from bef_jax.slides.reader import find_slides
 
 LOG = logging.getLogger(__name__)
@@ -154,17 +162,13 @@ def _check_known(root: Path, folder: Path, paths: Iterable[Path], known: set[Pat
     for path in find_files(folder, POLYGONS + MASKS):
         is_mask = path.name.lower().endswith(MASKS)
         # Beside the slides, another TIFF may be a picture of anything.
-        if is_mask and (path.resolve() in slides or folder == root) and not _is_called_mask(path):
+        if is_mask and (path.resolve() in slides or folder == root) and not is_called_mask(path):
             continue
         if path not in known:
             raise UserError(
                 f"{path}: is the annotation of no slide in {root}; give it the name of its slide, "
                 "or move it away"
             )
-
-
-def _is_called_mask(path: Path) -> bool:
-    return path.stem.lower().endswith("_mask")
 
 
 def _label(
