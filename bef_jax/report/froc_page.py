@@ -1,6 +1,5 @@
 """The page of --mode=froc: how well lesions and slides with tumour were found."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bef_jax.errors import printable
-from bef_jax.report.html import figure, picture, table
+from bef_jax.report.html import data_uri, figure, picture, table
 from bef_jax.report.theme import DARK, LIGHT, Theme, legend, plot, png
 from bef_jax.runtime.files import write_bytes, write_text
 
@@ -52,7 +51,7 @@ def write_froc_page(folder: Path, content: FrocContent) -> Path:
     light, dark = (png(draw_froc(content, theme)) for theme in (LIGHT, DARK))
     write_bytes(folder / "froc.png", light)
     page = folder / "index.html"
-    write_text(page, _render(content, _data_uri(light), _data_uri(dark)))
+    write_text(page, _render(content, data_uri(light), data_uri(dark)))
     return page
 
 
@@ -191,7 +190,3 @@ def _lesion(row: Mapping[str, Any]) -> list[str]:
         "not found" if probability is None else f"{probability:.4f}",
         "-" if false is None else f"{false:.3g}",
     ]
-
-
-def _data_uri(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"

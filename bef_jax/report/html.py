@@ -1,5 +1,6 @@
 """Pieces of a report's page. All text in them is escaped."""
 
+import base64
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
@@ -36,6 +37,11 @@ def picture(description: str, light: str, dark: str) -> str:
         f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img alt="{alt}" src="{light}"></picture>'
     )
+
+
+def data_uri(content: bytes, kind: str = "png") -> str:
+    """Returns the address that holds a picture itself, so that a page needs no other file."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def block_of(summary: Mapping[str, Any], split: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 The page contains its pictures, works offline and runs no script, so that one file can be mailed.
 """
 
-import base64
 import functools
 import io
 import math
@@ -19,7 +18,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from bef_jax.errors import printable
-from bef_jax.report.html import table
+from bef_jax.report.html import data_uri, table
 from bef_jax.runtime.devices import cores
 from bef_jax.runtime.files import open_user_file, replacing
 from bef_jax.scoring.class_names import positive_name
@@ -236,8 +235,8 @@ def _picture(folder: Path, address: str, name: str, limit: int) -> str:
             small = _jpeg(picture.convert("RGB"), limit)
     except Exception:  # Pillow raises anything at all for a damaged file.
         return '<span class="none">no heat map</span>'
-    uri = f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
     alt = _text(f"heat map of {name}")
+    uri = data_uri(small, "jpeg")
     return f'<a href="{address}/heatmap.png"><img alt="{alt}" src="{uri}"></a>'
 
 

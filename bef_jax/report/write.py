@@ -4,7 +4,6 @@ The page contains its pictures, works offline and runs no script, so that one fi
 The plots are also saved beside it as PNG files.
 """
 
-import base64
 import dataclasses
 import functools
 import io
@@ -18,7 +17,7 @@ from PIL import Image
 
 from bef_jax.report import multiclass_plots, page, plots
 from bef_jax.report.gallery import Explain, contact_sheet, show
-from bef_jax.report.html import block_of
+from bef_jax.report.html import block_of, data_uri
 from bef_jax.report.theme import DARK, LIGHT, Theme, png
 from bef_jax.runtime.files import write_bytes, write_text
 from bef_jax.scoring.metrics import Evaluation
@@ -70,7 +69,7 @@ def write_report(report_dir: Path, content: Content) -> Path:
         write_bytes(report_dir / "most_wrong.png", _png(contact_sheet(shown)))
     # base64 makes pictures a third larger, which is the cost of one file that can be mailed.
     tiles = {
-        split: [(each, _data_uri(_png(_shrunk(each.pixels)))) for each in gallery]
+        split: [(each, data_uri(_png(_shrunk(each.pixels)))) for each in gallery]
         for split, gallery in galleries.items()
     }
     text = page.render(
@@ -128,7 +127,7 @@ def _save(path: Path, draw: Callable[[Theme], Any]) -> tuple[str, str]:
     """Writes the light picture to `path`, and returns both as data: addresses."""
     light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
     write_bytes(path, light)
-    return _data_uri(light), _data_uri(dark)
+    return data_uri(light), data_uri(dark)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -144,7 +143,3 @@ def _shrunk(pixels: np.ndarray) -> np.ndarray:
     if height <= _MOST_ROWS:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width * _MOST_ROWS // height, _MOST_ROWS)))
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
