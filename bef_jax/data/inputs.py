@@ -62,7 +62,7 @@ def divide(
     """
     if split or not path.exists() or _is_store(path) or _is_array_file(path):
         return [], None
-    slides = find_slides(path, side, mpp, slide_mpp or 0.0)
+    slides = find_slides(path, side, mpp, slide_mpp)
     files = [path]
     if path.is_dir():
         files = [path / name for name, _ in pictures.walk(path)]

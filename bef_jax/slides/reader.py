@@ -23,7 +23,7 @@ __all__ = ["SUFFIXES", "Level", "Region", "Slide", "find_slides", "is_slide", "o
 
 LOG = logging.getLogger(__name__)
 
-# Of the files that hold only slides; a TIFF may be a slide, a picture or a patch.
+# Files with these suffixes hold only slides. A TIFF may be a slide, a picture or a patch.
 SUFFIXES = (
     ".svs",
     ".ndpi",
@@ -36,7 +36,7 @@ SUFFIXES = (
     ".czi",
     ".svslide",
 )
-_GENERIC = "generic-tiff"  # OpenSlide's name of a tiled TIFF that no scanner's mark is on
+_GENERIC = "generic-tiff"  # OpenSlide's name of a tiled TIFF that no scanner has marked
 
 
 def open_slide(path: Path, mpp: float | None = None) -> Slide:
@@ -97,17 +97,19 @@ def _open_without(path: Path, mpp: float | None, is_tiff: bool) -> Slide:
     )
 
 
-def is_slide(path: Path, side: int, mpp: float | None = None, given_mpp: float = 0.0) -> bool:
+def is_slide(
+    path: Path, side: int, mpp: float | None = None, slide_mpp: float | None = None
+) -> bool:
     """Returns whether a file is read as a slide; otherwise it is a picture or a patch.
 
     Only its headers are read. A damaged file that has a suffix of slides is a slide, which
-    `open_slide` refuses; a damaged file of another name is none.
+    `open_slide` refuses; a damaged file of another name is not.
 
     Args:
         path: of the file.
         side: of the network's patches, in pixels.
         mpp: micrometres per pixel of the network, if known.
-        given_mpp: the user's micrometres per pixel of slides, or 0.
+        slide_mpp: micrometres per pixel of the slide's largest level, if the user says them.
     """
     if path.suffix.lower() in SUFFIXES:
         return True
@@ -124,17 +126,17 @@ def is_slide(path: Path, side: int, mpp: float | None = None, given_mpp: float =
     if vendor not in (None, _GENERIC) or (facts and (facts.is_scanned or facts.levels > 1)):
         return True
     return bool(facts) and (
-        _is_large_tiff(facts, side, mpp, given_mpp) or _has_levels(path, vendor, facts)
+        _is_large_tiff(facts, side, mpp, slide_mpp) or _has_levels(path, vendor, facts)
     )
 
 
 def _is_large_tiff(
-    facts: tiff_pages.TiffFacts, side: int, mpp: float | None, given_mpp: float
+    facts: tiff_pages.TiffFacts, side: int, mpp: float | None, slide_mpp: float | None
 ) -> bool:
     """Returns whether a flat TIFF is a slide by its size and scale."""
     if facts.width * facts.height > pictures.LIMIT:
         return True
-    if given_mpp:
+    if slide_mpp:
         return max(facts.width, facts.height) > side
     is_other_scale = bool(mpp and facts.mpp) and not same_scale(facts.mpp, mpp)
     return is_other_scale and (facts.width, facts.height) != (side, side)
@@ -152,7 +154,7 @@ def _has_levels(path: Path, vendor: str | None, facts: tiff_pages.TiffFacts) -> 
 
 
 def find_slides(
-    path: Path, side: int, mpp: float | None = None, given_mpp: float = 0.0
+    path: Path, side: int, mpp: float | None = None, slide_mpp: float | None = None
 ) -> list[tuple[str, Path]]:
     """Returns the slides at `path`, sorted: itself, or those in a folder and the folders below.
 
@@ -160,7 +162,7 @@ def find_slides(
         path: a file of any suffix, or a folder, whose pictures and slides are looked at.
         side: see `is_slide`.
         mpp: see `is_slide`.
-        given_mpp: see `is_slide`.
+        slide_mpp: see `is_slide`.
 
     Returns:
         Names and paths. A name is the path from the folder on, with slashes and without suffix. It
@@ -173,7 +175,7 @@ def find_slides(
     if path.is_dir():
         names = [name for name, _ in pictures.walk(path, (*pictures.SUFFIXES, *SUFFIXES))]
     root = path if path.is_dir() else path.parent
-    found = [name for name in names if is_slide(root / name, side, mpp, given_mpp)]
+    found = [name for name in names if is_slide(root / name, side, mpp, slide_mpp)]
     found = list(_one_of_each_series(root, found))
     return list(zip(_short_names(found), (root / name for name in found), strict=True))
 

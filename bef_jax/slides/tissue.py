@@ -4,8 +4,8 @@ import numpy as np
 
 # Veeling et al. (2018) leave out patches whose greatest saturation, in HSV, is below this.
 SATURATION = 0.07
-# For the greatest of a pixel's three values, the smallest value from which on the least of them is
-# too large for a saturation, (greatest - least) / greatest, of 0.07. Black has no saturation.
+# The index is the greatest of a pixel's three values. If the least of them is below the entry, the
+# saturation, (greatest - least) / greatest, is at least 0.07. Black has no saturation.
 _GREY_FROM = np.floor((1 - SATURATION) * np.arange(256) + 1e-9).astype(np.uint8) + np.uint8(1)
 _GREY_FROM[0] = 0
 

@@ -96,10 +96,9 @@ def test_the_mask_has_a_scale_near_7776_nm(mpp, factor):
 
 
 def test_no_tumour_no_lesions():
-    for annotation in (None,):
-        lesions = find_lesions(annotation, (3200, 3200), 0.243)
-        assert len(lesions.is_itc) == 0
-        np.testing.assert_array_equal(lesions.at(np.array([5.0]), np.array([5.0])), [0])
+    lesions = find_lesions(None, (3200, 3200), 0.243)
+    assert len(lesions.is_itc) == 0
+    np.testing.assert_array_equal(lesions.at(np.array([5.0]), np.array([5.0])), [0])
     assert label_lesions(np.zeros((5, 5), bool), 7.776)[0].size == 0
 
 

@@ -37,7 +37,7 @@ class ArrayCache:
     def _fill(self, key: Hashable, future: Future, make: Callable[[], np.ndarray]) -> None:
         try:
             array = make()
-        except BaseException as error:  # such as MemoryError: else other threads wait for ever
+        except BaseException as error:  # or other threads would wait without end
             with self._lock:
                 del self._arrays[key]
             future.set_exception(error)

@@ -149,5 +149,5 @@ def _check(surveys: Sequence[Survey], data: ConfigDict) -> None:
         )
     if not any(each.counts[0] for each in surveys):
         raise UserError(
-            f"{data.dir}: all of the slides is tumour, so that nothing is normal; add normal slides"
+            f"{data.dir}: each window has tumour, so that none is normal; add normal slides"
         )
