@@ -154,11 +154,12 @@ def test_what_has_no_area_is_left_out_and_counted(tmp_path, caplog):
     assert "3 annotations have no area" in caplog.text
 
 
-@pytest.mark.parametrize("points", [[], [(5, 5)], [(5, 5), (90, 90), (5, 5)], [(1, 9), (99, 9)]])
+@pytest.mark.parametrize(
+    "points", [[], [(5, 5)], [(5, 5), (90, 90)], [(5, 5), (90, 90), (5, 5)], [(1, 9), (99, 9)]]
+)
 def test_shapes_without_area_have_no_pixels(points, tmp_path):
-    assert not area(write_asap(tmp_path / "a.xml", [("Tumor", points)], "Spline")).any() or (
-        points == [(5, 5), (90, 90), (5, 5)]
-    )
+    for kind in ("Polygon", "Spline"):
+        assert not area(write_asap(tmp_path / "a.xml", [("Tumor", points)], kind)).any()
     ring = [list(point) for point in points]
     assert not area(write_geojson(tmp_path / "a.json", [feature([ring])])).any()
 
@@ -227,6 +228,25 @@ def test_a_million_points(tmp_path):
 
 
 # ---- masks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_alpha_is_no_tumour(colours, tmp_path):
+    truth = np.random.default_rng(0).random((100, 130)) < 0.3
+    pixels = np.full((100, 130, colours + 1), 255, np.uint8)
+    pixels[..., :colours] *= truth[..., None]
+    kind = "rgb" if colours == 3 else "minisblack"
+    options = {"photometric": kind, "extrasamples": ["unassalpha"], "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "a_mask.tif", pixels, **options)
+    np.testing.assert_array_equal(area(tmp_path / "a_mask.tif", (10, 10), truth.shape), truth)
+
+
+def test_a_mask_whose_0_is_white_is_refused(tmp_path):
+    truth = np.zeros((100, 130), np.uint8)
+    tifffile.imwrite(tmp_path / "a_mask.tif", truth, photometric="miniswhite")
+    with pytest.raises(UserError, match=r"a_mask.tif: says that 0 is white"):
+        read_annotation(tmp_path / "a_mask.tif", SIZE)
+
 
 KINDS = {
     "one strip": {},

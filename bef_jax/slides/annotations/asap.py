@@ -68,14 +68,15 @@ class _Content:
     def end(self, name: str) -> None:
         if name != "Annotation":
             return
-        if self._attributes.get("Type", "").casefold() not in ("polygon", "spline", "rectangle"):
+        kind = self._attributes.get("Type", "").casefold()
+        if kind not in ("polygon", "spline", "rectangle"):
             self.left_out += 1
             return
         group = self._attributes.get("PartOfGroup", "")
         shapes = self.tumour if is_tumour(group, self._where()) else self.excluded
         # Order is the number of a point, which need not be its place in the file.
         points = [point for _, *point in sorted(self._points, key=lambda each: each[0])]
-        if len(points) == 2:  # opposite corners of a rectangle
+        if kind == "rectangle" and len(points) == 2:  # opposite corners
             (left, top), (right, bottom) = points
             points = [(left, top), (right, top), (right, bottom), (left, bottom)]
         shapes.append(make_shape([points], self._where()))

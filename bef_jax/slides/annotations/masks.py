@@ -16,6 +16,7 @@ from bef_jax.slides.annotations.annotation import Annotation
 
 _MOST_IN_PART = 1 << 28  # pixels of a tile or strip, which is decoded as a whole
 _MOST_KEPT = 1 << 25  # pixels of decoded parts that stay in memory
+_ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
 _SAME_RATIO = 0.02  # by which the two sides of a mask may be scaled differently
 
 
@@ -58,6 +59,8 @@ def _downsample(path: Path, page: tifffile.TiffPage, size: tuple[int, int]) -> t
         raise UserError(f"{path}: is not a mask of numbers")
     if page.planarconfig != 1 and page.samplesperpixel > 1:
         raise UserError(f"{path}: has its channels one after the other; save one channel")
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        raise UserError(f"{path}: says that 0 is white; save it so that 0 is black")
     if part > _MOST_IN_PART:
         raise UserError(f"{path}: has a strip of {part:,} pixels; save it in tiles")
     x, y = _whole(size[0], width), _whole(size[1], height)
@@ -82,7 +85,7 @@ def _whole(length: int, shrunk: int) -> float:
 
 
 class Mask(Annotation):
-    """A mask: what is above 0 in its first three channels is tumour.
+    """A mask: what is above 0 in one of its first three channels is tumour; alpha does not count.
 
     The file is open only while it is read.
     """
@@ -152,9 +155,15 @@ class Mask(Annotation):
             raise UserError(f"{self.path}: damaged ({reason_of(error)})") from error
         # A strip at the bottom may have fewer rows than the others.
         return np.pad(
-            (pixels[0, ..., :3] > 0).any(axis=-1),
+            (pixels[0, ..., : _colours(page)] > 0).any(axis=-1),
             [(0, height - pixels.shape[1]), (0, width - pixels.shape[2])],
         )
+
+
+def _colours(page: tifffile.TiffPage) -> int:
+    """Returns how many of a pixel's first channels say whether it is tumour."""
+    alphas = sum(kind in _ALPHA for kind in page.extrasamples)
+    return min(3, max(1, page.samplesperpixel - alphas))
 
 
 def _parts(
