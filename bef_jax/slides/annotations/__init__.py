@@ -44,6 +44,6 @@ def read_annotation(path: Path, size: tuple[int, int]) -> Annotation:
         UserError: it cannot be read, or is not of this slide.
     """
     suffix = path.suffix.lower()
-    if suffix in (".tif", ".tiff"):
+    if suffix in MASKS:
         return masks.read_mask(path, size)
     return asap.read_asap(path) if suffix == ".xml" else geojson.read_geojson(path)

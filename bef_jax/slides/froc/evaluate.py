@@ -2,7 +2,7 @@
 
 import csv
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +71,17 @@ def evaluate_slides(workdir: Path, truth_dir: Path | None) -> dict:
         **_figures_of_slides(judged, len(failed)),
     }
     summary["reasons"] = _reasons(summary)
-    rows = _lesion_rows(judged)
-    folder = workdir / _FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_lesions(folder / _LESIONS, rows)
-    _write_curve(folder / _CURVE, curve)
     band = [interval_of(column) or (np.nan, np.nan) for column in resampled[:, len(RATES) :].T]
     points = np.stack([curve.false_positives, curve.sensitivity], axis=1)
     content = FrocContent(
-        workdir.name, summary, points, np.column_stack([_DRAWN, band]), rows, tuple(failed)
+        workdir.name,
+        summary,
+        points,
+        np.column_stack([_DRAWN, band]),
+        _lesion_rows(judged),
+        tuple(failed),
     )
-    write_froc_page(folder, content)
-    return summary | {"files": [str(folder / name) for name in _FILES]}
+    return summary | {"files": _write(workdir / _FOLDER, content, curve)}
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -146,6 +145,15 @@ def _reasons(summary: dict) -> dict[str, str]:
 # ---- files --------------------------------------------------------------------------------------
 
 
+def _write(folder: Path, content: FrocContent, curve: Curve) -> list[str]:
+    """Writes all files, and returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_lesions(folder / _LESIONS, content.lesions)
+    _write_curve(folder / _CURVE, curve)
+    write_froc_page(folder, content)
+    return [str(folder / name) for name in _FILES]
+
+
 def _lesion_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Returns the rows of all lesions, with the false positives per slide at their probability."""
     false = np.sort(np.concatenate([each.hits.false_positives for each in judged]))
@@ -158,12 +166,12 @@ def _lesion_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_lesions(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write_lesions(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with replacing(file, "w", newline="", encoding="utf-8") as stream:
         out = csv.writer(stream)
         out.writerow(_LESION_COLUMNS)
         for row in rows:
-            cells = row | {"slide": csv_cell(printable(row["slide"])), "itc": int(row["itc"])}
+            cells = {**row, "slide": csv_cell(printable(row["slide"])), "itc": int(row["itc"])}
             out.writerow([cells[column] for column in _LESION_COLUMNS])
 
 
