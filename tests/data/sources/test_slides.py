@@ -326,6 +326,20 @@ def test_an_edited_annotation_is_noticed(make, made, tmp_path):
     expect_error(data, "has changed since the store", read=lambda data: [store.prepare(data)])
 
 
+def test_folders_behind_links_count_as_others_do(make, made, tmp_path):
+    there = shutil.copytree(made[0], tmp_path / "there")
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    (folder / "linked").symlink_to(there)
+    data = make(folder)
+    before = sources.identity(data)
+    mask = there / "tumor_3_mask.tif"
+    tifffile.imwrite(mask, np.zeros((HEIGHT, WIDTH + 1), np.uint8))
+    assert sources.identity(data) != before
+    mask.rename(there / "tumor_9_mask.tif")
+    expect_error(data, f"{folder / 'linked' / 'tumor_9_mask.tif'}: is the annotation of no slide")
+
+
 @pytest.mark.slow
 def test_a_network_is_trained_on_the_store(made, small_config, tmp_path):
     from bef_jax import train
@@ -456,7 +470,7 @@ def test_folders_that_cannot_be_used(make, made, tmp_path):
     full = np.full((HEIGHT, WIDTH, 3), TUMOUR, np.uint8)
     for i in range(3):
         write_slide(tmp_path / "tumour" / f"t{i}.tif", full)
-    expect_error(make(tmp_path / "tumour"), "nothing is normal")
+    expect_error(make(tmp_path / "tumour"), "none is normal")
 
 
 def test_too_few_slides_or_patches(make, tmp_path):

@@ -1,9 +1,9 @@
 """The files of slides and annotations in a folder, and a checksum that shows a change of them."""
 
+import functools
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from ml_collections import ConfigDict
 
@@ -18,21 +18,22 @@ _TEXTS = (*POLYGONS, ".csv")
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Yields the files of a folder and those below it with such names, sorted.
 
-    Hidden ones and those of stores are left out.
+    Links to folders are followed, because slides are found behind them, too. Hidden files and those
+    of stores are left out.
+
+    Raises:
+        UserError: see `pictures.walk`.
     """
-    for where, folders, names in os.walk(folder):
-        if where != str(folder) and _is_store(where, names):
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in sorted(names):
-            if name[0] != "." and name.lower().endswith(suffixes):
-                yield Path(where, name)
-
-
-def _is_store(where: str, names: Sequence[str]) -> bool:
     # By default the store lies in the folder of the slides. It has a JSON file.
-    return os.path.basename(where).startswith("store_slides") or "manifest.json" in names
+    is_store = functools.cache(
+        lambda below: (
+            below.name.startswith("store_slides") or (folder / below / "manifest.json").exists()
+        )
+    )
+    for name, _ in pictures.walk(folder, suffixes):
+        below = PurePosixPath(name).parents
+        if not any(is_store(each) for each in below[:-1]):  # the last one is `folder` itself
+            yield folder / name
 
 
 def checksum(data: ConfigDict) -> str | None:
