@@ -5,6 +5,7 @@ from pathlib import Path
 from bef_jax.slides.annotations import asap, geojson, masks
 from bef_jax.slides.annotations.annotation import Annotation
 from bef_jax.slides.annotations.find import (
+    MANY_USES,
     MASKS,
     POLYGONS,
     annotated_names,
@@ -20,6 +21,7 @@ from bef_jax.slides.annotations.reference import (
 
 __all__ = [
     "LESION_CLASSES",
+    "MANY_USES",
     "MASKS",
     "POLYGONS",
     "Annotation",

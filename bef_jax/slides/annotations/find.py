@@ -10,7 +10,7 @@ from bef_jax.errors import UserError, reason_of
 # What follows the slide's name in the names of CAMELYON16's masks.
 _MASK = re.compile(r"_(?:evaluation_)?mask\.tiff?$")
 POLYGONS = (".xml", ".geojson", ".geojson.gz", ".json", ".json.gz")
-_MANY_USES = (".json", ".json.gz")  # files of other kinds have these suffixes, too
+MANY_USES = (".json", ".json.gz")  # files of other kinds have these suffixes, too
 MASKS = (".tif", ".tiff")
 
 
@@ -51,7 +51,7 @@ def annotated_names(folder: Path) -> set[str]:
         name = file.name.casefold()
         mask = _MASK.search(name)
         ending = mask[0] if mask else next(filter(name.endswith, POLYGONS), None)
-        if ending and ending not in _MANY_USES:
+        if ending and ending not in MANY_USES:
             found.add(file.name[: -len(ending)])
     return found
 

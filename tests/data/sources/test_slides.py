@@ -406,6 +406,12 @@ def test_two_slides_may_not_share_an_annotation(make, made, tmp_path):
     expect_error(make(folder), "tumor_0_mask.tif: could be of ", "tumor_0.tiff")
 
 
+def test_a_json_file_beside_the_slides_may_be_anything(make, made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "slides")
+    (folder / "server.json").write_text("[]")
+    sources.open_source(make(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [

@@ -12,6 +12,7 @@ from bef_jax.data.sources.slides.files import find_files
 from bef_jax.errors import UserError, listed, printable
 from bef_jax.runtime.files import user_path
 from bef_jax.slides.annotations import (
+    MANY_USES,
     MASKS,
     POLYGONS,
     SlideLabel,
@@ -164,7 +165,8 @@ def _check_known(root: Path, folder: Path, paths: Iterable[Path], known: set[Pat
         # Beside the slides, another TIFF may be a picture of anything.
         if is_mask and (path.resolve() in slides or folder == root) and not is_called_mask(path):
             continue
-        if path not in known:
+        # A .json may be anything, such as the notes of a program that showed the slide.
+        if path not in known and not path.name.lower().endswith(MANY_USES):
             raise UserError(
                 f"{path}: is the annotation of no slide in {root}; give it the name of its slide, "
                 "or move it away"
