@@ -14,7 +14,7 @@ from bef_jax.data.chunk import ranges
 from bef_jax.data.patch import SPLITS, Tiling, same_scale
 from bef_jax.data.sources import hdf5, npz
 from bef_jax.errors import UserError, printable
-from bef_jax.slides.reader import find_slides
+from bef_jax.slides.reader import find_slides, is_result
 
 LOG = logging.getLogger(__name__)
 
@@ -58,14 +58,17 @@ def divide(
         for an input that holds neither, such as a store.
 
     Raises:
-        UserError: a folder cannot be listed.
+        UserError: a folder cannot be listed, or has only results of a prediction.
     """
     if split or not path.exists() or _is_store(path) or _is_array_file(path):
         return [], None
     slides = find_slides(path, side, mpp, slide_mpp)
     files = [path]
     if path.is_dir():
-        files = [path / name for name, _ in pictures.walk(path)]
+        found = [path / name for name, _ in pictures.walk(path)]
+        files = [file for file in found if not is_result(file)]
+        if found and not files and not slides:
+            raise UserError(f"--input={path}: has only results of --mode=predict; name another")
     chosen = {file for _, file in slides}
     return slides, [file for file in files if file not in chosen]
 

@@ -19,7 +19,16 @@ from bef_jax.slides.readers.of_picture import PictureReader
 from bef_jax.slides.readers.with_openslide import OpenSlideReader
 from bef_jax.slides.readers.with_tifffile import TiffReader
 
-__all__ = ["SUFFIXES", "Level", "Region", "Slide", "find_slides", "is_slide", "open_slide"]
+__all__ = [
+    "SUFFIXES",
+    "Level",
+    "Region",
+    "Slide",
+    "find_slides",
+    "is_result",
+    "is_slide",
+    "open_slide",
+]
 
 LOG = logging.getLogger(__name__)
 
@@ -36,6 +45,8 @@ SUFFIXES = (
     ".czi",
     ".svslide",
 )
+# What --mode=predict writes into the folder of a slide: pictures, and the table that comes first.
+_RESULTS, _FIRST_RESULT = ("heatmap.png", "mask.png", "probability.tif"), "tiles.csv.gz"
 _GENERIC = "generic-tiff"  # OpenSlide's name of a tiled TIFF that no scanner has marked
 
 
@@ -153,6 +164,14 @@ def _has_levels(path: Path, vendor: str | None, facts: tiff_pages.TiffFacts) -> 
         return False
 
 
+def is_result(path: Path) -> bool:
+    """Returns whether a picture or slide is a result of --mode=predict, which is no input.
+
+    The workdir may lie inside the input.
+    """
+    return path.name in _RESULTS and (path.parent / _FIRST_RESULT).is_file()
+
+
 def find_slides(
     path: Path, side: int, mpp: float | None = None, slide_mpp: float | None = None
 ) -> list[tuple[str, Path]]:
@@ -173,7 +192,8 @@ def find_slides(
     """
     names = [path.name]
     if path.is_dir():
-        names = [name for name, _ in pictures.walk(path, (*pictures.SUFFIXES, *SUFFIXES))]
+        walk = pictures.walk(path, (*pictures.SUFFIXES, *SUFFIXES))
+        names = [name for name, _ in walk if not is_result(path / name)]
     root = path if path.is_dir() else path.parent
     found = [name for name in names if is_slide(root / name, side, mpp, slide_mpp)]
     found = list(_one_of_each_series(root, found))

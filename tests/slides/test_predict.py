@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 import bef_jax
@@ -458,6 +459,26 @@ def test_the_table_has_the_slides_of_this_input_alone(network, cheap, slide, tmp
     predict.predict_files(config, run, best, slide("b.tif"))
     assert list(table(run)) == ["b"]
     assert (run / "slides" / "a" / "slide.json").is_file()
+
+
+def test_results_are_no_input(network, cheap, slide, tmp_path):
+    """The workdir lies in the input; one map is wide enough to be a pyramid."""
+    folder = tmp_path / "in"
+    slide("case/a.tif")
+    Image.fromarray(tissue_pixels(96, 96)).save(folder / "p.png")
+    pixels = np.full((200, 600 * 32, 3), GLASS, np.uint8)
+    pixels[40:140, 20:150] = tissue_pixels(130, 100)
+    write_pyramid(folder / "wide.tif", pixels, MPP, (1, 2), compression="deflate")
+    config, best = network()
+    for run in (folder / "out", folder / "out", folder):
+        summary = predict.predict_files(config, run, best, folder)
+        assert summary["unreadable"] == []
+        assert list(table(run)) == ["case/a", "wide"]
+        assert len((run / "predictions.csv").read_text().splitlines()) == 2
+    with tifffile.TiffFile(folder / "out" / "slides" / "wide" / "probability.tif") as tif:
+        assert len(tif.series[0].levels) > 1
+    with pytest.raises(UserError, match="has only results of --mode=predict"):
+        predict.predict_files(config, tmp_path / "x", best, folder / "out" / "slides")
 
 
 def test_what_lies_in_the_way_is_named(network, cheap, slide, tmp_path):
