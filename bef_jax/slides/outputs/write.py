@@ -44,8 +44,9 @@ def write_outputs(
         columns, side and stride in pixels of level 0), windows (that were decided or failed),
         failed, tissue_share (of the grid's windows), positives, score (the mean of the
         config.slides.top greatest probabilities; None without any), largest_lesion_um,
-        lesion_class, regions, detections. For more than two classes positives, score, lesions and
-        detections are None, and counts has the number of windows that are called each class.
+        lesion_class (both None if all windows failed), regions, detections. For more than two
+        classes positives, score, lesions and detections are None, and counts has the number of
+        windows that are called each class.
 
     Raises:
         UserError: the slide can no longer be opened.
@@ -100,11 +101,13 @@ def _lesions(
     count = write_detections(
         folder / _DETECTIONS, found, slides.detection_threshold, slides.detection_radius
     )
+    # "none" would call a slide normal of which nothing could be read.
+    is_unknown = found.failed.any() and not found.tissue.any()
     return {
         "positives": int((found.called == 1).sum()),
         "score": _score(found.probability[found.tissue], slides.top),
-        "largest_lesion_um": largest,
-        "lesion_class": lesion_class(largest),
+        "largest_lesion_um": None if is_unknown else largest,
+        "lesion_class": None if is_unknown else lesion_class(largest),
         "detections": count,
     }
 

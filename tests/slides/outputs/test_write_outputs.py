@@ -93,6 +93,14 @@ def test_a_slide_without_tissue_has_all_files(tmp_path):
     assert facts["tissue_share"] == facts["largest_lesion_um"] == 0
 
 
+def test_a_slide_of_which_nothing_can_be_read_has_no_class(tmp_path):
+    probability = np.full((4, 6), np.nan)
+    probability[1:3] = -1
+    facts = write(tmp_path, probability)
+    assert (facts["windows"], facts["failed"]) == (12, 12)
+    assert facts["score"] is facts["lesion_class"] is facts["largest_lesion_um"] is None
+
+
 def test_more_classes_have_counts_and_no_detections(tmp_path):
     (tmp_path / "detections.csv").write_text("of an earlier run")
     probability = np.random.default_rng(0).dirichlet(np.ones(3), (20, 30))
