@@ -106,6 +106,7 @@ def predict_files(
             network = for_slides(predict, config, mesh)
             of_slides = predict_slides(config, workdir, checkpoint_path, digest, sources, network)
             found = _sum(found, of_slides)
+        _warn_of_earlier(workdir, found)
     return {
         "mode": "predict",
         "checkpoint": str(checkpoint_path),
@@ -167,6 +168,13 @@ def _sum(of_patches: dict, of_slides: dict) -> dict:
             for name, count in counts.items()
         }
     return found
+
+
+def _warn_of_earlier(workdir: Path, found: dict) -> None:
+    """Names the tables that an earlier run left there, because they are not of this input."""
+    for name, key in ((_FILE, "predictions"), (TABLE, "slides")):
+        if not found[key] and (workdir / name).exists():
+            LOG.warning("%s: is of an earlier run, as this one had no input for it", workdir / name)
 
 
 # ---- patches and pictures -----------------------------------------------------------------------

@@ -461,6 +461,19 @@ def test_the_table_has_the_slides_of_this_input_alone(network, cheap, slide, tmp
     assert (run / "slides" / "a" / "slide.json").is_file()
 
 
+def test_tables_of_an_earlier_input_are_named(network, cheap, slide, tmp_path, caplog):
+    config, best = network()
+    run, path, patch = tmp_path / "run", slide(), tmp_path / "p.png"
+    Image.fromarray(tissue_pixels(96, 96)).save(patch)
+    predict.predict_files(config, run, best, path)
+    predict.predict_files(config, run, best, path)
+    assert "earlier run" not in caplog.text
+    predict.predict_files(config, run, best, patch)
+    assert "slides.csv: is of an earlier run" in caplog.text
+    predict.predict_files(config, run, best, path)
+    assert "predictions.csv: is of an earlier run" in caplog.text
+
+
 def test_results_are_no_input(network, cheap, slide, tmp_path):
     """The workdir lies in the input; one map is wide enough to be a pyramid."""
     folder = tmp_path / "in"
