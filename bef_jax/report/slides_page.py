@@ -44,6 +44,11 @@ _CLASSES = {
     "micro": "micrometastasis",
     "macro": "macrometastasis",
 }
+_SOURCE = 'All figures are also in <a href="slides.csv">slides.csv</a>.'
+_SOURCE_OF_SHARES = (
+    'Sizes are also in <a href="slides.csv">slides.csv</a>, and the windows of each class in the '
+    "facts of each slide."
+)
 
 
 def write_slides_page(workdir: Path, slides: list[dict]) -> Path:
@@ -105,6 +110,7 @@ def _head(title: str, done: list[dict], failed: list[dict]) -> str:
         style=read["page.css"] + read["slides.css"],
         headline=_headline(done, failed),
         note=_note(one),
+        source=_SOURCE if _is_binary(one) else _SOURCE_OF_SHARES,
         facts=table([["", ""], *rows]) if rows else "",
     )
 
