@@ -107,6 +107,7 @@ def predict_files(
             of_slides = predict_slides(config, workdir, checkpoint_path, digest, sources, network)
             found = _sum(found, of_slides)
         _warn_of_earlier(workdir, found)
+    saved = found["slides"]["saved_windows"] if found["slides"] else 0  # by an earlier run
     return {
         "mode": "predict",
         "checkpoint": str(checkpoint_path),
@@ -117,7 +118,7 @@ def predict_files(
         "tta": config.eval.tta,
         "operating_point": checkpoint.read_metadata(checkpoint_path).get("operating_point"),
         # The time includes reading and compiling, because a user waits for them, too.
-        "images_per_second": found["n"] / (time.perf_counter() - start),
+        "images_per_second": max(0, found["n"] - saved) / (time.perf_counter() - start),
     }
 
 

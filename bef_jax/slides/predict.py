@@ -201,6 +201,7 @@ def _score(work: _Work, source: Source, slide: Slide, grid: Grid, journal: Journ
             )
         with work.meter.row(tiles):
             windows = _score_row(work, slide, grid, journal.rows[number], tiles)
+        work.meter.windows += len(windows.rows)
         journal.save(number, windows)
 
 
@@ -340,6 +341,7 @@ def _summary(
         "failed": len(records) - len(done),
         "windows": windows,
         "failed_windows": failed,
+        "saved_windows": max(0, windows - meter.windows),
     }
     return found | {
         "unreadable": [problem for record in records if (problem := _problem(record))],
@@ -360,10 +362,12 @@ class _Meter:
 
     Attributes:
         waited: seconds of waiting since the present row of blocks began.
+        windows: that this run has read; others were saved by an earlier one.
     """
 
     def __init__(self) -> None:
         self.waited = 0.0
+        self.windows = 0
         self._rows: list[tuple[float, float, float]] = []  # tiles, seconds, seconds of waiting
 
     @contextlib.contextmanager

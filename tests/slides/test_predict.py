@@ -219,6 +219,8 @@ def test_a_slide_that_is_done_is_not_read_again(network, cheap, slide, reads, tm
     assert not (run / "slides/a/.partial").exists()
     assert (again["n"], again["positives"]) == (first["n"], first["positives"])
     assert again["slides"]["tiles_per_second"] is again["slides"]["input_wait_fraction"] is None
+    assert (first["slides"]["saved_windows"], again["slides"]["saved_windows"]) == (0, first["n"])
+    assert again["images_per_second"] == 0 < first["images_per_second"]
     record = run / "slides" / "a" / "slide.json"
     content = json.loads(record.read_text())
     for damaged in ("", "{", "[]", json.dumps(content | {"failed": "0"}), '{"fingerprint": 1}'):
