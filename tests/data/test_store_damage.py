@@ -153,7 +153,7 @@ MANIFESTS = {
 }
 FIELDS = {
     "no source": lambda m: m.pop("source"),
-    "another source": lambda m: m.update(source="slides"),
+    "another source": lambda m: m.update(source="photographs"),
     "no count of test": lambda m: m["counts"].pop("test"),
     "a count of text": lambda m: m["counts"].update(train="20"),
     "an unknown split": lambda m: m["counts"].update(other=3),

@@ -4,6 +4,8 @@ A patch is positive if the square in its middle has a pixel of tumour. Each clas
 patches, and each slide of a split gives equally many of a class, as far as it has them.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from bef_jax.data.chunk import Begin, Contents, silent
@@ -15,6 +17,7 @@ from bef_jax.data.sources.description import (
     folder_identity,
     numbered_classes,
 )
+from bef_jax.runtime.files import user_path
 
 DESCRIPTION = Description(
     shared_slides="no: each slide is in one split",
@@ -30,12 +33,20 @@ def identity(data: ConfigDict) -> dict:
 
     Annotations are edited more often than they get other names.
     """
-    from bef_jax.data.sources.slides.files import checksum
-
     fields = {name: data[name] for name in (*_FIELDS, "seed")}
     lists = {"classes": list(data.classes), "split_ratio": list(data.split_ratio)}
-    files = {"table": found} if (found := checksum(data)) else {}
+    given = dict.fromkeys(filter(None, (data.dir, data.annotations)))
+    folders = [folder for each in given if (folder := user_path(each)).is_dir()]
+    files = {"table": found} if (found := _checksum(folders)) else {}
     return folder_identity(data) | fields | lists | {"mpp": data.mpp or PCAM.mpp} | files
+
+
+def _checksum(folders: list[Path]) -> str | None:
+    if not folders:  # without them, the libraries that read files are not imported
+        return None
+    from bef_jax.data.sources.slides.files import checksum
+
+    return checksum(folders)
 
 
 def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:

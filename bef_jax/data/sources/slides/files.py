@@ -2,13 +2,11 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from ml_collections import ConfigDict
-
 from bef_jax.data import pictures
-from bef_jax.runtime.files import sha256, user_path
+from bef_jax.runtime.files import sha256
 from bef_jax.slides.annotations import POLYGONS
 from bef_jax.slides.reader import SUFFIXES
 
@@ -36,16 +34,12 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
             yield folder / name
 
 
-def checksum(data: ConfigDict) -> str | None:
-    """Returns a checksum of the slides and annotations; None if there are none.
+def checksum(folders: Iterable[Path]) -> str | None:
+    """Returns a checksum of the slides and annotations in folders; None if there are none.
 
     Of slides and masks the size counts, because reading them can take hours. Of text the content
     does.
     """
-    given = dict.fromkeys(filter(None, (data.dir, data.annotations)))
-    folders = [folder for each in given if (folder := user_path(each)).is_dir()]
-    if not folders:
-        return None
     digest, count = hashlib.sha256(), 0
     for folder in folders:
         for path in find_files(folder, _TEXTS + SUFFIXES + pictures.SUFFIXES):
