@@ -83,16 +83,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # row or column. Half of it takes four times as long, and gives a smoother heat map.
     predict.stride = placeholder(int)
 
-    config.slides = slides = ConfigDict()
-    # Micrometres per pixel of the largest level, which counts instead of what a slide says; 0: as
-    # the slide says. A flat TIFF without a scale is read as a slide only if this is set.
-    slides.mpp = 0.0
-    # Windows whose greatest probabilities are averaged for a slide's score; 1: the greatest counts.
-    slides.top = 1
-    slides.detection_threshold = 0.1  # smallest probability of a candidate lesion
-    slides.detection_radius = 200.0  # micrometres; of two candidates nearer than this, one is kept
+    config.slides = _slides()
     # Micrometres per pixel of the source slides' largest level; follows slides.mpp.
-    data.slide_mpp = slides.get_ref("mpp") + 0.0
+    data.slide_mpp = config.slides.get_ref("mpp") + 0.0
     # Side of the square in which a pixel of tumour makes a patch of the source slides positive;
     # follows rcc.center.
     data.slide_center = config.rcc.get_ref("center") + 0
@@ -160,6 +153,18 @@ def _optim() -> ConfigDict:
     optim.freeze = ""
     optim.head_only_steps = 0  # first steps in which only classifier and attention learn
     return optim
+
+
+def _slides() -> ConfigDict:
+    slides = ConfigDict()
+    # Micrometres per pixel of the largest level, which counts instead of what a slide says; 0: as
+    # the slide says. A flat TIFF without a scale is read as a slide only if this is set.
+    slides.mpp = 0.0
+    # Windows whose greatest probabilities are averaged for a slide's score; 1: the greatest counts.
+    slides.top = 1
+    slides.detection_threshold = 0.1  # smallest probability of a candidate lesion
+    slides.detection_radius = 200.0  # micrometres; of two candidates nearer than this, one is kept
+    return slides
 
 
 def _data() -> ConfigDict:
