@@ -21,8 +21,8 @@ from jax import Array, export
 from ml_collections import ConfigDict
 
 from bef_jax import __version__
-from bef_jax.data.patch import PCAM_SIDE, class_names, deciding_side
-from bef_jax.data.sources import synthetic
+from bef_jax.data.patch import class_names, deciding_side
+from bef_jax.data.sources.synthetic import drawn_patches
 from bef_jax.errors import RunError, UserError, install_command
 from bef_jax.export import timm
 from bef_jax.models import create
@@ -160,7 +160,7 @@ _MEANING_OF_MANY = {
 def _write_files(config: ConfigDict, variables: dict, described: dict, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     outputs_fn = folded_outputs_fn(config, variables)
-    images = _drawn_patches(config.data.patch_size)
+    images = drawn_patches(config.data.patch_size, _CHECKED)
     expected, scores = jax.jit(_outputs_fn(create(config.model), config, variables))(images)
     if not np.isfinite(scores).all():
         raise RunError("the network's scores are not finite: export an earlier checkpoint")
@@ -172,7 +172,7 @@ def _write_files(config: ConfigDict, variables: dict, described: dict, folder: P
     # Imported here, because these packages are an extra.
     import onnxruntime
 
-    from bef_jax.export.onnx_graph import to_onnx
+    from bef_jax.models.onnx.graph import to_onnx
 
     content = to_onnx(outputs_fn, spec, output_names(config.model.num_classes), described)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -180,19 +180,6 @@ def _write_files(config: ConfigDict, variables: dict, described: dict, folder: P
     written["model.onnx"] = _place(folder / "model.onnx", content, actual, expected)
     written[timm.FILE] = timm.write(config, variables, folder)
     return written
-
-
-def _drawn_patches(side: int) -> np.ndarray:
-    """Returns patches to compare files on, uint8 [_CHECKED, side, side, 3].
-
-    They are drawn tissue, and not noise, because a trained network is certain about noise. Even
-    files that differ would then agree.
-    """
-    images = next(synthetic.generate("test", _CHECKED, seed=0)).images
-    # For smaller patches the middle is cut out. For larger ones mirror images are added.
-    first, more = max(0, PCAM_SIDE - side) // 2, max(0, side - PCAM_SIDE)
-    images = np.pad(images, [(0, 0), (0, more), (0, more), (0, 0)], "symmetric")
-    return images[:, first : first + side, first : first + side]
 
 
 def _place(file: Path, content: bytes, actual: Array, expected: Array) -> dict:

@@ -228,7 +228,7 @@ def test_both_files_score_as_the_network_does_without_this_package(small_config,
 )
 def test_onnx_of_every_family_scores_as_the_network_does(name, small_config):
     onnxruntime = pytest.importorskip("onnxruntime")
-    from bef_jax.export.onnx_graph import to_onnx
+    from bef_jax.models.onnx.graph import to_onnx
 
     config = small_config(**{"model.name": name})
     state = create_state(config, sharding.replicated(sharding.make_mesh()))

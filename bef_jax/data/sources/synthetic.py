@@ -55,6 +55,19 @@ def open_source(data: ConfigDict, begin: Begin = silent) -> Contents:
     return Contents(read(data, begin), numbered_classes(data), DESCRIPTION.mpp)
 
 
+def drawn_patches(side: int, count: int) -> np.ndarray:
+    """Returns patches on which two forms of a network are compared, uint8 [count, side, side, 3].
+
+    They are drawn tissue, and not noise, because a trained network is certain about noise. Even
+    forms that differ would then agree.
+    """
+    images = next(generate("test", count, seed=0)).images
+    # For smaller patches the middle is cut out. For larger ones mirror images are added.
+    first, more = max(0, PCAM_SIDE - side) // 2, max(0, side - PCAM_SIDE)
+    images = np.pad(images, [(0, 0), (0, more), (0, more), (0, 0)], "symmetric")
+    return images[:, first : first + side, first : first + side]
+
+
 def read(data: ConfigDict, begin: Begin = silent) -> Iterator[tuple[str, Chunk]]:
     """Yields (split, chunk) of the patches that `data`'s sizes and seed ask for."""
     for split in READ_ORDER:

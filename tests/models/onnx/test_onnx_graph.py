@@ -13,7 +13,7 @@ from scipy.special import softmax
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-from bef_jax.export.onnx_graph import to_onnx  # noqa: E402 (it imports onnx)
+from bef_jax.models.onnx.graph import to_onnx  # noqa: E402 (it imports onnx)
 
 
 def test_a_select_between_broadcast_arrays_is_broadcast_too():
@@ -84,3 +84,46 @@ def test_facts_are_read_back_from_the_file_unchanged():
     assert {prop.key: json.loads(prop.value) for prop in model.metadata_props} == facts
     without_facts = onnx.load_model_from_string(to_onnx(lambda x: (x.sum(1),), argument, ["y"]))
     assert not without_facts.metadata_props
+
+
+def _gated(x):
+    """A small network: everything that keeps the channels first, and what ends it."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    layout = ("NHWC", "HWIO", "NHWC")
+    x = lax.conv_general_dilated(x, normal(3, 3, 4, 8), (1, 1), "SAME", dimension_numbers=layout)
+    x = jnp.minimum(jnp.maximum(x + normal(8), 0.0), 6.0) @ normal(8, 6)
+    gate = jax.nn.sigmoid(jax.nn.silu(x.mean((1, 2)) @ normal(6, 3)) @ normal(3, 6) + normal(6))
+    x = jnp.concatenate([x * gate[:, None, None], jnp.tanh(x)], axis=-1)
+    x = lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+    x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "SAME")
+    return x.sum((1, 2)) / 3, jnp.maximum(x.mean((1, 2)), 0.1) @ normal(12, 2), x.max(-1)
+
+
+def test_maps_keep_their_channels_first_from_the_first_convolution_on():
+    argument = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), 6, 6, 4), jnp.float32)
+    file = to_onnx(_gated, argument, ["sums", "scores", "tops"])
+    x = np.random.default_rng(0).normal(size=(3, 6, 6, 4)).astype(np.float32)
+    session = onnxruntime.InferenceSession(file)
+    for found, expected in zip(session.run(None, {"image": x}), _gated(x), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    nodes = [node.op_type for node in onnx.load_model_from_string(file).graph.node]
+    # One before the first convolution, and one for the maximum over channels, which ends this.
+    assert nodes.count("Transpose") == 2
+    # Both bounds are in one node, so that a runtime can fuse it with the convolution.
+    assert nodes.count("Clip") == 2 and not {"Max", "Min"} & {*nodes}
+
+
+def test_a_bound_whose_map_is_read_again_stays():
+    def twice(x):
+        low = jnp.maximum(x, 0.0)
+        return (jnp.minimum(low, 1.0), low, jnp.maximum(jnp.minimum(x, 1.0), 2.0))
+
+    argument = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), 4), jnp.float32)
+    session = onnxruntime.InferenceSession(to_onnx(twice, argument, ["both", "low", "crossed"]))
+    x = 3 * np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    for found, expected in zip(session.run(None, {"image": x}), twice(x), strict=True):
+        np.testing.assert_array_equal(found, expected)

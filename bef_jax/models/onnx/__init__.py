@@ -1,0 +1,1 @@
+"""A function of JAX as an ONNX graph, for inference by other runtimes."""
