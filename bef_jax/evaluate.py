@@ -1,6 +1,5 @@
 """--mode=eval: the metrics of a checkpoint on a split, and a comparison with another one."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from bef_jax.data.splits import check_store, warn_of_one_class
 from bef_jax.data.store import Split
 from bef_jax.runtime import sharding
 from bef_jax.scoring import trained
-from bef_jax.scoring.evaluator import make_evaluator, summarise
+from bef_jax.scoring.engines.predictor import EngineScorer
+from bef_jax.scoring.evaluator import evaluate_split, summarise
 from bef_jax.scoring.metrics import Evaluation
 from bef_jax.scoring.paired_tests import paired_tests
 from bef_jax.training import checkpoint
@@ -55,9 +55,9 @@ def evaluate_checkpoint(
 
 
 def _config_of_other(other: Path, config: ConfigDict) -> ConfigDict:
-    """Returns the other checkpoint's configuration, with the data and eval fields of `config`."""
+    """Returns the other checkpoint's configuration, with data, eval and predict of `config`."""
     other_config = trained.scoring_config(other)
-    other_config.update(data=config.data, eval=config.eval)
+    other_config.update(data=config.data, eval=config.eval, predict=config.predict)
     return other_config
 
 
@@ -65,7 +65,13 @@ def _evaluator(path: Path, config: ConfigDict) -> Callable[[Split], Evaluation]:
     """Returns `evaluate(split)` for the checkpoint at `path`, which is read and compiled once."""
     mesh = sharding.make_mesh()
     variables = checkpoint.restore_variables(path, config, sharding.replicated(mesh))
-    return functools.partial(make_evaluator(config, mesh), variables)
+    scorer = EngineScorer(config, variables, mesh)
+
+    def evaluate(split: Split) -> Evaluation:
+        scorer.expect(len(split))
+        return evaluate_split(config, mesh, scorer, split)
+
+    return evaluate
 
 
 def _compare(evaluation: Evaluation, path: Path, config: ConfigDict, patches: Split) -> dict:

@@ -23,6 +23,7 @@ from bef_jax.data.inputs import Patch
 from bef_jax.data.patch import class_names, deciding_side, tiling
 from bef_jax.errors import UserError, printable
 from bef_jax.runtime import files, lock, sharding
+from bef_jax.scoring.engines.predictor import EngineScorer
 from bef_jax.scoring.heatmap import (
     ClassTiles,
     TileProbabilities,
@@ -34,7 +35,15 @@ from bef_jax.scoring.heatmap import (
 from bef_jax.scoring.probabilities_csv import csv_cell
 from bef_jax.scoring.scorer import check_finite, make_predictor
 from bef_jax.scoring.slide_scorer import Predict, for_slides
-from bef_jax.slides.predict import FOLDER, PAGE, TABLE, Source, look_at_slides, predict_slides
+from bef_jax.slides.predict import (
+    FOLDER,
+    PAGE,
+    TABLE,
+    Network,
+    Source,
+    look_at_slides,
+    predict_slides,
+)
 from bef_jax.training import checkpoint
 from bef_jax.training.state import params_digest
 
@@ -77,7 +86,7 @@ def predict_files(
 
     Returns:
         The summary: mode, checkpoint, input, n, positives, unreadable (file and reason of each
-        picture or slide that can't be read, or not in full), threshold, temperature, tta,
+        picture or slide that can't be read, or not in full), threshold, temperature, tta, engine,
         operating_point, predictions, heatmaps, slides, images_per_second. `operating_point` is
         what the run chose on the valid split, or None. For more than two classes, positives and
         threshold are None, and `counts` says how many patches are called each class. Without
@@ -96,15 +105,17 @@ def predict_files(
         mesh = sharding.make_mesh()
         everywhere = sharding.replicated(mesh)
         variables = checkpoint.restore_variables(checkpoint_path, config, everywhere)
-        predict = make_predictor(config, variables, mesh)
+        scorer = EngineScorer(config, variables, mesh)
+        predict = make_predictor(config, scorer, mesh)
         found = _NOTHING
         if pictures != []:
             is_needed = not any(source.refused is None for source in sources)
             found = _predict_patches(config, workdir, path, split, pictures, predict, is_needed)
         if sources:
+            scorer.expect(int(sum(source.tiles for source in sources)))
             digest = params_digest(variables["params"], variables.get("batch_stats", {}))
-            network = for_slides(predict, config, mesh)
-            of_slides = predict_slides(config, workdir, checkpoint_path, digest, sources, network)
+            network = Network(digest, scorer.engine, for_slides(predict, config, mesh))
+            of_slides = predict_slides(config, workdir, checkpoint_path, network, sources)
             found = _sum(found, of_slides)
         _warn_of_earlier(workdir, found)
     saved = found["slides"]["saved_windows"] if found["slides"] else 0  # by an earlier run
@@ -116,6 +127,7 @@ def predict_files(
         "threshold": config.eval.threshold if config.model.num_classes == 2 else None,
         "temperature": 1.0,  # the probabilities are the network's own; none is applied
         "tta": config.eval.tta,
+        "engine": scorer.engine,
         "operating_point": checkpoint.read_metadata(checkpoint_path).get("operating_point"),
         # The time includes reading and compiling, because a user waits for them, too.
         "images_per_second": max(0, found["n"] - saved) / (time.perf_counter() - start),

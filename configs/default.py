@@ -82,6 +82,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # region that decides the label, so that each pixel is decided once, but for the last tiles of a
     # row or column. Half of it takes four times as long, and gives a smoother heat map.
     predict.stride = placeholder(int)
+    # auto | jax | onnxruntime | openvino: what scores patches on a CPU, if there are many. auto:
+    # the fastest that is installed; it is compared with JAX and timed.
+    predict.engine = "auto"
+    # float32 | bfloat16: the engine may use bfloat16, if it can and the CPU has instructions for it
+    predict.dtype = "float32"
 
     config.slides = _slides()
     # Micrometres per pixel of the source slides' largest level; follows slides.mpp.

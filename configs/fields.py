@@ -133,6 +133,8 @@ FIELDS = {
     "distributed.timeout_seconds": Field(ENVIRONMENT, 1, MOST_INT),
     "benchmark.runs": Field(ENVIRONMENT, 1, MOST_INT),
     "predict.stride": Field(ENVIRONMENT, 1, PATCH_SIDES[1]),
+    "predict.engine": Field(SPEED, choices=("auto", "jax", "onnxruntime", "openvino")),
+    "predict.dtype": Field(SPEED, choices=("float32", "bfloat16")),
     "slides.mpp": Field(ENVIRONMENT, 0, 1000),
     # These follow slides.mpp and rcc.center, which users set, and which errors name first.
     "data.slide_mpp": Field(DATA, 0, 1000),

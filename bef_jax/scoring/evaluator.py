@@ -14,6 +14,7 @@ from bef_jax.scoring.intervals import auc_interval, intervals
 from bef_jax.scoring.metrics import Evaluation
 from bef_jax.scoring.multiclass import metrics_of
 from bef_jax.scoring.scorer import (
+    Scorer,
     batch_size,
     check_finite,
     fetch_one_behind,
@@ -24,41 +25,45 @@ from bef_jax.scoring.scorer import (
 
 
 def make_evaluator(config: ConfigDict, mesh: Mesh) -> Callable[[dict, Split], Evaluation]:
-    """Returns `evaluate(variables, split) -> Evaluation`.
+    """Returns `evaluate(variables, split) -> Evaluation`; see `evaluate_split`.
 
-    It compiles once for all splits and checkpoints. It raises RunError where the scores of a
-    patch are not finite.
+    It compiles once for all splits and checkpoints.
     """
     bind = make_scorer(config, mesh)
-    size = batch_size(config, mesh)
+    return lambda variables, split: evaluate_split(config, mesh, bind(variables), split)
 
-    def evaluate(variables: dict, split: Split) -> Evaluation:
-        scorer = bind(variables)
-        # Neither is a list, so that the host gathers a batch while devices score the one before.
-        batches = (put_batch(split, mesh, rows).images for rows in padded_rows(len(split), size))
-        scored = fetch_one_behind(map(scorer, batches))
-        # Probabilities, and those of the first view, of each batch: the scores of all views of
-        # thousands of classes would fill the memory.
-        found = [(mean_probabilities(x), mean_probabilities(x[:1])) for x in scored]
-        # [N] or [N, K] each, without the padding of the last batch.
-        probabilities, plain = (np.concatenate(x)[: len(split)] for x in zip(*found, strict=True))
-        plain = plain if config.eval.tta > 1 else None
-        check_finite(probabilities, split.ids)
-        metrics = metrics_of(probabilities, split.labels, split.classes, config.eval.threshold)
-        if split.groups is not None:
-            metrics["auc_ci95"] = None  # DeLong's needs independent patches; see `summarise`
-        return Evaluation(
-            split=split.name,
-            ids=split.ids,
-            labels=split.labels,
-            probabilities=probabilities,
-            metrics=metrics,
-            plain=plain,
-            classes=split.classes,
-            groups=split.groups,
-        )
 
-    return evaluate
+def evaluate_split(config: ConfigDict, mesh: Mesh, scorer: Scorer, split: Split) -> Evaluation:
+    """Scores all patches of a split, and returns the scores with their metrics.
+
+    Raises:
+        RunError: the scores of a patch are not finite.
+    """
+    # Neither is a list, so that the host gathers a batch while devices score the one before.
+    rows_of = padded_rows(len(split), batch_size(config, mesh))
+    scored = fetch_one_behind(
+        map(scorer, (put_batch(split, mesh, rows).images for rows in rows_of))
+    )
+    # Probabilities, and those of the first view, of each batch: the scores of all views of
+    # thousands of classes would fill the memory.
+    found = [(mean_probabilities(x), mean_probabilities(x[:1])) for x in scored]
+    # [N] or [N, K] each, without the padding of the last batch.
+    probabilities, plain = (np.concatenate(x)[: len(split)] for x in zip(*found, strict=True))
+    plain = plain if config.eval.tta > 1 else None
+    check_finite(probabilities, split.ids)
+    metrics = metrics_of(probabilities, split.labels, split.classes, config.eval.threshold)
+    if split.groups is not None:
+        metrics["auc_ci95"] = None  # DeLong's needs independent patches; see `summarise`
+    return Evaluation(
+        split=split.name,
+        ids=split.ids,
+        labels=split.labels,
+        probabilities=probabilities,
+        metrics=metrics,
+        plain=plain,
+        classes=split.classes,
+        groups=split.groups,
+    )
 
 
 def summarise(evaluation: Evaluation, config: ConfigDict, valid: Evaluation) -> dict:

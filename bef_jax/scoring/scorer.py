@@ -39,7 +39,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Scorer]:
     score_view = jax.jit(
         functools.partial(view_scores, model, config), out_shardings=sharding.replicated(mesh)
     )
-    fold = _make_fold(config, mesh)
+    fold = make_fold(config, mesh)
 
     def bind(variables: dict) -> Scorer:
         folded = fold(variables)
@@ -49,7 +49,7 @@ def make_scorer(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Scorer]:
     return bind
 
 
-def _make_fold(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
+def make_fold(config: ConfigDict, mesh: Mesh) -> Callable[[dict], dict]:
     """Returns `fold_batch_norm`, jitted, with its result on every device."""
     return jax.jit(
         functools.partial(fold_batch_norm, epsilon=config.model.bn_epsilon),
@@ -77,14 +77,13 @@ def log_odds(logits: Array) -> Array:
 
 
 def make_predictor(
-    config: ConfigDict, variables: dict, mesh: Mesh
+    config: ConfigDict, scorer: Scorer, mesh: Mesh
 ) -> Callable[..., Iterator[np.ndarray]]:
     """Returns `predict(patches, sizes=())`, which yields probabilities, float64, by batches.
 
     They are [n], of class 1, or [n, K] for K > 2 classes. Each patch is uint8 [S, S, 3]. A caller
     must use `check_finite`, because a probability may be NaN (`mean_probabilities`).
     """
-    scorer = make_scorer(config, mesh)(variables)
     size = batch_size(config, mesh)
 
     def predict(patches: Iterable[np.ndarray], sizes: Sequence[int] = ()) -> Iterator[np.ndarray]:
@@ -108,7 +107,7 @@ def make_featurizer(
         _, sown = model.apply(variables, x, train=False, mutable=["intermediates"])
         return sown["intermediates"]["features"][0]
 
-    folded = _make_fold(config, mesh)(variables)
+    folded = make_fold(config, mesh)(variables)
     size = batch_size(config, mesh)
     function = functools.partial(batch_features, folded)
     return lambda patches: map_patches(function, patches, size, mesh)

@@ -102,18 +102,16 @@ def predict_slides(
     config: ConfigDict,
     workdir: Path,
     checkpoint_path: Path,
-    digest: str,
+    network: "Network",
     sources: Sequence[Source],
-    predict: Predict,
 ) -> dict:
     """Scores slides, and writes WORKDIR/slides/NAME/, slides.csv and slides.html.
 
     Args:
         config: as `trained.scoring_config` returns it for the checkpoint.
         checkpoint_path: the checkpoint's folder.
-        digest: of the network's weights.
+        network: that scores their windows.
         sources: as `look_at_slides` returns them.
-        predict: the network, as `slide_scorer.for_slides` returns it.
 
     Returns:
         A part of the summary: `n` (windows scored), `positives`, `counts` for more than two
@@ -128,12 +126,27 @@ def predict_slides(
         Interrupt() as interrupt,
         progress.Slides(len(shown), sum(source.tiles for source in shown)) as bar,
     ):
-        work = _Work(config, workdir, checkpoint_path, digest, predict, meter, interrupt, bar)
+        work = _Work(config, workdir, checkpoint_path, network, meter, interrupt, bar)
         records = [_record(work, source) for source in sources]
     records.sort(key=lambda record: record["name"])
     _write_table(workdir / TABLE, records)
     page = write_slides_page(workdir, records)
     return _summary(config, records, {"table": str(workdir / TABLE), "page": str(page)}, meter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A trained network that scores the windows of slides.
+
+    Attributes:
+        digest: of its weights.
+        engine: that computes the scores, such as "jax float32".
+        predict: as `slide_scorer.for_slides` returns it.
+    """
+
+    digest: str
+    engine: str
+    predict: Predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +156,7 @@ class _Work:
     config: ConfigDict
     workdir: Path
     checkpoint_path: Path
-    digest: str
-    predict: Predict
+    network: Network
     meter: "_Meter"
     interrupt: Interrupt
     bar: progress.Slides
@@ -178,6 +190,9 @@ def _of_slide(work: _Work, source: Source) -> dict:
             shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
             return record
         _prepare(folder)
+        # Another engine rounds in another way, so it does not go on with the rows of this one. A
+        # slide that is done stays done.
+        plan |= {"engine": work.network.engine}
         journal = open_journal(folder / _PARTIAL, plan, grid, config.model.num_classes)
         _score(work, source, slide, grid, journal)
         facts = write_outputs(folder, slide, grid, journal.windows, config)
@@ -212,7 +227,7 @@ def _score_row(work: _Work, slide: Slide, grid: Grid, blocks: list[Block], tiles
         work.meter.waited += seconds
         work.bar.advance(tiles / len(blocks))
 
-    return score_row(work.predict, slide, grid, blocks, work.config.model.num_classes, wait)
+    return score_row(work.network.predict, slide, grid, blocks, work.config.model.num_classes, wait)
 
 
 def _prepare(folder: Path) -> None:
@@ -245,7 +260,7 @@ def _plan(work: _Work, path: Path, grid: Grid) -> dict:
         "file": {"name": printable(path.name), "size": facts.st_size, "time": facts.st_mtime_ns},
         "grid": dataclasses.asdict(grid),
         "classes": class_names(work.config),
-        "weights": work.digest,
+        "weights": work.network.digest,
         "fields": {k: x for k, x in fields.items() if affects(k) in (NETWORK, INPUT, SCORE)},
     }
     # The threshold decides what is made of probabilities, but not the probabilities.
@@ -268,6 +283,7 @@ def _known(work: _Work, source: Source, slide: Slide, mark: str) -> dict:
         "classes": list(class_names(config)),
         "threshold": config.eval.threshold if config.model.num_classes == 2 else None,
         "tta": config.eval.tta,
+        "engine": work.network.engine,
         "checkpoint": str(work.checkpoint_path),
         "fingerprint": mark,
         "versions": versions_of_slides(),

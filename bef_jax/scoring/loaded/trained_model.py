@@ -15,6 +15,7 @@ from bef_jax.data.patch import class_names, tiling
 from bef_jax.errors import UserError
 from bef_jax.runtime import sharding
 from bef_jax.scoring import scorer
+from bef_jax.scoring.engines.predictor import EngineScorer
 from bef_jax.scoring.gradcam import make_explainer
 from bef_jax.scoring.loaded.images import Images, concatenate, join_finite, patches_of
 from bef_jax.scoring.loaded.slide_prediction import (
@@ -146,7 +147,8 @@ class TrainedModel:
 
     @functools.cached_property
     def _predict(self) -> Callable:
-        return scorer.make_predictor(self.config, self._variables, self._mesh)
+        engine = EngineScorer(self.config, self._variables, self._mesh)
+        return scorer.make_predictor(self.config, engine, self._mesh)
 
     @functools.cached_property
     def _features(self) -> Callable:
