@@ -205,7 +205,7 @@ def measure_waiting(arguments: argparse.Namespace) -> None:
     from bef_jax.configs.default import get_config
     from bef_jax.data.patch import Tiling
     from bef_jax.runtime import sharding
-    from bef_jax.scoring.scorer import make_predictor
+    from bef_jax.scoring.scorer import make_predictor, make_scorer
     from bef_jax.scoring.slide_scorer import for_slides, score_row
     from bef_jax.slides.reader import open_slide
     from bef_jax.slides.tiles import block_rows, make_grid
@@ -213,7 +213,9 @@ def measure_waiting(arguments: argparse.Namespace) -> None:
 
     config, mesh = get_config(), sharding.make_mesh()
     variables = create_state(config, sharding.replicated(mesh)).eval_variables()
-    predict = for_slides(make_predictor(config, variables, mesh), config, mesh)
+    predict = for_slides(
+        make_predictor(config, make_scorer(config, mesh)(variables), mesh), config, mesh
+    )
     for count in (1, config.eval.batch_size):  # both programs are compiled before
         list(predict(np.zeros((count, SIDE, SIDE, 3), np.uint8)))
     with open_slide(arguments.slide) as slide:

@@ -9,7 +9,13 @@ from bef_jax.data.augment import eval_inputs
 from bef_jax.errors import RunError
 from bef_jax.models import create
 from bef_jax.runtime import sharding
-from bef_jax.scoring.scorer import check_finite, make_predictor, mean_probabilities, padded_rows
+from bef_jax.scoring.scorer import (
+    check_finite,
+    make_predictor,
+    make_scorer,
+    mean_probabilities,
+    padded_rows,
+)
 from bef_jax.training.state import create_state
 
 
@@ -61,7 +67,8 @@ def test_a_network_of_three_classes_gives_a_row_of_probabilities_for_each_patch(
     mesh = sharding.make_mesh()
     variables = create_state(config, sharding.replicated(mesh)).eval_variables()
     images = np.random.default_rng(0).integers(0, 256, (6, 96, 96, 3), np.uint8)
-    found = np.concatenate(list(make_predictor(config, variables, mesh)(images)))
+    by_jax = make_scorer(config, mesh)(variables)
+    found = np.concatenate(list(make_predictor(config, by_jax, mesh)(images)))
     model = create(config.model)
     apply = jax.jit(lambda x: model.apply(variables, eval_inputs(x, config), train=False))
     logits = apply(images)

@@ -1,6 +1,7 @@
 """The inference engines: which are installed, and how each loads an ONNX graph."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -71,6 +72,9 @@ def _open_onnxruntime(content: bytes, dtype: str) -> Session:
 
 
 def _open_openvino(content: bytes, dtype: str) -> Session:
+    # OpenVINO tells its makers of each import, over the network and from a fork of this process. If
+    # the package that does it cannot be imported, it goes on without.
+    sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
     core = openvino.Core()

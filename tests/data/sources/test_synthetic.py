@@ -118,3 +118,15 @@ def test_colours_are_those_of_stained_tissue(patches):
     # These are PCam's means. The tolerance allows for another scanner. Both stains absorb green.
     np.testing.assert_allclose(mean, (0.70, 0.54, 0.69), atol=0.12)
     assert mean.argmin() == 1
+
+
+@pytest.mark.parametrize("side", [32, 96, 97, 512])
+def test_drawn_patches_have_the_networks_size_and_are_tissue_all_over(side):
+    """Every 32 x 32 of the patches is as varied as the drawn patches themselves."""
+    patches, drawn = synthetic.drawn_patches(side, 16), synthetic.drawn_patches(96, 16)
+    assert (patches.shape, patches.dtype) == ((16, side, side, 3), np.uint8)
+    corners = [patches[:, :32, :32], patches[:, -32:, -32:], patches[:, -32:, :32]]
+    assert min(corner.std() for corner in corners) > 0.8 * drawn.std()
+    if side == 97:  # the mirror image begins with the last row and column
+        np.testing.assert_array_equal(patches[:, :96, :96], drawn)
+        np.testing.assert_array_equal(patches[:, 96], patches[:, 95])
