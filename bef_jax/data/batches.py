@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from bef_jax.data.store import Split
+from bef_jax.data.stored.rows import StoredRows
 from bef_jax.runtime import sharding
 
 # A split may take this share of the memory of the accelerators: the step needs the rest.
@@ -123,7 +124,7 @@ def should_place(split: Split, placement: str) -> bool:
 def fits_devices(split: Split) -> bool:
     """Returns whether a split takes at most half of the accelerators' memory; on CPU always False.
 
-    A CPU's device memory is the host's, so a copy would gain nothing over the mapped file.
+    A CPU's device memory is the host's, so a copy would gain nothing over the file in memory.
     """
     # All processes must get the same answer, or they would wait for each other without end. So the
     # devices of all processes count, and each is taken to have the limit of the first one here.
@@ -141,10 +142,9 @@ def fits_memory(split_bytes: int, memory: float) -> bool:
 def put_batch(split: Split, mesh: Mesh, indices: np.ndarray) -> Batch:
     """Gathers rows on the host; each host reads only those of its own devices."""
 
-    def put(rows: np.ndarray, dtype: type) -> Array:
+    def put(rows: np.ndarray | StoredRows, dtype: type) -> Array:
         shape = (len(indices), *rows.shape[1:])
-        # index[0] is the slice of the batch that a device of this process holds. If the file is
-        # mapped, only the pages of these rows are read.
+        # index[0] is the slice of the batch that a device of this process holds.
         return jax.make_array_from_callback(
             shape,
             sharding.by_rows(mesh),
@@ -199,7 +199,10 @@ def _put_unless(stop: threading.Event, ready: queue.Queue, item) -> None:
 
 
 def place_split(split: Split, mesh: Mesh) -> Batch:
-    """Places a whole split on the devices, a consecutive part on each."""
+    """Places a whole split on the devices, a consecutive part on each.
+
+    The host holds what its devices get until they have it: 6.75 GiB of PCam on one device.
+    """
     return Batch(place(split.images, mesh), place(split.labels.astype(np.int32), mesh))
 
 
@@ -229,7 +232,7 @@ def gather(split: Batch, indices: Array, mesh: Mesh) -> Batch:
     return jax.tree.map(functools.partial(gather_rows, indices=indices, mesh=mesh), split)
 
 
-def place(rows: np.ndarray, mesh: Mesh) -> Array:
+def place(rows: np.ndarray | StoredRows, mesh: Mesh) -> Array:
     """Spreads rows over the devices in consecutive equal parts, with zeros at the end."""
     # Devices need equal parts. No index points to the padding.
     total = sharding.round_up(len(rows), mesh.size)

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from bef_jax.data import pictures, store
-from bef_jax.data.chunk import ranges
 from bef_jax.data.patch import SPLITS, Tiling, same_scale
 from bef_jax.data.sources import hdf5, npz
+from bef_jax.data.stored.rows import blocks
 from bef_jax.errors import UserError, printable
 from bef_jax.slides.reader import find_slides, is_result
 
@@ -198,16 +197,8 @@ def _arrays(path: Path, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _of_split(split: store.Split) -> Iterator[Patch]:
-    images = split.images
-    # Read the file instead of its memory map. Pages of the map would stay in memory while there is
-    # room, and would count as memory of this process.
-    with open(images.filename, "rb") as file:
-        file.seek(images.offset)
-        for rows in ranges(len(split)):
-            shape = (rows.stop - rows.start, *images.shape[1:])
-            # [n, S, S, 3], 13.5 MiB at most with 96 px.
-            block = np.fromfile(file, np.uint8, math.prod(shape)).reshape(shape)
-            yield from map(Patch, split.ids[rows].tolist(), block)
+    for rows, block in blocks(split.images):
+        yield from map(Patch, split.ids[rows].tolist(), block)
 
 
 def _of_picture(file: Path, name: str, tiling: Tiling, mpp: float | None) -> Iterator[Patch]:

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from bef_jax.data.chunk import ranges
 from bef_jax.data.store import Split
+from bef_jax.data.stored.rows import StoredRows, blocks
 from bef_jax.errors import UserError
 from bef_jax.runtime.files import check_types, read_json, write_json
 
@@ -96,7 +96,7 @@ def _check(kept: Any) -> None:
         float(near["patches"])  # raises OverflowError if it is too large to be divided
 
 
-def luma_grids(images: np.ndarray) -> np.ndarray:
+def luma_grids(images: np.ndarray | StoredRows) -> np.ndarray:
     """Returns the mean luma of 9 x 9 parts of each uint8 patch, float32 [N, 9, 9] in 0 .. 255.
 
     The parts are as large as possible. Of a patch of 96 px, the central 90 x 90 are read.
@@ -109,8 +109,8 @@ def luma_grids(images: np.ndarray) -> np.ndarray:
     columns = np.kron(np.eye(_PARTS), np.tile(_LUMA, side)[:, None]).astype(dtype)
     edge = (images.shape[1] - _PARTS * side) // 2
     inside = slice(edge, edge + _PARTS * side)
-    for rows in ranges(len(images)):
-        pixels = images[rows, inside, inside]
+    for rows, block in blocks(images):
+        pixels = block[:, inside, inside]
         # Add up the lines first, as integers, so that only a tenth of the numbers are converted.
         lines = pixels.reshape(len(pixels), _PARTS, side, -1).sum(2, dtype=np.uint16)
         grids[rows] = lines.astype(dtype) @ columns

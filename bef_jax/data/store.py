@@ -1,9 +1,9 @@
-"""The decoded store: each split as memory-mapped arrays, and a manifest of what they hold.
+"""The decoded store: each split as arrays, and a manifest of what they hold.
 
     <store>/manifest.json
     <store>/{train,valid,test}/{images,labels,ids}.npy, and groups.npy if the source knows them
 
-`prepare` writes a store once from its source; `open_split` maps a split for reading.
+`prepare` writes a store once from its source; `open_split` opens a split for reading.
 """
 
 import contextlib
@@ -35,10 +35,11 @@ from bef_jax.data.chunk import (
     check_texts,
     silent,
 )
-from bef_jax.data.manifest import FORMAT_VERSION, MANIFEST, arrays, read_manifest
 from bef_jax.data.patch import PCAM_CLASSES, PCAM_SIDE, same_scale
 from bef_jax.data.sources import npy
-from bef_jax.data.writer import StoreWriter
+from bef_jax.data.stored.manifest import FORMAT_VERSION, MANIFEST, arrays, read_manifest
+from bef_jax.data.stored.rows import StoredRows
+from bef_jax.data.stored.writer import StoreWriter
 from bef_jax.errors import UserError, reason_of
 from bef_jax.runtime.files import (
     check_outputs,
@@ -60,11 +61,11 @@ _DECIDING_SINCE_2 = {"classes": [], "patch_size": PCAM_SIDE}
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split of a store, mapped for reading.
+    """A split of a store, open for reading.
 
     Attributes:
         name: train, valid or test.
-        images: uint8 [N, S, S, 3], RGB, memory-mapped.
+        images: uint8 [N, S, S, 3], RGB; of a store, rows are read when they are indexed.
         labels: [N], numbers of classes, of the type `patch.label_dtype`.
         ids: str [N].
         groups: str [N], what patches of one slide or patient share; None if it is not known.
@@ -72,7 +73,7 @@ class Split:
     """
 
     name: str
-    images: np.ndarray
+    images: np.ndarray | StoredRows
     labels: np.ndarray
     ids: np.ndarray
     groups: np.ndarray | None = None
@@ -126,10 +127,11 @@ def prepare(data: ConfigDict, begin: Begin = silent) -> dict:
     first = next(chunks)  # refuses a missing source before a folder is made
     _check_scale(data, contents.mpp, f"the source {data.source}")
     with _temporary_folder(path) as folder:
-        writer = StoreWriter(folder, data.rectify, data.patch_size, len(contents.classes))
-        for split, chunk in itertools.chain([first], chunks):
-            writer.add(split, chunk)
-        manifest = _manifest(data, contents) | writer.close(begin)
+        classes = len(contents.classes)
+        with StoreWriter(folder, data.rectify, data.patch_size, classes) as writer:
+            for split, chunk in itertools.chain([first], chunks):
+                writer.add(split, chunk)
+            manifest = _manifest(data, contents) | writer.close(begin)
         for name, text in contents.tables().items():
             write_text(folder / name, text)
         write_json(folder / MANIFEST, manifest)
@@ -149,7 +151,7 @@ def _check_place(path: Path) -> None:
 
 
 def open_split(path: Path, split: str) -> Split:
-    """Maps one split of the store at `path`; only its images are not read into memory.
+    """Opens one split of the store at `path`; only its images are not read into memory.
 
     Raises:
         UserError: there is no store or no such split, or files are not as the manifest says.
@@ -160,12 +162,11 @@ def open_split(path: Path, split: str) -> Split:
         there = ", ".join(name for name, count in manifest["counts"].items() if count)
         raise UserError(f"{path}: has no {split} split; it has {there}")
     files = {name: path / split / f"{name}.npy" for name in arrays(manifest)}
-    # Comparing sizes costs nothing and names the file. NumPy would only say that the map is too
-    # long.
+    # Comparing sizes costs nothing and names the file.
     for name, file in files.items():
         _check_size(file, manifest["files"][f"{split}/{name}.npy"]["bytes"])
     try:
-        return _map(split, manifest, files)
+        return _open(split, manifest, files)
     except Exception as error:  # NumPy's parser of headers raises many kinds of errors
         raise UserError(
             f"{path / split}: damaged ({reason_of(error)}); "
@@ -173,13 +174,16 @@ def open_split(path: Path, split: str) -> Split:
         ) from error
 
 
-def _map(split: str, manifest: dict, files: dict[str, Path]) -> Split:
-    """Maps the arrays; everything that they declare is checked before they are read."""
+def _open(split: str, manifest: dict, files: dict[str, Path]) -> Split:
+    """Opens the arrays; everything that they declare is checked before they are read."""
     count, classes = manifest["counts"][split], tuple(manifest["classes"])
-    header, images = _mapped(files["images"])
+    header, offset = _header(files["images"])
     check_images(header.shape, header.dtype, "images", manifest["patch_size"])
-    if len(images) != count or header.fortran_order:
+    if header.shape[0] != count or header.fortran_order:
         raise ValueError(f"images are not the {count} of the manifest, in C order")
+    images = StoredRows(files["images"], offset, header.shape)
+    if offset + images.nbytes > files["images"].stat().st_size:
+        raise ValueError(f"images are fewer than the {count} of the manifest")
     header, labels = _mapped(files["labels"])
     check_label_array(header.shape, header.dtype, count, "labels")
     ids = _read_texts(files["ids"], count, images.nbytes, "ids")
@@ -200,10 +204,14 @@ def _read_texts(file: Path, count: int, image_bytes: int, where: str) -> np.ndar
     return np.array(texts)  # in memory, as are the labels
 
 
-def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
+def _header(file: Path) -> tuple[npy.Header, int]:
+    """Returns the header of a .npy file, and where the values begin."""
     with open_user_file(file) as stream:
-        header = npy.read_header(stream)
-        offset = stream.tell()
+        return npy.read_header(stream), stream.tell()
+
+
+def _mapped(file: Path) -> tuple[npy.Header, np.memmap]:
+    header, offset = _header(file)
     # NumPy would use the bytes of the file as addresses of objects in memory.
     if header.dtype.hasobject:
         raise ValueError(f"{file.name} holds objects")

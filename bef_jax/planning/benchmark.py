@@ -37,6 +37,7 @@ from bef_jax.data.batches import (
 )
 from bef_jax.data.patch import PCAM_SIDE, eval_side, train_side
 from bef_jax.data.store import Split
+from bef_jax.data.stored.rows import StoredRows
 from bef_jax.errors import UserError
 from bef_jax.planning import benchmark_records, chips
 from bef_jax.runtime import devices, sharding
@@ -281,7 +282,7 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
     if (folder / store.MANIFEST).is_file():
         yield store.open_split(folder, "train"), folder
         return
-    # Map them from a file, as a store's are: a gather from memory would measure something else.
+    # Read them from a file, as a store's are: a gather from memory would measure something else.
     side = config.data.patch_size
     # About as many pixels at any size, because 4096 patches of 512 px would be 3 GB.
     count = INPUT_PATCHES * PCAM_SIDE**2 // side**2
@@ -289,7 +290,8 @@ def _input_split(config: ConfigDict) -> Iterator[tuple[Split, Path | None]]:
     with tempfile.TemporaryDirectory(prefix="bef_jax_benchmark_") as temporary:
         file = Path(temporary) / "images.npy"
         np.save(file, patches.images)
-        images = np.load(file, mmap_mode="r", allow_pickle=False)
+        header_bytes = file.stat().st_size - patches.images.nbytes
+        images = StoredRows(file, header_bytes, patches.images.shape)
         yield dataclasses.replace(patches, images=images), None
 
 

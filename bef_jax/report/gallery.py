@@ -114,7 +114,7 @@ def show(
     if not kinds:
         return []
     rows = [index for _, index in kinds]
-    patches = np.stack([images[row] for row in rows])
+    patches = images[rows]
     probabilities, called, names = _decisions(evaluation, rows)
     maps = explain(patches, called) if explain else [None] * len(kinds)
     return [

@@ -41,7 +41,7 @@ def report_run(
     content = Content(
         history=history,
         evaluations=evaluations,
-        # These files are memory-mapped, and the gallery reads only the patches that it shows.
+        # The gallery reads only the patches that it shows.
         images={name: splits[name].images for name in evaluations},
         summary=summary,
         tables={

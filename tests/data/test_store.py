@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bef_jax.data import sources, store
+from bef_jax.data.stored.rows import StoredRows
 from tests.data.conftest import expect_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def test_store_holds_what_the_source_gave(npz_data, patches):
     for name, (images, labels) in patches.items():
         split = store.open_split(path, name)
         assert len(split) == len(labels) == manifest["counts"][name]
-        assert isinstance(split.images, np.memmap)
+        assert isinstance(split.images, StoredRows)
         np.testing.assert_array_equal(split.images, images)
         np.testing.assert_array_equal(split.labels, labels)
         assert split.ids[1] == f"npz_{name}_1"

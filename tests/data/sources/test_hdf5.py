@@ -138,18 +138,48 @@ def test_each_chunk_is_unpacked_once(chunks, path, monkeypatch):
     with h5py.File(path, "w") as file:
         file.create_dataset("x", data=images, chunks=chunks, **(GZIP if chunks else {}))
     starts, read_direct = [], h5py.Dataset.read_direct
+    decode, packed_chunks = hdf5.imagecodecs.deflate_decode, []
 
-    def read_and_note_start(self, band, rows, into):
+    def read_and_note_start(self, band, rows):
         starts.append(rows.start)
-        read_direct(self, band, rows, into)
+        read_direct(self, band, rows)
+
+    def decode_and_note(packed, out):
+        packed_chunks.append(bytes(packed))
+        return decode(packed, out=out)
 
     monkeypatch.setattr(h5py.Dataset, "read_direct", read_and_note_start)
+    monkeypatch.setattr(hdf5.imagecodecs, "deflate_decode", decode_and_note)
     parts = list(hdf5.stream(path))
     assert max(len(ids) for ids, _ in parts) <= 512
     np.testing.assert_array_equal(np.concatenate([found for _, found in parts]), images)
     # Each read begins where a chunk begins, so no chunk is part of two reads.
     assert all(start % (chunks[0] if chunks else 1) == 0 for start in starts)
     assert len(starts) == len(set(starts)) <= 3
+    # Chunks of whole rows that gzip packed are unpacked here, and each of them is different.
+    assert len(packed_chunks) == len(set(packed_chunks)) == (15 if chunks == (100, *PATCH) else 0)
+    assert bool(starts) == (not packed_chunks)
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(150, 40), (128, None), (1, None), (700, 650)])
+def test_unpacked_chunks_are_what_hdf5_reads(rows, limit, path):
+    images = np.random.default_rng(0).integers(0, 9, (rows, *PATCH), dtype=np.uint8)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=images, chunks=(min(64, rows), *PATCH), **GZIP)
+    with h5py.File(path) as file:
+        assert hdf5._has_deflated_rows(file["x"])
+        found = [block for _, block in hdf5._blocks(file["x"], limit or rows)]
+        np.testing.assert_array_equal(np.concatenate(found), file["x"][:limit])
+
+
+@pytest.mark.parametrize("mask", [0, 2])  # 2 leaves out a filter that is not there
+@pytest.mark.parametrize("size", [1, 27_647, 27_649, 100_000])
+def test_a_chunk_that_unpacks_to_another_size_is_refused(size, mask, path):
+    create(path, (1, *PATCH), chunks=(1, *PATCH), **GZIP)
+    packed = zlib.compress(bytes(size))
+    with h5py.File(path, "r+") as file:
+        file["x"].id.write_direct_chunk((0, 0, 0, 0), packed, filter_mask=mask)
+    expect_stream_error(path, "cannot be read")
 
 
 @pytest.mark.parametrize("chunks", [(1, *PATCH), None])

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ DIGEST_BYTES = 16  # two of PCam's 327,680 patches collide with a chance of 1e-2
 class StoreWriter:
     """Writes patches to the folders of their splits.
 
-    Exact duplicates are dropped, if this is asked for, and reported (`duplicates`).
+    Exact duplicates are dropped, if this is asked for, and reported (`duplicates`). A thread hashes
+    and writes a chunk while the caller reads the next one.
     """
 
     def __init__(self, folder: Path, rectify: bool, side: int, classes: int):
@@ -34,9 +36,30 @@ class StoreWriter:
         self.read_counts: Counter[str] = Counter()
         self._writers: dict[str, _SplitWriter] = {}
         self._duplicates = Duplicates(rectify)
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._written: Future | None = None  # the newest chunk
+
+    def __enter__(self):
+        """Returns this writer; at the end, its thread has ended."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for the chunk that is being written, so that its folder can be removed."""
+        self._thread.shutdown()
 
     def add(self, split: str, chunk: Chunk) -> None:
-        """Writes those patches of `chunk` that are kept."""
+        """Writes those patches of `chunk` that are kept; the caller must not change it any more.
+
+        It waits for the chunk before, and raises what was raised there. So memory holds two.
+        """
+        self._wait()
+        self._written = self._thread.submit(self._write, split, chunk)
+
+    def _wait(self) -> None:
+        if self._written:
+            self._written.result()
+
+    def _write(self, split: str, chunk: Chunk) -> None:
         if split not in self._writers:
             folder, dtype = self.folder / split, label_dtype(self.classes)
             self._writers[split] = _SplitWriter(folder, (self.side, self.side, 3), dtype)
@@ -57,6 +80,7 @@ class StoreWriter:
             UserError: train or valid holds no patch, a split of the source kept none, or two
                 patches of a split have the same id.
         """
+        self._wait()
         # Training does not need a test split.
         for split in dict.fromkeys(["train", "valid", *self._writers]):
             if split not in self._writers or not self._writers[split].labels:

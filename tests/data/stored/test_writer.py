@@ -1,12 +1,14 @@
 """Compares what is kept and counted with brute force, for patches in random orders."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
 
+from bef_jax.data.chunk import Chunk
 from bef_jax.data.patch import SPLITS
-from bef_jax.data.writer import MAX_REPORTED, Duplicates
+from bef_jax.data.stored.writer import MAX_REPORTED, Duplicates, StoreWriter
 
 SEEN = [
     (bytes([digest]), split, label, f"{split}_{row}")
@@ -43,3 +45,43 @@ def test_a_manifest_names_at_most_a_hundred_conflicts():
     found = duplicates.summary()
     assert found["conflicting_labels"] == MAX_REPORTED + 2
     assert len(found["conflicts"]) == MAX_REPORTED
+
+
+def chunk_of(value):
+    images = np.full((3, 8, 8, 3), value, np.uint8)
+    images[:, 0, 0, 0] = range(3)
+    ids = np.array([f"{value}_{row}" for row in range(3)])
+    return Chunk(images, np.zeros(3, np.uint8), ids)
+
+
+def test_an_error_while_writing_reaches_the_caller(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with StoreWriter(tmp_path, True, 8, 2) as writer:
+        writer.add("train", chunk_of(1))
+        monkeypatch.setattr(Duplicates, "keeps", fail)
+        with pytest.raises(OSError, match="No space left"):
+            for value in range(2, 5):
+                writer.add("train", chunk_of(value))
+        with pytest.raises(OSError, match="No space left"):
+            writer.close()
+
+
+def test_at_most_one_chunk_waits(tmp_path, monkeypatch):
+    begun, go = [], threading.Event()
+
+    def write(writer, split, chunk):
+        begun.append(chunk.ids[0])
+        assert go.wait(10)
+
+    monkeypatch.setattr(StoreWriter, "_write", write)
+    with StoreWriter(tmp_path, True, 8, 2) as writer:
+        writer.add("train", chunk_of(1))  # returns while it is being written
+        added = threading.Thread(target=writer.add, args=("train", chunk_of(2)))
+        added.start()
+        added.join(0.2)
+        assert added.is_alive()
+        go.set()
+        added.join(10)
+    assert begun == ["1_0", "2_0"]
