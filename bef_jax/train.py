@@ -1,6 +1,8 @@
 """--mode=train: trains to the end, or resumes what is in the workdir."""
 
 import dataclasses
+import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from bef_jax.config import as_json, check_devices, validate
 from bef_jax.data import batches, store
-from bef_jax.data.batches import Batch, Selection
+from bef_jax.data.batches import Batch
 from bef_jax.data.splits import open_splits
 from bef_jax.data.store import Split
 from bef_jax.errors import DivergedError, RunError, UserError
@@ -28,7 +30,7 @@ from bef_jax.training import checkpoint, outputs, pretrained
 from bef_jax.training.checkpoint import Checkpoints
 from bef_jax.training.clock import Clock, Laps
 from bef_jax.training.history import History
-from bef_jax.training.optim import make_schedule
+from bef_jax.training.optim import learning_rates, make_schedule
 from bef_jax.training.packing import Packing, make_packing
 from bef_jax.training.state import (
     TrainState,
@@ -168,11 +170,11 @@ def _train(run: Run) -> TrainState:
         places = batches.should_place(train, config.data.placement)
         placed = batches.place_split(train, run.mesh) if places else None
         with run.clock.measure("compile"):
-            programs = _compile(run, state, placed)
+            inputs, programs = _inputs(run, placed, first), _compile(run, state, placed)
         run.laps.mark("compile")
         distributed.wait_for_all("compiled")  # compile times differ, and Gloo waits for 30 s only
 
-        state, inputs = run.packing.pack(state), _inputs(run, placed, first)
+        state = run.packing.pack(state)
         console = Console(stderr=True, quiet=not distributed.is_first())
         with Progress(run.counts.steps, first, console) as bar, run.clock.measure("loop"):
             return _loop(run, programs, inputs, state, bar, interrupt)
@@ -223,11 +225,9 @@ def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Cal
     A call runs one compiled program, which takes one or more steps.
     """
     config, counts = run.config, run.counts
-    schedule = make_schedule(config, counts.steps, counts.steps_per_epoch)
-    weights = class_weights(config, run.splits["train"].labels)
     shapes = run.packing.shapes(state)
     programs = {
-        size: compile_step(config, schedule, run.mesh, shapes, placed, size, weights)
+        size: compile_step(config, run.mesh, shapes, placed, size)
         for size in set(call_sizes(config, counts, int(state.step)))
     }
     if programs:  # there are none if only the report of a run was missing
@@ -235,20 +235,30 @@ def _compile(run: Run, state: TrainState, placed: Batch | None) -> dict[int, Cal
     return programs
 
 
-def _inputs(run: Run, placed: Batch | None, first: int) -> Iterator[Batch | Selection]:
-    """Returns the inputs of all calls from step `first` on."""
-    config, split = run.config, run.splits["train"]
+def _inputs(run: Run, placed: Batch | None, first: int) -> Iterator[tuple]:
+    """Returns for each call from step `first` on its number of steps, and its arguments.
+
+    Besides the state, these are its `Batch` or `Selection`, the key, rates and class weights.
+    """
+    config, counts, split = run.config, run.counts, run.splits["train"]
+    sizes = functools.partial(call_sizes, config, counts, first)
     rows_of = batches.make_order(config, split.labels)
     if placed is None:
-        return batches.host_batches(split, run.mesh, rows_of, first)
-    sizes = call_sizes(config, run.counts, first)
-    return batches.selections(placed, run.mesh, rows_of, first, sizes)
+        chosen = batches.host_batches(split, run.mesh, rows_of, first)
+    else:
+        chosen = batches.selections(placed, run.mesh, rows_of, first, sizes())
+    key = jax.random.key(config.seed)  # each step folds its number in
+    schedule = make_schedule(config, counts.steps, counts.steps_per_epoch)
+    rates = learning_rates(schedule, first, sizes())
+    weights = class_weights(config, split.labels)  # put on the devices, unless there are none
+    weights = jax.tree.map(lambda x: sharding.put_everywhere(x, run.mesh), weights)
+    return zip(sizes(), chosen, itertools.repeat(key), rates, itertools.repeat(weights))
 
 
 def _loop(
     run: Run,
     programs: dict[int, Callable],
-    inputs: Iterator[Batch | Selection],
+    inputs: Iterator[tuple],
     state: TrainState,
     bar: Progress,
     interrupt: Interrupt,
@@ -260,8 +270,6 @@ def _loop(
     """
     config, counts, train = run.config, run.counts, run.splits["train"]
     first = step = int(state.step)
-    sizes = call_sizes(config, counts, first)  # no call goes past an evaluation or a save
-    key = jax.random.key(config.seed)  # each step folds its number in
     log = StepLog(config, counts, train, run.history, run.clock, bar)
     while True:
         last = step >= counts.steps
@@ -278,8 +286,8 @@ def _loop(
                 return whole
             del whole  # the next call needs the memory
         with run.clock.measure("wait"):  # of the host: the devices may still compute
-            call_steps, call_input = next(sizes), next(inputs)
-        state, metrics = programs[call_steps](state, call_input, key)
+            call_steps, *arguments = next(inputs)
+        state, metrics = programs[call_steps](state, *arguments)
         if step == first:
             jax.block_until_ready(metrics)  # only once; `log.flush` fetches a call later
             run.laps.mark("step")

@@ -23,7 +23,6 @@ from bef_jax.models.ops.depthwise import Padding
 from bef_jax.planning import counts, hlo, topology
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import bytes_accessed, flops, memory_bytes
-from bef_jax.training.optim import placeholder_schedule
 from bef_jax.training.state import abstract_state
 from bef_jax.training.step import compile_step
 
@@ -42,7 +41,7 @@ def main() -> None:
     mesh = topology.make_mesh(topology.parse("v5e:2x2"))
     config = make_config(mesh.size, version, options.total_stride)
     state = sharding.with_sharding(abstract_state(config), sharding.replicated(mesh))
-    step = compile_step(config, placeholder_schedule(config), mesh, state)
+    step = compile_step(config, mesh, state)
     text = step.as_text()
     cycles = estimated_cycles(text)
     depthwise_cycles = estimated_cycles(text, "/depthwise_conv/")

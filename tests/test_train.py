@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -56,12 +57,12 @@ def stop_before(monkeypatch, step, signum=signal.SIGTERM):
     def compile_step(*args):
         compiled = original(*args)
 
-        def step_fn(state, call_input, key):
+        def step_fn(state, call_input, *others):
             # A Batch is the input of one step, a Selection that of len(indices) steps.
             steps = len(call_input.indices) if hasattr(call_input, "indices") else 1
             if int(state.step) < step <= int(state.step) + steps:
                 os.kill(os.getpid(), signum)
-            return compiled(state, call_input, key)
+            return compiled(state, call_input, *others)
 
         step_fn.memory_analysis = compiled.memory_analysis
         return step_fn
@@ -103,8 +104,10 @@ def test_logs_every_step_once_with_its_learning_rate(undisturbed):
     steps = [line["step"] for line in lines if "loss" in line]
     rates = [line["learning_rate"] for line in lines if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert rates[0] == 0.0
-    assert rates[2] == max(rates)
+    # A warm-up of two steps to the peak, then half a cosine to a hundredth of it at step 6.
+    peak = 0.012 * 8 / 256
+    cosine = [0.01 + 0.99 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx([0.0, peak / 2, *(peak * x for x in cosine)])
 
 
 def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_path, monkeypatch):
@@ -117,13 +120,14 @@ def test_finished_run_returns_the_same_summary(undisturbed, small_config, tmp_pa
 
 def test_the_loss_has_the_weights_of_the_training_split(small_config, tmp_path, monkeypatch):
     class Stop(Exception):
-        """Ends the run where it would compile."""
+        """Ends the run at its first step."""
 
-    def compile_step(*args):
-        raise Stop(args[-1])
+    def step_fn(state, call_input, key, rates, weights):
+        raise Stop(weights)
 
     config = small_config(**{"data.class_weights": "balanced"})
-    monkeypatch.setattr(train, "compile_step", compile_step)
+    monkeypatch.setattr(train, "compile_step", lambda *_: step_fn)
+    monkeypatch.setattr(train, "describe", lambda *_: None)
     with pytest.raises(Stop) as caught:
         train.train_and_evaluate(config, tmp_path)
     labels = store.open_split(store.store_path(config.data), "train").labels
@@ -402,8 +406,9 @@ def test_a_step_of_a_real_config_leads_to_a_state_of_the_same_shapes(name):
     state = train.abstract_state(config)
     images = jax.ShapeDtypeStruct((config.batch_size, 96, 96, 3), np.uint8)
     labels = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
-    train_step = make_train_step(config, lambda count: 0.1)
-    after, metrics = jax.eval_shape(train_step, state, Batch(images, labels), jax.random.key(0))
+    train_step, rate = make_train_step(config), np.float32(0.1)
+    arguments = state, Batch(images, labels), jax.random.key(0), rate
+    after, metrics = jax.eval_shape(train_step, *arguments)
     assert after == state
     assert set(metrics) == {"loss", "accuracy", "grad_norm", "learning_rate"}
 

@@ -43,7 +43,6 @@ from bef_jax.planning import benchmark_records, chips
 from bef_jax.runtime import devices, sharding
 from bef_jax.runtime.compiled import flops, memory_bytes
 from bef_jax.scoring.scorer import make_scorer
-from bef_jax.training.optim import placeholder_schedule
 from bef_jax.training.packing import make_packing
 from bef_jax.training.state import create_state
 from bef_jax.training.step import compile_step
@@ -213,15 +212,19 @@ def build(config: ConfigDict, mesh: Mesh, batch: Batch) -> Programs:
     state = make_packing(config, mesh).pack(state)
     LOG.info("compiling with config.model.depthwise=%s", config.model.depthwise)
     start = time.perf_counter()
-    compiled = compile_step(config, placeholder_schedule(config), mesh, state)
+    compiled = compile_step(config, mesh, state)
     compile_seconds = time.perf_counter() - start
 
     key = jax.random.key(config.seed)
+    # The labels are random, so a rate of 0 keeps the weights as they are. A step takes as long.
+    rates = sharding.put_everywhere(np.zeros(1, np.float32), mesh)
+    weighted = config.data.class_weights != "none"
+    weights = np.ones(config.model.num_classes, np.float32) if weighted else None
 
     # Each call needs the newest state, because the memory of the last one was donated.
     def train():
         nonlocal state
-        state, metrics = compiled(state, batch, key)
+        state, metrics = compiled(state, batch, key, rates, weights)
         return metrics
 
     def evaluate():

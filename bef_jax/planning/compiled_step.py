@@ -16,7 +16,6 @@ from bef_jax.planning import counts, hlo
 from bef_jax.planning.chips import Chip
 from bef_jax.runtime import sharding
 from bef_jax.runtime.compiled import bytes_accessed, flops, memory_bytes
-from bef_jax.training.optim import placeholder_schedule
 from bef_jax.training.packing import make_packing
 from bef_jax.training.state import abstract_state
 from bef_jax.training.step import compile_step
@@ -57,13 +56,12 @@ class Figures:
 
 def measure(config: ConfigDict, mesh: Mesh, chip: Chip) -> Figures:
     """Compiles the step for `mesh`, and returns what the compiler reports of it."""
-    schedule = placeholder_schedule(config)
     state = make_packing(config, mesh).shapes(abstract_state(config))
     placed = placed_split(config, mesh, chip)
     start = time.perf_counter()
     try:
         options = _COMPILER_OPTIONS.get(chip.platform)
-        compiled = compile_step(config, schedule, mesh, state, placed, options=options)
+        compiled = compile_step(config, mesh, state, placed, options=options)
     except jax.errors.JaxRuntimeError as error:
         # libtpu refuses what does not fit, which is a result for the plan. Others are failures.
         if "RESOURCE_EXHAUSTED" not in str(error):

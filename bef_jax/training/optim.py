@@ -1,10 +1,12 @@
 """Optimisers, the learning-rate schedule, and what fine-tuning slows or freezes."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+import numpy as np
 import optax
+from jax import Array
 from ml_collections import ConfigDict
 
 from bef_jax.models import is_attention, is_classifier, is_frozen, parameter_paths
@@ -42,14 +44,22 @@ def make_schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Calla
     )
 
 
-def placeholder_schedule(config: ConfigDict) -> Callable:
-    """Returns a schedule for a step that is compiled or timed, but trains nothing.
+def learning_rates(schedule: Callable, start: int, sizes: Iterable[int]) -> Iterator[Array]:
+    """Yields the rates of the steps of each call, float32 [size], from step `start` on.
 
-    A schedule changes only constants of the program, so any length will do. Unless the
-    configuration has no warm-up, this one has a long one. It keeps the weights nearly as they are
-    where a step is timed on random labels.
+    They are arguments of the training step, and no part of its program. So another schedule, which
+    differs with the number of steps, costs no minutes of compiling.
+
+    Args:
+        schedule: from `make_schedule`.
+        sizes: how many steps each call takes.
     """
-    return make_schedule(config, steps=1_000_000, steps_per_epoch=10_000)
+    # Compiled, because single operations give rates that differ in the last bit. The small program
+    # costs a tenth of a second.
+    rates = jax.jit(schedule)
+    for size in sizes:
+        yield rates(np.arange(start, start + size, dtype=np.int32))
+        start += size
 
 
 def make_optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransformation:

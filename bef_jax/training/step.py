@@ -30,28 +30,27 @@ from bef_jax.training.state import TrainState, count_params, update_ema
 LOG = logging.getLogger(__name__)
 
 
-def make_train_step(
-    config: ConfigDict, schedule: Callable, weights: np.ndarray | None = None
-) -> Callable:
-    """Returns `train_step(state, batch, key) -> (state, metrics)`, not jitted.
+def make_train_step(config: ConfigDict) -> Callable:
+    """Returns `train_step(state, batch, key, rate, weights=None) -> (state, metrics)`, not jitted.
 
     All randomness comes from (key, state.step), so no random state passes from step to step. The
-    key is the same for all steps of a run. It is an argument, so that every seed finds the same
-    program in the compilation cache. A packed state (`packing`) stays packed. The metrics are
-    float32 scalars: loss, accuracy, grad_norm, learning_rate.
+    key is the same for all steps of a run. `rate` is the learning rate of this step, float32 [].
+    `weights` are those of the classes in the loss, from `class_weights`; None: all are 1. These are
+    arguments, so that runs of every seed, length and learning rate find the same program in the
+    compilation cache. A packed state (`packing`) stays packed. The metrics are float32 scalars:
+    loss, accuracy, grad_norm, learning_rate.
 
     Without a mesh (`jax.set_mesh`) it is traced as for a CPU or a TPU.
-
-    Args:
-        weights: of the classes in the loss, from `class_weights`; None: all are 1.
     """
     model = create(config.model, config.dtype, config.bn_groups)
-    gradients = functools.partial(_gradients, model, config, weights)
-    tx = make_optimizer(config, schedule)
 
     def train_step(
-        state: TrainState, batch: Batch, key: Array
+        state: TrainState, batch: Batch, key: Array, rate: Array, weights: Array | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
+        gradients = functools.partial(_gradients, model, config, weights)
+        # A schedule, though it ignores the count: with a number, optax's state would have no count,
+        # and checkpoints have one.
+        tx = make_optimizer(config, lambda count: rate)
         # Fold in state.step, so that a resumed run draws the same numbers.
         key = jax.random.fold_in(key, state.step)
         whole = packing.with_leaves(state, config)
@@ -66,8 +65,7 @@ def make_train_step(
             ema = update_ema(ema, variables, state.step, config.ema_decay)
         # Log the norm before clipping, because it should show the data, not the optimiser.
         metrics["grad_norm"] = optax.tree.norm(grads)
-        # state.step is not increased yet, so this is the rate that the update above used.
-        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics["learning_rate"] = rate
         state = state.replace(step=state.step + 1, ema=ema, opt_state=opt_state, **variables)
         return state, metrics
 
@@ -103,7 +101,7 @@ def _accumulate(
 def _gradients(
     model: nn.Module,
     config: ConfigDict,
-    weights: np.ndarray | None,
+    weights: Array | None,
     params,
     batch_stats,
     batch: Batch,
@@ -130,7 +128,7 @@ def _gradients(
 
 
 def cross_entropy(
-    logits: Array, labels: Array, smoothing: float, weights: np.ndarray | None = None
+    logits: Array, labels: Array, smoothing: float, weights: Array | None = None
 ) -> Array:
     """Returns the mean cross-entropy, in nats, of logits [N, classes] against labels [N].
 
@@ -146,7 +144,7 @@ def cross_entropy(
         return jnp.mean(losses)
     # Divide by N, not by the sum of the weights, so that what an image contributes does not depend
     # on which others share its batch.
-    return jnp.mean(losses * jnp.asarray(weights)[labels])
+    return jnp.mean(losses * weights[labels])
 
 
 def class_weights(config: ConfigDict, labels: np.ndarray) -> np.ndarray | None:
@@ -180,17 +178,16 @@ def class_weights(config: ConfigDict, labels: np.ndarray) -> np.ndarray | None:
 
 def compile_step(
     config: ConfigDict,
-    schedule: Callable,
     mesh: Mesh,
     state: TrainState,
     placed: Batch | None = None,
     steps: int = 1,
-    weights: np.ndarray | None = None,
     options: dict | None = None,
 ) -> jax.stages.Compiled:
-    """Compiles `call(state, inputs, key) -> (state, metrics)` ahead of time.
+    """Compiles `call(state, inputs, key, rates, weights) -> (state, metrics)` ahead of time.
 
-    The state is donated: its memory becomes the next state's.
+    The state is donated: its memory becomes the next state's. `rates` are the learning rates of the
+    call's steps, float32 [steps]. `weights` are from `class_weights`.
 
     Args:
         state: the state, or its shapes with their shardings.
@@ -198,43 +195,67 @@ def compile_step(
             `Selection` and gathers the batches itself, and each metric is stacked, [steps]. Without
             it, a call takes a `Batch`.
         steps: how many steps the call takes; more than one only with `placed`.
-        weights: of the classes in the loss, from `class_weights`.
         options: for XLA, to compile on a machine without the devices.
     """
     # Give the sharding of the outputs, too. Otherwise XLA could split the new state over devices,
     # and it would not fit the next call's program.
     everywhere = sharding.replicated(mesh)
-    train_step = make_train_step(config, schedule, weights)
-    call = train_step if placed is None else make_multi_step(train_step, mesh)
+    train_step = make_train_step(config)
+    call = make_one_step(train_step) if placed is None else make_multi_step(train_step, mesh)
     # Compile ahead of time, so that compiling is timed apart from the first step. Also, an input of
     # another shape is then an error, not minutes of compiling again.
     jitted = jax.jit(call, donate_argnums=0, out_shardings=(everywhere, everywhere))
-    inputs = _abstract_input(config, mesh, placed, steps), _abstract_key(mesh)
+    arguments = _abstract_arguments(config, mesh, placed, steps)
     # Tracing needs the mesh, because it decides between passes for GPUs and others
     # (`sharding.for_gpu`), and because our own kernels state on which devices they run.
     with jax.set_mesh(mesh):
-        return jitted.lower(state, *inputs).compile(options)
+        return jitted.lower(state, *arguments).compile(options)
+
+
+def make_one_step(train_step: Callable) -> Callable:
+    """Returns `call(state, batch, key, rates, weights) -> (state, metrics)`; `rates` is [1]."""
+
+    def call(
+        state: TrainState, batch: Batch, key: Array, rates: Array, weights: Array | None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return train_step(state, batch, key, rates[0], weights)
+
+    return call
 
 
 def make_multi_step(train_step: Callable, mesh: Mesh) -> Callable:
-    """Returns `call(state, selection, key) -> (state, metrics [S])`, which takes S steps."""
+    """Returns `call(state, selection, key, rates, weights) -> (state, metrics)`, of S steps.
+
+    `rates` and each metric are [S].
+    """
 
     def call(
-        state: TrainState, selection: Selection, key: Array
+        state: TrainState, selection: Selection, key: Array, rates: Array, weights: Array | None
     ) -> tuple[TrainState, dict[str, Array]]:
-        def step(state, indices):
-            return train_step(state, gather(selection.split, indices, mesh), key)
+        def step(state, item):
+            indices, rate = item
+            return train_step(state, gather(selection.split, indices, mesh), key, rate, weights)
 
-        if len(selection.indices) > 1:
-            return lax.scan(step, state, selection.indices)
+        if len(rates) > 1:
+            return lax.scan(step, state, (selection.indices, rates))
         # Do not scan over one step, because on CPU the body of a scan runs on one thread.
-        state, metrics = step(state, selection.indices[0])
+        state, metrics = step(state, (selection.indices[0], rates[0]))
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     return call
 
 
-def _abstract_input(
+def _abstract_arguments(config: ConfigDict, mesh: Mesh, placed: Batch | None, steps: int) -> tuple:
+    """Returns the shapes of what a call takes besides the state."""
+    key, weights = jax.eval_shape(jax.random.key, 0), None
+    rates = jax.ShapeDtypeStruct((steps,), jnp.float32)
+    if config.data.class_weights != "none":
+        weights = jax.ShapeDtypeStruct((config.model.num_classes,), jnp.float32)
+    others = sharding.with_sharding((key, rates, weights), sharding.replicated(mesh))
+    return _abstract_batches(config, mesh, placed, steps), *others
+
+
+def _abstract_batches(
     config: ConfigDict, mesh: Mesh, placed: Batch | None, steps: int
 ) -> Batch | Selection:
     if placed is not None:
@@ -246,11 +267,6 @@ def _abstract_input(
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows)
     return Batch(images, labels)
-
-
-def _abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    key = jax.eval_shape(jax.random.key, 0)
-    return sharding.with_sharding(key, sharding.replicated(mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bef_jax.configs import quickstart
 from bef_jax.data.batches import put_batch
 from bef_jax.planning import benchmark
 from bef_jax.runtime import sharding
-from bef_jax.training.optim import make_schedule
+from bef_jax.training.optim import learning_rates, make_schedule
 from bef_jax.training.packing import make_packing
 from bef_jax.training.state import create_state
 from bef_jax.training.step import compile_step
@@ -80,9 +80,9 @@ def curve(options: argparse.Namespace) -> None:
     size = config.batch_size
     state = make_packing(config, mesh).pack(create_state(config, sharding.replicated(mesh)))
     batch = put_batch(benchmark.random_patches(size), mesh, np.arange(size))
-    step = compile_step(config, make_schedule(config, 20, 10), mesh, state)
+    step = compile_step(config, mesh, state)
     losses = []
-    for _ in range(10):
-        state, metrics = step(state, batch, jax.random.key(0))
+    for rates in learning_rates(make_schedule(config, 20, 10), 0, [1] * 10):
+        state, metrics = step(state, batch, jax.random.key(0), rates, None)
         losses.append(float(metrics["loss"]))
     emit({"losses": losses})

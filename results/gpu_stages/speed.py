@@ -14,7 +14,6 @@ from bef_jax.configs import default
 from bef_jax.data.batches import make_order, place_split, put_batch, selections
 from bef_jax.planning import benchmark
 from bef_jax.runtime import sharding
-from bef_jax.training.optim import placeholder_schedule
 from bef_jax.training.packing import make_packing
 from bef_jax.training.state import create_state
 from bef_jax.training.step import compile_step
@@ -84,15 +83,15 @@ def build_several(config: ConfigDict, mesh: Mesh, steps: int) -> benchmark.Progr
     placed = place_split(split, mesh)
     state = make_packing(config, mesh).pack(create_state(config, sharding.replicated(mesh)))
     start = time.perf_counter()
-    program = compile_step(config, placeholder_schedule(config), mesh, state, placed, steps)
+    program = compile_step(config, mesh, state, placed, steps)
     compile_seconds = time.perf_counter() - start
     rows_of = make_order(config, split.labels)
     inputs = selections(placed, mesh, rows_of, 0, itertools.repeat(steps))
-    key = jax.random.key(config.seed)
+    key, rates = jax.random.key(config.seed), np.zeros(steps, np.float32)
 
     def train():
         nonlocal state
-        state, metrics = program(state, next(inputs), key)
+        state, metrics = program(state, next(inputs), key, rates, None)
         return metrics
 
     return benchmark.Programs({"train": train}, program, compile_seconds)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.conftest import train_command
+
 PROGRAM = """
 import logging, os, sys
 
@@ -110,3 +112,20 @@ def test_another_kind_of_cpu_compiles_for_itself(tmp_path):
     native = hash_of_cpu()
     assert native == hash_of_cpu()
     assert native != hash_of_cpu("--xla_cpu_max_isa=SSE4_2")
+
+
+@pytest.mark.slow
+def test_a_longer_run_at_another_rate_finds_the_step_of_the_first(tmp_path, data_dir):
+    folder = tmp_path / "cache"
+
+    def steps_after(name, **fields):
+        command = train_command(tmp_path / name, data_dir, **fields)
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder)}
+        subprocess.run(command, env=environment, capture_output=True, check=True)
+        return sorted(path.name for path in folder.glob("jit_call-*-cache"))
+
+    found = steps_after("first", steps=2)
+    assert len(found) == 1
+    fields = {"optim.learning_rate": 0.02, "optim.warmup_epochs": 0.2, "optim.final_fraction": 0.5}
+    assert steps_after("second", steps=3, **fields, **{"data.train_size": 32}) == found
+    assert len(steps_after("third", steps=2, label_smoothing=0.1)) == 2  # so that it can fail

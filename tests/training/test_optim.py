@@ -112,9 +112,10 @@ def test_schedule_of_a_run_shorter_than_its_warm_up_is_finite_and_moves(steps):
     assert max(rates) == pytest.approx(0.5)
 
 
-def test_placeholder_schedule_barely_moves_the_weights():
-    config = get_config("batch_size=256,optim.learning_rate=0.5")
-    assert optim.placeholder_schedule(config)(100) < 0.01 * 0.5
+def test_each_call_has_the_rates_of_its_steps():
+    rates = list(optim.learning_rates(lambda step: 0.5 * step, 4, [1, 3, 2]))
+    assert {rate.dtype for rate in rates} == {np.dtype("float32")}
+    assert [rate.tolist() for rate in rates] == [[2.0], [2.5, 3.0, 3.5], [4.0, 4.5]]
 
 
 # ---- optimisers ---------------------------------------------------------------------------------

@@ -143,10 +143,10 @@ def take_steps(count, packs, **fields):
     like = state.abstract_state(config)
     current = state.create_state(config, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     current = packing.pack_state(current) if packs else current
-    train_step = jax.jit(step.make_train_step(config, lambda count: 0.05))
+    train_step = jax.jit(step.make_train_step(config))
     metrics = []
     for _ in range(count):
-        current, one = train_step(current, batch, jax.random.key(0))
+        current, one = train_step(current, batch, jax.random.key(0), 0.05)
         metrics.append([float(one["loss"]), float(one["grad_norm"])])
     last = packing.unpack_state(current, like) if packs else current
     return np.array(metrics), (last.params, last.batch_stats, last.ema)

@@ -90,12 +90,12 @@ def take(batch, rows):
 @functools.cache
 def compiled(fields=()):
     config = make_config(**dict(fields))
-    return jax.jit(step.make_train_step(config, lambda count: RATE * (count + 1)))
+    return jax.jit(step.make_train_step(config))
 
 
 def train(batch, at=None, seed=0, **fields):
     before = make_state() if at is None else make_state().replace(step=jnp.int32(at))
-    return compiled(tuple(fields.items()))(before, batch, jax.random.key(seed))
+    return compiled(tuple(fields.items()))(before, batch, jax.random.key(seed), RATE)
 
 
 def difference(after):
@@ -205,7 +205,7 @@ def test_metrics_and_the_next_state():
     assert {value.shape for value in metrics.values()} == {()}
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
     assert metrics["accuracy"] == np.mean(logits.argmax(-1) == labels)
-    assert metrics["learning_rate"] == RATE * 6  # the schedule's, at step 5
+    assert metrics["learning_rate"] == RATE
     assert after.step == 6
     assert_close(after.batch_stats, stats, 1e-4)
 
@@ -213,7 +213,6 @@ def test_metrics_and_the_next_state():
 def test_the_gradient_norm_is_that_of_the_gradient():
     batch = make_batch()
     after, metrics = train(batch)
-    # optax's own schedule state starts at 0 here, so the rate that the update sees is RATE * 1.
     gradients = jax.tree.map(lambda x: -x / RATE, difference(after))
     norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(gradients)))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
@@ -244,9 +243,8 @@ def test_label_smoothing_enters_the_loss():
 def test_weights_enter_the_loss_and_the_gradient(accumulate):
     batch, weights = make_batch(), np.float32([0.25, 3.0])
     config = make_config(**{"optim.accumulate": accumulate})
-    after, metrics = jax.jit(step.make_train_step(config, lambda count: RATE, weights))(
-        make_state(), batch, KEY
-    )
+    train_step = jax.jit(step.make_train_step(config))
+    after, metrics = train_step(make_state(), batch, KEY, RATE, weights)
     loss, residuals = [], []
     for first in range(accumulate):
         part = take(batch, np.s_[first::accumulate])
@@ -270,9 +268,26 @@ def test_a_step_is_a_function_of_seed_and_step():
 def test_seeds_share_one_program():
     # With dropout, because a step that draws nothing has no key in its program: no seed matters.
     programs = [compiled((("seed", seed), ("model.dropout", 0.5))) for seed in (0, 1)]
-    arguments = make_state(), make_batch(), KEY
+    arguments = make_state(), make_batch(), KEY, RATE
     first, second = (program.lower(*arguments).as_text() for program in programs)
     assert first == second
+
+
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+def test_runs_of_every_length_and_rate_share_one_program(weights, monkeypatch):
+    def text(**fields):
+        config = make_config(**{"data.class_weights": weights, **fields})
+        lowered = []  # nothing is compiled
+        monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, _: lowered.append(self))
+        step.compile_step(config, sharding.make_mesh(), state.abstract_state(config))
+        return lowered[0].as_text()
+
+    plain = text()
+    assert plain == text(steps=7, epochs=3.5)
+    assert plain == text(**{"data.train_size": 1000})
+    for name, value in (("learning_rate", 0.7), ("warmup_epochs", 2.5), ("final_fraction", 0.5)):
+        assert plain == text(**{f"optim.{name}": value}), name
+    assert plain != text(label_smoothing=0.1)  # so that the test can fail
 
 
 # ---- several steps in a call --------------------------------------------------------------------
@@ -282,16 +297,18 @@ def test_seeds_share_one_program():
 def test_a_call_gathers_and_takes_the_steps_one_by_one(steps):
     config = make_config(**{"model.dropout": 0.5, "augment.flips": True})
     mesh, split = sharding.make_mesh(), make_batch(20)
-    train_step = step.make_train_step(config, lambda count: RATE * (count + 1))
+    train_step = step.make_train_step(config)
     call, single = jax.jit(step.make_multi_step(train_step, mesh)), jax.jit(train_step)
     rows = np.random.default_rng(2).integers(0, 20, (steps, 8), dtype=np.int32)
-    after, metrics = call(make_state(), Selection(split, jnp.asarray(rows)), KEY)
+    rates = np.float32([0.5, 0.1, 0.3])[:steps]
+    after, metrics = call(make_state(), Selection(split, jnp.asarray(rows)), KEY, rates, None)
     expected, losses = make_state(), []
-    for indices in rows:
-        expected, figures = single(expected, take(split, indices), KEY)
+    for indices, rate in zip(rows, rates, strict=True):
+        expected, figures = single(expected, take(split, indices), KEY, rate)
         losses.append(figures["loss"])
     assert {value.shape for value in metrics.values()} == {(steps,)}
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    np.testing.assert_array_equal(metrics["learning_rate"], rates)
     assert after.step == 5 + steps
     assert_close(after, expected, 1e-5)
 

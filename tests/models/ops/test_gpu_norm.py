@@ -274,7 +274,6 @@ COMPILE = """
 import json
 from bef_jax.configs import default
 from bef_jax.planning import compiled_step, counts, hlo, topology
-from bef_jax.training.optim import placeholder_schedule
 from bef_jax.training.packing import make_packing
 from bef_jax.training.state import abstract_state
 from bef_jax.training.step import compile_step
@@ -283,7 +282,7 @@ mesh = topology.make_mesh(topology.parse("h100:1"))
 config = default.get_config("model.name=efficientnet_b0,batch_size=256,dtype=bfloat16")
 state = make_packing(config, mesh).shapes(abstract_state(config))
 options = compiled_step._COMPILER_OPTIONS["cuda"]
-step = compile_step(config, placeholder_schedule(config), mesh, state, options=options)
+step = compile_step(config, mesh, state, options=options)
 program = hlo.read(step.as_text())
 kernels = [o for o, *_ in program.walk(fused=False) if o.kind in ("fusion", "custom-call", "copy")]
 written = [array for kernel in kernels for array in kernel.arrays if array.dtype == "f32"]
