@@ -5,14 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bef_jax.scoring.metrics import (
-    Evaluation,
-    average_precision,
-    brier,
-    f1,
-    weighted_auc,
-    weighted_average_precision,
-)
+from bef_jax.scoring.metrics import Evaluation, weighted_ranking
 from bef_jax.scoring.multiclass import (
     Figures,
     by_class,
@@ -40,17 +33,19 @@ def intervals(evaluation: Evaluation) -> dict[str, Any]:
     if not _has_independent_pairs(evaluation):
         return resampled_intervals(evaluation)
     probabilities, positive = evaluation.probabilities, evaluation.labels == 1
-    called = probabilities >= evaluation.metrics["threshold"]
-    has_both = 0 < positive.sum() < positive.size
+    threshold = evaluation.metrics["threshold"]
+    called = probabilities >= threshold
+    found = resampled(_binary_figures(probabilities, positive, threshold), positive.size, None)
     return {
         "accuracy": wilson(called == positive),
         "sensitivity": wilson(called[positive]),
         "specificity": wilson(~called[~positive]),
-        "average_precision": bootstrap(average_precision, probabilities, positive)
-        if has_both
-        else None,
-        "f1": bootstrap(f1, called, positive),
-        "brier": bootstrap(brier, probabilities, positive),
+        # A resample that leaves one of these undefined leaves it without an interval. Other
+        # intervals may lack a few resamples (`interval_of`), because they can give a `reason`.
+        **{
+            name: None if np.isnan(found[name]).any() else interval_of(found[name])
+            for name in ("average_precision", "f1", "brier")
+        },
     }
 
 
@@ -65,26 +60,7 @@ def wilson(successes: np.ndarray) -> list[float] | None:
     return [float(found.low), float(found.high)]
 
 
-def bootstrap(figure: Callable[..., float | None], *samples: np.ndarray) -> list[float] | None:
-    """Returns the percentile interval [low, high] of `figure(*samples)`, the same at every call.
-
-    Args:
-        figure: a function that takes arrays [N] and returns a number, or None where undefined.
-        samples: those arrays. A resample takes the same rows of each.
-
-    Returns:
-        The interval, or None where a resample leaves the figure undefined.
-    """
-    n, rng = len(samples[0]), np.random.default_rng(0)
-    draws = (rng.integers(0, n, n) for _ in range(RESAMPLES))
-    # NumPy turns None into NaN.
-    found = np.array([figure(*(sample[rows] for sample in samples)) for rows in draws], float)
-    tail = 50 * (1 - LEVEL)
-    ends = np.percentile(found, [tail, 100 - tail])
-    return ends.tolist() if np.isfinite(ends).all() else None
-
-
-# ---- groups, and more than two classes ----------------------------------------------------------
+# ---- resamples ----------------------------------------------------------------------------------
 
 
 def _has_independent_pairs(evaluation: Evaluation) -> bool:
@@ -140,23 +116,25 @@ def _binary_figures(
 ) -> Callable[[np.ndarray], Figures]:
     """Returns the function that gives the figures of a resample; see `weighted_figures`."""
     called = probabilities >= threshold
-    right, hit, squares = called == positive, called & positive, (probabilities - positive) ** 2
-    auc = weighted_auc(probabilities, positive)
-    precision = weighted_average_precision(probabilities, positive)
+    cells, squares = 2 * positive + called, (probabilities - positive) ** 2
+    ranking = weighted_ranking(probabilities, positive)
     has_both = 0 < positive.sum() < positive.size
 
     def figures(weights: np.ndarray) -> Figures:
-        n, positives, calls = weights.sum(), weights @ positive, weights @ called
-        rights, hits = weights @ right, weights @ hit
+        auc, precision = ranking(weights)
+        n, weights = weights.sum(), weights.astype(float)  # once, not in each of these sums
+        rejected, false_calls, misses, hits = np.bincount(cells, weights, 4)
+        positives, negatives = hits + misses, rejected + false_calls
         with np.errstate(invalid="ignore"):  # 0 / 0 gives NaN, as it should
             return {
-                "accuracy": rights / n,
+                "accuracy": (hits + rejected) / n,
                 "sensitivity": hits / positives,
-                "specificity": (rights - hits) / (n - positives),
-                "average_precision": precision(weights) if has_both else np.nan,
-                "f1": 2 * hits / (calls + positives),
+                "specificity": rejected / negatives,
+                "average_precision": precision if has_both else np.nan,
+                "f1": 2 * hits / (hits + false_calls + positives),
+                # A product with @ would start the threads of BLAS; see `weighted_ranking`.
                 "brier": np.sum(weights * squares) / n,
-                "auc": auc(weights),
+                "auc": auc,
             }
 
     return figures
@@ -201,10 +179,12 @@ def resamples(size: int, groups: np.ndarray | None = None) -> Iterator[np.ndarra
     They are the same at every call. A resample draws as many groups as there are, each with all of
     its patches. Without groups, each patch is one of its own.
     """
-    units = np.arange(size) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count, rng = units.max() + 1, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    units = None if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = size if units is None else units.max() + 1
     for _ in range(RESAMPLES):
-        yield np.bincount(rng.integers(0, count, count), minlength=count)[units]
+        drawn = np.bincount(rng.integers(0, count, count), minlength=count)
+        yield drawn if units is None else drawn[units]
 
 
 def interval_of(values: np.ndarray) -> list[float] | None:

@@ -170,16 +170,13 @@ def delong_error(of_positives: np.ndarray, of_negatives: np.ndarray) -> float:
 def average_precision(probabilities: np.ndarray, positive: np.ndarray) -> float | None:
     """Returns the average precision, as scikit-learn defines it; None without a positive.
 
-    scikit-learn's own function checks its arguments at each call, so that the thousand calls of a
-    bootstrap would take seconds of a short run.
-
     Args:
         probabilities: float [N].
         positive: bool [N].
     """
     if not positive.any():
         return None
-    return float(weighted_average_precision(probabilities, positive)(np.ones(len(positive), int)))
+    return float(weighted_ranking(probabilities, positive)(np.ones(len(positive), int))[1])
 
 
 def f1(called: np.ndarray, positive: np.ndarray) -> float | None:
@@ -244,39 +241,67 @@ def weighted_auc(probabilities: np.ndarray, positive: np.ndarray) -> OfWeights:
         probabilities: float [N].
         positive: bool [N].
     """
-    order, positives = np.argsort(probabilities), np.flatnonzero(positive)
-    # For each positive: the number of samples below it, and of those below it or tied with it.
-    below, to_ties = (
-        np.searchsorted(probabilities[order], probabilities[positives], side)
-        for side in ("left", "right")
-    )
-
-    def figure(weights: np.ndarray) -> float:
-        total = np.concatenate([[0], np.cumsum(weights[order])])  # [N + 1]
-        drawn = weights[positives]
-        count = drawn.sum()
-        # Ties count half. Among themselves, positives win half of their pairs.
-        wins = drawn @ (total[below] + total[to_ties]) - count**2
-        pairs = 2 * count * (total[-1] - count)
-        return wins / pairs if pairs else np.nan
-
-    return figure
+    counts = _weighted_counts(probabilities, positive)
+    return lambda weights: _auc(*counts(weights), weights.sum())
 
 
-def weighted_average_precision(probabilities: np.ndarray, positive: np.ndarray) -> OfWeights:
-    """Returns the function that gives the average precision of a resample; see `weighted_auc`."""
+def weighted_ranking(
+    probabilities: np.ndarray, positive: np.ndarray
+) -> Callable[[np.ndarray], tuple[float, float]]:
+    """Returns the function that gives the AUC and the average precision of a resample.
+
+    Both come from the same sums, which are most of their cost. See `weighted_auc`.
+    """
+    counts = _weighted_counts(probabilities, positive)
+    # Each positive's tie among the positives, which come in falling order, ends at this place.
+    falling = -np.sort(-probabilities[positive])
+    tie_end = np.searchsorted(-falling, -falling, "right") - 1
+
+    def figures(weights: np.ndarray) -> tuple[float, float]:
+        drawn, above, to_ties = counts(weights)
+        auc = _auc(drawn, above, to_ties, weights.sum())
+        hits = np.cumsum(drawn)
+        if not hits.size or not hits[-1]:
+            return auc, np.nan
+        # None may be called so far, but then the positive is not drawn either. A product with @
+        # would start the threads of BLAS, which cost more than they save.
+        precision = hits[tie_end] / np.maximum(to_ties, 1)
+        return auc, np.sum(drawn * precision) / hits[-1]
+
+    return figures
+
+
+def _weighted_counts(
+    probabilities: np.ndarray, positive: np.ndarray
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Returns the function that counts, for each positive, the samples of a resample above it.
+
+    It returns integers [positives], from the highest probability to the lowest: how often the
+    positive is drawn, how many samples are above it, and how many are above it or tied with it.
+    """
     order = np.argsort(-probabilities, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(probabilities[order]), 1))  # last row of each tie
-    is_hit = positive[order]
+    falling = -probabilities[order]
+    positives = order[positive[order]]
+    # The first and the last place of each positive's tie, and who has the first place.
+    first = np.searchsorted(falling, -probabilities[positives])
+    last = np.searchsorted(falling, -probabilities[positives], "right") - 1
+    leaders = order[first]
 
-    def figure(weights: np.ndarray) -> float:
-        weights = weights[order]
-        hits, called = np.cumsum(weights * is_hit)[last], np.cumsum(weights)[last]
-        # None may be called so far, but then there are no hits either.
-        precision = hits / np.maximum(called, 1)
-        return np.diff(hits, prepend=0) @ precision / hits[-1] if hits[-1] else np.nan
+    def counts(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        total = weights.take(order)
+        np.cumsum(total, out=total)  # in place, because new memory costs more than the sum
+        return weights[positives], total[first] - weights[leaders], total[last]
 
-    return figure
+    return counts
+
+
+def _auc(drawn: np.ndarray, above: np.ndarray, to_ties: np.ndarray, n: int) -> float:
+    """Returns the AUC of a resample of n samples from its `_weighted_counts`; NaN of one class."""
+    count = drawn.sum()
+    # Ties count half. Among themselves, positives lose half of their pairs.
+    lost = drawn @ (above + to_ties) - count**2
+    pairs = 2 * count * (n - count)
+    return (pairs - lost) / pairs if pairs else np.nan
 
 
 def weighted_calibration_error(probabilities: np.ndarray, right: np.ndarray) -> OfWeights:

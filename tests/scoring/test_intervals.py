@@ -19,9 +19,9 @@ from sklearn.metrics import (
 from bef_jax.scoring.intervals import (
     ONE_GROUP,
     auc_interval,
-    bootstrap,
     interval_of,
     intervals,
+    resampled,
     resamples,
     wilson,
 )
@@ -51,24 +51,66 @@ def test_bootstrap_of_a_mean_agrees_with_its_normal_interval():
     values = np.random.default_rng(1).exponential(size=2000)
     half = 1.96 * values.std() / np.sqrt(len(values))
     expected = [values.mean() - half, values.mean() + half]
-    assert bootstrap(np.mean, values) == pytest.approx(expected, abs=0.15 * half)
+    found = resampled(lambda weights: {"mean": weights @ values / weights.sum()}, 2000, None)
+    assert interval_of(found["mean"]) == pytest.approx(expected, abs=0.15 * half)
 
 
-def test_bootstrap_agrees_with_scipy():
+def test_the_interval_of_average_precision_agrees_with_scipys():
     evaluation = make_evaluation()
-    samples = (evaluation.labels, evaluation.probabilities)
     theirs = stats.bootstrap(
-        samples, average_precision_score, paired=True, vectorized=False, n_resamples=1000,
-        method="percentile", rng=np.random.default_rng(3),
+        (evaluation.labels, evaluation.probabilities), average_precision_score, paired=True,
+        vectorized=False, n_resamples=1000, method="percentile", rng=np.random.default_rng(3),
     )  # fmt: skip
     width = np.diff(theirs.confidence_interval)[0]
     expected = list(theirs.confidence_interval)
-    assert bootstrap(average_precision_score, *samples) == pytest.approx(expected, abs=0.1 * width)
+    found = intervals(evaluation)["average_precision"]
+    assert found == pytest.approx(expected, abs=0.1 * width)
 
 
-def test_bootstrap_of_a_figure_that_a_resample_leaves_undefined_is_none():
-    values = np.arange(10)
-    assert bootstrap(lambda x: x.mean() if 3 in x else None, values) is None
+# What version 0.1.0 gave for `make_evaluation(300)`, and for probabilities rounded to tenths,
+# before it counted how often each patch is drawn: it sorted the rows of each resample again.
+FORMER = {
+    17: {
+        "average_precision": [0.8043730322714941, 0.9158181449422597],
+        "f1": [0.7739621446664792, 0.8651767527432814],
+        "brier": [0.12536357045390323, 0.1733218420087832],
+    },
+    1: {
+        "average_precision": [0.794071956636237, 0.9041752403199215],
+        "f1": [0.7696680870150258, 0.858024035282992],
+        "brier": [0.12606583333333335, 0.1723675],
+    },
+}
+
+
+@pytest.mark.parametrize("decimals", FORMER)
+def test_intervals_are_those_that_sorting_each_resample_gave(decimals):
+    evaluation = make_evaluation()
+    probabilities = evaluation.probabilities.round(decimals)
+    found = intervals(dataclasses.replace(evaluation, probabilities=probabilities))
+    for name, expected in FORMER[decimals].items():
+        assert found[name] == pytest.approx(expected, abs=1e-12), name
+
+
+def test_two_classes_without_groups_have_the_intervals_of_a_loop(few_resamples):
+    """Twelve metastases are few, so that resamples differ much, and all of them have some."""
+    labels = np.repeat([0, 1], [40, 12])
+    for decimals in (17, 1):  # the second one makes ties
+        evaluation = make_evaluation(labels=labels)
+        probabilities = evaluation.probabilities.round(decimals)
+        evaluation = dataclasses.replace(evaluation, probabilities=probabilities)
+        expected, found = brute_force(evaluation, binary_figures), intervals(evaluation)
+        for name in ("average_precision", "f1", "brier"):
+            assert found[name] == expected[name], (name, decimals)
+
+
+def test_a_resample_without_a_metastasis_leaves_average_precision_undefined():
+    """Five metastases: exp(-5), seven of 1,000 resamples, draw none of them."""
+    labels = np.repeat([0, 1], [95, 5])
+    assert 0 < sum(not weights[-5:].any() for weights in resamples(100)) < 25
+    found = intervals(make_evaluation(labels=labels))
+    assert found["average_precision"] is None
+    assert found["brier"] is not None
 
 
 def test_one_normal_patch_is_enough_for_an_interval_and_one_metastasis_is_not():

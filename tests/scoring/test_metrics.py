@@ -14,8 +14,8 @@ from bef_jax.scoring.metrics import (
     f1,
     structural_components,
     weighted_auc,
-    weighted_average_precision,
     weighted_calibration_error,
+    weighted_ranking,
 )
 from tests.scoring.test_paired_tests import brute_force_delong
 
@@ -125,8 +125,9 @@ def test_a_weight_counts_as_so_many_copies_of_a_patch(decimals):
         copies = np.repeat(probabilities, weights), np.repeat(labels, weights)
         auc = weighted_auc(probabilities, positive)(weights)
         assert auc == pytest.approx(sklearn_metrics.roc_auc_score(*copies[::-1]))
-        precision = weighted_average_precision(probabilities, positive)(weights)
-        assert precision == pytest.approx(sklearn_metrics.average_precision_score(*copies[::-1]))
+        both = weighted_ranking(probabilities, positive)(weights)
+        assert both[0] == auc
+        assert both[1] == pytest.approx(sklearn_metrics.average_precision_score(*copies[::-1]))
         error = weighted_calibration_error(probabilities, positive)(weights)
         assert error == pytest.approx(binary_metrics(*copies)["ece"])
 
@@ -136,8 +137,9 @@ def test_weights_that_leave_one_class_leave_figures_undefined():
     positive = labels == 1
     for weights in (labels, 1 - labels):
         assert np.isnan(weighted_auc(probabilities, positive)(weights))
-    assert weighted_average_precision(probabilities, positive)(labels) == 1
-    assert np.isnan(weighted_average_precision(probabilities, positive)(1 - labels))
+    ranking = weighted_ranking(probabilities, positive)
+    assert np.isnan(ranking(labels)[0]) and ranking(labels)[1] == 1
+    assert np.isnan(ranking(1 - labels)).all()
 
 
 def test_a_probability_at_the_threshold_is_positive():
