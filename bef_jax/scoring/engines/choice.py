@@ -65,7 +65,7 @@ def choose(
         names = [name for name in names if name == kept]
     if not names:
         return None
-    content = _graph(config, folded())
+    content = graph(config, folded())
     sessions = {}
     for name in names:
         try:
@@ -79,7 +79,7 @@ def choose(
     return _fastest(config, sessions, run_jax, images)
 
 
-def _graph(config: ConfigDict, folded: dict) -> bytes:
+def graph(config: ConfigDict, folded: dict) -> bytes:
     """Returns the network as an ONNX file: patches, uint8 [n, S, S, 3], to scores of one view."""
     from bef_jax.models.onnx.graph import to_onnx
 
