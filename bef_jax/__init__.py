@@ -21,6 +21,8 @@ def load(where: str | os.PathLike) -> "TrainedModel | ExportedModel":
     `config`, `classes` and `mpp`. Images are uint8 [N, S, S, 3], where S is the side of the
     network's patches, such as 96: an array of any length, an iterator of arrays, or the path of a
     picture, a folder, a .npz, a .h5 or a store. A whole slide is read by `predict_slide` alone.
+    Compiled programs are kept for the next process, where the run's `compile_cache` says, unless
+    JAX has a folder for them already.
 
         model = bef_jax.load("runs/b2")
         probabilities = model.predict(images)  # float64 [N], or [N, K] for K > 2 classes

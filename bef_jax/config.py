@@ -12,7 +12,6 @@ from bef_jax.configs.fields import FIELDS, MOST_FLOAT
 from bef_jax.data.sources import SOURCES
 from bef_jax.errors import UserError
 from bef_jax.models import REGISTRY, is_frozen, parameter_paths, stages
-from bef_jax.models.ops.mbconv.grid import KERNEL_CHIPS, check_batch
 
 LOG = logging.getLogger(__name__)
 
@@ -151,6 +150,9 @@ def _check_windows(config: ConfigDict) -> None:
 
 
 def _check_kernels(config: ConfigDict) -> None:
+    # Imported here, because Pallas takes 0.1 s that a start without these kernels need not.
+    from bef_jax.models.ops.mbconv.grid import check_batch
+
     if not config.model.name.startswith("efficientnet"):
         raise UserError("config.model.mbconv=pallas is for EfficientNets: choose layers")
     check_batch(config.batch_size, config.optim.accumulate * config.bn_groups)
@@ -225,6 +227,8 @@ def _warn_of_small_groups(images: int) -> None:
 
 
 def _check_kernel_devices(config: ConfigDict, mesh: Mesh) -> None:
+    from bef_jax.models.ops.mbconv.grid import KERNEL_CHIPS
+
     device = mesh.devices.flat[0]
     if device.device_kind not in KERNEL_CHIPS:
         raise UserError(

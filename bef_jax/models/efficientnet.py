@@ -19,9 +19,6 @@ from bef_jax.models.layers import (
 )
 from bef_jax.models.network import Network
 from bef_jax.models.ops.gpu_norm import norm_excite_project
-from bef_jax.models.ops.mbconv.block import mbconv as mbconv_kernels
-from bef_jax.models.ops.mbconv.block import plan_kernels
-from bef_jax.models.ops.mbconv.grid import Window
 from bef_jax.runtime import sharding
 
 
@@ -214,13 +211,17 @@ class MBConv(nn.Module):
 
     def _by_kernels(self, x: Array) -> Array:
         """Computes the same as `_by_layers` in training, by experimental Pallas kernels for TPU."""
+        # Imported here, because Pallas takes 0.1 s that a start without these kernels need not.
+        from bef_jax.models.ops.mbconv.block import mbconv, plan_kernels
+        from bef_jax.models.ops.mbconv.grid import Window
+
         stage, (groups, epsilon, activation) = self.stage, self.norm_options
         padding = padding_of(stage.kernel, self.stride, x.shape[1:3], self.padding)
         window = Window(x.shape[1:3], stage.kernel, self.stride, padding)
         plan = plan_kernels(window, x, stage.expand, stage.channels, groups, epsilon, activation)
         params = self.variables["params"]
         names = [name for name in params if name != "project_norm"]
-        x, statistics = mbconv_kernels(x, {name: params[name] for name in names}, plan)
+        x, statistics = mbconv(x, {name: params[name] for name in names}, plan)
         for name, moments in statistics.items():
             self.norm(name=name).record(*moments)
         return x

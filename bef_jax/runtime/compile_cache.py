@@ -21,8 +21,8 @@ _LEAST_SECONDS = 0.1
 def enable(setting: str) -> None:
     """Tells JAX where to keep compiled programs; call it before anything is compiled.
 
-    If JAX_COMPILATION_CACHE_DIR is set, it decides. If the folder can't be written, this logs one
-    warning, because without a cache a run is only slower.
+    If JAX_COMPILATION_CACHE_DIR is set, or JAX has a folder already, that decides. If the folder
+    can't be written, this logs one warning, because without a cache a run is only slower.
 
     Machines of different kinds can share a home folder safely. The key of an entry holds the
     program, jaxlib's version and a fingerprint of the devices. For a CPU the fingerprint covers its
@@ -33,8 +33,9 @@ def enable(setting: str) -> None:
     Args:
         setting: `config.compile_cache`: auto, a folder, or empty for none.
     """
-    # The variable is the user's own setting: for example, a launcher's folder for all runs.
-    if not setting or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    # JAX has a folder already if the variable is set, such as a launcher's folder for all runs, or
+    # if the program that calls `bef_jax.load` chose one.
+    if not setting or jax.config.jax_compilation_cache_dir:
         return
     try:
         folder = _default_folder() if setting == "auto" else user_path(setting)

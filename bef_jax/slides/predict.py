@@ -20,7 +20,6 @@ from bef_jax.config import as_json, flatten
 from bef_jax.configs.fields import INPUT, NETWORK, SCORE, affects
 from bef_jax.data.patch import class_names, tiling
 from bef_jax.errors import RunError, UserError, printable, reason_of
-from bef_jax.report.slides_page import write_slides_page
 from bef_jax.runtime import progress
 from bef_jax.runtime.files import check_outputs, check_types, read_json, replacing, write_json
 from bef_jax.runtime.interrupt import Interrupt
@@ -120,6 +119,10 @@ def predict_slides(
     Raises:
         RunError: the network's scores are not finite, or a signal asked the run to stop.
     """
+    # Imported here, because bef_jax.report imports matplotlib and scikit-learn. They take a second,
+    # and a run without slides draws no page.
+    from bef_jax.report.slides_page import write_slides_page
+
     meter = _Meter()
     shown = [source for source in sources if source.refused is None]
     with (

@@ -66,6 +66,22 @@ def test_predict_agrees_with_mode_predict_to_the_last_digit(run_summary, workdir
     assert model.checkpoint == checkpoint.best(workdir).resolve()
 
 
+@pytest.mark.parametrize("chosen", [None, "/of/the/caller"])
+def test_a_loaded_run_keeps_compiled_programs_unless_the_caller_has_a_folder(
+    chosen, small_config, tmp_path, monkeypatch
+):
+    save(small_config(), tmp_path / "run")
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    try:
+        bef_jax.load(tmp_path / "run")
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found == chosen or (chosen is None and found.startswith(f"{tmp_path}/bef_jax/"))
+
+
 @pytest.mark.slow
 def test_a_loaded_run_scores_valid_as_its_training_did(small_config, tmp_path):
     fields = {"model.total_stride": 16, "rcc.eval_size": 64, "eval.tta": 8}

@@ -3,6 +3,7 @@
 import os
 
 from bef_jax.errors import UserError
+from bef_jax.runtime import compile_cache
 from bef_jax.runtime.files import check_regular, user_path
 from bef_jax.scoring import trained
 from bef_jax.scoring.loaded.exported_files import READERS
@@ -26,4 +27,6 @@ def load(where: str | os.PathLike) -> TrainedModel | ExportedModel:
             "checkpoint's folder, or a .stablehlo or .onnx file of --mode=export"
         )
     folder = trained.find(path)
-    return TrainedModel(folder, trained.scoring_config(folder))
+    config = trained.scoring_config(folder)
+    compile_cache.enable(config.compile_cache)  # as a mode does
+    return TrainedModel(folder, config)
