@@ -34,12 +34,11 @@ from bef_jax.scoring.heatmap import (
 )
 from bef_jax.scoring.probabilities_csv import csv_cell
 from bef_jax.scoring.scorer import check_finite, make_predictor
-from bef_jax.scoring.slide_scorer import Predict, for_slides
+from bef_jax.scoring.slide_scorer import Network, Predict, for_slides
 from bef_jax.slides.predict import (
     FOLDER,
     PAGE,
     TABLE,
-    Network,
     Source,
     look_at_slides,
     predict_slides,

@@ -77,17 +77,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.benchmark = benchmark = ConfigDict()
     benchmark.runs = 7  # runs of each measurement; median and extremes are reported
 
-    config.predict = predict = ConfigDict()
-    # Pixels from one tile to the next, for pictures larger than a patch. Empty: the side of the
-    # region that decides the label, so that each pixel is decided once, but for the last tiles of a
-    # row or column. Half of it takes four times as long, and gives a smoother heat map.
-    predict.stride = placeholder(int)
-    # auto | jax | onnxruntime | openvino: what scores patches on a CPU, if there are many. auto:
-    # the fastest that is installed; it is compared with JAX and timed.
-    predict.engine = "auto"
-    # float32 | bfloat16: the engine may use bfloat16, if it can and the CPU has instructions for it
-    predict.dtype = "float32"
-
+    config.predict = _predict()
     config.slides = _slides()
     # Micrometres per pixel of the source slides' largest level; follows slides.mpp.
     data.slide_mpp = config.slides.get_ref("mpp") + 0.0
@@ -158,6 +148,20 @@ def _optim() -> ConfigDict:
     optim.freeze = ""
     optim.head_only_steps = 0  # first steps in which only classifier and attention learn
     return optim
+
+
+def _predict() -> ConfigDict:
+    predict = ConfigDict()
+    # Pixels from one tile to the next, for pictures larger than a patch. Empty: the side of the
+    # region that decides the label, so that each pixel is decided once, but for the last tiles of a
+    # row or column. Half of it takes four times as long, and gives a smoother heat map.
+    predict.stride = placeholder(int)
+    # auto | jax | onnxruntime | openvino: what scores patches on a CPU, if there are many. auto:
+    # the fastest that is installed; it is compared with JAX and timed.
+    predict.engine = "auto"
+    # float32 | bfloat16: the engine may use bfloat16, if it can and the CPU has instructions for it
+    predict.dtype = "float32"
+    return predict
 
 
 def _slides() -> ConfigDict:

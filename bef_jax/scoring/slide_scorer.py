@@ -34,6 +34,21 @@ class Windows:
     probabilities: np.ndarray
 
 
+@dataclass(frozen=True)
+class Network:
+    """A trained network that scores the windows of slides.
+
+    Attributes:
+        digest: of its weights.
+        engine: that computes the scores, such as "jax float32".
+        predict: as `for_slides` returns it.
+    """
+
+    digest: str
+    engine: str
+    predict: Predict
+
+
 def for_slides(predict: Callable[..., Iterator], config: ConfigDict, mesh: Mesh) -> Predict:
     """Returns a predictor of `scorer.make_predictor` that compiles two programs for all slides."""
     return functools.partial(predict, sizes=two_sizes(batch_size(config, mesh), mesh))

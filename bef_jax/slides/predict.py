@@ -25,7 +25,7 @@ from bef_jax.runtime.files import check_outputs, check_types, read_json, replaci
 from bef_jax.runtime.interrupt import Interrupt
 from bef_jax.runtime.versions import versions_of_slides
 from bef_jax.scoring.probabilities_csv import csv_cell
-from bef_jax.scoring.slide_scorer import Predict, Windows, score_row
+from bef_jax.scoring.slide_scorer import Network, Windows, score_row
 from bef_jax.slides.journal import Journal, fingerprint, open_journal
 from bef_jax.slides.outputs import write_outputs
 from bef_jax.slides.reader import Slide, open_slide
@@ -101,7 +101,7 @@ def predict_slides(
     config: ConfigDict,
     workdir: Path,
     checkpoint_path: Path,
-    network: "Network",
+    network: Network,
     sources: Sequence[Source],
 ) -> dict:
     """Scores slides, and writes WORKDIR/slides/NAME/, slides.csv and slides.html.
@@ -135,21 +135,6 @@ def predict_slides(
     _write_table(workdir / TABLE, records)
     page = write_slides_page(workdir, records)
     return _summary(config, records, {"table": str(workdir / TABLE), "page": str(page)}, meter)
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A trained network that scores the windows of slides.
-
-    Attributes:
-        digest: of its weights.
-        engine: that computes the scores, such as "jax float32".
-        predict: as `slide_scorer.for_slides` returns it.
-    """
-
-    digest: str
-    engine: str
-    predict: Predict
 
 
 @dataclasses.dataclass(frozen=True)
