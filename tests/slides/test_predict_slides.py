@@ -296,6 +296,27 @@ def test_another_stride_starts_the_slide_again(
     assert len(reads) == 1
 
 
+def test_a_slide_is_finished_by_the_engine_that_began_it(
+    network, cheap, slide, reads, tmp_path, monkeypatch
+):
+    config, best = network()
+    path, run = slide(rows=2), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        killed_in_row(patch, 2)
+        predict.predict_files(config, run, best, path)
+    reads.clear()
+    monkeypatch.setattr(predict.EngineScorer, "engine", "onnxruntime float32")
+    summary = predict.predict_files(config, run, best, path)
+    assert len(reads) == 2  # the first row was scored by JAX
+    record = json.loads((run / "slides/a/slide.json").read_text())
+    assert record["engine"] == summary["engine"] == "onnxruntime float32"
+    # A slide that is done stays so.
+    reads.clear()
+    monkeypatch.setattr(predict.EngineScorer, "engine", "jax float32")
+    predict.predict_files(config, run, best, path)
+    assert not reads
+
+
 def test_other_weights_score_a_slide_again(network, cheap, slide, reads, tmp_path):
     config, best = network()
     path = slide()

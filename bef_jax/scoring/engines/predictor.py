@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bef_jax.data.sources.synthetic import drawn_patches
+from bef_jax.errors import UserError
 from bef_jax.runtime import sharding
 from bef_jax.scoring import scorer
 from bef_jax.scoring.engines.choice import choose
@@ -19,24 +20,29 @@ from bef_jax.scoring.engines.sessions import Session, check_installed
 
 LOG = logging.getLogger(__name__)
 
-# Patches from which on another engine than JAX is looked for. Loading and timing the engines takes
-# a few seconds, in which JAX scores hundreds of patches.
-WORTH = 1024
+# Patches from which on another engine than JAX is looked for. To load and time the engines takes
+# some seconds, in which JAX scores up to thousands of patches.
+WORTH = 4096
 _DRAWN = 32  # patches on which engines are compared before any other patch is there
 
 
 class EngineScorer:
     """A `scorer.Scorer` that turns to another engine than JAX where that is faster.
 
-    Attributes:
-        engine: the name of the one that it uses now, and its dtype, such as "onnxruntime float32".
+    Without `expect`, it counts patches, and turns when there were `WORTH`.
     """
 
     def __init__(self, config: ConfigDict, variables: dict, mesh: Mesh):
         """Starts with JAX.
 
+        Args:
+            config: as `trained.scoring_config` returns it for the checkpoint.
+            variables: of the network, on the devices.
+            mesh: of the devices.
+
         Raises:
-            UserError: `config.predict.engine` is not installed.
+            UserError: `config.predict.engine` is not installed, or several processes share the
+                work, which only JAX can.
         """
         self._config, self._variables, self._mesh = config, variables, mesh
         self._by_jax = scorer.make_scorer(config, mesh)(variables)
@@ -45,12 +51,15 @@ class EngineScorer:
         asked = config.predict.engine
         if asked not in ("auto", "jax"):
             check_installed(asked)
+            if jax.process_count() > 1:
+                raise UserError(f"config.predict.engine={asked} runs in one process: give jax")
         # Engines take the CPU. On accelerators and with several devices, `auto` is JAX.
         on_cpu = jax.default_backend() == "cpu" and mesh.size == 1
         self._is_settled = asked == "jax" or (asked == "auto" and not on_cpu)
 
     @property
     def engine(self) -> str:
+        """Returns what scores the next patches, and in which dtype."""
         if self._session is None:
             return f"jax {self._config.dtype}"
         return f"{self._session.engine} {self._session.dtype}"
@@ -62,6 +71,7 @@ class EngineScorer:
         self._is_settled = True
 
     def __call__(self, images: Array) -> list[Any]:
+        """Returns the scores under each view; see `scorer.Scorer`."""
         self._seen += len(images)
         if not self._is_settled and self._is_worth(self._seen):
             self._settle(np.asarray(images))
