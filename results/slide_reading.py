@@ -205,19 +205,24 @@ def measure_waiting(arguments: argparse.Namespace) -> None:
     from bef_jax.configs.default import get_config
     from bef_jax.data.patch import Tiling
     from bef_jax.runtime import sharding
-    from bef_jax.scoring.scorer import make_predictor, make_scorer
+    from bef_jax.scoring.engines.predictor import EngineScorer
+    from bef_jax.scoring.scorer import make_predictor
     from bef_jax.scoring.slide_scorer import for_slides, score_row
     from bef_jax.slides.reader import open_slide
     from bef_jax.slides.tiles import block_rows, make_grid
     from bef_jax.training.state import create_state
 
-    config, mesh = get_config(), sharding.make_mesh()
+    config, mesh = get_config(f"model.name={arguments.model}"), sharding.make_mesh()
     variables = create_state(config, sharding.replicated(mesh)).eval_variables()
-    predict = for_slides(
-        make_predictor(config, make_scorer(config, mesh)(variables), mesh), config, mesh
-    )
+    scorer = EngineScorer(config, variables, mesh)
+    scorer.expect(arguments.tiles)
+    predict = for_slides(make_predictor(config, scorer, mesh), config, mesh)
+    patches = np.zeros((8 * config.eval.batch_size, SIDE, SIDE, 3), np.uint8)
     for count in (1, config.eval.batch_size):  # both programs are compiled before
-        list(predict(np.zeros((count, SIDE, SIDE, 3), np.uint8)))
+        list(predict(patches[:count]))
+    start = time.perf_counter()
+    list(predict(patches))
+    bare = len(patches) / (time.perf_counter() - start)
     with open_slide(arguments.slide) as slide:
         grid = make_grid(slide, Tiling(SIDE, 32, arguments.stride), MPP)
         rows, waits = list(block_rows(grid))[: arguments.rows], []
@@ -225,8 +230,10 @@ def measure_waiting(arguments: argparse.Namespace) -> None:
         found = (score_row(predict, slide, grid, row, wait=waits.append) for row in rows)
         windows = sum(len(each.rows) for each in found)
         seconds = time.perf_counter() - start
-    facts = {"stride": arguments.stride, "windows": windows, "seconds": seconds}
-    print(json.dumps(facts | {"input_wait_fraction": sum(waits) / seconds}))
+    facts = {"model": arguments.model, "engine": scorer.engine, "stride": arguments.stride}
+    facts |= {"windows": windows, "seconds": seconds, "input_wait_fraction": sum(waits) / seconds}
+    rates = {"windows_per_second": windows / seconds, "bare_windows_per_second": bare}
+    print(json.dumps(facts | rates))
 
 
 def main() -> None:
