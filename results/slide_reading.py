@@ -10,8 +10,9 @@ SLIDE, 20,480 px at 0.25 um/px, is made from the pixels of `--texture` if it is 
 pyramid with tiles of 256 px. Each program gives tiles of 96 px at the scale of PCam (0.972 um/px;
 the level of 1.0 um/px is near enough to be read as it is), which lie side by side, 100 for
 960 x 960 pixels, on one core. Ours also finds tissue. The programs take turns, and a line of JSON
-each has the median of the runs. With --network, a B0 of random weights scores the slide on all
-cores as `predict` does, and the line says for which share of the time it waited for pixels.
+each has the median of the runs. With --network, a model of random weights scores the slide on all
+cores as `predict` does. The line says for which share of the time it waited for pixels, and how
+many windows/s its engine scores without reading.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peer", action="append", default=[], help="PROGRAM=PYTHON that has it")
     parser.add_argument("--way", choices=tuple(WAYS), help="times one program, in this process")
+    parser.add_argument("--model", default="efficientnet_b0", help="with --network")
     parser.add_argument("--network", action="store_true", help="measures waiting instead")
     parser.add_argument("--stride", type=int, default=32, help="between windows, with --network")
     parser.add_argument("--rows", type=int, help="of blocks that are scored, with --network")
@@ -215,7 +217,7 @@ def measure_waiting(arguments: argparse.Namespace) -> None:
     config, mesh = get_config(f"model.name={arguments.model}"), sharding.make_mesh()
     variables = create_state(config, sharding.replicated(mesh)).eval_variables()
     scorer = EngineScorer(config, variables, mesh)
-    scorer.expect(arguments.tiles)
+    scorer.expect(10**6)  # an area of so many tiles is worth a choice
     predict = for_slides(make_predictor(config, scorer, mesh), config, mesh)
     patches = np.zeros((8 * config.eval.batch_size, SIDE, SIDE, 3), np.uint8)
     for count in (1, config.eval.batch_size):  # both programs are compiled before
