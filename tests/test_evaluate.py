@@ -55,7 +55,8 @@ def test_eight_views_are_averaged(small_config, valid, mesh):
     config = small_config(**{"eval.tta": 8})
     variables = variables_of(config, mesh)
     evaluation = evaluator.make_evaluator(config, mesh)(variables, valid)
-    turned = [np.rot90(images, k, (1, 2)) for images in (valid.images, valid.images[:, ::-1])
+    patches = valid.images[:]
+    turned = [np.rot90(images, k, (1, 2)) for images in (patches, patches[:, ::-1])
               for k in range(4)]  # fmt: skip
     expected = np.mean([probabilities_one_by_one(config, variables, x) for x in turned], axis=0)
     np.testing.assert_allclose(evaluation.probabilities, expected, rtol=1e-5)
