@@ -35,9 +35,9 @@ def test_reads_only_the_patches_it_shows(evaluation):
         def __init__(self):
             self.read = set()
 
-        def __getitem__(self, index):
-            self.read.add(index)
-            return np.zeros((96, 96, 3), np.uint8)
+        def __getitem__(self, rows):
+            self.read.update(rows)
+            return np.zeros((len(rows), 96, 96, 3), np.uint8)
 
     patches, seen = Counting(), evaluation(n=300)
     show(seen, patches, None)
