@@ -35,14 +35,7 @@ from bef_jax.scoring.heatmap import (
 from bef_jax.scoring.probabilities_csv import csv_cell
 from bef_jax.scoring.scorer import check_finite, make_predictor
 from bef_jax.scoring.slide_scorer import Network, Predict, for_slides
-from bef_jax.slides.predict import (
-    FOLDER,
-    PAGE,
-    TABLE,
-    Source,
-    look_at_slides,
-    predict_slides,
-)
+from bef_jax.slides.predict import FOLDER, PAGE, TABLE, Source, look_at_slides, predict_slides
 from bef_jax.training import checkpoint
 from bef_jax.training.state import params_digest
 

@@ -4,6 +4,7 @@ An engine is used only if its scores of a batch agree with JAX's. The choice is 
 compiled programs, so that a run that goes on takes the engine that it had.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -23,12 +24,7 @@ from bef_jax.errors import RunError, UserError
 from bef_jax.models import create
 from bef_jax.runtime import devices
 from bef_jax.runtime.files import check_types, read_json, write_json
-from bef_jax.scoring.engines.sessions import (
-    ENGINES,
-    Session,
-    open_session,
-    version_of,
-)
+from bef_jax.scoring.engines.sessions import ENGINES, Session, open_session, version_of
 from bef_jax.scoring.scorer import mean_probabilities, view_scores
 
 LOG = logging.getLogger(__name__)
@@ -65,16 +61,16 @@ def choose(
         names = [name for name in names if name == kept]
     if not names:
         return None
-    content = graph(config, folded())
-    sessions = {}
+    content, sessions = functools.cache(lambda: graph(config, folded())), {}
     for name in names:
         try:
-            sessions[name] = _checked(open_session(name, content, dtype), config, run_jax, images)
-        except Exception as error:  # engines have their own
+            session = open_session(name, content(), dtype)
+            sessions[name] = _checked(session, config, run_jax, images)
+        except Exception as error:  # engines have their own; so has a network that ONNX lacks
             if asked != "auto":
                 raise
             LOG.warning("%s is not used: %s", name, error)
-    if asked != "auto" or kept is not None:
+    if asked != "auto" or kept is not None or not sessions:
         return next(iter(sessions.values()), None)
     return _fastest(config, sessions, run_jax, images)
 

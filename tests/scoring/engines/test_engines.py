@@ -146,6 +146,21 @@ def test_an_engine_that_differs_from_jax_is_not_used(
     assert f"{engine} is not used: probabilities by {engine} differ" in caplog.text
 
 
+@pytest.mark.skipif(not INSTALLED, reason="no engine is installed")
+def test_auto_stays_with_jax_where_a_network_has_no_onnx(
+    small_config, mesh, monkeypatch, caplog, no_cache
+):
+    def lacks(*_):
+        raise NotImplementedError("sort is not among the operators that can be exported to ONNX")
+
+    monkeypatch.setattr(choice, "graph", lacks)
+    by_auto = EngineScorer(small_config(), variables_of(small_config(), mesh), mesh)
+    by_auto.expect(predictor.WORTH)
+    assert by_auto.engine == "jax float32"
+    assert f"{INSTALLED[0]} is not used: sort is not among the operators" in caplog.text
+    assert not no_cache.exists()  # another version may have it
+
+
 def test_an_engine_that_is_missing_is_named_with_its_extra(small_config, mesh, monkeypatch):
     monkeypatch.setattr(sessions, "version_of", lambda engine: None)
     config = small_config(**{"predict.engine": "openvino"})
